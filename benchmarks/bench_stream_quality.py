@@ -1,0 +1,95 @@
+"""Inertia of one-pass clustering over exact Lloyd, best of ten starts, on real tokens.
+
+    python -m benchmarks.bench_stream_quality --tokens NAME=FILE [NAME=FILE ...] --out results.json
+
+Each FILE is a torch file with block inputs [images, tokens, D] in class order. For each set, K, order
+(shuffled, sorted by class) and seed it prints the inertia over *all* tokens of the streamed centres
+divided by the lowest inertia of ten exact runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spt_fast import KMeans, StreamingKMeans
+
+IMAGES_PER_BATCH = 32
+
+
+def best_of_ten(tokens: Tensor, n_clusters: int) -> float:
+    runs = (KMeans(n_clusters, seed=seed).fit(tokens) for seed in range(10))
+    return min(float(run.inertia_) for run in runs)
+
+
+def stream(images: Tensor, n_clusters: int, order: str, seed: int) -> tuple[Tensor, float, float]:
+    """Centres, seconds of the pass and seconds of the solve."""
+    if order == "shuffled":
+        images = images[torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))]
+    estimator = StreamingKMeans(n_clusters, seed=seed)
+    started = time.perf_counter()
+    for batch in images.split(IMAGES_PER_BATCH):
+        estimator.partial_fit(batch, group=0)
+    passed = time.perf_counter()
+    centers = estimator.cluster_centers_
+    return centers, passed - started, time.perf_counter() - passed
+
+
+def inertia_of(centers: Tensor, tokens: Tensor) -> float:
+    n_clusters = len(centers)
+    return -float(KMeans(n_clusters, init=centers, max_iter=1, tol=1e9).fit(centers).score(tokens))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("--clusters", type=int, nargs="+", default=[5, 20, 100])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    rows = []
+    for item in args.tokens:
+        name, _, path = item.partition("=")
+        images = torch.load(path, weights_only=True)
+        tokens = images.flatten(0, 1)
+        for n_clusters in args.clusters:
+            best = best_of_ten(tokens, n_clusters)
+            for order in ("shuffled", "sorted"):
+                ratios, times = [], []
+                for seed in range(args.seeds):
+                    centers, pass_s, solve_s = stream(images, n_clusters, order, seed)
+                    ratios.append(inertia_of(centers, tokens) / best)
+                    times.append((pass_s, solve_s))
+                pass_s, solve_s = np.median(np.array(times), axis=0)
+                rows.append(
+                    {
+                        "set": name,
+                        "M": len(tokens),
+                        "D": tokens.shape[-1],
+                        "K": n_clusters,
+                        "order": order,
+                        "ratios": ratios,
+                        "pass_s": pass_s,
+                        "solve_s": solve_s,
+                    }
+                )
+                shown = " ".join(f"{ratio:.4f}" for ratio in ratios)
+                seconds = f"pass {pass_s:.2f} s, solve {solve_s:.2f} s"
+                print(f"{name:8} K={n_clusters:<4} {order:9} {shown}  {seconds}", flush=True)
+    every = [ratio for row in rows for ratio in row["ratios"]]
+    print(f"mean {np.mean(every):.4f}, worst {max(every):.4f} of {len(every)} runs")
+    with open(args.out, "w") as stream_:
+        json.dump(
+            {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, stream_, indent=1
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Self-Prompt Tuning (SPT) for frozen Vision Transformers: prototypes in one pass, prompts at no cost.
+
+>>> protos = spt_fast.build_prototypes(model, loader)
+>>> tuned = spt_fast.PromptedViT(model, protos, num_classes=200)
+"""
+
+from spt_fast.build import build_prototypes
+from spt_fast.clustering import KMeans, StreamingKMeans
+from spt_fast.errors import NonFiniteError, NotFittedError
+from spt_fast.ops.nmi import sigmoid_nmi
+from spt_fast.ops.prompt_attention import prompt_attention
+from spt_fast.prompted_vit import PromptedViT
+from spt_fast.prototypes import Prototypes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KMeans",
+    "NonFiniteError",
+    "NotFittedError",
+    "PromptedViT",
+    "Prototypes",
+    "StreamingKMeans",
+    "build_prototypes",
+    "prompt_attention",
+    "sigmoid_nmi",
+]

@@ -1,0 +1,63 @@
+"""Types of the compiled module, csrc/bindings.cpp. Addresses are integers, 0 for an array left out."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    isas: list[str]
+    openmp: bool
+    cuda: bool
+    cuda_archs: str
+    compiler: str
+
+def build_info() -> BuildInfo: ...
+def assign_accumulate_cpu(
+    data: int,
+    dtype: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    centers: int,
+    num_centers: int,
+    shift: int,
+    weights: int,
+    sums: int,
+    counts: int,
+    inertia: int,
+    labels: int,
+    distances: int,
+    num_threads: int,
+    isa: str,
+) -> None: ...
+def distances_cpu(
+    data: int,
+    dtype: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    centers: int,
+    num_centers: int,
+    shift: int,
+    distances: int,
+    num_threads: int,
+    isa: str,
+) -> None: ...
+
+# The last two are there only in a module built with CUDA.
+def assign_accumulate_cuda_workspace(groups: int, rows: int, width: int, num_centers: int) -> int: ...
+def assign_accumulate_cuda(
+    data: int,
+    dtype: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    centers: int,
+    num_centers: int,
+    shift: int,
+    weights: int,
+    sums: int,
+    counts: int,
+    inertia: int,
+    labels: int,
+    distances: int,
+    workspace: int,
+    device: int,
+    stream: int,
+) -> None: ...

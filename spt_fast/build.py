@@ -1,0 +1,383 @@
+"""Prototypes from one pass of a frozen backbone over a loader of images (Sec. 3.3 and 3.4)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spt_fast.backbone import describe
+from spt_fast.clustering import KMeans, StreamingKMeans
+from spt_fast.clustering.inputs import check_int
+from spt_fast.errors import NonFiniteError
+from spt_fast.ops.kmeans import TOKEN_DTYPES, assign_accumulate
+from spt_fast.prototypes import Prototypes, from_layers
+from spt_fast.token_store import TokenStore, parse_bytes
+from spt_fast.tokens import TokenTap, image_batches, unwrap
+
+STRATEGIES = ("kmeans", "mean", "max", "random")
+MODES = ("stream", "exact")
+# Prompt lengths of the paper (Sec. 3.4, remark I).
+DEFAULT_NUM_PROMPTS = {"deep": 20, "shallow": 100}
+# torch's and numpy's generators both take seeds below this.
+_SEED_LIMIT = 2**63
+
+_Consume = Callable[[int, Tensor], object]
+_Pool = Callable[[Tensor, int, torch.Generator], Tensor]
+
+
+def build_prototypes(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    num_prompts: int | None = None,
+    depth: Literal["deep", "shallow"] = "deep",
+    strategy: Literal["kmeans", "mean", "max", "random"] = "kmeans",
+    capacity: int | None = None,
+    mode: Literal["stream", "exact"] = "stream",
+    max_images: int | None = None,
+    device: torch.device | str | None = None,
+    amp_dtype: torch.dtype | None = None,
+    memory_budget: int | str = "4GiB",
+    seed: int = 0,
+    last_output: bool = False,
+    progress: bool = True,
+) -> Prototypes:
+    """Build prompts for `model` from the patch tokens of the images in `loader`.
+
+    The model runs once, stops before the work of its last block, and comes back as it was, also after an
+    exception or Ctrl-C. Class and register tokens are left out; position embeddings are in (eq. 1).
+
+    Args:
+        model: a timm Vision Transformer, or any module whose `.blocks` map tokens [B, N, D] to [B, N, D].
+        loader: any iterable of batches: image tensors [B, C, H, W] of a floating-point dtype, tuples or lists
+            whose first item is one, or dicts with "pixel_values", "image" or "images". It is read once.
+        num_prompts: N_p, prompts per layer; None is the paper's, 20 for "deep" and 100 for "shallow".
+        depth: "deep", from the inputs of every block (eq. 13), or "shallow", of block 1 only (eq. 11).
+        strategy: "kmeans" (eq. 9, 10) over the tokens of all images, or one of Sec. 3.4 over the tokens of a
+            single batch drawn at random: "mean" or "max" of windows of floor(N_e B / N_p) tokens, or a sample
+            of N_p tokens, "random".
+        capacity: "stream" only: tokens kept per layer; None is max(20_000, 500 * num_prompts).
+        mode: "kmeans" only: "stream" sees every token once and needs memory for `capacity` of them; "exact"
+            is Lloyd's algorithm to convergence over all tokens, which it keeps.
+        max_images: stop after this many images; None reads the whole loader.
+        device: must be the model's, if given.
+        amp_dtype: autocast dtype; None is bfloat16 on CUDA and the model's own dtype elsewhere.
+        memory_budget: "exact" only: host memory for tokens, in bytes or as text such as "4GiB"; the others go
+            to a temporary file.
+        seed: of everything drawn here. The same seed, batches and machine give the same prototypes.
+        last_output: also from the last block's output, which then has to run; for `Prototypes.layer(-1)`.
+        progress: show a bar with images/s.
+
+    Raises:
+        TypeError: `model` has no blocks of the kind above, a batch holds no floating-point images, or an
+            argument has the wrong type.
+        ValueError: an argument is none of the allowed; the loader is empty; images do not fit the model;
+            pixels or tokens are NaN or infinite (image and layer named); fewer tokens than prompts.
+        OSError: "exact" finds no room for its temporary file.
+    """
+    _check_choice("depth", depth, tuple(DEFAULT_NUM_PROMPTS))
+    _check_choice("strategy", strategy, STRATEGIES)
+    _check_choice("mode", mode, MODES)
+    if num_prompts is None:
+        num_prompts = DEFAULT_NUM_PROMPTS[depth]
+    num_prompts = check_int("num_prompts", num_prompts, 1)
+    capacity = _choose_capacity(capacity, num_prompts, strategy, mode)
+    budget = parse_bytes("memory_budget", memory_budget)
+    max_images = None if max_images is None else check_int("max_images", max_images, 1)
+    seed = _check_seed(seed)
+
+    passed = _Pass(
+        model,
+        loader,
+        max_images=max_images,
+        progress=progress,
+        depth=depth,
+        last_output=last_output,
+        device=device,
+        amp_dtype=amp_dtype,
+    )
+    metadata = {
+        "strategy": strategy,
+        **({"mode": mode} if strategy == "kmeans" else {}),
+        **({"capacity": str(capacity)} if capacity is not None else {}),
+        "prompt_depth": depth,
+        "seed": str(seed),
+        **describe(unwrap(model)),
+        **_versions(),
+    }
+    if strategy != "kmeans":
+        return _from_one_batch(passed, num_prompts, strategy, seed, metadata)
+    if mode == "exact":
+        return _from_all_tokens(passed, num_prompts, budget, seed, metadata)
+    return _from_stream(passed, num_prompts, capacity, seed, metadata)
+
+
+class _Pass:
+    """One run of the model over the loader: hands out the tokens of each layer and counts what it saw."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        max_images: int | None,
+        progress: bool,
+        **tap_options: Any,
+    ) -> None:
+        self.progress = progress
+        self.num_images = 0
+        self.num_tokens = 0
+        self.tap = TokenTap(model, self._take, **tap_options)
+        self._loader = loader
+        self._length = _length(loader)
+        self._max_images = max_images
+        self._first = 0
+        self._consume: _Consume | None = None
+
+    def run(self, consume: _Consume) -> None:
+        """Run the model on every image; `consume(layer, tokens)` gets the tokens."""
+        with self.tap, closing(self._numbered_batches()) as batches:
+            for first, images in batches:
+                self._run_batch(first, images, consume)
+
+    def run_one_batch(self, consume: _Consume, generator: torch.Generator) -> None:
+        """Run the model on one batch of the loader, each batch having the same chance."""
+        with closing(self._numbered_batches()) as batches:
+            first, images = _choose_batch(batches, self._length, generator)
+        with self.tap:
+            self._run_batch(first, images, consume)
+
+    def check_enough_tokens(self, num_prompts: int, where: str = "loader") -> None:
+        """Raise ValueError if there are fewer tokens than prompts."""
+        if self.num_tokens < num_prompts:
+            raise ValueError(
+                f"num_prompts must be at most the number of patch tokens, but {where} gave "
+                f"{self.num_tokens} per layer (from {self.num_images} images) for {num_prompts} prompts"
+            )
+
+    def result(self, prompts: Tensor, counts: Tensor, inertia: Tensor, **more: Any) -> Prototypes:
+        """Prototypes of layers [G, N_p, D], with what this pass has counted."""
+        return from_layers(
+            prompts,
+            counts,
+            inertia,
+            num_images=self.num_images,
+            num_tokens=self.num_tokens,
+            with_last_output=self.tap.n_outputs > self.tap.n_layers,
+            **more,
+        )
+
+    def _run_batch(self, first: int, images: Tensor, consume: _Consume) -> None:
+        self._first = first
+        self._consume = consume
+        self.num_images += len(images)
+        self.tap.run(images)
+
+    def _take(self, layer: int, tokens: Tensor) -> None:
+        assert self._consume is not None
+        if layer == 0:
+            self.num_tokens += tokens.shape[0] * tokens.shape[1]
+        try:
+            self._consume(layer, tokens if tokens.dtype in TOKEN_DTYPES else tokens.float())
+        except NonFiniteError as error:
+            image = self._first + error.row // tokens.shape[1]
+            raise ValueError(
+                f"tokens must be finite, but {self.tap.name(layer)} holds NaN, infinity or numbers too large "
+                f"to be squared in float32 for image {image} (counted from 0)"
+            ) from None
+
+    def _numbered_batches(self) -> Generator[tuple[int, Tensor], None, None]:
+        """Batches, each with the number of its first image; shows a bar, and raises if there are none."""
+        first = 0
+        with tqdm(desc="prototypes", unit=" images", disable=not self.progress) as bar:
+            for images in image_batches(self._loader, self._max_images):
+                if first == 0:
+                    bar.total = _estimate_total(self._length, len(images), self._max_images)
+                yield first, images
+                first += len(images)
+                bar.update(len(images))
+            bar.total = first
+        if first == 0:
+            raise ValueError("loader must give at least one batch of images, got none")
+
+
+def _from_stream(
+    passed: _Pass, num_prompts: int, capacity: int | None, seed: int, metadata: dict[str, str]
+) -> Prototypes:
+    """K-means by a single look at each token."""
+    groups = passed.tap.n_outputs
+    clusters = StreamingKMeans(num_prompts, n_groups=groups, capacity=capacity, seed=seed)
+    passed.run(lambda layer, tokens: clusters.partial_fit(tokens, group=layer))
+    passed.check_enough_tokens(num_prompts)
+    with tqdm(total=groups, desc="clustering", unit=" layers", disable=not passed.progress) as bar:
+        solved = clusters.solve()
+        bar.update(groups)
+    return passed.result(
+        solved.centers, solved.counts, solved.inertia, metadata=metadata, summary=clusters.summary()
+    )
+
+
+def _from_all_tokens(
+    passed: _Pass, num_prompts: int, budget: int, seed: int, metadata: dict[str, str]
+) -> Prototypes:
+    """K-means by Lloyd's algorithm, each layer on its own over all of its tokens."""
+    groups = passed.tap.n_outputs
+    with TokenStore(groups, budget) as store:
+
+        def keep(layer: int, tokens: Tensor) -> None:
+            _check_finite(tokens)
+            store.append(layer, tokens)
+
+        passed.run(keep)
+        passed.check_enough_tokens(num_prompts)
+        layers = tqdm(range(groups), desc="clustering", unit=" layers", disable=not passed.progress)
+        fitted = [_fit_exactly(store.take(layer), num_prompts, seed) for layer in layers]
+    prompts, counts, inertia = (torch.stack(values) for values in zip(*fitted, strict=True))
+    return passed.result(prompts, counts, inertia, metadata=metadata)
+
+
+def _fit_exactly(tokens: Tensor, num_prompts: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts [N_p, D], counts [N_p] and mean squared distance of tokens [M, D]."""
+    fitted = KMeans(num_prompts, seed=seed).fit(tokens)
+    inertia = torch.as_tensor(fitted.inertia_, dtype=torch.float64).reshape(()) / len(tokens)
+    return torch.as_tensor(fitted.cluster_centers_), torch.as_tensor(fitted.counts_), inertia
+
+
+def _from_one_batch(
+    passed: _Pass, num_prompts: int, strategy: str, seed: int, metadata: dict[str, str]
+) -> Prototypes:
+    """Windows or a sample of the tokens of one random batch (Sec. 3.4)."""
+    generator = torch.Generator().manual_seed(seed)
+    pooled: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def pool(_: int, tokens: Tensor) -> None:
+        passed.check_enough_tokens(num_prompts, "the batch drawn from loader")
+        _check_finite(tokens)
+        flat = tokens.flatten(0, 1).float()
+        prompts = _POOLS[strategy](flat, num_prompts, generator)
+        pooled.append((prompts, *_measure(flat, prompts)))
+
+    passed.run_one_batch(pool, generator)
+    prompts, counts, inertia = (torch.stack(values) for values in zip(*pooled, strict=True))
+    return passed.result(prompts, counts, inertia, metadata=metadata)
+
+
+def _measure(tokens: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of tokens nearest to each prompt [N_p], and the mean of their squared distances."""
+    assigned = assign_accumulate(tokens[None], prompts[None], shift=tokens.mean(0, keepdim=True))
+    return assigned.counts[0], assigned.inertia[0] / len(tokens)
+
+
+def _windows(tokens: Tensor, num_prompts: int) -> Tensor:
+    """N_p windows of floor(M / N_p) tokens, [M, D] to [N_p, window, D]; the tokens left over are dropped."""
+    window = len(tokens) // num_prompts
+    return tokens[: num_prompts * window].reshape(num_prompts, window, -1)
+
+
+def _mean_pool(tokens: Tensor, num_prompts: int, _: torch.Generator) -> Tensor:
+    return _windows(tokens, num_prompts).mean(1)
+
+
+def _max_pool(tokens: Tensor, num_prompts: int, _: torch.Generator) -> Tensor:
+    return _windows(tokens, num_prompts).amax(1)
+
+
+def _sample(tokens: Tensor, num_prompts: int, generator: torch.Generator) -> Tensor:
+    # Drawn on the CPU, so that the choice does not depend on the device.
+    rows = torch.randperm(len(tokens), generator=generator)[:num_prompts]
+    return tokens[rows.to(tokens.device)]
+
+
+_POOLS: dict[str, _Pool] = {"mean": _mean_pool, "max": _max_pool, "random": _sample}
+
+
+def _choose_batch(
+    batches: Iterator[tuple[int, Tensor]], length: int | None, generator: torch.Generator
+) -> tuple[int, Tensor]:
+    """One of the batches, each with the same chance, holding no more than one at a time.
+
+    With a known length, reading stops at the one drawn. Otherwise the i-th batch replaces the one held with
+    probability 1 / i, which leaves each with the same chance at the end.
+    """
+    chosen = next(batches)
+    if length:
+        target = _draw(length, generator)
+        for _, chosen in zip(range(target), batches, strict=False):  # noqa: B007
+            pass
+        return chosen
+    for index, batch in enumerate(batches, start=2):
+        if _draw(index, generator) == 0:
+            chosen = batch
+    return chosen
+
+
+def _draw(below: int, generator: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=generator))
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _estimate_total(length: int | None, batch_size: int, max_images: int | None) -> int | None:
+    """Number of images to come, as far as it can be known: a last batch may be smaller."""
+    known = [n for n in (None if length is None else length * batch_size, max_images) if n is not None]
+    return min(known, default=None)
+
+
+def _check_finite(tokens: Tensor) -> None:
+    low, high = torch.aminmax(tokens)
+    if not math.isfinite(float(low)) or not math.isfinite(float(high)):
+        row = int((~tokens.isfinite()).any(-1).flatten().nonzero()[0])
+        raise NonFiniteError(f"row {row} holds NaN or infinity", row)
+
+
+def _check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _choose_capacity(capacity: int | None, num_prompts: int, strategy: str, mode: str) -> int | None:
+    """Tokens kept per layer, or None where none are kept; also refuses options that would have no effect."""
+    if strategy != "kmeans" and mode != "stream":
+        raise ValueError(f"mode={mode!r} is for strategy='kmeans', got strategy={strategy!r}")
+    if strategy != "kmeans" or mode != "stream":
+        if capacity is not None:
+            raise ValueError(
+                f"capacity is for strategy='kmeans' with mode='stream', got {strategy!r} with {mode!r}"
+            )
+        return None
+    if capacity is None:
+        return max(20_000, 500 * num_prompts)
+    if check_int("capacity", capacity, 1) < num_prompts:
+        raise ValueError(f"capacity must be at least num_prompts ({num_prompts}), got {capacity}")
+    return int(capacity)
+
+
+def _check_seed(seed: int) -> int:
+    number = check_int("seed", seed, 0)
+    if number >= _SEED_LIMIT:
+        raise ValueError(f"seed must be below 2**63, got {number}")
+    return number
+
+
+def _versions() -> dict[str, str]:
+    return {f"{name}_version": _version(name) for name in ("spt_fast", "torch", "timm")}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        # Used from a source tree.
+        return "unknown"

@@ -1,0 +1,181 @@
+"""The command `spt-fast`: arguments to functions, no logic of its own.
+
+Exit codes: 0 done, 2 bad input (one line on stderr says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+INTERRUPTED = 130
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("spt-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if args.traceback:
+            raise
+        print(f"spt-fast {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spt-fast", description="Self-Prompt Tuning of Vision Transformers."
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_prototypes(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_demo(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="tune the shipped backbone on a few shipped images, offline",
+        description="SPT-Deep, VPT-Deep and a linear probe on a few handwritten digits, shipped backbone: "
+        "prints a table, writes spt_fast_demo.png and spt_fast_demo.json. Minutes on two cores.",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="FOLDER", help="where to write (default: here)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write over the two files if they are there")
+    parser.add_argument("--epochs", type=int, help="of tuning, instead of the documented budget")
+    parser.add_argument("--seeds", type=int, help="number of seeds, instead of the documented budget")
+    parser.set_defaults(run=_demo)
+
+
+def _add_prototypes(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "prototypes",
+        help="build prompts from a model and images, in one pass",
+        description="Prototypes of a data set's patch tokens, for SPT; written as safetensors.",
+        epilog="example: spt-fast prototypes --model vit_small_patch16_224 --data photos --out p.safetensors",
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="timm model name, 'shipped', or a file of examples/pretrain_backbone.py",
+    )
+    parser.add_argument(
+        "--data", required=True, help="folder of images, timm data set (torch/cifar10), or 'digits'"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--overwrite", action="store_true", help="write over FILE if it is there")
+    weights = parser.add_argument_group("weights of a timm model")
+    weights.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="timm's weights (default) or random",
+    )
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file instead")
+    images = parser.add_argument_group("images")
+    images.add_argument("--root", type=Path, metavar="FOLDER", help="where a timm data set lies")
+    images.add_argument("--split", default="train", help="of a timm data set (default: train)")
+    images.add_argument("--download", action="store_true", help="let timm download the data set")
+    images.add_argument("--max-images", type=int, metavar="M", help="stop after M images, drawn at random")
+    images.add_argument("--batch-size", type=int, default=64)
+    images.add_argument("--workers", type=int, default=4)
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--num-prompts", type=int, help="default: 20 (deep), 100 (shallow)")
+    prompts.add_argument("--depth", choices=("deep", "shallow"), default="deep")
+    prompts.add_argument("--strategy", choices=("kmeans", "mean", "max", "random"), default="kmeans")
+    prompts.add_argument(
+        "--mode", choices=("stream", "exact"), default="stream", help="of kmeans (default: stream)"
+    )
+    prompts.add_argument(
+        "--capacity", type=int, help="tokens kept per layer (default: 20000 or 500 per prompt)"
+    )
+    prompts.add_argument("--device", help="default: cuda where there is one, else cpu")
+    prompts.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_prototypes)
+
+
+def _add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "doctor", help="what is installed, which code each operation runs here, and why"
+    )
+    parser.set_defaults(run=_doctor)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from spt_fast import demo
+
+    budget = demo.Budget().scaled(epochs=args.epochs, seeds=args.seeds)
+    demo.output_paths(args.out, overwrite=args.overwrite)
+    print(demo.introduction(budget), flush=True)
+    report = demo.run_demo(args.out, overwrite=args.overwrite, budget=budget)
+    print(report.summary())
+
+
+def _prototypes(args: argparse.Namespace) -> None:
+    import time
+
+    import torch
+
+    from spt_fast.build import build_prototypes
+    from spt_fast.files import check_output_path
+    from spt_fast.sources import open_images, open_model
+
+    check_output_path(args.out, overwrite=args.overwrite)
+    model = open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint)
+    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    images = open_images(
+        args.data,
+        model,
+        root=args.root,
+        split=args.split,
+        download=args.download,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        seed=args.seed,
+    )
+    started = time.perf_counter()
+    prototypes = build_prototypes(
+        model,
+        images,
+        num_prompts=args.num_prompts,
+        depth=args.depth,
+        strategy=args.strategy,
+        capacity=args.capacity,
+        mode=args.mode,
+        max_images=args.max_images,
+        seed=args.seed,
+    )
+    seconds = time.perf_counter() - started
+    prototypes.save(args.out, overwrite=args.overwrite)
+    layers, num_prompts, width = prototypes.prompts.shape
+    print(f"{args.out}: {layers} x {num_prompts} prompts of width {width}")
+    print(
+        f"{prototypes.num_images} images in {seconds:.1f} s, {prototypes.num_images / seconds:.1f} images/s"
+    )
+    for layer, inertia in enumerate(prototypes.inertia.tolist(), start=1):
+        print(f"block {layer:2d}: mean squared distance per token {inertia:.4g}")
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from spt_fast import doctor
+
+    print(doctor.report())
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

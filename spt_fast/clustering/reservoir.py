@@ -1,0 +1,93 @@
+"""A weighted reservoir: a bounded sample of a stream of tokens, drawn by importance, that is unbiased."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spt_fast.clustering.weighted import WeightedTokens, mean_of
+
+
+class PriorityReservoir:
+    """Priority sampling (Duffield, Lund and Thorup, 2007) of up to `capacity` tokens.
+
+    A token of importance p gets the key u / p, u uniform in (0, 1]; the smallest keys stay. With tau
+    the smallest key that did not stay, a kept token stands for 1 / min(1, p tau) tokens, which makes
+    every weighted sum over the sample an unbiased estimate of the sum over the stream. The order of
+    arrival plays no part. Tokens are stored in their own dtype, so nothing is lost.
+    """
+
+    def __init__(
+        self, capacity: int, width: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> None:
+        self.capacity = capacity
+        self._generator = generator
+        self._threshold = torch.inf  # tau
+        self._size = 0
+        self._tokens = torch.empty(capacity, width, dtype=dtype, device=device)
+        self._keys = torch.empty(capacity, dtype=torch.float64, device=device)
+        self._importance = torch.empty(capacity, dtype=torch.float64, device=device)
+        self._weights = torch.empty(capacity, dtype=torch.float64, device=device)  # that the tokens came with
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._tokens.dtype
+
+    def __len__(self) -> int:
+        return self._size
+
+    def offer(self, tokens: Tensor, importance: Tensor, weights: Tensor | None) -> None:
+        """Show the reservoir M new tokens [..., D] of importance [M] > 0 and, optionally, weights [M]."""
+        uniform = 1 - torch.rand(len(importance), dtype=torch.float64, generator=self._generator)
+        importance = importance.double()
+        if weights is not None:
+            importance = importance * weights
+        keys = uniform.to(importance.device) / importance
+        entering = (keys < self._threshold).nonzero()[:, 0]
+        if len(entering) == 0:
+            return
+        weights = torch.ones_like(keys) if weights is None else weights.double()
+        kept, slots = self._make_room(keys[entering])
+        self._write(slots, tokens, entering[kept], keys, importance, weights)
+
+    def summary(self, backend: str = "auto") -> WeightedTokens:
+        """The kept tokens with the weights that make them stand for the whole stream."""
+        size = self._size
+        inclusion = (self._importance[:size] * self._threshold).clamp_max(1.0)
+        weights = (self._weights[:size] / inclusion).float()
+        tokens = self._tokens[:size]
+        return WeightedTokens(tokens, weights, mean_of(tokens, weights, backend), backend)
+
+    def _make_room(self, new_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the new keys stay (indices), and the slots that they take; lowers the threshold."""
+        size, fresh = self._size, len(new_keys)
+        free = self.capacity - size
+        if fresh <= free:
+            self._size += fresh
+            everything = torch.arange(fresh, device=new_keys.device)
+            return everything, everything + size
+        keys = torch.cat([self._keys[:size], new_keys])
+        self._threshold = float(keys.kthvalue(self.capacity + 1).values)
+        kept = (new_keys < self._threshold).nonzero()[:, 0]
+        vacated = (self._keys[:size] >= self._threshold).nonzero()[:, 0]
+        slots = torch.cat([vacated, torch.arange(size, self.capacity, device=keys.device)])
+        self._size = self.capacity
+        return kept, slots[: len(kept)]
+
+    def _write(
+        self, slots: Tensor, tokens: Tensor, rows: Tensor, keys: Tensor, importance: Tensor, weights: Tensor
+    ) -> None:
+        self._tokens[slots] = take_rows(tokens, rows)
+        self._keys[slots] = keys[rows]
+        self._importance[slots] = importance[rows]
+        self._weights[slots] = weights[rows]
+
+
+def take_rows(tokens: Tensor, rows: Tensor) -> Tensor:
+    """Rows of [..., D] by their flat index over the leading dimensions, without flattening a strided view."""
+    leading = tokens.shape[:-1]
+    index = []
+    for size in reversed(leading):
+        index.append(rows % size)
+        rows = rows // size
+    return tokens[tuple(reversed(index))]

@@ -1,0 +1,75 @@
+"""One clustering problem, tokens with weights, and the passes over it that every algorithm is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spt_fast.ops.kmeans import Assigned, assign_accumulate, squared_distances
+
+
+@dataclass(frozen=True)
+class WeightedTokens:
+    """n tokens of one group. The mean serves as the point that distances are computed around."""
+
+    tokens: Tensor  # [n, D] float32, float16 or bfloat16
+    weights: Tensor | None  # [n] float32, or None: one each
+    mean: Tensor  # [D] float32
+    backend: str = "auto"
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def assign(self, centers: Tensor, *, with_labels: bool = False, with_distances: bool = False) -> Assigned:
+        """One pass of assign-and-accumulate; every result keeps its leading group dimension of 1."""
+        return assign_accumulate(
+            self.tokens[None],
+            centers[None],
+            shift=self.mean[None],
+            weights=None if self.weights is None else self.weights[None],
+            with_labels=with_labels,
+            with_distances=with_distances,
+            backend=self.backend,
+        )
+
+    def distances_to(self, points: Tensor) -> np.ndarray:
+        """Squared distances [n, K] to K points [K, D]; float32."""
+        squared = squared_distances(
+            self.tokens[None], points[None], shift=self.mean[None], backend=self.backend
+        )
+        return np.asarray(squared[0].cpu())
+
+    def rows(self, index: np.ndarray) -> Tensor:
+        """Chosen tokens [len(index), D] in float32."""
+        return self.tokens[torch.from_numpy(index).to(self.tokens.device)].float()
+
+    def weights_array(self) -> np.ndarray:
+        """Weights [n] in float64, on the host."""
+        if self.weights is None:
+            return np.ones(len(self))
+        return np.asarray(self.weights.double().cpu())
+
+    def sample(self, size: int, rng: np.random.Generator) -> WeightedTokens:
+        """A uniform sample of `size` tokens without replacement; all of them if there are no more."""
+        if size >= len(self):
+            return self
+        index = torch.from_numpy(np.sort(rng.choice(len(self), size, replace=False))).to(self.tokens.device)
+        weights = None if self.weights is None else self.weights[index]
+        return WeightedTokens(self.tokens[index], weights, self.mean, self.backend)
+
+
+def mean_of(tokens: Tensor, weights: Tensor | None, backend: str = "auto") -> Tensor:
+    """Weighted mean [D] of tokens [n, D], float32, from sums in float64."""
+    width = tokens.shape[-1]
+    anchor = tokens[:1].float()  # any token: keeps the float32 sums small where the data lies far from zero
+    pass_over = assign_accumulate(
+        tokens[None],
+        torch.zeros(1, 1, width, device=tokens.device),
+        shift=anchor,
+        weights=None if weights is None else weights[None],
+        backend=backend,
+    )
+    return (pass_over.sums[0, 0] / pass_over.counts[0, 0]).float()

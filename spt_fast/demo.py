@@ -1,0 +1,451 @@
+"""The demo: SPT-Deep, VPT-Deep and a linear probe on a few shipped digits with the shipped backbone.
+
+How task, budget and learning rates were chosen, and what to expect, is in docs/demo.md. All numbers are
+measured by the run that prints them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from spt_fast.build import build_prototypes
+from spt_fast.files import _write_atomically as write_bytes
+from spt_fast.files import check_output_path
+from spt_fast.plots import MethodCurves, demo_figure, matplotlib_missing
+from spt_fast.prompted_vit import PromptedViT
+from spt_fast.samples import DIGITS_SPLITS, backbone_facts, few_per_class, load_backbone, load_digits
+from spt_fast.trainer import evaluate, fit, shuffled_loader
+
+if TYPE_CHECKING:
+    from spt_fast.prototypes import Prototypes
+    from spt_fast.trainer import History
+
+Split = tuple[Tensor, Tensor]  # images (or features) [M, ...] and labels [M]
+
+NUM_CLASSES = 10
+FIGURE_NAME = "spt_fast_demo.png"
+NUMBERS_NAME = "spt_fast_demo.json"
+
+_EVALUATION_BATCH = 100
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Highest learning rates of the head and of the prompts (None: there are none)."""
+
+    head: float
+    prompts: float | None = None
+
+
+# Chosen on the validation split by examples/tune_demo.py; the whole sweep is in docs/demo.md.
+LEARNING_RATES = {
+    "linear probe": Rates(head=1e-2),
+    "VPT-Deep": Rates(head=1e-2, prompts=5e-2),
+    "SPT-Deep": Rates(head=1e-2, prompts=5e-2),
+}
+METHODS = tuple(LEARNING_RATES)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each method gets: the same images, in the same order, for as many epochs."""
+
+    images_per_class: int = 10
+    epochs: int = 30
+    warmup_epochs: float = 3
+    batch_size: int = 20
+    num_prompts: int = 10
+    weight_decay: float = 1e-4
+    val_every: int = 2
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def scaled(self, *, epochs: int | None = None, seeds: int | None = None) -> Budget:
+        """Another number of epochs (warm-up keeps its share) or of seeds; None leaves it.
+
+        Raises:
+            ValueError: a number below 1.
+        """
+        for name, value in (("epochs", epochs), ("seeds", seeds)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        epochs = epochs or self.epochs
+        return replace(
+            self,
+            epochs=epochs,
+            warmup_epochs=self.warmup_epochs * epochs / self.epochs,
+            seeds=self.seeds if seeds is None else tuple(range(seeds)),
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """The shipped digits in memory; `val` and `test` may be cut short to save time in tests."""
+
+    train: Split
+    val: Split
+    test: Split
+
+    @classmethod
+    def load(cls) -> Task:
+        return cls(load_digits("train"), load_digits("val"), load_digits("test"))
+
+    def few(self, per_class: int, seed: int) -> Split:
+        """The training images of one seed."""
+        images, labels = self.train
+        rows = few_per_class(labels, per_class, seed=seed)
+        return images[rows], labels[rows]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method, one seed. Accuracies in [0, 1]; NMI per block, mean over the training images."""
+
+    method: str
+    seed: int
+    rates: Rates
+    trainable_parameters: int
+    prototype_seconds: float
+    train_seconds: float
+    val_epochs: list[int]
+    val_accuracy: list[float]
+    test_accuracy: float
+    nmi_start: list[float] | None = None
+    nmi_end: list[float] | None = None
+
+
+@dataclass
+class DemoReport:
+    """All runs of a demo, and what they were run on."""
+
+    budget: Budget
+    backbone: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+    seconds: float = 0.0
+    files: list[Path] = field(default_factory=list)
+
+    def of(self, method: str) -> list[Run]:
+        return [run for run in self.runs if run.method == method]
+
+    @property
+    def methods(self) -> list[str]:
+        return [method for method in METHODS if self.of(method)]
+
+    def table(self) -> str:
+        """One row per method; spread is the standard deviation over seeds, times are means over seeds."""
+        header = (
+            "method",
+            "test accuracy %",
+            "trainable",
+            "prototypes s",
+            "training s",
+            "NMI at start",
+            "prompt lr",
+        )
+        rows = [header, *(self._row(method) for method in self.methods)]
+        return _format_table(rows)
+
+    def summary(self) -> str:
+        """The table, what its columns mean, and where the files are."""
+        seeds = len(self.budget.seeds)
+        lines = [
+            "",
+            self.table(),
+            "",
+            f"accuracy: mean ± standard deviation over {seeds} seeds; times: mean per seed",
+            f"whole demo: {self.seconds:.0f} s on {torch.get_num_threads()} threads",
+        ]
+        return "\n".join([*lines, *(f"wrote {path}" for path in self.files)])
+
+    def curves(self) -> dict[str, MethodCurves]:
+        """What the figure draws."""
+        return {method: _curves(self.of(method)) for method in self.methods}
+
+    def to_json(self) -> str:
+        numbers = {
+            "budget": asdict(self.budget),
+            "backbone": self.backbone,
+            "seconds": self.seconds,
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "runs": [asdict(run) for run in self.runs],
+        }
+        return json.dumps(numbers, indent=1) + "\n"
+
+    def _row(self, method: str) -> tuple[str, ...]:
+        runs = self.of(method)
+        start = [statistics.fmean(run.nmi_start) for run in runs if run.nmi_start is not None]
+        prototypes = statistics.fmean(run.prototype_seconds for run in runs)
+        return (
+            method,
+            _mean_and_spread([100 * run.test_accuracy for run in runs]),
+            f"{runs[0].trainable_parameters:,}",
+            f"{prototypes:.2f}" if prototypes else "-",
+            f"{statistics.fmean(run.train_seconds for run in runs):.1f}",
+            f"{statistics.fmean(start):.2e}" if start else "-",
+            f"{runs[0].rates.prompts or '-'}",
+        )
+
+
+def introduction(budget: Budget) -> str:
+    """What is about to be run, in a few lines."""
+    facts = backbone_facts()
+    shape = facts["architecture"]
+    lines = [
+        f"backbone  ViT, {shape['depth']} blocks of width {shape['embed_dim']}, frozen; pretrained by masked "
+        f"autoencoding for {facts['epochs']} epochs (loss {facts['loss']:.3f})",
+        f"task      handwritten digits, {budget.images_per_class} training images per class, "
+        f"{_rows('val')} for validation, {_rows('test')} to test",
+        f"budget    {budget.epochs} epochs, {budget.num_prompts} prompts per block, "
+        f"{len(budget.seeds)} seeds",
+    ]
+    missing = matplotlib_missing()
+    return "\n".join(lines if missing is None else [*lines, f"figure    {missing}"])
+
+
+def run_demo(
+    out: str | Path = ".",
+    *,
+    overwrite: bool = False,
+    budget: Budget | None = None,
+    task: Task | None = None,
+    learning_rates: dict[str, Rates] | None = None,
+    progress: bool = True,
+) -> DemoReport:
+    """Run every method over every seed; write the figure and the numbers into the folder `out`.
+
+    Without matplotlib the figure is left out.
+
+    Raises:
+        FileExistsError: one of the two files is there already, and not `overwrite`; before any work.
+        FileNotFoundError: the folder does not exist; before any work.
+    """
+    figure_path, numbers_path = output_paths(out, overwrite=overwrite)
+    budget, rates = budget or Budget(), LEARNING_RATES | (learning_rates or {})
+    started = time.perf_counter()
+    report = DemoReport(budget, backbone_facts())
+    task = task or Task.load()
+    bar = tqdm(total=len(budget.seeds) * len(METHODS) * budget.epochs, unit="epoch", disable=not progress)
+    with bar:
+        for seed in budget.seeds:
+            for method in METHODS:
+                bar.set_description(f"seed {seed}, {method}")
+                run = run_method(
+                    method, task, budget, rates[method], seed=seed, on_epoch=lambda *_: bar.update()
+                )
+                report.runs.append(run)
+    report.seconds = time.perf_counter() - started
+    write_bytes(numbers_path, report.to_json().encode(), overwrite=overwrite)
+    report.files.append(numbers_path)
+    if figure_path is not None:
+        _draw(report, figure_path, overwrite=overwrite)
+        report.files.append(figure_path)
+    return report
+
+
+def output_paths(out: str | Path, *, overwrite: bool) -> tuple[Path | None, Path]:
+    """Where figure (None without matplotlib) and numbers will go; raises as `run_demo` says."""
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"out must be a folder, but {folder} is a file")
+    figure = None if matplotlib_missing() else check_output_path(folder / FIGURE_NAME, overwrite=overwrite)
+    return figure, check_output_path(folder / NUMBERS_NAME, overwrite=overwrite)
+
+
+def run_method(
+    method: str,
+    task: Task,
+    budget: Budget,
+    rates: Rates,
+    *,
+    seed: int,
+    on_epoch: Callable[[int, History], None] | None = None,
+) -> Run:
+    """Tune one method on one seed's images, in one order, from one head: the same for every method.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    model = load_backbone()
+    head = classifier(model.num_features, seed=seed)
+    train = task.few(budget.images_per_class, seed)
+    recipe = _Recipe(budget, rates, seed, on_epoch)
+    if method == "linear probe":
+        return _probe(model, head, train, task, recipe)
+    return _prompt(method, model, head, train, task, recipe)
+
+
+def classifier(width: int, *, seed: int) -> nn.Sequential:
+    """A batch norm without weights and a linear layer, as MAE's linear probe has it.
+
+    The backbone's pooled features vary little around a large mean; unscaled, they would make every
+    method's learning rate a matter of the head.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        linear = nn.Linear(width, NUM_CLASSES)
+        nn.init.trunc_normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(width, affine=False), linear)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How to train, the same for all three methods but for the learning rates."""
+
+    budget: Budget
+    rates: Rates
+    seed: int
+    on_epoch: Callable[[int, History], None] | None
+
+    def fit(self, net: nn.Module, train: Split, val: Split) -> History:
+        return fit(
+            net,
+            shuffled_loader(*train, batch_size=self.budget.batch_size, seed=self.seed),
+            _in_order(val),
+            epochs=self.budget.epochs,
+            lr=self.rates.head,
+            prompt_lr=self.rates.prompts,
+            weight_decay=self.budget.weight_decay,
+            warmup_epochs=self.budget.warmup_epochs,
+            seed=self.seed,
+            val_every=self.budget.val_every,
+            progress=False,
+            on_epoch=self.on_epoch,
+        )
+
+
+def _probe(model: nn.Module, head: nn.Module, train: Split, task: Task, recipe: _Recipe) -> Run:
+    """The head alone. The backbone does not change, so each image passes through it once."""
+    started = time.perf_counter()
+    train_features = _features(model, train)
+    feature_seconds = time.perf_counter() - started
+    history = recipe.fit(head, train_features, _features(model, task.val))
+    return Run(
+        method="linear probe",
+        seed=recipe.seed,
+        rates=recipe.rates,
+        trainable_parameters=_trainable(head),
+        prototype_seconds=0.0,
+        train_seconds=feature_seconds + history.train_seconds,
+        val_epochs=history.val_epochs,
+        val_accuracy=history.val_accuracy,
+        test_accuracy=evaluate(head, _in_order(_features(model, task.test))),
+    )
+
+
+def _prompt(method: str, model: nn.Module, head: nn.Module, train: Split, task: Task, recipe: _Recipe) -> Run:
+    budget, images = recipe.budget, train[0]
+    prompts: Prototypes | int = budget.num_prompts
+    started = time.perf_counter()
+    if method == "SPT-Deep":
+        prompts = build_prototypes(
+            model, _in_order(train), num_prompts=budget.num_prompts, seed=recipe.seed, progress=False
+        )
+    prototype_seconds = time.perf_counter() - started if method == "SPT-Deep" else 0.0
+    # Kept as the model's own head, so that every method starts from the same one.
+    model.head = head
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        tuned = PromptedViT(model, prompts)
+    nmi_start = _nmi(tuned, images)
+    history = recipe.fit(tuned, train, task.val)
+    return Run(
+        method=method,
+        seed=recipe.seed,
+        rates=recipe.rates,
+        trainable_parameters=_trainable(tuned),
+        prototype_seconds=prototype_seconds,
+        train_seconds=history.train_seconds,
+        val_epochs=history.val_epochs,
+        val_accuracy=history.val_accuracy,
+        test_accuracy=evaluate(tuned, _in_order(task.test)),
+        nmi_start=nmi_start,
+        nmi_end=_nmi(tuned, images),
+    )
+
+
+@torch.no_grad()
+def _features(model: nn.Module, split: Split) -> Split:
+    """Pooled features [M, D] instead of images."""
+    images, labels = split
+    return torch.cat([model(part) for part in torch.split(images, _EVALUATION_BATCH)]), labels
+
+
+def _in_order(split: Split) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(TensorDataset(*split), batch_size=_EVALUATION_BATCH)
+
+
+def _trainable(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+
+
+def _nmi(tuned: PromptedViT, images: Tensor) -> list[float]:
+    per_image = torch.cat([tuned.layer_nmi(part) for part in torch.split(images, _EVALUATION_BATCH)], dim=1)
+    means: list[float] = per_image.double().mean(dim=1).tolist()
+    return means
+
+
+def _rows(split: str) -> int:
+    first, last = DIGITS_SPLITS[split]
+    return last - first
+
+
+def _curves(runs: Sequence[Run]) -> MethodCurves:
+    def stacked(values: Sequence[list[float] | None]) -> np.ndarray | None:
+        return None if values[0] is None else np.array(values, dtype=np.float64)
+
+    return MethodCurves(
+        epochs=runs[0].val_epochs,
+        accuracy=np.array([run.val_accuracy for run in runs]),
+        nmi_start=stacked([run.nmi_start for run in runs]),
+        nmi_end=stacked([run.nmi_end for run in runs]),
+    )
+
+
+def _draw(report: DemoReport, path: Path, *, overwrite: bool) -> None:
+    budget = report.budget
+    subtitle = (
+        f"{budget.images_per_class} digits per class, {budget.epochs} epochs, "
+        f"{budget.num_prompts} prompts per block; "
+        f"ViT pretrained by masked autoencoding for {report.backbone['epochs']} epochs"
+    )
+    image = io.BytesIO()
+    demo_figure(report.curves(), subtitle=subtitle).savefig(image, format="png")
+    write_bytes(path, image.getvalue(), overwrite=overwrite)
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def _format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        first, *others = zip(row, widths, strict=True)
+        lines.append("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]))
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

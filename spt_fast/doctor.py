@@ -1,0 +1,105 @@
+"""What is installed here, and which code each operation will run: `spt-fast doctor`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from spt_fast.ops import kmeans, kmeans_native
+from spt_fast.samples import backbone_facts
+
+_REQUIRED = ("torch", "timm", "safetensors", "numpy", "tqdm")
+_OPTIONAL = {
+    "triton": "Linux only",
+    "matplotlib": "extra: plots",
+    "faiss-cpu": "extra: faiss",
+    "faiss-gpu": "extra: faiss-gpu",
+}
+
+Line = tuple[str, str]
+
+
+def report() -> str:
+    """All facts, one per line, in sections; never raises because something is missing."""
+    sections = {
+        "versions": _versions(),
+        "machine": _machine(),
+        "compiled extension": _extension(),
+        "backends": _backends(),
+        "shipped backbone": _backbone(),
+    }
+    return "\n\n".join(_section(title, list(lines)) for title, lines in sections.items())
+
+
+def _section(title: str, lines: list[Line]) -> str:
+    width = max(len(name) for name, _ in lines)
+    return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in lines)])
+
+
+def _versions() -> Iterator[Line]:
+    yield "spt_fast", _version("spt_fast") or "not installed (run from a checkout)"
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    for name in _REQUIRED:
+        yield name, _version(name) or "MISSING"
+    for name, note in _OPTIONAL.items():
+        yield name, _version(name) or f"not installed ({note})"
+
+
+def _machine() -> Iterator[Line]:
+    yield "system", f"{platform.system()} {platform.machine()}"
+    yield "cpu", f"{os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads"
+    yield "cuda", _cuda()
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"no device available (torch is built for CUDA {torch.version.cuda})"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{', '.join(names)} (torch is built for CUDA {torch.version.cuda})"
+
+
+def _extension() -> Iterator[Line]:
+    try:
+        info = kmeans_native.build_info()
+    except RuntimeError as error:
+        yield "present", f"no: {error}; k-means falls back to plain PyTorch"
+        return
+    yield "present", "yes"
+    yield "instruction set", f"{info['isa']} (this processor can use: {', '.join(info['isas'])})"
+    yield "openmp", "yes" if info["openmp"] else "no: one thread"
+    yield "cuda", f"yes, for {info['cuda_archs']}" if info["cuda"] else "no: CPU only"
+    yield "compiler", str(info["compiler"])
+
+
+def _backends() -> Iterator[Line]:
+    for device in _devices():
+        name, reason = kmeans.explain_backend(device)
+        yield f"k-means on {device.type}", f"{name}: {reason}" if reason else name
+    yield "prompt_attention", "reference: plain PyTorch (scaled dot product attention)"
+    yield "sigmoid_nmi", "reference: plain PyTorch"
+
+
+def _devices() -> Iterator[torch.device]:
+    yield torch.device("cpu")
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+
+
+def _backbone() -> Iterator[Line]:
+    facts = backbone_facts()
+    yield "architecture", ", ".join(f"{name} {value}" for name, value in facts["architecture"].items())
+    yield "pretraining", f"masked autoencoding, {facts['epochs']} epochs, last loss {facts['loss']:.4f}"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,19 @@
+"""Exceptions that spt_fast raises besides plain ValueError and TypeError; each is a ValueError."""
+
+from __future__ import annotations
+
+
+class NotFittedError(ValueError):
+    """An estimator was asked for a result before it has seen any data."""
+
+
+class NonFiniteError(ValueError):
+    """A token holds NaN or infinity.
+
+    Attributes:
+        row: flat index, over the leading dimensions of the tensor given, of the first such token.
+    """
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row

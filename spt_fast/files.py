@@ -1,0 +1,172 @@
+"""Safetensors files: written whole or not at all, and refused when they are not what they should be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+FORMAT_VERSION = 1
+_KIND_KEY = "kind"
+_VERSION_KEY = "format_version"
+
+
+def check_output_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Return `path` as a `Path` that may be written to. Call it before long work, not after.
+
+    Raises:
+        FileExistsError: something is there already and `overwrite` is false.
+        FileNotFoundError: the folder does not exist.
+        NotADirectoryError: the "folder" is a file.
+        IsADirectoryError: `path` itself is a folder.
+    """
+    target = Path(path)
+    if not target.parent.exists():
+        raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist")
+    if not target.parent.is_dir():
+        raise NotADirectoryError(f"cannot write {target}: {target.parent} is a file, not a folder")
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write {target}: it is a folder, a file name is needed")
+    if not overwrite and os.path.lexists(target):
+        raise FileExistsError(f"{target} exists already; give another name or pass overwrite=True")
+    return target
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    kind: str,
+    overwrite: bool = False,
+) -> None:
+    """Write `tensors` and `metadata` to `path`, completely or not at all.
+
+    The bytes go to a temporary name in the same folder, are flushed to disk, and only then take the name
+    `path`. On any failure nothing is left behind, and a file that was there before is untouched. Without
+    `overwrite`, a file that appears at `path` meanwhile is kept and FileExistsError is raised.
+
+    Args:
+        tensors: any shape, dtype and device; stored as contiguous CPU copies.
+        metadata: strings only; the keys "kind" and "format_version" are set here.
+        kind: what the file holds, checked again by `read_safetensors`.
+    """
+    target = check_output_path(path, overwrite=overwrite)
+    # Copies, because safetensors refuses tensors that share memory.
+    stored = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    header = {**_checked_metadata(metadata), _KIND_KEY: kind, _VERSION_KEY: str(FORMAT_VERSION)}
+    _write_atomically(target, serialize(stored, header), overwrite=overwrite)
+
+
+def read_safetensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `write_safetensors` wrote: the tensors (CPU, independent of the file) and the metadata.
+
+    The two keys that `write_safetensors` adds are not part of the metadata returned.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated, is not a safetensors file, was written by another program, holds
+            another kind of thing, or has a newer format version.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"there is no file {source}")
+    if source.is_dir():
+        raise IsADirectoryError(f"cannot read {source}: it is a folder, a file name is needed")
+    try:
+        with safe_open(source, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            _check_header(source, metadata, kind)
+            # Copied, because tensors of a memory-mapped file change when the file does.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, struct.error, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} is truncated or not a safetensors file ({error})") from error
+    del metadata[_KIND_KEY], metadata[_VERSION_KEY]
+    return tensors, metadata
+
+
+def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must map strings to strings, got {key!r}: {value!r}")
+    return dict(metadata)
+
+
+def _check_header(source: Path, metadata: Mapping[str, str], kind: str) -> None:
+    found = metadata.get(_KIND_KEY)
+    version = metadata.get(_VERSION_KEY, "")
+    if found is None or not version.isdecimal():
+        raise ValueError(
+            f"{source} is a safetensors file, but not one that spt_fast wrote; expected {kind!r}"
+        )
+    if found != kind:
+        raise ValueError(f"{source} holds {found!r}, expected {kind!r}")
+    if int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{source} has format version {version}, this spt_fast reads up to {FORMAT_VERSION}; "
+            "update spt_fast to read it"
+        )
+
+
+def _write_atomically(target: Path, content: bytes, *, overwrite: bool) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        _give_usual_permissions(temporary)
+        if overwrite:
+            os.replace(temporary, target)
+        else:
+            _rename_if_free(temporary, target)
+    finally:
+        # Also reached after Ctrl-C; the name is gone already when all went well.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    _flush_folder(target.parent)
+
+
+def _give_usual_permissions(name: str) -> None:
+    # mkstemp makes files that only the owner can read; a result should be as readable as any other new file.
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(name, 0o666 & ~mask)
+
+
+def _rename_if_free(temporary: str, target: Path) -> None:
+    # A hard link, unlike a rename, fails when the name is taken, and does so in one step.
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise FileExistsError(f"{target} appeared while it was being written; it was left as it is") from None
+    except OSError:
+        # Some file systems know no hard links: reserve the name first, then replace our own reservation.
+        try:
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            raise FileExistsError(
+                f"{target} appeared while it was being written; it was left as it is"
+            ) from None
+        os.replace(temporary, target)
+
+
+def _flush_folder(folder: Path) -> None:
+    # Makes the new name itself durable. Folders cannot be opened everywhere, and the content is safe already.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,25 @@
+"""`sigmoid_nmi` as the paper writes it, in float64, image by image; right while some score is above -700."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sigmoid_nmi_reference(prompts: Tensor, tokens: Tensor) -> Tensor:
+    """Eq. 7 and 8 for prompts [N_p, D] and tokens [B, N_e, D]; float64 [B]."""
+    return torch.stack([_nmi(prompts.double() @ image.double().T) for image in tokens])
+
+
+def _nmi(scores: Tensor) -> Tensor:
+    s = torch.sigmoid(scores)
+    pi = s / s.sum()
+    r = pi.sum(dim=1)
+    c = pi.sum(dim=0)
+    independent = r[:, None] * c[None, :]
+    information = pi[pi > 0] * torch.log(pi[pi > 0] / independent[pi > 0])
+    return 2 * information.sum() / (_entropy(r) + _entropy(c))
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -(p[p > 0] * torch.log(p[p > 0])).sum()

@@ -1,0 +1,275 @@
+"""The command line as a user calls it: results, one-line errors with exit code 2, Ctrl-C with 130."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from spt_fast import cli, demo, samples
+from spt_fast.ops import kmeans_native
+from spt_fast.prototypes import Prototypes
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Fourteen shipped digits as PNG files in two sub-folders; a batch of four does not divide them."""
+    from torchvision.utils import save_image
+
+    images, labels = samples.load_digits("train")
+    for index in range(14):
+        folder = tmp_path / "images" / str(int(labels[index]) % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_image(images[index], folder / f"{index}.png", normalize=True)
+    return tmp_path / "images"
+
+
+def prototypes(*arguments: object) -> int:
+    return cli.main(["prototypes", *map(str, arguments)])
+
+
+def only_error(capsys, code: int) -> str:
+    """The one line on stderr of a command that failed with exit code 2."""
+    captured = capsys.readouterr()
+    assert code == cli.BAD_INPUT
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("spt-fast prototypes: error: ")
+    return lines[0]
+
+
+def test_prototypes_of_a_folder(image_folder, tmp_path, capsys):
+    out = tmp_path / "prototypes.safetensors"
+    code = prototypes(
+        *("--model", "shipped", "--data", image_folder, "--out", out, "--num-prompts", 3),
+        *("--batch-size", 4, "--workers", 0, "--seed", 5),
+    )
+    assert code == 0
+    built = Prototypes.load(out)
+    depth, width = (samples.backbone_facts()["architecture"][key] for key in ("depth", "embed_dim"))
+    assert built.prompts.shape == (depth, 3, width)
+    assert built.num_images == 14
+    printed = capsys.readouterr().out
+    assert "14 images in" in printed
+    assert "images/s" in printed
+    assert printed.count("mean squared distance per token") == depth
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--strategy", "mean"),
+        ("--strategy", "random"),
+        ("--mode", "exact"),
+        ("--depth", "shallow"),
+        ("--capacity", 600, "--max-images", 12),
+    ],
+    ids=lambda options: "-".join(map(str, options)).strip("-"),
+)
+def test_prototypes_options_reach_the_file(options, tmp_path):
+    out = tmp_path / "prototypes.safetensors"
+    base = ("--model", "shipped", "--data", "digits", "--out", out, "--num-prompts", 4, "--batch-size", 10)
+    assert prototypes(*base, *(() if "--max-images" in options else ("--max-images", 20)), *options) == 0
+    built = Prototypes.load(out)
+    assert built.prompts.shape[1] == 4
+    assert (
+        built.num_images == (12 if "--capacity" in options else 20) or built.metadata["strategy"] != "kmeans"
+    )
+    assert built.prompts.shape[0] == (1 if "shallow" in options else 6)
+
+
+def test_prototypes_of_a_timm_model_with_random_weights(image_folder, tmp_path):
+    out = tmp_path / "prototypes.safetensors"
+    base = ("--data", image_folder, "--out", out, "--num-prompts", 2, "--workers", 0, "--max-images", 2)
+    assert prototypes("--model", "test_vit", "--no-pretrained", *base) == 0
+    assert "test_vit" in " ".join(Prototypes.load(out).metadata.values())
+
+
+def test_prototypes_with_a_checkpoint(image_folder, tmp_path):
+    import timm
+
+    checkpoint = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_vit", num_classes=7).state_dict(), checkpoint)
+    out = tmp_path / "prototypes.safetensors"
+    base = ("--data", image_folder, "--out", out, "--num-prompts", 2, "--workers", 0, "--max-images", 2)
+    assert prototypes("--model", "test_vit", "--checkpoint", checkpoint, *base) == 0
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path, capsys):
+    import timm
+
+    checkpoint = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_vit2").state_dict(), checkpoint)
+    code = prototypes(
+        *(
+            "--model",
+            "test_vit",
+            "--checkpoint",
+            checkpoint,
+            "--data",
+            "digits",
+            "--out",
+            tmp_path / "p.safetensors",
+        )
+    )
+    assert "weights.pth" in only_error(capsys, code)
+
+
+def test_damaged_checkpoint_is_refused(tmp_path, capsys):
+    checkpoint = tmp_path / "weights.safetensors"
+    checkpoint.write_bytes(b"not weights")
+    code = prototypes(
+        *(
+            "--model",
+            "test_vit",
+            "--checkpoint",
+            checkpoint,
+            "--data",
+            "digits",
+            "--out",
+            tmp_path / "p.safetensors",
+        )
+    )
+    assert "cannot be read" in only_error(capsys, code)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"--data": "no_such_folder"}, "there is no folder no_such_folder"),
+        ({"--data": "{tmp}"}, "Found 0 images"),
+        (
+            {"--model": "vit_bse_patch16_224"},
+            "timm has no model named 'vit_bse_patch16_224'; close names: vit_base",
+        ),
+        ({"--model": "no/such/file.safetensors"}, "there is no file no/such/file.safetensors"),
+        ({"--model": "test_convnext", "--pretrained": None}, "test_convnext"),
+        ({"--checkpoint": "no_such_file.pth"}, "there is no file no_such_file.pth"),
+        ({"--out": "{tmp}/missing/p.safetensors"}, "missing does not exist"),
+        ({"--out": "{tmp}/taken.txt"}, "taken.txt exists already"),
+        ({"--batch-size": "0"}, "batch_size must be an integer >= 1, got 0"),
+        ({"--workers": "-1"}, "workers must be an integer >= 0, got -1"),
+        ({"--num-prompts": "0"}, "num_prompts must be"),
+        ({"--max-images": "0"}, "max_images must be"),
+        ({"--max-images": "1", "--num-prompts": "65"}, "64 tokens"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(changes, expected, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "taken.txt").write_text("mine")
+    options = {"--model": "shipped", "--data": "digits", "--out": "{tmp}/p.safetensors"} | changes
+    arguments = [part for pair in options.items() for part in pair if part is not None]
+    code = prototypes(*(part.replace("{tmp}", str(tmp_path)) for part in arguments))
+    assert expected in only_error(capsys, code)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.txt"]
+    assert (tmp_path / "taken.txt").read_text() == "mine"
+
+
+def test_model_without_blocks_is_refused(tmp_path, capsys):
+    code = prototypes(
+        *(
+            "--model",
+            "test_convnext",
+            "--no-pretrained",
+            "--data",
+            "digits",
+            "--out",
+            tmp_path / "p.safetensors",
+        )
+    )
+    assert "`.blocks`" in only_error(capsys, code)
+
+
+def test_overwrite_is_honoured(tmp_path):
+    out = tmp_path / "p.safetensors"
+    out.write_text("old")
+    base = ("--model", "shipped", "--data", "digits", "--out", out, "--num-prompts", 2, "--max-images", 4)
+    assert prototypes(*base) == cli.BAD_INPUT
+    assert out.read_text() == "old"
+    assert prototypes(*base, "--overwrite") == 0
+    assert Prototypes.load(out).num_prompts == 2 if hasattr(Prototypes, "num_prompts") else True
+
+
+def test_traceback_is_shown_on_request(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        cli.main(["--traceback", "demo", "--out", str(tmp_path / "missing")])
+
+
+def test_demo_prints_table_and_files(tmp_path, capsys, monkeypatch):
+    small = demo.Budget(images_per_class=1, warmup_epochs=0, num_prompts=2, epochs=2, val_every=2)
+    whole = demo.Task.load()
+    task = demo.Task(whole.train, tuple(t[:10] for t in whole.val), tuple(t[:10] for t in whole.test))
+    monkeypatch.setattr(demo, "Budget", lambda: small)
+    monkeypatch.setattr(demo.Task, "load", classmethod(lambda _: task))
+    assert cli.main(["demo", "--out", str(tmp_path), "--epochs", "1", "--seeds", "1"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        *demo.METHODS,
+        "test accuracy",
+        demo.FIGURE_NAME,
+        demo.NUMBERS_NAME,
+        "masked autoencoding",
+    ):
+        assert expected in printed
+    assert cli.main(["demo", "--out", str(tmp_path)]) == cli.BAD_INPUT
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_doctor_says_what_is_here(capsys):
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (torch.__version__, "timm", "triton", "numpy", "faiss", "matplotlib", "k-means on cpu"):
+        assert expected in printed
+    assert str(samples.backbone_facts()["epochs"]) in printed
+
+
+def test_doctor_names_the_instruction_set(capsys):
+    pytest.importorskip("spt_fast._kmeans")
+    cli.main(["doctor"])
+    assert kmeans_native.build_info()["isa"] in capsys.readouterr().out
+
+
+def test_doctor_works_without_the_extension(capsys, monkeypatch):
+    monkeypatch.setattr(kmeans_native, "_load", lambda: (None, "it was never built"))
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "no: it was never built" in printed
+    assert "reference: it was never built" in printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["bake"], ["prototypes", "--depth", "medium"]])
+def test_unusable_arguments_leave_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == cli.BAD_INPUT
+    assert "usage: spt-fast" in capsys.readouterr().err
+
+
+def test_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "spt_fast", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("demo", "prototypes", "doctor"):
+        assert command in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_leaves_with_130_and_no_file(tmp_path):
+    command = [sys.executable, "-m", "spt_fast", "demo", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        # The introduction is printed right before the work starts.
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("backbone")
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == cli.INTERRUPTED
+    assert "spt-fast: interrupted" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []

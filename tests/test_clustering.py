@@ -1,0 +1,431 @@
+"""KMeans, StreamingKMeans and their parts: worked examples, properties, agreement with scikit-learn."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans as SklearnKMeans
+from torch import Tensor
+
+from spt_fast import KMeans, NonFiniteError, NotFittedError, StreamingKMeans
+from spt_fast.clustering.lloyd import lloyd
+from spt_fast.clustering.reservoir import PriorityReservoir, take_rows
+from spt_fast.clustering.seeding import draw, kmeans_plus_plus
+from spt_fast.clustering.swaps import improve_by_swaps
+from spt_fast.clustering.weighted import WeightedTokens, mean_of
+
+
+def blobs(rows: int, width: int = 8, n_blobs: int = 6, seed: int = 0, spread: float = 0.3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    middles = torch.randn(n_blobs, width, generator=generator) * 4
+    labels = torch.randint(n_blobs, (rows,), generator=generator)
+    return middles[labels] + spread * torch.randn(rows, width, generator=generator)
+
+
+def problem_of(tokens: Tensor, weights: Tensor | None = None) -> WeightedTokens:
+    return WeightedTokens(tokens, weights, mean_of(tokens, weights))
+
+
+# ---- Seeding, Lloyd, swaps ------------------------------------------------------------------------
+
+
+def test_draw_follows_the_mass() -> None:
+    index = draw(np.array([0.0, 1.0, 0.0, 3.0]), 20_000, np.random.default_rng(0))
+    share = np.bincount(index, minlength=4) / len(index)
+    np.testing.assert_allclose(share, [0, 0.25, 0, 0.75], atol=0.02)
+    assert set(draw(np.zeros(3), 100, np.random.default_rng(0))) == {0, 1, 2}
+
+
+def test_kmeans_plus_plus_finds_every_blob() -> None:
+    tokens = blobs(3000, n_blobs=10)
+    centers = kmeans_plus_plus(problem_of(tokens), 10, np.random.default_rng(0))
+    assert (torch.cdist(tokens, centers).amin(1) < 4).all()
+
+
+def test_lloyd_on_four_points_worked_by_hand() -> None:
+    tokens = torch.tensor([[0.0], [1.0], [10.0], [14.0]])
+    result = lloyd(problem_of(tokens), torch.tensor([[0.0], [1.0]]), max_iter=10)
+    # {0} {1,10,14} -> 0, 25/3; {0,1} {10,14} -> 0.5, 12; then nothing moves.
+    assert result.centers[:, 0].tolist() == [0.5, 12.0]
+    assert result.counts.tolist() == [2, 2]
+    assert result.inertia == pytest.approx(0.5 + 8.0)
+    assert result.n_iter == 2
+
+
+def test_lloyd_never_raises_the_inertia() -> None:
+    problem = problem_of(blobs(2000, spread=2.0))
+    centers = problem.tokens[:12].clone()
+    inertias = [lloyd(problem, centers, max_iter=n).inertia for n in range(1, 12)]
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(inertias))
+
+
+def test_an_empty_centre_moves_to_the_farthest_token() -> None:
+    tokens = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 5.0], [0.0, 0.2]])
+    start = torch.tensor([[0.0, 0.0], [100.0, 100.0]])
+    result = lloyd(problem_of(tokens), start, max_iter=20)
+    assert sorted(result.counts.tolist()) == [1, 3]
+    assert result.centers.tolist()[1] == [5.0, 5.0]
+
+
+def test_more_clusters_than_distinct_tokens_is_no_accident() -> None:
+    tokens = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat(10, 1)
+    result = KMeans(5, seed=0).fit(tokens)
+    assert result.inertia_ == 0
+    assert torch.isfinite(result.cluster_centers_).all()
+    assert result.counts_.sum() == 20
+
+
+def test_swaps_leave_an_optimum_that_lloyd_cannot_leave() -> None:
+    tokens = blobs(2000, n_blobs=4, spread=0.2)
+    labels = KMeans(4, n_init=5).fit(tokens).predict(tokens)
+    bad = torch.stack(
+        [
+            tokens[labels == 0][0],
+            tokens[labels == 0][1],
+            tokens[(labels == 1) | (labels == 2)].mean(0),
+            tokens[labels == 3][0],
+        ]
+    )
+    problem = problem_of(tokens)
+    stuck = lloyd(problem, bad, max_iter=100)
+    swapped = improve_by_swaps(problem, stuck.centers, 8, np.random.default_rng(0))
+    assert lloyd(problem, swapped, max_iter=100).inertia < 0.5 * stuck.inertia
+    assert problem.assign(swapped).inertia <= stuck.inertia
+
+
+def test_swaps_never_raise_the_inertia() -> None:
+    problem = problem_of(blobs(800, spread=3.0), torch.rand(800))
+    centers = kmeans_plus_plus(problem, 9, np.random.default_rng(1))
+    before = float(problem.assign(centers).inertia[0])
+    after = float(problem.assign(improve_by_swaps(problem, centers, 10, np.random.default_rng(2))).inertia[0])
+    assert after <= before * (1 + 1e-6)
+
+
+# ---- KMeans ---------------------------------------------------------------------------------------
+
+
+def test_exact_lloyd_equals_scikit_learn_from_the_same_start() -> None:
+    tokens = blobs(3000, width=17, spread=2.0)
+    start = tokens[:11].clone()
+    theirs = SklearnKMeans(11, init=start.numpy(), n_init=1, tol=0, max_iter=500).fit(tokens.numpy())
+    ours = KMeans(11, init=start, tol=0, max_iter=500).fit(tokens)
+    np.testing.assert_allclose(ours.cluster_centers_, theirs.cluster_centers_, rtol=1e-4, atol=1e-4)
+    assert float(ours.inertia_) == pytest.approx(theirs.inertia_, rel=1e-5)
+    np.testing.assert_array_equal(ours.predict(tokens), theirs.labels_)
+    np.testing.assert_allclose(ours.transform(tokens), theirs.transform(tokens.numpy()), rtol=1e-3, atol=1e-3)
+    assert float(ours.score(tokens)) == pytest.approx(theirs.score(tokens.numpy()), rel=1e-5)
+
+
+def test_weights_count_as_repetitions() -> None:
+    tokens = blobs(400, spread=1.5)
+    repeats = torch.randint(0, 4, (400,))
+    start = tokens[:5].clone()
+    weighted = KMeans(5, init=start, tol=0).fit(tokens, repeats.float())
+    repeated = KMeans(5, init=start, tol=0).fit(tokens.repeat_interleave(repeats, dim=0))
+    torch.testing.assert_close(weighted.cluster_centers_, repeated.cluster_centers_, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weighted.counts_, repeated.counts_)
+    torch.testing.assert_close(weighted.inertia_, repeated.inertia_, rtol=1e-4, atol=0)
+
+
+def test_groups_are_independent_problems() -> None:
+    tokens = torch.stack([blobs(500, seed=s, spread=1.0) for s in range(3)])
+    starts = tokens[:, :4].clone()
+    together = KMeans(4, n_groups=3, init=starts).fit(tokens)
+    for g in range(3):
+        alone = KMeans(4, init=starts[g]).fit(tokens[g])
+        assert torch.equal(together.cluster_centers_[g], alone.cluster_centers_)
+        assert torch.equal(together.predict(tokens)[g], alone.predict(tokens[g]))
+        assert together.n_iter_[g] == alone.n_iter_
+
+
+def test_n_init_keeps_the_best_run() -> None:
+    tokens = blobs(600, n_blobs=15, spread=0.8)
+    one, ten = KMeans(15, seed=3).fit(tokens), KMeans(15, n_init=10, seed=3).fit(tokens)
+    assert ten.inertia_ <= one.inertia_
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int64])
+def test_numpy_arrays_are_accepted(dtype: type) -> None:
+    tokens = blobs(300).numpy().astype(dtype)
+    model = KMeans(6).fit(tokens)
+    assert model.predict(tokens).shape == (300,)
+    assert model.n_features_in_ == 8
+
+
+def test_a_memory_map_is_read_in_place(tmp_path: object) -> None:
+    path = f"{tmp_path}/tokens.bin"
+    tokens = blobs(500)
+    tokens.numpy().tofile(path)
+    mapped = np.memmap(path, dtype=np.float32, mode="r+", shape=(500, 8))
+    assert torch.equal(KMeans(6).fit(mapped).cluster_centers_, KMeans(6).fit(tokens).cluster_centers_)
+
+
+def test_the_given_centres_and_data_are_not_changed() -> None:
+    tokens, start = blobs(200), blobs(4, seed=9)
+    tokens_before, start_before = tokens.clone(), start.clone()
+    KMeans(4, init=start).fit(tokens)
+    StreamingKMeans(4).partial_fit(tokens).solve()
+    assert torch.equal(tokens, tokens_before)
+    assert torch.equal(start, start_before)
+
+
+# ---- Reservoir ------------------------------------------------------------------------------------
+
+
+def test_take_rows_reads_strided_views() -> None:
+    tokens = torch.arange(5 * 7 * 3).reshape(5, 7, 3)[:, 2:]
+    rows = torch.tensor([0, 4, 5, 24, 13])
+    assert torch.equal(take_rows(tokens, rows), tokens.reshape(-1, 3)[rows])
+
+
+def test_reservoir_holds_everything_up_to_its_capacity() -> None:
+    tokens = torch.randn(40, 3)
+    reservoir = PriorityReservoir(40, 3, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+    for part in tokens.split(7):
+        reservoir.offer(part, torch.rand(len(part)) + 0.1, None)
+    summary = reservoir.summary()
+    assert torch.equal(summary.tokens, tokens)
+    assert summary.weights.eq(1).all()
+
+
+def test_reservoir_estimates_are_unbiased() -> None:
+    values = torch.cat([torch.rand(900, 1), 30 * torch.rand(100, 1)])
+    importance = 1 + values[:, 0]
+    weights = torch.rand(1000) + 0.5
+    estimates, totals = [], []
+    for seed in range(400):
+        generator = torch.Generator().manual_seed(seed)
+        reservoir = PriorityReservoir(60, 1, torch.float32, torch.device("cpu"), generator)
+        for part in torch.randperm(1000, generator=generator).split(130):
+            reservoir.offer(values[part], importance[part], weights[part])
+        summary = reservoir.summary()
+        assert len(reservoir) == 60
+        estimates.append(float((summary.weights * summary.tokens[:, 0]).sum()))
+        totals.append(float(summary.weights.sum()))
+    for sample, truth in ((estimates, (weights * values[:, 0]).sum()), (totals, weights.sum())):
+        error = 4 * np.std(sample) / math.sqrt(len(sample))
+        assert abs(np.mean(sample) - float(truth)) < error
+
+
+# ---- StreamingKMeans ------------------------------------------------------------------------------
+
+
+def test_a_stream_that_fits_is_solved_on_all_its_tokens() -> None:
+    tokens = blobs(3000, spread=1.5)
+    streamed = StreamingKMeans(6, seed=1)
+    for part in tokens.split(331):
+        streamed.partial_fit(part)
+    exact = min(float(KMeans(6, seed=s).fit(tokens).inertia_) for s in range(5))
+    assert float(streamed.inertia_) == pytest.approx(-float(streamed.score(tokens)), rel=1e-5)
+    assert float(streamed.inertia_) <= 1.005 * exact
+    assert streamed.counts_.sum() == pytest.approx(3000)
+    assert streamed.n_seen_.tolist() == [3000]
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sorted"])
+def test_a_long_stream_is_close_to_exact(order: str) -> None:
+    tokens = blobs(40_000, width=12, n_blobs=30, spread=1.2)
+    tokens[::500] *= 6  # a few far outliers
+    if order == "sorted":
+        tokens = tokens[tokens[:, 0].argsort()]
+    streamed = StreamingKMeans(10, capacity=5000, seed=2)
+    for part in tokens.split(1500):
+        streamed.partial_fit(part)
+    exact = min(float(KMeans(10, seed=s).fit(tokens).inertia_) for s in range(5))
+    reached = -float(streamed.score(tokens))
+    assert reached <= 1.02 * exact
+    assert float(streamed.inertia_) == pytest.approx(reached, rel=0.05)
+
+
+def test_other_lengths_are_solved_from_the_same_pass() -> None:
+    tokens = blobs(2000, n_blobs=12)
+    streamed = StreamingKMeans(4).partial_fit(tokens)
+    twelve = streamed.solve(12)
+    assert twelve.centers.shape == (1, 12, 8)
+    assert twelve.inertia[0] < 0.1 * streamed.solve(4).inertia[0]
+    again = streamed.summary().solve(12)
+    assert torch.equal(again.centers, twelve.centers)
+    with pytest.raises(
+        ValueError, match="n_clusters must be at most the number of tokens kept, 2000, got 2001"
+    ):
+        streamed.solve(2001)
+
+
+def test_the_same_seed_gives_the_same_centres_on_any_number_of_threads() -> None:
+    tokens = blobs(9000, width=24, spread=1.0)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            streamed = StreamingKMeans(7, capacity=2000, seed=5)
+            for part in tokens.split(1000):
+                streamed.partial_fit(part)
+            results.append(streamed.cluster_centers_)
+            results.append(KMeans(7, seed=5).fit(tokens).cluster_centers_)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
+    other = StreamingKMeans(7, capacity=2000, seed=6).fit(tokens)
+    assert not torch.equal(other.cluster_centers_, results[0])
+
+
+def test_one_group_at_a_time_equals_all_groups_at_once() -> None:
+    tokens = torch.stack([blobs(1200, seed=s) for s in range(2)])
+    together, apart = StreamingKMeans(5, n_groups=2), StreamingKMeans(5, n_groups=2)
+    for part in tokens.split(400, dim=1):
+        together.partial_fit(part)
+        for g in (1, 0):
+            apart.partial_fit(part[g].reshape(20, 20, 8), group=g)
+    assert torch.equal(together.cluster_centers_, apart.cluster_centers_)
+    assert apart.n_seen_.tolist() == [1200, 1200]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_streams_keep_their_dtype_and_quality(dtype: torch.dtype) -> None:
+    tokens = blobs(4000, spread=1.0)
+    full = StreamingKMeans(6).fit(tokens)
+    half = StreamingKMeans(6).fit(tokens.to(dtype))
+    assert half.summary().groups[0].tokens.dtype == dtype
+    assert half.cluster_centers_.dtype == torch.float32
+    assert half.score(tokens) > 1.02 * full.score(tokens)  # scores are negative
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(1, 300), width=st.integers(1, 20), clusters=st.integers(1, 12), parts=st.integers(1, 90)
+)
+def test_any_split_of_a_stream_counts_every_token(rows: int, width: int, clusters: int, parts: int) -> None:
+    tokens = blobs(rows, width=width)
+    streamed = StreamingKMeans(clusters, capacity=max(clusters, 50))
+    for part in tokens.split(parts):
+        streamed.partial_fit(part)
+    if min(rows, streamed.capacity) < clusters:
+        with pytest.raises(ValueError, match="n_clusters must be at most"):
+            streamed.solve()
+        return
+    assert float(streamed.counts_.sum()) == pytest.approx(rows)
+    assert torch.isfinite(streamed.cluster_centers_).all()
+    assert streamed.cluster_centers_.shape == (clusters, width)
+
+
+def test_sample_weights_move_the_centres() -> None:
+    tokens = torch.cat([torch.zeros(100, 1), torch.ones(100, 1)])
+    weights = torch.cat([torch.full((100,), 3.0), torch.ones(100)])
+    streamed = StreamingKMeans(1).partial_fit(tokens, weights)
+    assert float(streamed.cluster_centers_) == pytest.approx(0.25)
+    assert float(streamed.counts_) == pytest.approx(400)
+
+
+# ---- Bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", [KMeans(2), StreamingKMeans(2)])
+def test_results_before_any_data_are_refused(estimator: KMeans | StreamingKMeans) -> None:
+    for method in (
+        lambda: estimator.predict(torch.zeros(3, 2)),
+        lambda: estimator.cluster_centers_,
+        lambda: estimator.inertia_,
+    ):
+        with pytest.raises(NotFittedError, match="has not seen any data yet; call"):
+            method()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_tokens_are_named_and_nothing_is_taken_in(bad: float) -> None:
+    good = blobs(200)
+    spoiled = good.reshape(10, 20, 8).clone()
+    spoiled[7, 3, 2] = bad
+    streamed = StreamingKMeans(3, n_groups=2)
+    with pytest.raises(NonFiniteError, match="row 143 holds NaN or infinity") as error:
+        streamed.partial_fit(spoiled, group=1)
+    assert error.value.row == 143
+    assert streamed.n_seen_.tolist() == [0, 0]
+    streamed.partial_fit(good, group=1)
+    with pytest.raises(NonFiniteError, match="row 143"):
+        streamed.partial_fit(torch.stack([good, spoiled.reshape(-1, 8)]))
+    assert streamed.n_seen_.tolist() == [0, 200]
+    with pytest.raises(NonFiniteError, match="row 143"):
+        KMeans(3).fit(spoiled.reshape(-1, 8))
+    fitted = KMeans(3).fit(good)
+    for method in (fitted.predict, fitted.transform, fitted.score):
+        with pytest.raises(NonFiniteError, match="row 143"):
+            method(spoiled.reshape(-1, 8))
+
+
+def test_tokens_too_large_to_square_are_refused() -> None:
+    tokens = blobs(50)
+    tokens[9, 0] = 1e30
+    with pytest.raises(NonFiniteError, match="small enough to be squared in float32, but row 9"):
+        KMeans(2).fit(tokens)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: KMeans(0), ValueError, "n_clusters must be an integer >= 1, got 0"),
+        (lambda: KMeans(2.5), TypeError, "n_clusters must be an integer >= 1, got 2.5"),
+        (lambda: KMeans(True), TypeError, "n_clusters must be an integer >= 1, got True"),
+        (lambda: KMeans(2, n_groups=0), ValueError, "n_groups must be an integer >= 1"),
+        (lambda: KMeans(2, init="random partition"), ValueError, "init must be 'k-means\\+\\+' or an array"),
+        (lambda: KMeans(2, tol=-1.0), ValueError, "tol must be >= 0, got -1.0"),
+        (lambda: KMeans(2, seed=-1), ValueError, "seed must be an integer >= 0"),
+        (lambda: KMeans(2, backend="gpu"), ValueError, "backend must be one of"),
+        (lambda: StreamingKMeans(30, capacity=20), ValueError, "capacity must be at least n_clusters = 30"),
+        (
+            lambda: KMeans(9).fit(torch.zeros(8, 2)),
+            ValueError,
+            "n_clusters must be at most the number of tokens, 8",
+        ),
+        (lambda: KMeans(2).fit(torch.zeros(0, 2)), ValueError, "X must hold at least one token"),
+        (lambda: KMeans(2).fit(torch.zeros(3)), ValueError, r"X must be \[M, D\], got \[3\]"),
+        (lambda: KMeans(2, n_groups=2).fit(torch.zeros(3, 4)), ValueError, r"X must be \[2, M, D\]"),
+        (
+            lambda: KMeans(2).fit(torch.zeros(4, 2, dtype=torch.complex64)),
+            TypeError,
+            "X must hold real numbers",
+        ),
+        (
+            lambda: KMeans(2).fit(torch.zeros(4, 2), torch.ones(3)),
+            ValueError,
+            r"sample_weight must be \[1, 4\]",
+        ),
+        (
+            lambda: KMeans(2).fit(torch.zeros(4, 2), -torch.ones(4)),
+            ValueError,
+            "sample_weight must be finite and >= 0",
+        ),
+        (lambda: KMeans(2, init=torch.zeros(3, 2)).fit(blobs(9, 2)), ValueError, r"init must be \[1, 2, 2\]"),
+        (lambda: KMeans(2).fit(blobs(9)).predict(torch.zeros(3, 5)), ValueError, "X must have 8 features"),
+        (
+            lambda: StreamingKMeans(2).partial_fit(blobs(9), group=1),
+            ValueError,
+            "group must be below n_groups = 1",
+        ),
+        (
+            lambda: StreamingKMeans(2).partial_fit(blobs(9)[0], group=0),
+            ValueError,
+            r"X must be a non-empty \[..., D\]",
+        ),
+        (
+            lambda: StreamingKMeans(2).partial_fit(blobs(9)).partial_fit(blobs(9, width=7)),
+            ValueError,
+            "X must have 8 features like before, got 7",
+        ),
+        (
+            lambda: StreamingKMeans(2).partial_fit(blobs(9)).partial_fit(blobs(9).half()),
+            ValueError,
+            "X must be torch.float32 like before, got torch.float16",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(make: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
