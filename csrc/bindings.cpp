@@ -1,5 +1,5 @@
-// Python bindings, and the only file that knows Python. Tensors arrive as addresses and sizes, which
-// spt_fast/ops/kmeans_native.py has checked; what can be checked here is checked again.
+// Python bindings, and the only file that knows Python. Tensors arrive as addresses and sizes,
+// which spt_fast/ops/kmeans_native.py has checked; what can be checked here is checked again.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,7 +13,6 @@ namespace py = pybind11;
 
 namespace spt_fast {
 namespace {
-
 
 template <class T>
 T* pointer(std::uintptr_t address) {
@@ -47,7 +46,8 @@ AssignArgs make_assign_args(const TokenView& tokens, std::uintptr_t centers, int
                             std::uintptr_t counts, std::uintptr_t inertia, std::uintptr_t labels,
                             std::uintptr_t distances) {
   require(num_centers >= 1, "num_centers must be at least 1");
-  require(centers && sums && counts && inertia, "centers, sums, counts and inertia must have an address");
+  require(centers && sums && counts && inertia,
+          "centers, sums, counts and inertia must have an address");
   AssignArgs args;
   args.tokens = tokens;
   args.centers = pointer<const float>(centers);
@@ -65,10 +65,11 @@ AssignArgs make_assign_args(const TokenView& tokens, std::uintptr_t centers, int
 void bind_cpu(py::module_& module) {
   module.def(
       "assign_accumulate_cpu",
-      [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes, std::array<int64_t, 3> strides,
-         std::uintptr_t centers, int64_t num_centers, std::uintptr_t shift, std::uintptr_t weights,
-         std::uintptr_t sums, std::uintptr_t counts, std::uintptr_t inertia, std::uintptr_t labels,
-         std::uintptr_t distances, int num_threads, const std::string& isa) {
+      [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes,
+         std::array<int64_t, 3> strides, std::uintptr_t centers, int64_t num_centers,
+         std::uintptr_t shift, std::uintptr_t weights, std::uintptr_t sums, std::uintptr_t counts,
+         std::uintptr_t inertia, std::uintptr_t labels, std::uintptr_t distances, int num_threads,
+         const std::string& isa) {
         const AssignArgs args =
             make_assign_args(make_view(data, dtype, sizes, strides), centers, num_centers, shift,
                              weights, sums, counts, inertia, labels, distances);
@@ -76,14 +77,14 @@ void bind_cpu(py::module_& module) {
         assign_accumulate_cpu(args, num_threads, isa);
       },
       py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("centers"),
-      py::arg("num_centers"), py::arg("shift"), py::arg("weights"), py::arg("sums"), py::arg("counts"),
-      py::arg("inertia"), py::arg("labels"), py::arg("distances"), py::arg("num_threads"),
-      py::arg("isa"));
+      py::arg("num_centers"), py::arg("shift"), py::arg("weights"), py::arg("sums"),
+      py::arg("counts"), py::arg("inertia"), py::arg("labels"), py::arg("distances"),
+      py::arg("num_threads"), py::arg("isa"));
   module.def(
       "distances_cpu",
-      [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes, std::array<int64_t, 3> strides,
-         std::uintptr_t centers, int64_t num_centers, std::uintptr_t shift, std::uintptr_t distances,
-         int num_threads, const std::string& isa) {
+      [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes,
+         std::array<int64_t, 3> strides, std::uintptr_t centers, int64_t num_centers,
+         std::uintptr_t shift, std::uintptr_t distances, int num_threads, const std::string& isa) {
         require(num_centers >= 1, "num_centers must be at least 1");
         require(centers && distances, "centers and distances must have an address");
         DistanceArgs args;
@@ -102,14 +103,15 @@ void bind_cpu(py::module_& module) {
 
 #ifdef SPT_HAVE_CUDA
 void bind_cuda(py::module_& module) {
-  module.def("assign_accumulate_cuda_workspace", &assign_accumulate_cuda_workspace, py::arg("groups"),
-             py::arg("rows"), py::arg("width"), py::arg("num_centers"));
+  module.def("assign_accumulate_cuda_workspace", &assign_accumulate_cuda_workspace,
+             py::arg("groups"), py::arg("rows"), py::arg("width"), py::arg("num_centers"));
   module.def(
       "assign_accumulate_cuda",
-      [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes, std::array<int64_t, 3> strides,
-         std::uintptr_t centers, int64_t num_centers, std::uintptr_t shift, std::uintptr_t weights,
-         std::uintptr_t sums, std::uintptr_t counts, std::uintptr_t inertia, std::uintptr_t labels,
-         std::uintptr_t distances, std::uintptr_t workspace, int device, std::uintptr_t stream) {
+      [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes,
+         std::array<int64_t, 3> strides, std::uintptr_t centers, int64_t num_centers,
+         std::uintptr_t shift, std::uintptr_t weights, std::uintptr_t sums, std::uintptr_t counts,
+         std::uintptr_t inertia, std::uintptr_t labels, std::uintptr_t distances,
+         std::uintptr_t workspace, int device, std::uintptr_t stream) {
         const AssignArgs args =
             make_assign_args(make_view(data, dtype, sizes, strides), centers, num_centers, shift,
                              weights, sums, counts, inertia, labels, distances);
@@ -117,9 +119,9 @@ void bind_cuda(py::module_& module) {
         assign_accumulate_cuda(args, pointer<void>(workspace), device, pointer<void>(stream));
       },
       py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("centers"),
-      py::arg("num_centers"), py::arg("shift"), py::arg("weights"), py::arg("sums"), py::arg("counts"),
-      py::arg("inertia"), py::arg("labels"), py::arg("distances"), py::arg("workspace"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("num_centers"), py::arg("shift"), py::arg("weights"), py::arg("sums"),
+      py::arg("counts"), py::arg("inertia"), py::arg("labels"), py::arg("distances"),
+      py::arg("workspace"), py::arg("device"), py::arg("stream"));
 }
 #endif
 

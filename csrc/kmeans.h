@@ -1,7 +1,7 @@
 // The contract between the bindings and the k-means kernels: plain structs of pointers and sizes.
 //
-// Nothing here knows Python or torch. M = outer * inner tokens per group, D = width, K = num_centers,
-// G = groups. All output arrays are dense and row-major.
+// Nothing here knows Python or torch. M = outer * inner tokens per group, D = width, K =
+// num_centers, G = groups. All output arrays are dense and row-major.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ namespace spt_fast {
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // Tokens of G groups. Token m = i * inner + j of group g starts at element
-// g * group_stride + i * outer_stride + j * inner_stride; its D elements are adjacent. The two inner
-// levels let a [B, N, D] activation be read in place with its prefix tokens skipped.
+// g * group_stride + i * outer_stride + j * inner_stride; its D elements are adjacent. The two
+// inner levels let a [B, N, D] activation be read in place with its prefix tokens skipped.
 struct TokenView {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -34,16 +34,16 @@ struct TokenView {
 // before |x|^2 - 2 x.c + |c|^2, which would otherwise cancel in float32. It does not change the
 // meaning of any output: sums are sums of the tokens as given.
 struct AssignArgs {
-  TokenView tokens;                 // IN
-  const float* centers = nullptr;   // IN  [G, K, D]
-  const float* shift = nullptr;     // IN  [G, D], or null: zero
-  const float* weights = nullptr;   // IN  [G, M], or null: one
-  int64_t num_centers = 0;          //     K >= 1
-  double* sums = nullptr;           // OUT [G, K, D] weighted sum of the tokens of each centre
-  double* counts = nullptr;         // OUT [G, K]    sum of their weights
-  double* inertia = nullptr;        // OUT [G]       weighted sum of squared distances
-  int32_t* labels = nullptr;        // OUT [G, M], or null
-  float* distances = nullptr;       // OUT [G, M] squared distance to the nearest centre, or null
+  TokenView tokens;                // IN
+  const float* centers = nullptr;  // IN  [G, K, D]
+  const float* shift = nullptr;    // IN  [G, D], or null: zero
+  const float* weights = nullptr;  // IN  [G, M], or null: one
+  int64_t num_centers = 0;         //     K >= 1
+  double* sums = nullptr;          // OUT [G, K, D] weighted sum of the tokens of each centre
+  double* counts = nullptr;        // OUT [G, K]    sum of their weights
+  double* inertia = nullptr;       // OUT [G]       weighted sum of squared distances
+  int32_t* labels = nullptr;       // OUT [G, M], or null
+  float* distances = nullptr;      // OUT [G, M] squared distance to the nearest centre, or null
 };
 
 // All squared distances, for seeding and for `transform`.
@@ -63,9 +63,9 @@ void distances_cpu(const DistanceArgs& args, int num_threads, const std::string&
 // Instruction sets this build holds and this processor runs, best first.
 std::vector<std::string> cpu_isas();
 
-// CUDA. Every pointer is device memory. Enqueues on `stream`, allocates nothing, does not synchronise.
-// `workspace` holds assign_accumulate_cuda_workspace() bytes. Throws std::runtime_error with file
-// and line on a CUDA error.
+// CUDA. Every pointer is device memory. Enqueues on `stream`, allocates nothing, does not
+// synchronise. `workspace` holds assign_accumulate_cuda_workspace() bytes. Throws
+// std::runtime_error with file and line on a CUDA error.
 #ifdef SPT_HAVE_CUDA
 int64_t assign_accumulate_cuda_workspace(int64_t groups, int64_t rows, int64_t width,
                                          int64_t num_centers);

@@ -1,5 +1,6 @@
-// CPU driver of the k-means kernels: picks the instruction set, deals chunks of tokens out to threads
-// and adds their sums up in a fixed order, so that results do not depend on the number of threads.
+// CPU driver of the k-means kernels: picks the instruction set, deals chunks of tokens out to
+// threads and adds their sums up in a fixed order, so that results do not depend on the number of
+// threads.
 #include <algorithm>
 #include <memory>
 #include <stdexcept>
@@ -44,7 +45,12 @@ const CpuKernels& choose_kernels(const std::string& isa) {
 GroupTokens tokens_of_group(const TokenView& view, const float* shift, int64_t group) {
   const int64_t bytes = view.dtype == DType::kFloat32 ? 4 : 2;
   const char* base = static_cast<const char*>(view.data) + group * view.group_stride * bytes;
-  return {base, view.dtype, view.inner, view.width, view.outer_stride, view.inner_stride,
+  return {base,
+          view.dtype,
+          view.inner,
+          view.width,
+          view.outer_stride,
+          view.inner_stride,
           shift ? shift + group * view.width : nullptr};
 }
 
@@ -76,8 +82,8 @@ class PackedGroups {
   std::unique_ptr<float[]> panels_, half_norms_;
 };
 
-// How the tokens are cut: each group into chunks, and its chunks into `slots` contiguous runs, which
-// are the unit of work. A function of the sizes alone.
+// How the tokens are cut: each group into chunks, and its chunks into `slots` contiguous runs,
+// which are the unit of work. A function of the sizes alone.
 struct Partition {
   Partition(int64_t groups, int64_t rows)
       : rows(rows),
@@ -100,7 +106,8 @@ struct SlotTotals {
 
 // Buffers of one thread.
 struct ThreadBuffers {
-  ThreadBuffers(int64_t scratch_floats, int64_t sum_floats) : scratch(scratch_floats), sums(sum_floats) {}
+  ThreadBuffers(int64_t scratch_floats, int64_t sum_floats)
+      : scratch(scratch_floats), sums(sum_floats) {}
   std::vector<float> scratch, sums;
 };
 
@@ -144,7 +151,8 @@ class Assignment {
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < tasks; ++task) run_slot(task, buffers[thread_index()]);
 #pragma omp for schedule(static)
-      for (int64_t row = 0; row < args_.tokens.groups * args_.num_centers; ++row) reduce_center(row);
+      for (int64_t row = 0; row < args_.tokens.groups * args_.num_centers; ++row)
+        reduce_center(row);
     }
     for (int64_t g = 0; g < args_.tokens.groups; ++g) {
       args_.inertia[g] = 0.;

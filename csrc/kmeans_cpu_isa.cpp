@@ -1,14 +1,15 @@
 // The k-means kernels for one instruction set; compiled once for each, with SPT_ISA naming it.
 //
-// A block of kRows tokens is widened to float32, shifted and kept in L1. Its inner products with the
-// centres are a small matrix product: tokens are broadcast, centres are read as vectors from panels,
-// and the sums stay in registers over the whole width. The same block is then added to the sums of
-// its nearest centres, so that a token is read from memory once. No function template of the
-// standard library is used here: its code would be shared with objects built for older processors.
+// A block of kRows tokens is widened to float32, shifted and kept in L1. Its inner products with
+// the centres are a small matrix product: tokens are broadcast, centres are read as vectors from
+// panels, and the sums stay in registers over the whole width. The same block is then added to the
+// sums of its nearest centres, so that a token is read from memory once. No function template of
+// the standard library is used here: its code would be shared with objects built for older
+// processors.
+#include "kmeans_cpu_isa.h"
+
 #include <cmath>
 #include <cstring>
-
-#include "kmeans_cpu_isa.h"
 
 namespace spt_fast {
 namespace SPT_ISA {
@@ -41,7 +42,8 @@ float float_from_bits(uint32_t bits) {
   return value;
 }
 
-// ---- Widening -------------------------------------------------------------------------------------
+// ---- Widening
+// -------------------------------------------------------------------------------------
 
 struct Half {
   uint16_t bits;
@@ -84,12 +86,14 @@ void load_token(const GroupTokens& tokens, int64_t m, float* row) {
   const int64_t offset = token_offset(tokens, m);
   switch (tokens.dtype) {
     case DType::kFloat32:
-      return widen_row(static_cast<const float*>(tokens.base) + offset, tokens.shift, tokens.width, row);
-    case DType::kFloat16:
-      return widen_row(static_cast<const Half*>(tokens.base) + offset, tokens.shift, tokens.width, row);
-    case DType::kBFloat16:
-      return widen_row(static_cast<const BFloat16*>(tokens.base) + offset, tokens.shift, tokens.width,
+      return widen_row(static_cast<const float*>(tokens.base) + offset, tokens.shift, tokens.width,
                        row);
+    case DType::kFloat16:
+      return widen_row(static_cast<const Half*>(tokens.base) + offset, tokens.shift, tokens.width,
+                       row);
+    case DType::kBFloat16:
+      return widen_row(static_cast<const BFloat16*>(tokens.base) + offset, tokens.shift,
+                       tokens.width, row);
   }
 }
 
@@ -130,7 +134,8 @@ void load_block(const GroupTokens& tokens, int64_t begin, int64_t end, Block& bl
   }
 }
 
-// ---- Panels ---------------------------------------------------------------------------------------
+// ---- Panels
+// ---------------------------------------------------------------------------------------
 
 int64_t num_vectors(int64_t num_centers) { return (num_centers + kLanes - 1) / kLanes; }
 
@@ -148,8 +153,8 @@ void for_each_panel(int64_t num_centers, Fn fn) {
 }
 
 // A panel holds, for each d, the d-th elements of its centres side by side.
-void pack(const float* centers, const float* shift, int64_t num_centers, int64_t width, float* panels,
-          float* half_norms) {
+void pack(const float* centers, const float* shift, int64_t num_centers, int64_t width,
+          float* panels, float* half_norms) {
   for_each_panel(num_centers, [&](int64_t first, int count) {
     const int64_t columns = count * kLanes;
     float* panel = panels + first * width;
@@ -218,7 +223,8 @@ float squared_distance(float norm, float score) {
   return value < 0.f ? 0.f : value;
 }
 
-// ---- Assign and accumulate ------------------------------------------------------------------------
+// ---- Assign and accumulate
+// ------------------------------------------------------------------------
 
 struct Nearest {
   float score[kRows];
@@ -256,8 +262,8 @@ Nearest find_nearest(const Block& block, int64_t width, const PackedCenters& cen
     for (int lane = 1; lane < kLanes; ++lane) {
       const float score = best[r][lane];
       const int32_t candidate = label[r][lane];
-      const bool wins = score < nearest.score[r] ||
-                        (score == nearest.score[r] && candidate < nearest.label[r]);
+      const bool wins =
+          score < nearest.score[r] || (score == nearest.score[r] && candidate < nearest.label[r]);
       nearest.score[r] = wins ? score : nearest.score[r];
       nearest.label[r] = wins ? candidate : nearest.label[r];
     }
@@ -291,7 +297,8 @@ void assign(const AssignChunk& chunk) {
   *chunk.inertia += inertia;
 }
 
-// ---- All distances --------------------------------------------------------------------------------
+// ---- All distances
+// --------------------------------------------------------------------------------
 
 void distances(const DistanceChunk& chunk) {
   const int64_t width = chunk.tokens.width;
@@ -316,8 +323,8 @@ void distances(const DistanceChunk& chunk) {
 }  // namespace
 
 const CpuKernels& kernels() {
-  static const CpuKernels table = {SPT_STRINGIFY(SPT_ISA), padded_centers, scratch_floats, pack, assign,
-                                   distances};
+  static const CpuKernels table = {
+      SPT_STRINGIFY(SPT_ISA), padded_centers, scratch_floats, pack, assign, distances};
   return table;
 }
 

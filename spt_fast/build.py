@@ -149,8 +149,10 @@ class _Pass:
 
     def run_one_batch(self, consume: _Consume, generator: torch.Generator) -> None:
         """Run the model on one batch of the loader, each batch having the same chance."""
+        # How many batches `max_images` leaves is not known before their size is.
+        length = self._length if self._max_images is None else None
         with closing(self._numbered_batches()) as batches:
-            first, images = _choose_batch(batches, self._length, generator)
+            first, images = _choose_batch(batches, length, generator)
         with self.tap:
             self._run_batch(first, images, consume)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import struct
 import tempfile
@@ -66,7 +67,7 @@ def write_safetensors(
         for name, tensor in tensors.items()
     }
     header = {**_checked_metadata(metadata), _KIND_KEY: kind, _VERSION_KEY: str(FORMAT_VERSION)}
-    _write_atomically(target, serialize(stored, header), overwrite=overwrite)
+    _write_atomically(target, _reproducible(serialize(stored, header)), overwrite=overwrite)
 
 
 def read_safetensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -90,7 +91,7 @@ def read_safetensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[s
             _check_header(source, metadata, kind)
             # Copied, because tensors of a memory-mapped file change when the file does.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, struct.error, UnicodeDecodeError) as error:
+    except (SafetensorError, UnicodeDecodeError) as error:
         raise ValueError(f"{source} is truncated or not a safetensors file ({error})") from error
     del metadata[_KIND_KEY], metadata[_VERSION_KEY]
     return tensors, metadata
@@ -101,6 +102,17 @@ def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"metadata must map strings to strings, got {key!r}: {value!r}")
     return dict(metadata)
+
+
+def _reproducible(content: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors leaves their order, and so the bytes, to chance."""
+    (size,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # The format wants the tensors to start at a multiple of 8.
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + content[8 + size :]
 
 
 def _check_header(source: Path, metadata: Mapping[str, str], kind: str) -> None:

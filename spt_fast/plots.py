@@ -117,10 +117,8 @@ def _draw_nmi(axes: Axes, methods: Mapping[str, MethodCurves]) -> None:
     axes.set_title("Shared information per block (eq. 8)", fontsize=10)
     if not values:
         return
-    together = np.concatenate(values)
     axes.set_xticks(range(1, len(values[0]) + 1))
-    if (together > 0).all() and together.max() > 30 * together.min():
-        axes.set_yscale("log")
+    axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
 
 

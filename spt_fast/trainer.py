@@ -159,7 +159,7 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_ste
         share = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
-    factors = [partial(factor, group["lr"]) for group in optimizer.param_groups]
+    factors: list[Callable[[int], float]] = [partial(factor, group["lr"]) for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
 

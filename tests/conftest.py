@@ -26,7 +26,9 @@ FLAVOURS: dict[str, dict[str, Any]] = {
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """The same random numbers in every test, whichever run before it."""
+    """Skip what needs a GPU where there is none; start every test with the same random numbers."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
 
 

@@ -65,6 +65,17 @@ def test_lloyd_never_raises_the_inertia() -> None:
     assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(inertias))
 
 
+def test_relaxed_lloyd_ends_as_low_in_fewer_iterations() -> None:
+    problem = problem_of(blobs(4000, width=16, n_blobs=40, spread=2.0))
+    start = kmeans_plus_plus(problem, 12, np.random.default_rng(0))
+    plain = lloyd(problem, start, max_iter=500, gain_tolerance=1e-6)
+    relaxed = lloyd(problem, start, max_iter=500, gain_tolerance=1e-6, relaxation=1.8)
+    assert relaxed.n_iter < plain.n_iter
+    assert relaxed.inertia <= 1.01 * plain.inertia
+    # The last step is plain: the centres are the means of their tokens, up to what one step still moves.
+    assert lloyd(problem, relaxed.centers, max_iter=1).inertia >= relaxed.inertia * (1 - 1e-5)
+
+
 def test_an_empty_centre_moves_to_the_farthest_token() -> None:
     tokens = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 5.0], [0.0, 0.2]])
     start = torch.tensor([[0.0, 0.0], [100.0, 100.0]])

@@ -167,8 +167,6 @@ def test_emulated_cuda_matches_reference(
 @pytest.mark.gpu
 @PROBLEMS
 def test_cuda_matches_reference(groups, images, patches, prefix, width, num_centers, dtype, weighted):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     reason = kmeans_native.why_not(torch.device("cuda"))
     if reason:
         pytest.skip(reason)

@@ -156,6 +156,12 @@ def test_table_has_a_row_per_method(report):
     assert "standard deviation" in report.summary()
 
 
+def test_comparison_is_paired_by_seed(report):
+    _, vpt, spt = report.runs
+    gain = 100 * (spt.test_accuracy - vpt.test_accuracy)
+    assert report.comparison() == f"SPT-Deep minus VPT-Deep, seed by seed: {gain:+.1f} points"
+
+
 def test_demo_writes_figure_and_numbers(report):
     numbers, figure = report.files
     assert figure.name == demo.FIGURE_NAME

@@ -66,6 +66,15 @@ def test_plain_safetensors_reads_what_was_written(written: Path) -> None:
     assert header["__metadata__"] == {"colour": "red", "kind": "thing", "format_version": "1"}
 
 
+def test_same_content_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
+    metadata = {f"key {i}": f"wert ü {i}" for i in range(10)}
+    write_safetensors(path, TENSORS, metadata, kind="thing")
+    tensors, back = read_safetensors(path, kind="thing")
+    assert back == metadata
+    write_safetensors(tmp_path / "again", tensors, dict(reversed(back.items())), kind="thing")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
 def test_new_file_has_the_usual_permissions(written: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.touch()

@@ -69,7 +69,7 @@ class TestSelect:
     def test_goes_up_to_what_was_kept_and_no_further(self, vit: VisionTransformer, loader: Loader) -> None:
         protos = build(vit, loader, capacity=100)
         assert protos.select(100).prompts.shape == (3, 100, 32)
-        with pytest.raises(ValueError, match="num_prompts must be at most 100, .* got 101"):
+        with pytest.raises(ValueError, match=r"num_prompts must be at most 100, .* got 101"):
             protos.select(101)
 
     @pytest.mark.parametrize("num_prompts", [0, -3])

@@ -52,9 +52,10 @@ def test_leaves_no_file_behind(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
 def test_full_disk_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "wb", buffering=0))
-    with pytest.raises(OSError, match="the disk is full; set TMPDIR"), TokenStore(1, 0) as store:
-        store.append(0, torch.ones(4, 4))
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: full)
+        with pytest.raises(OSError, match="the disk is full; set TMPDIR"), TokenStore(1, 0) as store:
+            store.append(0, torch.ones(4, 4))
 
 
 @pytest.mark.parametrize(

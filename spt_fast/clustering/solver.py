@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from spt_fast.clustering.lloyd import LloydResult, lloyd
 from spt_fast.clustering.seeding import kmeans_plus_plus
@@ -11,7 +12,7 @@ from spt_fast.clustering.weighted import WeightedTokens
 
 # How the work is spent; measured in docs/kmeans.md. The search runs on a sample of the summary
 # because it needs many passes, and only has to find the right region: the last Lloyd finds the rest.
-STARTS = 3
+STARTS = 4
 SWAP_ROUNDS = 5
 SWAPS_PER_ROUND = 4
 SEARCH_TOKENS = 5_000
@@ -19,6 +20,7 @@ SEARCH_TOKENS_PER_CLUSTER = 100
 ROUGH_GAIN = 1e-3
 SEARCH_GAIN = 1e-4
 FINAL_GAIN = 5e-5
+RELAXATION = 1.8
 MAX_ITER = 300
 
 
@@ -28,23 +30,27 @@ def solve(problem: WeightedTokens, n_clusters: int, rng: np.random.Generator) ->
     part = problem.sample(size, rng)
     best = min((_start(part, n_clusters, rng) for _ in range(STARTS)), key=_inertia)
     best = _search(part, best, rng)
-    return lloyd(problem, best.centers, max_iter=MAX_ITER, gain_tolerance=FINAL_GAIN)
+    return _settle(problem, best.centers, FINAL_GAIN)
 
 
 def _start(part: WeightedTokens, n_clusters: int, rng: np.random.Generator) -> LloydResult:
     centers = kmeans_plus_plus(part, n_clusters, rng)
-    return lloyd(part, centers, max_iter=MAX_ITER, gain_tolerance=ROUGH_GAIN)
+    return _settle(part, centers, ROUGH_GAIN)
 
 
 def _search(part: WeightedTokens, best: LloydResult, rng: np.random.Generator) -> LloydResult:
     """Rounds of swaps, each followed by Lloyd; stops at the first round that does not pay."""
     for _ in range(SWAP_ROUNDS):
         swapped = improve_by_swaps(part, best.centers, SWAPS_PER_ROUND, rng)
-        settled = lloyd(part, swapped, max_iter=MAX_ITER, gain_tolerance=SEARCH_GAIN)
+        settled = _settle(part, swapped, SEARCH_GAIN)
         if settled.inertia > best.inertia * (1 - SEARCH_GAIN):
             return min(best, settled, key=_inertia)
         best = settled
     return best
+
+
+def _settle(problem: WeightedTokens, centers: Tensor, gain: float) -> LloydResult:
+    return lloyd(problem, centers, max_iter=MAX_ITER, gain_tolerance=gain, relaxation=RELAXATION)
 
 
 def _inertia(result: LloydResult) -> float:
