@@ -218,12 +218,10 @@ def _from_stream(
     clusters = StreamingKMeans(num_prompts, n_groups=groups, capacity=capacity, seed=seed)
     passed.run(lambda layer, tokens: clusters.partial_fit(tokens, group=layer))
     passed.check_enough_tokens(num_prompts)
+    summary = clusters.summary()
     with tqdm(total=groups, desc="clustering", unit=" layers", disable=not passed.progress) as bar:
-        solved = clusters.solve()
-        bar.update(groups)
-    return passed.result(
-        solved.centers, solved.counts, solved.inertia, metadata=metadata, summary=clusters.summary()
-    )
+        solved = summary.solve(num_prompts, on_group=bar.update)
+    return passed.result(solved.centers, solved.counts, solved.inertia, metadata=metadata, summary=summary)
 
 
 def _from_all_tokens(

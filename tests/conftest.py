@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
+
+# Read when torch is loaded: threads that wait sleep instead of spinning. The tests are many small ops, which
+# take ten times as long where spinning threads keep each other from the cores of a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

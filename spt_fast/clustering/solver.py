@@ -13,6 +13,7 @@ from spt_fast.clustering.weighted import WeightedTokens
 # How the work is spent; measured in docs/kmeans.md. The search runs on a sample of the summary
 # because it needs many passes, and only has to find the right region: the last Lloyd finds the rest.
 STARTS = 4
+MOST_STARTS = 16  # on a summary so small that they cost nothing
 SWAP_ROUNDS = 5
 SWAPS_PER_ROUND = 4
 SEARCH_TOKENS = 5_000
@@ -28,7 +29,8 @@ def solve(problem: WeightedTokens, n_clusters: int, rng: np.random.Generator) ->
     """K centres of the weighted tokens: several starts, local search, Lloyd to convergence."""
     size = max(SEARCH_TOKENS, SEARCH_TOKENS_PER_CLUSTER * n_clusters)
     part = problem.sample(size, rng)
-    best = min((_start(part, n_clusters, rng) for _ in range(STARTS)), key=_inertia)
+    starts = max(STARTS, min(MOST_STARTS, STARTS * size // len(problem)))
+    best = min((_start(part, n_clusters, rng) for _ in range(starts)), key=_inertia)
     best = _search(part, best, rng)
     return _settle(problem, best.centers, FINAL_GAIN)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +53,10 @@ class Summary:
         """The largest K that `solve` accepts: tokens kept by the smallest group."""
         return min(len(group) for group in self.groups)
 
-    def solve(self, n_clusters: int) -> Clustering:
+    def solve(self, n_clusters: int, *, on_group: Callable[[], object] | None = None) -> Clustering:
         """Solve every group for `n_clusters` centres. The same K gives the same centres every time.
+
+        `on_group` is called after each group, for a progress bar.
 
         Raises:
             ValueError: a group holds fewer tokens than `n_clusters`.
@@ -64,10 +66,11 @@ class Summary:
             raise ValueError(
                 f"n_clusters must be at most the number of tokens kept, {self.max_clusters}, got {n_clusters}"
             )
-        results = [
-            solve(group, n_clusters, np.random.default_rng([self.seed, g, n_clusters]))
-            for g, group in enumerate(self.groups)
-        ]
+        results = []
+        for g, group in enumerate(self.groups):
+            results.append(solve(group, n_clusters, np.random.default_rng([self.seed, g, n_clusters])))
+            if on_group is not None:
+                on_group()
         return self._collect(results)
 
     def _collect(self, results: Sequence[LloydResult]) -> Clustering:
