@@ -2,9 +2,9 @@
 
     python examples/tune_demo.py [--head-lrs 0.003 0.01 ...] [--prompt-lrs 0.01 0.03 ...] [--seeds 100 101]
 
-First the head's rate, by the linear probe; then, with that rate for every head, the prompts' rate of
-VPT-Deep and of SPT-Deep. Code and budget are the demo's own. The seeds are not the demo's, so the
-training images are other draws, and test images are never looked at.
+First the head's rate of the methods that train the head alone; then, with the linear probe's for every
+head, the prompts' rate of VPT-Deep and of SPT-Deep. Code and budget are the demo's own. The seeds are not
+the demo's, so the training images are other draws, and test images are never looked at.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from spt_fast.samples import backbone_facts, load_digits
 
 HEAD_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 PROMPT_RATES = (1e-2, 3e-2, 1e-1, 3e-1)
+HEAD_METHODS = ("linear probe", "VPT-Deep, frozen", "SPT-Deep, frozen")
 PROMPT_METHODS = ("VPT-Deep", "SPT-Deep")
 
 
@@ -81,12 +82,13 @@ def main() -> None:
     facts, task = backbone_facts(), validation_task()
     print(f"backbone of {facts['epochs']} epochs, loss {facts['loss']:.4f}\n{budget}", flush=True)
 
-    probe = sweep("linear probe", [Rates(head) for head in args.head_lrs], task, budget)
-    head = args.head_lrs[best_index(probe)]
+    head_rates = [Rates(head) for head in args.head_lrs]
+    heads = {method: sweep(method, head_rates, task, budget) for method in HEAD_METHODS}
+    head = args.head_lrs[best_index(heads["linear probe"])]
     rates = [Rates(head, prompts) for prompts in args.prompt_lrs]
     prompted = {method: sweep(method, rates, task, budget) for method in PROMPT_METHODS}
 
-    print("\n" + markdown("head's rate", args.head_lrs, {"linear probe": probe}))
+    print("\n" + markdown("head's rate", args.head_lrs, heads))
     print("\n" + markdown(f"prompts' rate, head {head:g}", args.prompt_lrs, prompted))
 
 

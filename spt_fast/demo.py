@@ -1,4 +1,4 @@
-"""The demo: SPT-Deep, VPT-Deep and a linear probe on a few shipped digits with the shipped backbone.
+"""The demo: SPT-Deep, VPT-Deep (tuned, and frozen) and a linear probe on a few shipped digits.
 
 How task, budget and learning rates were chosen, and what to expect, is in docs/demo.md. All numbers are
 measured by the run that prints them.
@@ -23,8 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from spt_fast.build import build_prototypes
-from spt_fast.files import _write_atomically as write_bytes
-from spt_fast.files import check_output_path
+from spt_fast.files import check_output_path, write_bytes
 from spt_fast.plots import MethodCurves, demo_figure, matplotlib_missing
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.samples import DIGITS_SPLITS, backbone_facts, few_per_class, load_backbone, load_digits
@@ -54,6 +53,8 @@ class Rates:
 # Chosen on the validation split by examples/tune_demo.py; the whole sweep is in docs/demo.md.
 LEARNING_RATES = {
     "linear probe": Rates(head=1e-2),
+    "VPT-Deep, frozen": Rates(head=1e-2),
+    "SPT-Deep, frozen": Rates(head=1e-2),
     "VPT-Deep": Rates(head=1e-2, prompts=2e-2),
     "SPT-Deep": Rates(head=1e-2, prompts=1e-1),
 }
@@ -173,9 +174,12 @@ class DemoReport:
 
     def comparison(self) -> str:
         """SPT against VPT seed by seed: both had the same images, so this says more than two spreads."""
-        pairs = zip(self.of("SPT-Deep"), self.of("VPT-Deep"), strict=True)
-        gains = [f"{100 * (spt.test_accuracy - vpt.test_accuracy):+.1f}" for spt, vpt in pairs]
-        return f"SPT-Deep minus VPT-Deep, seed by seed: {', '.join(gains)} points"
+        tuned, frozen = self._gains("Deep"), self._gains("Deep, frozen")
+        return f"SPT minus VPT, seed by seed, in points: tuned {tuned}; frozen {frozen}"
+
+    def _gains(self, variant: str) -> str:
+        pairs = zip(self.of(f"SPT-{variant}"), self.of(f"VPT-{variant}"), strict=True)
+        return ", ".join(f"{100 * (spt.test_accuracy - vpt.test_accuracy):+.1f}" for spt, vpt in pairs)
 
     def curves(self) -> dict[str, MethodCurves]:
         """What the figure draws."""
@@ -296,10 +300,31 @@ def run_method(
     model = load_backbone()
     head = classifier(model.num_features, seed=seed)
     train = task.few(budget.images_per_class, seed)
-    recipe = _Recipe(budget, rates, seed, on_epoch)
+    recipe = _Recipe(method, budget, rates, seed, on_epoch)
     if method == "linear probe":
-        return _probe(model, head, train, task, recipe)
-    return _prompt(method, model, head, train, task, recipe)
+        return _train_head(model, head, train, task, recipe)
+    prompts, seconds = _initial_prompts(method, model, train, budget, seed)
+    tuned = _prompted(model, prompts, None if _is_frozen(method) else head, seed)
+    start = _nmi(tuned, train[0])
+    if _is_frozen(method):
+        run = _train_head(tuned, head, train, task, recipe)
+    else:
+        run = replace(_tune(tuned, train, task, recipe), nmi_end=_nmi(tuned, train[0]))
+    return replace(run, prototype_seconds=seconds, nmi_start=start)
+
+
+def _is_frozen(method: str) -> bool:
+    return method.endswith("frozen")
+
+
+def _prompted(model: Any, prompts: Prototypes | int, head: nn.Module | None, seed: int) -> PromptedViT:
+    """The model with prompts and `head`; without a head, it gives pooled features with frozen prompts."""
+    if head is not None:
+        # Kept as the model's own head, so that every method starts from the same one.
+        model.head = head
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PromptedViT(model, prompts, freeze_prompts=head is None)
 
 
 def classifier(width: int, *, seed: int) -> nn.Sequential:
@@ -318,8 +343,9 @@ def classifier(width: int, *, seed: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to train, the same for all three methods but for the learning rates."""
+    """How to train, the same for every method but for the learning rates."""
 
+    method: str
     budget: Budget
     rates: Rates
     seed: int
@@ -341,61 +367,54 @@ class _Recipe:
             on_epoch=self.on_epoch,
         )
 
-
-def _probe(model: nn.Module, head: nn.Module, train: Split, task: Task, recipe: _Recipe) -> Run:
-    """The head alone. The backbone does not change, so each image passes through it once."""
-    started = time.perf_counter()
-    train_features = _features(model, train)
-    feature_seconds = time.perf_counter() - started
-    history = recipe.fit(head, train_features, _features(model, task.val))
-    return Run(
-        method="linear probe",
-        seed=recipe.seed,
-        rates=recipe.rates,
-        trainable_parameters=_trainable(head),
-        prototype_seconds=0.0,
-        train_seconds=feature_seconds + history.train_seconds,
-        val_epochs=history.val_epochs,
-        val_accuracy=history.val_accuracy,
-        test_accuracy=evaluate(head, _in_order(_features(model, task.test))),
-    )
-
-
-def _prompt(method: str, model: nn.Module, head: nn.Module, train: Split, task: Task, recipe: _Recipe) -> Run:
-    budget, images = recipe.budget, train[0]
-    prompts: Prototypes | int = budget.num_prompts
-    started = time.perf_counter()
-    if method == "SPT-Deep":
-        prompts = build_prototypes(
-            model, _in_order(train), num_prompts=budget.num_prompts, seed=recipe.seed, progress=False
+    def run(self, net: nn.Module, history: History, more_seconds: float, test_accuracy: float) -> Run:
+        """What came out of `fit`, as the record of this method and seed."""
+        return Run(
+            method=self.method,
+            seed=self.seed,
+            rates=self.rates,
+            trainable_parameters=_trainable(net),
+            prototype_seconds=0.0,
+            train_seconds=more_seconds + history.train_seconds,
+            val_epochs=history.val_epochs,
+            val_accuracy=history.val_accuracy,
+            test_accuracy=test_accuracy,
         )
-    prototype_seconds = time.perf_counter() - started if method == "SPT-Deep" else 0.0
-    # Kept as the model's own head, so that every method starts from the same one.
-    model.head = head
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        tuned = PromptedViT(model, prompts)
-    nmi_start = _nmi(tuned, images)
-    history = recipe.fit(tuned, train, task.val)
-    return Run(
-        method=method,
-        seed=recipe.seed,
-        rates=recipe.rates,
-        trainable_parameters=_trainable(tuned),
-        prototype_seconds=prototype_seconds,
-        train_seconds=history.train_seconds,
-        val_epochs=history.val_epochs,
-        val_accuracy=history.val_accuracy,
-        test_accuracy=evaluate(tuned, _in_order(task.test)),
-        nmi_start=nmi_start,
-        nmi_end=_nmi(tuned, images),
+
+
+def _initial_prompts(
+    method: str, model: nn.Module, train: Split, budget: Budget, seed: int
+) -> tuple[Prototypes | int, float]:
+    """Prompts to start from, and the seconds that it took to build them."""
+    if method.startswith("VPT"):
+        return budget.num_prompts, 0.0
+    started = time.perf_counter()
+    prototypes = build_prototypes(
+        model, _in_order(train), num_prompts=budget.num_prompts, seed=seed, progress=False
     )
+    return prototypes, time.perf_counter() - started
+
+
+def _train_head(net: nn.Module, head: nn.Module, train: Split, task: Task, recipe: _Recipe) -> Run:
+    """The head alone. What comes before it does not change, so each image passes through it once."""
+    started = time.perf_counter()
+    train_features = _features(net, train)
+    feature_seconds = time.perf_counter() - started
+    history = recipe.fit(head, train_features, _features(net, task.val))
+    return recipe.run(head, history, feature_seconds, evaluate(head, _in_order(_features(net, task.test))))
+
+
+def _tune(tuned: PromptedViT, train: Split, task: Task, recipe: _Recipe) -> Run:
+    """Prompts and head."""
+    history = recipe.fit(tuned, train, task.val)
+    return recipe.run(tuned, history, 0.0, evaluate(tuned, _in_order(task.test)))
 
 
 @torch.no_grad()
 def _features(model: nn.Module, split: Split) -> Split:
     """Pooled features [M, D] instead of images."""
     images, labels = split
+    model.eval()
     return torch.cat([model(part) for part in torch.split(images, _EVALUATION_BATCH)]), labels
 
 
@@ -425,7 +444,8 @@ def _curves(runs: Sequence[Run]) -> MethodCurves:
     return MethodCurves(
         epochs=runs[0].val_epochs,
         accuracy=np.array([run.val_accuracy for run in runs]),
-        nmi_start=stacked([run.nmi_start for run in runs]),
+        # Frozen prompts share their start with tuned ones, and have no end of their own.
+        nmi_start=None if _is_frozen(runs[0].method) else stacked([run.nmi_start for run in runs]),
         nmi_end=stacked([run.nmi_end for run in runs]),
     )
 

@@ -60,14 +60,14 @@ def write_safetensors(
         metadata: strings only; the keys "kind" and "format_version" are set here.
         kind: what the file holds, checked again by `read_safetensors`.
     """
-    target = check_output_path(path, overwrite=overwrite)
+    check_output_path(path, overwrite=overwrite)
     # Copies, because safetensors refuses tensors that share memory.
     stored = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
     header = {**_checked_metadata(metadata), _KIND_KEY: kind, _VERSION_KEY: str(FORMAT_VERSION)}
-    _write_atomically(target, _reproducible(serialize(stored, header)), overwrite=overwrite)
+    write_bytes(path, _reproducible(serialize(stored, header)), overwrite=overwrite)
 
 
 def read_safetensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -131,7 +131,9 @@ def _check_header(source: Path, metadata: Mapping[str, str], kind: str) -> None:
         )
 
 
-def _write_atomically(target: Path, content: bytes, *, overwrite: bool) -> None:
+def write_bytes(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> None:
+    """Write `content` to `path`, completely or not at all, as `write_safetensors` does; same errors."""
+    target = check_output_path(path, overwrite=overwrite)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:

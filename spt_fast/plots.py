@@ -19,6 +19,8 @@ Values = NDArray[np.float64]
 _STYLES: dict[str, dict[str, Any]] = {
     "SPT-Deep": {"color": "#D55E00", "marker": "o", "linewidth": 2.2},
     "VPT-Deep": {"color": "#0072B2", "marker": "s", "linewidth": 1.6},
+    "SPT-Deep, frozen": {"color": "#E69F00", "marker": "v", "linewidth": 1.6},
+    "VPT-Deep, frozen": {"color": "#56B4E9", "marker": "P", "linewidth": 1.2},
     "linear probe": {"color": "#555555", "marker": "^", "linewidth": 1.2},
 }
 _SPARE_STYLE: dict[str, Any] = {"color": "#009E73", "marker": "D", "linewidth": 1.4}
