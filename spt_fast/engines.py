@@ -112,9 +112,9 @@ def _attentions(block: nn.Module) -> list[nn.Module]:
 def _attend(attn: Any, x: Tensor, prompts: Tensor) -> Tensor:
     """timm's Attention over x [B, N, D] with the keys and values of prompts [N_p, D] added; [B, N, D]."""
     batch, tokens, _ = x.shape
-    q, k, v = (
-        attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    )
+    # Unbound before heads and tokens change places: the way back then joins three gradients in one copy.
+    projected = attn.qkv(x).reshape(batch, tokens, 3, attn.num_heads, attn.head_dim).unbind(2)
+    q, k, v = (part.transpose(1, 2) for part in projected)
     prompt_k, prompt_v = _prompt_keys_values(attn, prompts)
     out = prompt_attention(
         attn.q_norm(q), attn.k_norm(k), v, attn.k_norm(prompt_k), prompt_v, scale=attn.scale

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 BACKBONE_NAME = "spt_fast_mae_tiny_patch4_32"
 DIGITS_MAX = 16
-# Rows of the file, which keeps the order of the collection: neighbours come from the same writer,
-# so contiguous splits keep most writers apart where a shuffled split would mix them.
+# Rows of the file, which keeps the order of the collection: neighbours are alike (same writers), and
+# contiguous splits mix them less than a shuffled split would.
 DIGITS_SPLITS = {"train": (0, 897), "val": (897, 1197), "test": (1197, 1797)}
 _ARCHITECTURE_KEYS = {"img_size", "patch_size", "embed_dim", "depth", "num_heads"}
 
