@@ -55,8 +55,8 @@ LEARNING_RATES = {
     "linear probe": Rates(head=1e-2),
     "VPT-Deep, frozen": Rates(head=1e-2),
     "SPT-Deep, frozen": Rates(head=1e-2),
-    "VPT-Deep": Rates(head=1e-2, prompts=2e-2),
-    "SPT-Deep": Rates(head=1e-2, prompts=1e-1),
+    "VPT-Deep": Rates(head=1e-2, prompts=1e-1),
+    "SPT-Deep": Rates(head=1e-2, prompts=2e-1),
 }
 METHODS = tuple(LEARNING_RATES)
 

@@ -1,0 +1,103 @@
+"""Is it the direction or the length of the first prompts that matters in `spt-fast demo`? Prints a table.
+
+    python examples/demo_scales.py
+
+Prototypes and VPT's random values differ in both: a block normalises what enters it, so it sees directions
+only, but the longer a prompt is, the less a step of one length turns it. Here each start is also tried at
+the other one's length (the root mean square over the prompts of a block), with the demo's budget, on the
+validation split and other draws of training images than the demo's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from spt_fast import PromptedViT, build_prototypes
+from spt_fast.demo import Budget, classifier
+from spt_fast.samples import few_per_class, load_backbone, load_digits
+from spt_fast.trainer import fit, shuffled_loader
+
+HEAD_RATE = 1e-2
+
+
+def random_prompts(num_prompts: int, seed: int) -> Tensor:
+    """VPT's start [L, N_p, D]."""
+    torch.manual_seed(seed)
+    return PromptedViT(load_backbone(), num_prompts).prompts.detach()
+
+
+def root_mean_square(prompts: Tensor) -> Tensor:
+    """Per block, [L, 1, 1]."""
+    return prompts.square().mean(dim=(1, 2), keepdim=True).sqrt()
+
+
+def starts(images: Tensor, num_prompts: int, seed: int) -> dict[str, Tensor]:
+    loader = [(part,) for part in images.split(100)]
+    prototypes = build_prototypes(
+        load_backbone(), loader, num_prompts=num_prompts, seed=seed, progress=False
+    ).prompts
+    random = random_prompts(num_prompts, seed)
+    ratio = root_mean_square(prototypes) / root_mean_square(random)
+    return {
+        "random, short (VPT)": random,
+        "random, long": random * ratio,
+        "prototypes, short": prototypes / ratio,
+        "prototypes, long (SPT)": prototypes,
+    }
+
+
+def accuracy(
+    prompts: Tensor, images: Tensor, labels: Tensor, rate: float, budget: Budget, seed: int
+) -> float:
+    model = load_backbone()
+    model.head = classifier(model.num_features, seed=seed)
+    validation = DataLoader(TensorDataset(*load_digits("val")), batch_size=100)
+    history = fit(
+        PromptedViT(model, prompts),
+        shuffled_loader(images, labels, batch_size=budget.batch_size, seed=seed),
+        validation,
+        epochs=budget.epochs,
+        lr=HEAD_RATE,
+        prompt_lr=rate,
+        weight_decay=budget.weight_decay,
+        warmup_epochs=budget.warmup_epochs,
+        seed=seed,
+        val_every=budget.epochs,
+        progress=False,
+    )
+    return 100 * history.val_accuracy[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=(0.02, 0.1, 0.2))
+    parser.add_argument("--seeds", type=int, nargs="+", default=(100, 101, 102))
+    args = parser.parse_args()
+    budget, (pool, pool_labels) = Budget(), load_digits("train")
+    results: dict[tuple[str, float], list[float]] = {}
+    for seed in args.seeds:
+        rows = few_per_class(pool_labels, budget.images_per_class, seed=seed)
+        images, labels = pool[rows], pool_labels[rows]
+        for name, prompts in starts(images, budget.num_prompts, seed).items():
+            for rate in args.rates:
+                value = accuracy(prompts, images, labels, rate, budget, seed)
+                results.setdefault((name, rate), []).append(value)
+                print(f"seed {seed}, {name}, rate {rate:g}: {value:.1f}", flush=True)
+    names = dict.fromkeys(name for name, _ in results)
+    print("\n| start | " + " | ".join(f"{rate:g}" for rate in args.rates) + " |")
+    print("| --- |" + " ---: |" * len(args.rates))
+    for name in names:
+        cells = [results[name, rate] for rate in args.rates]
+        shown = [f"{statistics.fmean(v):.1f} ± {statistics.stdev(v) if len(v) > 1 else 0:.1f}" for v in cells]
+        print(f"| {name} | " + " | ".join(shown) + " |")
+
+
+if __name__ == "__main__":
+    main()
