@@ -4,7 +4,8 @@
     python -m benchmarks.bench_kmeans            full size, interleaved, medians and ratios
 
 Every side starts from the same centres and returns the centres of one Lloyd iteration; the results are
-compared before anything is timed. The sgemm computes the inner products and nothing else.
+compared before anything is timed. The sgemm computes the inner products and nothing else. scikit-learn has no
+public single pass: its side is a fit of one iteration, with its checks, centring and final labelling.
 """
 
 from __future__ import annotations
@@ -56,16 +57,17 @@ def make_sides(rows: int, width: int, clusters: int) -> dict[str, Side]:
     sides: dict[str, Side] = {
         "spt_fast": lambda: ours(tokens, centers, mean),
         "pytorch": lambda: pytorch(tokens, centers),
-        "scikit-learn": lambda: scikit_learn(array, starts),
+        "scikit-learn fit": lambda: scikit_learn(array, starts),
         "sgemm only": lambda: tokens @ centers.T,
     }
     expected = sides["pytorch"]()
-    torch.testing.assert_close(sides["spt_fast"](), expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(sides["scikit-learn"](), expected, rtol=1e-3, atol=1e-3)
+    # A token halfway between two centres may go to either, and moves a centre by its share of it.
+    for name in ("spt_fast", "scikit-learn fit"):
+        torch.testing.assert_close(sides[name](), expected, rtol=1e-3, atol=1e-2)
     return sides
 
 
-@pytest.mark.parametrize("side", ["spt_fast", "pytorch", "scikit-learn", "sgemm only"])
+@pytest.mark.parametrize("side", ["spt_fast", "pytorch", "scikit-learn fit", "sgemm only"])
 @pytest.mark.parametrize("clusters", [20, 100])
 def test_one_pass(benchmark: object, clusters: int, side: str) -> None:
     rows, width = 20_000, 384

@@ -1,9 +1,10 @@
 """Inertia of one-pass clustering over exact Lloyd, best of ten starts, on real tokens.
 
-    python -m benchmarks.bench_stream_quality --tokens NAME=FILE [NAME=FILE ...] --out results.json
+    python -m benchmarks.bench_stream_quality IMAGE_FOLDER --out results.json
 
-Each FILE is a torch file with block inputs [images, tokens, D] in class order. For each set, K, order
-(shuffled, sorted by class) and seed it prints the inertia over *all* tokens of the streamed centres
+IMAGE_FOLDER holds one sub-folder per class (the results committed are for CIFAR-10's test images). Tokens
+are what enters a late block of the shipped backbone, and a middle block of an untrained ViT. For each set, K,
+order (shuffled, sorted by class) and seed it prints the inertia over *all* tokens of the streamed centres
 divided by the lowest inertia of ten exact runs.
 """
 
@@ -15,11 +16,47 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
 
 from spt_fast import KMeans, StreamingKMeans
+from spt_fast.samples import backbone_facts, load_backbone
+from spt_fast.tokens import TokenTap
 
 IMAGES_PER_BATCH = 32
+
+
+def load_images(folder: str, per_class: int) -> Tensor:
+    """The first images of every class, in class order, as the shipped backbone wants them."""
+    samples, facts = ImageFolder(folder), backbone_facts()
+    taken: dict[int, int] = {}
+    images = []
+    for path, label in samples.samples:
+        taken[label] = taken.get(label, 0) + 1
+        if taken[label] <= per_class:
+            image = samples.loader(path).resize((32, 32))
+            images.append(pil_to_tensor(image).float() / 255)
+    mean, std = (torch.tensor(facts[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return (torch.stack(images) - mean) / std
+
+
+def untrained_vit() -> nn.Module:
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3, class_token=False, global_pool="avg"
+    )
+
+
+def block_inputs(model: nn.Module, images: Tensor, block: int) -> Tensor:
+    """Patch tokens [images, tokens, D] that enter a block, counted from 1."""
+    kept: list[Tensor] = []
+    tap = TokenTap(model, lambda layer, tokens: kept.append(tokens.clone()) if layer == block - 1 else None)
+    with tap:
+        for batch in images.split(200):
+            tap.run(batch)
+    return torch.cat(kept)
 
 
 def best_of_ten(tokens: Tensor, n_clusters: int) -> float:
@@ -49,15 +86,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", nargs="+", required=True, metavar="NAME=FILE")
+    parser.add_argument("folder", metavar="IMAGE_FOLDER")
+    parser.add_argument("--per-class", type=int, default=160)
     parser.add_argument("--clusters", type=int, nargs="+", default=[5, 20, 100])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     rows = []
-    for item in args.tokens:
-        name, _, path = item.partition("=")
-        images = torch.load(path, weights_only=True)
+    pictures = load_images(args.folder, args.per_class)
+    sets = {
+        "mae-b5": block_inputs(load_backbone(), pictures, 5),
+        "rnd-b4": block_inputs(untrained_vit(), pictures, 4),
+    }
+    for name, images in sets.items():
         tokens = images.flatten(0, 1)
         for n_clusters in args.clusters:
             best = best_of_ten(tokens, n_clusters)

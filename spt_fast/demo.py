@@ -56,7 +56,7 @@ LEARNING_RATES = {
     "VPT-Deep, frozen": Rates(head=1e-2),
     "SPT-Deep, frozen": Rates(head=1e-2),
     "VPT-Deep": Rates(head=1e-2, prompts=1e-1),
-    "SPT-Deep": Rates(head=1e-2, prompts=2e-1),
+    "SPT-Deep": Rates(head=1e-2, prompts=1.0),
 }
 METHODS = tuple(LEARNING_RATES)
 
