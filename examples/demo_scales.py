@@ -1,6 +1,7 @@
 """Is it the direction or the length of the first prompts that matters in `spt-fast demo`? Prints a table.
 
-    python examples/demo_scales.py
+    python examples/demo_scales.py            accuracies, each start at both lengths
+    python examples/demo_scales.py --scores   what eq. 7 makes of the two starts, block by block
 
 Prototypes and VPT's random values differ in both: a block normalises what enters it, so it sees directions
 only, but the longer a prompt is, the less a step of one length turns it. Here each start is also tried at
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from spt_fast import PromptedViT, build_prototypes
 from spt_fast.demo import Budget, classifier
 from spt_fast.samples import few_per_class, load_backbone, load_digits
+from spt_fast.tokens import TokenTap
 from spt_fast.trainer import fit, shuffled_loader
 
 HEAD_RATE = 1e-2
@@ -73,13 +75,32 @@ def accuracy(
     return 100 * history.val_accuracy[-1]
 
 
+def print_scores(budget: Budget, seed: int) -> None:
+    """Mean score p . e of each start, and the share of scores above 4, where the sigmoid is above 0.98."""
+    pool, labels = load_digits("train")
+    images = pool[few_per_class(labels, budget.images_per_class, seed=seed)]
+    both = starts(images, budget.num_prompts, seed)
+    tokens: list[Tensor] = []
+    with TokenTap(load_backbone(), lambda _, entering: tokens.append(entering.flatten(0, 1).clone())) as tap:
+        tap.run(images)
+    for name in ("random, short (VPT)", "prototypes, long (SPT)"):
+        for block, (entering, prompts) in enumerate(zip(tokens, both[name], strict=True), start=1):
+            scores = entering @ prompts.T
+            print(
+                f"{name}, block {block}: mean {scores.mean():.1f}, above 4: {(scores > 4).float().mean():.0%}"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rates", type=float, nargs="+", default=(0.02, 0.1, 0.2))
     parser.add_argument("--seeds", type=int, nargs="+", default=(100, 101, 102))
+    parser.add_argument("--scores", action="store_true")
     args = parser.parse_args()
+    if args.scores:
+        return print_scores(Budget(), args.seeds[0])
     budget, (pool, pool_labels) = Budget(), load_digits("train")
     results: dict[tuple[str, float], list[float]] = {}
     for seed in args.seeds:
