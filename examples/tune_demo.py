@@ -18,7 +18,7 @@ from spt_fast.demo import Budget, Rates, Task, run_method
 from spt_fast.samples import backbone_facts, load_digits
 
 HEAD_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-PROMPT_RATES = (2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0, 2.0)
+PROMPT_RATES = (1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0, 2.0)
 HEAD_METHODS = ("linear probe", "VPT-Deep, frozen", "SPT-Deep, frozen")
 PROMPT_METHODS = ("VPT-Deep", "SPT-Deep")
 

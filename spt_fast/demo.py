@@ -55,7 +55,7 @@ LEARNING_RATES = {
     "linear probe": Rates(head=1e-2),
     "VPT-Deep, frozen": Rates(head=1e-2),
     "SPT-Deep, frozen": Rates(head=1e-2),
-    "VPT-Deep": Rates(head=1e-2, prompts=1e-1),
+    "VPT-Deep": Rates(head=1e-2, prompts=1.0),
     "SPT-Deep": Rates(head=1e-2, prompts=1.0),
 }
 METHODS = tuple(LEARNING_RATES)
