@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def lloyd(
             break
         previous = inertia
         moved = move_centers(problem, centers, assigned)
-        shift = float((moved - centers).double().square().sum())
+        shift = _squared_movement(centers, moved)
         if shift == 0.0:
             break
         # A centre that was empty has jumped to a token, and must not jump past it.
@@ -71,6 +72,11 @@ def move_centers(problem: WeightedTokens, centers: Tensor, assigned: Assigned) -
         sums, counts = _relocate_empty(problem, centers, sums, counts, empty)
     means = (sums / counts.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).float()
     return torch.where((counts > 0)[:, None], means, centers)
+
+
+def _squared_movement(before: Tensor, after: Tensor) -> float:
+    # Summed by NumPy, in one thread: when to stop must not depend on the number of threads.
+    return float(np.square((after - before).double().cpu().numpy()).sum())
 
 
 def _relocate_empty(

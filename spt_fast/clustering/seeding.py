@@ -7,7 +7,7 @@ import math
 import numpy as np
 from torch import Tensor
 
-from spt_fast.clustering.weighted import WeightedTokens
+from spt_fast.clustering.weighted import WeightedTokens, weighted_sum
 
 
 def kmeans_plus_plus(problem: WeightedTokens, n_clusters: int, rng: np.random.Generator) -> Tensor:
@@ -23,7 +23,7 @@ def kmeans_plus_plus(problem: WeightedTokens, n_clusters: int, rng: np.random.Ge
     for _ in range(1, n_clusters):
         candidates = draw(weights * nearest, trials, rng)
         distances = np.minimum(problem.distances_to(problem.rows(candidates)), nearest[:, None])
-        best = int(np.argmin(weights @ distances.astype(np.float64)))
+        best = int(np.argmin(weighted_sum(weights, distances)))
         chosen = np.append(chosen, candidates[best])
         nearest = distances[:, best]
     return problem.rows(chosen)

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from spt_fast.clustering.seeding import draw
-from spt_fast.clustering.weighted import WeightedTokens
+from spt_fast.clustering.weighted import WeightedTokens, weighted_sum
 
 CANDIDATES = 16  # tokens tried at once: their distances cost about one vector column of the kernel
 
@@ -28,7 +28,7 @@ def improve_by_swaps(
         to_candidates = problem.distances_to(candidates)
         costs = _costs_of_swaps(weights, first, second, labels, to_candidates, len(centers))
         candidate, removed = np.unravel_index(int(np.argmin(costs)), costs.shape)
-        if costs[candidate, removed] < weights @ first.astype(np.float64):
+        if costs[candidate, removed] < weighted_sum(weights, first):
             centers[removed] = candidates[candidate]
             distances[:, removed] = to_candidates[:, candidate]
     return centers
@@ -54,7 +54,7 @@ def _costs_of_swaps(
     """Inertia [C, K] after adding candidate c and removing centre k."""
     kept = np.minimum(to_candidates, first[:, None]).astype(np.float64)
     orphaned = np.minimum(to_candidates, second[:, None]).astype(np.float64)
-    base = weights @ kept
+    base = weighted_sum(weights, kept)
     extra = (orphaned - kept) * weights[:, None]
     removal = [np.bincount(labels, weights=column, minlength=n_clusters) for column in extra.T]
     return np.asarray(base[:, None] + np.stack(removal))

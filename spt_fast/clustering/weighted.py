@@ -61,6 +61,14 @@ class WeightedTokens:
         return WeightedTokens(self.tokens[index], weights, self.mean, self.backend)
 
 
+def weighted_sum(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Sum of values [n] or [n, C] times weights [n] over the tokens, in float64.
+
+    Not a BLAS product: its order of summation, and so the last bit, would depend on its threads.
+    """
+    return np.asarray((values.astype(np.float64).T * weights).sum(axis=-1))
+
+
 def mean_of(tokens: Tensor, weights: Tensor | None, backend: str = "auto") -> Tensor:
     """Weighted mean [D] of tokens [n, D], float32, from sums in float64."""
     width = tokens.shape[-1]
