@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 
+import spt_fast
 from spt_fast import cli, demo, samples
 from spt_fast.ops import kmeans_native
 from spt_fast.prototypes import Prototypes
@@ -280,9 +282,14 @@ def test_unusable_arguments_leave_with_code_2(arguments, capsys):
     assert "usage: spt-fast" in capsys.readouterr().err
 
 
-def test_module_runs_as_a_command():
+def test_module_runs_as_a_command(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "spt_fast", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "spt_fast", "--help"],
+        cwd=tmp_path,
+        env=package_under_test(),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for command in ("demo", "prototypes", "doctor"):
         assert command in done.stdout
@@ -290,8 +297,18 @@ def test_module_runs_as_a_command():
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_leaves_with_130_and_no_file(tmp_path):
-    command = [sys.executable, "-m", "spt_fast", "demo", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    out = tmp_path / "out"
+    out.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-m", "spt_fast", "demo", "--out", str(out)],
+        cwd=tmp_path,
+        env=package_under_test(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and hand that down to what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         # The introduction is printed right before the work starts.
         assert process.stdout is not None
         assert process.stdout.readline().startswith("backbone")
@@ -301,4 +318,9 @@ def test_ctrl_c_leaves_with_130_and_no_file(tmp_path):
     assert process.returncode == cli.INTERRUPTED
     assert "spt-fast: interrupted" in errors
     assert "Traceback" not in errors
-    assert list(tmp_path.iterdir()) == []
+    assert list(out.iterdir()) == []
+
+
+def package_under_test():
+    """Environment in which a fresh interpreter, in a folder of its own, imports the package imported here."""
+    return {**os.environ, "PYTHONPATH": str(Path(spt_fast.__file__).resolve().parents[1])}
