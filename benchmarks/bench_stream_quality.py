@@ -22,6 +22,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from spt_fast import KMeans, StreamingKMeans
+from spt_fast.ops.kmeans import assign_accumulate
 from spt_fast.samples import backbone_facts, load_backbone
 from spt_fast.tokens import TokenTap
 
@@ -78,8 +79,7 @@ def stream(images: Tensor, n_clusters: int, order: str, seed: int) -> tuple[Tens
 
 
 def inertia_of(centers: Tensor, tokens: Tensor) -> float:
-    n_clusters = len(centers)
-    return -float(KMeans(n_clusters, init=centers, max_iter=1, tol=1e9).fit(centers).score(tokens))
+    return float(assign_accumulate(tokens[None], centers[None], shift=tokens.mean(0)[None]).inertia[0])
 
 
 def main() -> None:

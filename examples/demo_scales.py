@@ -76,7 +76,7 @@ def accuracy(
 
 
 def print_scores(budget: Budget, seed: int) -> None:
-    """Mean score p . e of each start, and the share of scores above 4, where the sigmoid is above 0.98."""
+    """Length of each start, mean score p . e, share of scores above 4, where the sigmoid exceeds 0.98."""
     pool, labels = load_digits("train")
     images = pool[few_per_class(labels, budget.images_per_class, seed=seed)]
     both = starts(images, budget.num_prompts, seed)
@@ -86,9 +86,8 @@ def print_scores(budget: Budget, seed: int) -> None:
     for name in ("random, short (VPT)", "prototypes, long (SPT)"):
         for block, (entering, prompts) in enumerate(zip(tokens, both[name], strict=True), start=1):
             scores = entering @ prompts.T
-            print(
-                f"{name}, block {block}: mean {scores.mean():.1f}, above 4: {(scores > 4).float().mean():.0%}"
-            )
+            length, share = prompts.square().mean().sqrt(), (scores > 4).float().mean()
+            print(f"{name}, block {block}: rms {length:.2f}, mean {scores.mean():.1f}, above 4: {share:.0%}")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from spt_fast.backbone import describe
 from spt_fast.clustering import KMeans, StreamingKMeans
 from spt_fast.clustering.inputs import check_int
+from spt_fast.clustering.streaming import default_capacity
 from spt_fast.errors import NonFiniteError
 from spt_fast.ops.kmeans import TOKEN_DTYPES, assign_accumulate
 from spt_fast.prototypes import Prototypes, from_layers
@@ -358,7 +359,7 @@ def _choose_capacity(capacity: int | None, num_prompts: int, strategy: str, mode
             )
         return None
     if capacity is None:
-        return max(20_000, 500 * num_prompts)
+        return default_capacity(num_prompts)
     if check_int("capacity", capacity, 1) < num_prompts:
         raise ValueError(f"capacity must be at least num_prompts ({num_prompts}), got {capacity}")
     return int(capacity)

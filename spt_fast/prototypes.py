@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.clustering.inputs import check_int
-from spt_fast.files import check_output_path, read_safetensors, write_safetensors
+from spt_fast.files import read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     from spt_fast.clustering import Summary
@@ -139,7 +139,6 @@ class Prototypes:
             FileExistsError: the file exists and `overwrite` is false.
             FileNotFoundError: its folder does not exist.
         """
-        check_output_path(path, overwrite=overwrite)
         tensors = {
             **self._tensors(),
             "num_images": torch.tensor(self.num_images),

@@ -39,7 +39,7 @@ def lloyd(
     `gain_tolerance` times the inertia. Counts and inertia belong to the centres returned.
 
     With a `relaxation` in (1, 2) each step goes that much further than to the mean, which never raises
-    the inertia either and halves the number of iterations in the long tail; the last step is plain.
+    the inertia either and needs fewer iterations in the long tail; the last step is plain.
     """
     n_iter, previous = 0, math.inf
     assigned = problem.assign(centers)

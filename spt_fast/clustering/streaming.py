@@ -32,6 +32,11 @@ ROUGH_TOKENS = 2_048  # of the first batch, from which the rough centres start
 ROUGH_ITERATIONS = 5
 
 
+def default_capacity(n_clusters: int) -> int:
+    """Tokens kept per group unless the caller says otherwise."""
+    return max(DEFAULT_CAPACITY, CAPACITY_PER_CLUSTER * n_clusters)
+
+
 @dataclass(frozen=True)
 class Summary:
     """A bounded, weighted sample of a stream, from which centres for any K are solved."""
@@ -118,9 +123,9 @@ class StreamingKMeans(ClusteringEstimator):
         backend: str = "auto",
     ) -> None:
         super().__init__(n_clusters, n_groups, seed, backend)
-        if capacity is None:
-            capacity = max(DEFAULT_CAPACITY, CAPACITY_PER_CLUSTER * self.n_clusters)
-        self.capacity = check_int("capacity", capacity, 1)
+        self.capacity = check_int(
+            "capacity", default_capacity(self.n_clusters) if capacity is None else capacity, 1
+        )
         if self.capacity < self.n_clusters:
             raise ValueError(f"capacity must be at least n_clusters = {n_clusters}, got {capacity}")
         self._streams: list[_TokenStream | None] = [None] * self.n_groups
