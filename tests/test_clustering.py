@@ -36,10 +36,11 @@ def problem_of(tokens: Tensor, weights: Tensor | None = None) -> WeightedTokens:
 
 
 def test_draw_follows_the_mass() -> None:
-    index = draw(np.array([0.0, 1.0, 0.0, 3.0]), 20_000, np.random.default_rng(0))
-    share = np.bincount(index, minlength=4) / len(index)
+    uniform = torch.rand(20_000, dtype=torch.float64)
+    index = draw(torch.tensor([0.0, 1.0, 0.0, 3.0]), uniform)
+    share = index.bincount(minlength=4) / len(index)
     np.testing.assert_allclose(share, [0, 0.25, 0, 0.75], atol=0.02)
-    assert set(draw(np.zeros(3), 100, np.random.default_rng(0))) == {0, 1, 2}
+    assert set(draw(torch.zeros(3), uniform).tolist()) == {0, 1, 2}
 
 
 def test_kmeans_plus_plus_finds_every_blob() -> None:

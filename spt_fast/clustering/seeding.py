@@ -1,13 +1,19 @@
-"""Greedy k-means++ (Arthur and Vassilvitskii, 2007), weighted."""
+"""Where k-means starts: greedy k-means++ (Arthur and Vassilvitskii, 2007), random tokens, equal parts.
+
+All are weighted. k-means++ runs where the tokens are, without a round trip to the host.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from spt_fast.clustering.weighted import WeightedTokens, weighted_sum
+from spt_fast.clustering.ordered import running_sum, weighted_sum
+from spt_fast.clustering.weighted import WeightedTokens, mean_of
 
 
 def kmeans_plus_plus(problem: WeightedTokens, n_clusters: int, rng: np.random.Generator) -> Tensor:
@@ -16,23 +22,49 @@ def kmeans_plus_plus(problem: WeightedTokens, n_clusters: int, rng: np.random.Ge
     After a first token drawn by weight, every further one is the best of 2 + ln K candidates drawn
     with probability proportional to weight times squared distance to the nearest centre so far.
     """
-    weights = problem.weights_array()
+    weights = problem.unit_weights()
     trials = 2 + int(math.log(n_clusters))
-    chosen = draw(weights, 1, rng)
-    nearest = problem.distances_to(problem.rows(chosen))[:, 0]
-    for _ in range(1, n_clusters):
-        candidates = draw(weights * nearest, trials, rng)
-        distances = np.minimum(problem.distances_to(problem.rows(candidates)), nearest[:, None])
-        best = int(np.argmin(weighted_sum(weights, distances)))
-        chosen = np.append(chosen, candidates[best])
-        nearest = distances[:, best]
-    return problem.rows(chosen)
+    first, *uniform = problem.uniform([1] + [trials] * (n_clusters - 1), rng)
+    chosen = [draw(weights, first)]
+    nearest = problem.distances_to(problem.rows(chosen[0]))[:, 0]
+    for numbers in uniform:
+        candidates = draw(weights * nearest, numbers)
+        distances = problem.distances_to(problem.rows(candidates)).minimum(nearest[:, None])
+        best = weighted_sum(weights, distances).argmin(keepdim=True)
+        chosen.append(candidates.index_select(0, best))
+        nearest = distances.index_select(1, best)[:, 0]
+    return problem.rows(torch.cat(chosen))
 
 
-def draw(mass: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """`size` indices with probability proportional to `mass`; uniform where all mass is zero."""
-    cumulative = np.cumsum(mass, dtype=np.float64)
-    if not cumulative[-1] > 0:
-        return rng.integers(len(mass), size=size)
-    index = np.searchsorted(cumulative, rng.random(size) * cumulative[-1], side="right")
-    return np.asarray(np.minimum(index, len(mass) - 1))
+def random_tokens(problem: WeightedTokens, n_clusters: int, rng: np.random.Generator) -> Tensor:
+    """Starting centres [K, D]: tokens drawn by weight, none of them twice."""
+    weights = problem.unit_weights().cpu().numpy()
+    with np.errstate(divide="ignore"):
+        # A race of exponential clocks is won in the order of weighted draws without replacement.
+        arrival = rng.exponential(size=len(problem)) / weights
+    first = np.sort(np.argpartition(arrival, n_clusters - 1)[:n_clusters])
+    return problem.rows(torch.from_numpy(first).to(problem.tokens.device))
+
+
+def equal_parts(problem: WeightedTokens, n_clusters: int) -> Tensor:
+    """Starting centres [K, D]: means of K parts of the data, equal in size and in its order."""
+    bounds = [len(problem) * k // n_clusters for k in range(n_clusters + 1)]
+    means = []
+    for start, stop in itertools.pairwise(bounds):
+        weights = None if problem.weights is None else problem.weights[start:stop]
+        if weights is not None and not bool(weights.any()):
+            weights = None
+        means.append(mean_of(problem.tokens[start:stop], weights, problem.backend))
+    return torch.stack(means)
+
+
+def draw(mass: Tensor, uniform: Tensor) -> Tensor:
+    """Indices with probability proportional to `mass` [n]; uniform where all mass is zero.
+
+    `uniform` [size] holds the random numbers, in [0, 1).
+    """
+    cumulative = running_sum(mass)
+    total = cumulative[-1:]
+    by_mass = torch.searchsorted(cumulative, uniform * total, right=True)
+    by_count = (uniform * len(mass)).long()
+    return torch.where(total > 0, by_mass, by_count).clamp_max(len(mass) - 1)

@@ -1,12 +1,17 @@
-"""Local search by swaps (Lattanzi and Sohler, 2019): leave a bad optimum that Lloyd cannot leave."""
+"""Local search by swaps (Lattanzi and Sohler, 2019): leave a bad optimum that Lloyd cannot leave.
+
+Runs where the tokens are, without a round trip to the host; holds a matrix of n x K distances.
+"""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from spt_fast.clustering.ordered import sum_by_label, weighted_sum
 from spt_fast.clustering.seeding import draw
-from spt_fast.clustering.weighted import WeightedTokens, weighted_sum
+from spt_fast.clustering.weighted import WeightedTokens
 
 CANDIDATES = 16  # tokens tried at once: their distances cost about one vector column of the kernel
 
@@ -17,44 +22,47 @@ def improve_by_swaps(
     """Centres [K, D] after up to `tries` swaps, each of which lowered the inertia.
 
     A try draws tokens with probability proportional to weight times squared distance, and finds the
-    best pair of one of them to add and one centre to remove. Holds a matrix of n x K distances.
+    best pair of one of them to add and one centre to remove.
     """
-    weights = problem.weights_array()
+    weights = problem.unit_weights()
     distances = problem.distances_to(centers)
     centers = centers.clone()
-    for _ in range(tries):
+    for numbers in problem.uniform([CANDIDATES] * tries, rng):
         first, second, labels = _two_nearest(distances)
-        candidates = problem.rows(draw(weights * first, CANDIDATES, rng))
+        candidates = problem.rows(draw(weights * first, numbers))
         to_candidates = problem.distances_to(candidates)
         costs = _costs_of_swaps(weights, first, second, labels, to_candidates, len(centers))
-        candidate, removed = np.unravel_index(int(np.argmin(costs)), costs.shape)
-        if costs[candidate, removed] < weighted_sum(weights, first):
-            centers[removed] = candidates[candidate]
-            distances[:, removed] = to_candidates[:, candidate]
+        best = costs.flatten().argmin(keepdim=True)
+        added, removed = best // len(centers), best % len(centers)
+        better = costs.flatten().index_select(0, best) < weighted_sum(weights, first)
+        _replace(centers, 0, removed, candidates, added, better)
+        _replace(distances, 1, removed, to_candidates, added, better)
     return centers
 
 
-def _two_nearest(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _replace(old: Tensor, dim: int, removed: Tensor, new: Tensor, added: Tensor, better: Tensor) -> None:
+    """Put slice `added` of `new` in the place of slice `removed` of `old` where `better` [1] says so."""
+    kept = old.index_select(dim, removed)
+    old.index_copy_(dim, removed, torch.where(better, new.index_select(dim, added), kept))
+
+
+def _two_nearest(distances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Squared distance to the nearest and to the second nearest centre, and the nearest one's index."""
-    labels = distances.argmin(axis=1)
-    if distances.shape[1] == 1:
-        return distances[:, 0], np.full(len(distances), np.inf, np.float32), labels
-    two = np.partition(distances, 1, axis=1)
-    return two[:, 0], two[:, 1], labels
+    first, labels = distances.min(dim=1)
+    second = distances.scatter(1, labels[:, None], torch.inf).amin(dim=1)
+    return first, second, labels
 
 
 def _costs_of_swaps(
-    weights: np.ndarray,  # [n]
-    first: np.ndarray,  # [n]
-    second: np.ndarray,  # [n]
-    labels: np.ndarray,  # [n]
-    to_candidates: np.ndarray,  # [n, C]
+    weights: Tensor,  # [n]
+    first: Tensor,  # [n]
+    second: Tensor,  # [n]
+    labels: Tensor,  # [n]
+    to_candidates: Tensor,  # [n, C]
     n_clusters: int,
-) -> np.ndarray:
+) -> Tensor:
     """Inertia [C, K] after adding candidate c and removing centre k."""
-    kept = np.minimum(to_candidates, first[:, None]).astype(np.float64)
-    orphaned = np.minimum(to_candidates, second[:, None]).astype(np.float64)
+    kept = to_candidates.minimum(first[:, None]).double()
+    orphaned = to_candidates.minimum(second[:, None]).double()
     base = weighted_sum(weights, kept)
-    extra = (orphaned - kept) * weights[:, None]
-    removal = [np.bincount(labels, weights=column, minlength=n_clusters) for column in extra.T]
-    return np.asarray(base[:, None] + np.stack(removal))
+    return base[:, None] + sum_by_label(labels, (orphaned - kept) * weights[:, None], n_clusters)

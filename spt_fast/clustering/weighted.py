@@ -35,22 +35,26 @@ class WeightedTokens:
             backend=self.backend,
         )
 
-    def distances_to(self, points: Tensor) -> np.ndarray:
+    def distances_to(self, points: Tensor) -> Tensor:
         """Squared distances [n, K] to K points [K, D]; float32."""
-        squared = squared_distances(
+        return squared_distances(
             self.tokens[None], points[None], shift=self.mean[None], backend=self.backend
-        )
-        return np.asarray(squared[0].cpu())
+        )[0]
 
-    def rows(self, index: np.ndarray) -> Tensor:
+    def rows(self, index: Tensor) -> Tensor:
         """Chosen tokens [len(index), D] in float32."""
-        return self.tokens[torch.from_numpy(index).to(self.tokens.device)].float()
+        return self.tokens[index].float()
 
-    def weights_array(self) -> np.ndarray:
-        """Weights [n] in float64, on the host."""
+    def unit_weights(self) -> Tensor:
+        """Weights [n] in float64; ones where there are none."""
         if self.weights is None:
-            return np.ones(len(self))
-        return np.asarray(self.weights.double().cpu())
+            return torch.ones(len(self), dtype=torch.float64, device=self.tokens.device)
+        return self.weights.double()
+
+    def uniform(self, sizes: list[int], rng: np.random.Generator) -> tuple[Tensor, ...]:
+        """Random numbers in [0, 1), float64, in parts of these sizes; one copy from the host."""
+        numbers = torch.from_numpy(rng.random(sum(sizes))).to(self.tokens.device)
+        return torch.split_with_sizes(numbers, sizes)
 
     def sample(self, size: int, rng: np.random.Generator) -> WeightedTokens:
         """A uniform sample of `size` tokens without replacement; all of them if there are no more."""
@@ -59,14 +63,6 @@ class WeightedTokens:
         index = torch.from_numpy(np.sort(rng.choice(len(self), size, replace=False))).to(self.tokens.device)
         weights = None if self.weights is None else self.weights[index]
         return WeightedTokens(self.tokens[index], weights, self.mean, self.backend)
-
-
-def weighted_sum(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Sum of values [n] or [n, C] times weights [n] over the tokens, in float64.
-
-    Not a BLAS product: its order of summation, and so the last bit, would depend on its threads.
-    """
-    return np.asarray((values.astype(np.float64).T * weights).sum(axis=-1))
 
 
 def mean_of(tokens: Tensor, weights: Tensor | None, backend: str = "auto") -> Tensor:
