@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 
-class NotFittedError(ValueError):
-    """An estimator was asked for a result before it has seen any data."""
+class NotFittedError(ValueError, AttributeError):
+    """An estimator was asked for a result before it has seen any data.
+
+    An AttributeError too, so that `hasattr(estimator, "cluster_centers_")` is False until then.
+    """
 
 
 class NonFiniteError(ValueError):

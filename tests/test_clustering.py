@@ -56,7 +56,7 @@ def test_lloyd_on_four_points_worked_by_hand() -> None:
     assert result.centers[:, 0].tolist() == [0.5, 12.0]
     assert result.counts.tolist() == [2, 2]
     assert result.inertia == pytest.approx(0.5 + 8.0)
-    assert result.n_iter == 2
+    assert result.n_iter == 3
 
 
 def test_lloyd_never_raises_the_inertia() -> None:
@@ -87,10 +87,13 @@ def test_an_empty_centre_moves_to_the_farthest_token() -> None:
 
 def test_more_clusters_than_distinct_tokens_is_no_accident() -> None:
     tokens = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat(10, 1)
-    result = KMeans(5, seed=0).fit(tokens)
-    assert result.inertia_ == 0
-    assert torch.isfinite(result.cluster_centers_).all()
-    assert result.counts_.sum() == 20
+    for estimator in (KMeans(5), StreamingKMeans(5)):
+        with pytest.warns(UserWarning, match="only 2 of n_clusters=5 clusters hold tokens"):
+            result = estimator.fit(tokens)
+        assert result.inertia_ == 0
+        assert torch.isfinite(result.cluster_centers_).all()
+        assert result.counts_.sum() == 20
+        assert result.labels_.unique().numel() == 2
 
 
 def test_swaps_leave_an_optimum_that_lloyd_cannot_leave() -> None:
@@ -138,7 +141,7 @@ def test_weights_count_as_repetitions() -> None:
     tokens = blobs(400, spread=1.5)
     repeats = torch.randint(0, 4, (400,))
     start = tokens[:5].clone()
-    weighted = KMeans(5, init=start, tol=0).fit(tokens, repeats.float())
+    weighted = KMeans(5, init=start, tol=0).fit(tokens, sample_weight=repeats.float())
     repeated = KMeans(5, init=start, tol=0).fit(tokens.repeat_interleave(repeats, dim=0))
     torch.testing.assert_close(weighted.cluster_centers_, repeated.cluster_centers_, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weighted.counts_, repeated.counts_)
@@ -175,7 +178,8 @@ def test_a_memory_map_is_read_in_place(tmp_path: object) -> None:
     tokens = blobs(500)
     tokens.numpy().tofile(path)
     mapped = np.memmap(path, dtype=np.float32, mode="r+", shape=(500, 8))
-    assert torch.equal(KMeans(6).fit(mapped).cluster_centers_, KMeans(6).fit(tokens).cluster_centers_)
+    fitted = KMeans(6).fit(mapped)
+    np.testing.assert_array_equal(fitted.cluster_centers_, KMeans(6).fit(tokens).cluster_centers_)
 
 
 def test_the_given_centres_and_data_are_not_changed() -> None:
@@ -331,7 +335,7 @@ def test_any_split_of_a_stream_counts_every_token(rows: int, width: int, cluster
 def test_sample_weights_move_the_centres() -> None:
     tokens = torch.cat([torch.zeros(100, 1), torch.ones(100, 1)])
     weights = torch.cat([torch.full((100,), 3.0), torch.ones(100)])
-    streamed = StreamingKMeans(1).partial_fit(tokens, weights)
+    streamed = StreamingKMeans(1).partial_fit(tokens, sample_weight=weights)
     assert float(streamed.cluster_centers_) == pytest.approx(0.25)
     assert float(streamed.counts_) == pytest.approx(400)
 
@@ -382,40 +386,52 @@ def test_tokens_too_large_to_square_are_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: KMeans(0), ValueError, "n_clusters must be an integer >= 1, got 0"),
-        (lambda: KMeans(2.5), TypeError, "n_clusters must be an integer >= 1, got 2.5"),
-        (lambda: KMeans(True), TypeError, "n_clusters must be an integer >= 1, got True"),
-        (lambda: KMeans(2, n_groups=0), ValueError, "n_groups must be an integer >= 1"),
-        (lambda: KMeans(2, init="random partition"), ValueError, "init must be 'k-means\\+\\+' or an array"),
-        (lambda: KMeans(2, tol=-1.0), ValueError, "tol must be >= 0, got -1.0"),
-        (lambda: KMeans(2, seed=-1), ValueError, "seed must be an integer >= 0"),
-        (lambda: KMeans(2, backend="gpu"), ValueError, "backend must be one of"),
-        (lambda: StreamingKMeans(30, capacity=20), ValueError, "capacity must be at least n_clusters = 30"),
+        (lambda: KMeans(0).fit(blobs(9)), ValueError, "n_clusters must be an integer >= 1, got 0"),
+        (lambda: KMeans(2.5).fit(blobs(9)), TypeError, "n_clusters must be an integer >= 1, got 2.5"),
+        (lambda: KMeans(True).fit(blobs(9)), TypeError, "n_clusters must be an integer >= 1, got True"),
+        (lambda: KMeans(2, n_groups=0).fit(blobs(9)), ValueError, "n_groups must be an integer >= 1"),
+        (
+            lambda: KMeans(2, init="random partition").fit(blobs(9)),
+            ValueError,
+            "init must be 'k-means\\+\\+', 'random', 'uniform', an array of centres or a callable",
+        ),
+        (lambda: KMeans(2, tol=-1.0).fit(blobs(9)), ValueError, "tol must be >= 0, got -1.0"),
+        (lambda: KMeans(2, seed=-1).fit(blobs(9)), ValueError, "seed must be an integer >= 0"),
+        (lambda: KMeans(2, backend="gpu").fit(blobs(9)), ValueError, "backend must be one of"),
+        (
+            lambda: StreamingKMeans(30, capacity=20).partial_fit(blobs(9)),
+            ValueError,
+            "capacity must be at least n_clusters = 30",
+        ),
         (
             lambda: KMeans(9).fit(torch.zeros(8, 2)),
             ValueError,
-            "n_clusters must be at most the number of tokens, 8",
+            "n_clusters must be at most the number of tokens, n_samples=8, got 9",
         ),
         (lambda: KMeans(2).fit(torch.zeros(0, 2)), ValueError, "X must hold at least one token"),
         (lambda: KMeans(2).fit(torch.zeros(3)), ValueError, r"X must be \[M, D\], got \[3\]"),
         (lambda: KMeans(2, n_groups=2).fit(torch.zeros(3, 4)), ValueError, r"X must be \[2, M, D\]"),
         (
             lambda: KMeans(2).fit(torch.zeros(4, 2, dtype=torch.complex64)),
-            TypeError,
-            "X must hold real numbers",
+            ValueError,
+            "X must hold real numbers, got torch.complex64",
         ),
         (
-            lambda: KMeans(2).fit(torch.zeros(4, 2), torch.ones(3)),
+            lambda: KMeans(2).fit(torch.zeros(4, 2), sample_weight=torch.ones(3)),
             ValueError,
             r"sample_weight must be \[1, 4\]",
         ),
         (
-            lambda: KMeans(2).fit(torch.zeros(4, 2), -torch.ones(4)),
+            lambda: KMeans(2).fit(torch.zeros(4, 2), sample_weight=-torch.ones(4)),
             ValueError,
-            "sample_weight must be finite and >= 0",
+            "sample_weight must be finite and >= 0, got -1.0",
         ),
         (lambda: KMeans(2, init=torch.zeros(3, 2)).fit(blobs(9, 2)), ValueError, r"init must be \[1, 2, 2\]"),
-        (lambda: KMeans(2).fit(blobs(9)).predict(torch.zeros(3, 5)), ValueError, "X must have 8 features"),
+        (
+            lambda: KMeans(2).fit(blobs(9)).predict(torch.zeros(3, 5)),
+            ValueError,
+            "X has 5 features, but KMeans is expecting 8",
+        ),
         (
             lambda: StreamingKMeans(2).partial_fit(blobs(9), group=1),
             ValueError,
@@ -424,12 +440,12 @@ def test_tokens_too_large_to_square_are_refused() -> None:
         (
             lambda: StreamingKMeans(2).partial_fit(blobs(9)[0], group=0),
             ValueError,
-            r"X must be a non-empty \[..., D\]",
+            r"X must be \[..., M, D\], got \[8\]",
         ),
         (
             lambda: StreamingKMeans(2).partial_fit(blobs(9)).partial_fit(blobs(9, width=7)),
             ValueError,
-            "X must have 8 features like before, got 7",
+            "X has 7 features, but StreamingKMeans is expecting 8",
         ),
         (
             lambda: StreamingKMeans(2).partial_fit(blobs(9)).partial_fit(blobs(9).half()),

@@ -1,15 +1,32 @@
-"""What KMeans and StreamingKMeans share: results, predict, transform, score."""
+"""What KMeans and StreamingKMeans share: checked arguments, results, predict, transform, score.
+
+Results are torch tensors where the data came as a tensor, and NumPy arrays where it came as anything else.
+"""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spt_fast.clustering.inputs import ArrayLike, as_groups, as_weights, check_int, raise_non_finite
+from spt_fast.clustering.inputs import (
+    ArrayLike,
+    as_groups,
+    as_weights,
+    check_int,
+    check_width,
+    raise_non_finite,
+)
+from spt_fast.clustering.parameters import Parameters
 from spt_fast.errors import NotFittedError
 from spt_fast.ops.kmeans import BACKENDS, assign_accumulate, squared_distances
+
+Array = Any  # a tensor, or a NumPy array where the data came as something else than a tensor
 
 
 @dataclass(frozen=True)
@@ -22,49 +39,96 @@ class Clustering:
     n_iter: tuple[int, ...]  # Lloyd iterations of each problem
 
 
-class ClusteringEstimator:
+@dataclass(frozen=True)
+class Settings:
+    """Arguments that both estimators have, checked."""
+
+    n_clusters: int
+    n_groups: int
+    seed: int
+
+
+class ClusteringEstimator(Parameters):
     """Base of the estimators; scikit-learn's conventions, with a leading group dimension where G > 1."""
 
-    def __init__(self, n_clusters: int, n_groups: int, seed: int, backend: str) -> None:
-        self.n_clusters = check_int("n_clusters", n_clusters, 1)
-        self.n_groups = check_int("n_groups", n_groups, 1)
-        self.seed = check_int("seed", seed, 0)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        self.backend = backend
+    n_clusters: Any
+    n_groups: Any
+    seed: Any
+    random_state: Any
+    backend: Any
+
+    _backends: tuple[str, ...] = BACKENDS
+    _from_tensor = True  # whether the data came as a tensor
+    _unlabelled: Tensor | None = None  # [G, M, D]: data of the last fit until its labels are asked for
+    _labels: Tensor | None = None  # [G, M]
+
+    def _settings(self) -> Settings:
+        """Check the arguments, which the constructor only stores (scikit-learn's convention)."""
+        if not isinstance(self.backend, str) or self.backend not in self._backends:
+            raise ValueError(f"backend must be one of {', '.join(self._backends)}, got {self.backend!r}")
+        return Settings(
+            check_int("n_clusters", self.n_clusters, 1),
+            check_int("n_groups", self.n_groups, 1),
+            _resolve_seed(self.seed, self.random_state),
+        )
 
     def _result(self) -> Clustering:
         """The clustering found; NotFittedError before any data."""
         raise NotImplementedError
 
+    def __sklearn_is_fitted__(self) -> bool:
+        try:
+            return self.n_features_in_ > 0
+        except NotFittedError:
+            return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the data: its labels take their place in a pickle or a copy."""
+        if self._unlabelled is not None:
+            _ = self.labels_
+        return dict(self.__dict__)
+
     @property
-    def cluster_centers_(self) -> Tensor:
+    def cluster_centers_(self) -> Array:
         """Centres [K, D], or [G, K, D] where n_groups > 1; float32."""
-        return self._per_group(self._result().centers)
+        return self._attribute(self._result().centers)
 
     @property
-    def counts_(self) -> Tensor:
+    def counts_(self) -> Array:
         """Tokens of each centre, [K] or [G, K]; float64."""
-        return self._per_group(self._result().counts)
+        return self._attribute(self._result().counts)
 
     @property
-    def inertia_(self) -> Tensor:
+    def inertia_(self) -> Array:
         """Sum of squared distances of the tokens to their centres, scalar or [G]; float64."""
         result = self._result()
-        return self._per_group(result.inertia * result.counts.sum(dim=1))
+        return self._attribute(result.inertia * result.counts.sum(dim=1))
 
     @property
     def n_iter_(self) -> int | tuple[int, ...]:
         """Lloyd iterations of the final run, one number per group."""
         n_iter = self._result().n_iter
-        return n_iter[0] if self.n_groups == 1 else n_iter
+        return n_iter[0] if len(n_iter) == 1 else n_iter
 
     @property
     def n_features_in_(self) -> int:
         """Width D of the tokens."""
         return self._result().centers.shape[-1]
 
-    def predict(self, X: ArrayLike) -> Tensor:
+    @property
+    def labels_(self) -> Array:
+        """Index of the nearest centre of each token given to `fit`, int64: [M], or [G, M].
+
+        Found when first asked for. Until then the estimator refers to that data, which must not change.
+        """
+        if self._labels is None:
+            if self._unlabelled is None:
+                raise not_fitted(self, "fit")
+            self._labels = self._nearest(self._unlabelled, self._result().centers)
+            self._unlabelled = None
+        return self._attribute(self._labels)
+
+    def predict(self, X: ArrayLike) -> Array:
         """Index of the nearest centre, int64: [M] for X [M, D], [G, M] for X [G, M, D].
 
         Raises:
@@ -72,47 +136,116 @@ class ClusteringEstimator:
             NonFiniteError: X holds NaN or infinity.
             ValueError: X has another shape.
         """
-        tokens, centers = self._match(X)
-        assigned = assign_accumulate(
-            tokens, centers, shift=centers.mean(1), with_labels=True, backend=self.backend
-        )
-        _refuse_non_finite(tokens, assigned.inertia)
-        assert assigned.labels is not None
-        return self._per_group(assigned.labels.long())
+        return _like(X, self._nearest(*self._match(X)))
 
-    def transform(self, X: ArrayLike) -> Tensor:
+    def transform(self, X: ArrayLike) -> Array:
         """Distances to every centre, float32: [M, K], or [G, M, K] where n_groups > 1."""
         tokens, centers = self._match(X)
         squared = squared_distances(tokens, centers, shift=centers.mean(1), backend=self.backend)
         _refuse_non_finite(tokens, squared.sum())
-        return self._per_group(squared.sqrt())
+        return _like(X, squared.sqrt())
 
-    def score(self, X: ArrayLike, sample_weight: ArrayLike | None = None) -> Tensor:
-        """Minus the sum of squared distances of X to the nearest centres, scalar or [G]; float64."""
+    def score(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> Array:
+        """Minus the sum of squared distances of X to the nearest centres, scalar or [G]; float64.
+
+        `y` is ignored; pipelines pass it.
+        """
         tokens, centers = self._match(X)
         weights = as_weights(sample_weight, tuple(tokens.shape[:2]), tokens.device)
         assigned = assign_accumulate(
             tokens, centers, shift=centers.mean(1), weights=weights, backend=self.backend
         )
         _refuse_non_finite(tokens, assigned.inertia)
-        return self._per_group(-assigned.inertia)
+        return _like(X, -assigned.inertia)
+
+    def fit_predict(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> Array:
+        """`fit(X)`, then `labels_`."""
+        return self.fit(X, sample_weight=sample_weight).labels_
+
+    def fit_transform(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> Array:
+        """`fit(X)`, then `transform(X)`."""
+        return self.fit(X, sample_weight=sample_weight).transform(X)
+
+    def fit(
+        self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None
+    ) -> ClusteringEstimator:
+        """Cluster X."""
+        raise NotImplementedError
+
+    def _remember(self, X: ArrayLike, tokens: Tensor) -> None:
+        """Note what was fitted, for the kind of the results and for `labels_`."""
+        self._from_tensor = isinstance(X, Tensor)
+        self._unlabelled, self._labels = tokens, None
+
+    def _attribute(self, value: Tensor) -> Array:
+        value = value[0] if len(value) == 1 else value
+        return value if self._from_tensor else value.cpu().numpy()[()]
+
+    def _nearest(self, tokens: Tensor, centers: Tensor) -> Tensor:
+        centers = centers.to(tokens.device)
+        assigned = assign_accumulate(
+            tokens, centers, shift=centers.mean(1), with_labels=True, backend=self.backend
+        )
+        _refuse_non_finite(tokens, assigned.inertia)
+        assert assigned.labels is not None
+        return assigned.labels.long()
 
     def _match(self, X: ArrayLike) -> tuple[Tensor, Tensor]:
         centers = self._result().centers
-        tokens = as_groups(X, self.n_groups)
-        if tokens.shape[-1] != centers.shape[-1]:
-            raise ValueError(
-                f"X must have {centers.shape[-1]} features like the data seen, got {tokens.shape[-1]}"
-            )
+        tokens = as_groups(X, len(centers))
+        check_width(tokens, centers.shape[-1], type(self).__name__)
         return tokens, centers.to(tokens.device)
-
-    def _per_group(self, value: Tensor) -> Tensor:
-        return value[0] if self.n_groups == 1 else value
 
 
 def not_fitted(estimator: ClusteringEstimator, method: str) -> NotFittedError:
     """The error for asking `estimator` for a result before `method` was called."""
-    return NotFittedError(f"this {type(estimator).__name__} has not seen any data yet; call {method} first")
+    message = f"this {type(estimator).__name__} has not seen any data yet; call {method} first"
+    sklearn = sys.modules.get("sklearn.exceptions")
+    return NotFittedError(message) if sklearn is None else _shared_error(sklearn.NotFittedError)(message)
+
+
+@cache
+def _shared_error(theirs: type[Exception]) -> type[NotFittedError]:
+    """Our NotFittedError that `except sklearn.exceptions.NotFittedError` catches, too; pickled as ours."""
+    members = {"__reduce__": lambda error: (NotFittedError, error.args)}
+    return type("NotFittedError", (NotFittedError, theirs), members)
+
+
+def warn_of_empty_clusters(result: Clustering) -> None:
+    """Warn where centres ended without tokens, as they do where there are fewer distinct tokens."""
+    n_clusters = result.counts.shape[1]
+    fewest = int((result.counts > 0).sum(dim=1).min())
+    if fewest < n_clusters:
+        warnings.warn(
+            f"only {fewest} of n_clusters={n_clusters} clusters hold tokens: X has too few distinct ones",
+            stacklevel=3,
+        )
+
+
+def check_enough(n_tokens: int, n_clusters: int) -> None:
+    """ValueError where there are fewer tokens than clusters."""
+    if n_tokens < n_clusters:
+        raise ValueError(
+            f"n_clusters must be at most the number of tokens, n_samples={n_tokens}, got {n_clusters}"
+        )
+
+
+def _resolve_seed(seed: Any, random_state: Any) -> int:
+    """The seed that `seed` or its alias gives; 0 where neither does."""
+    for name, value in (("seed", seed), ("random_state", random_state)):
+        if value is not None:
+            check_int(name, value, 0, "or None")
+    if seed is not None and random_state is not None and seed != random_state:
+        raise ValueError(
+            f"random_state is another name of seed and must equal it, got {random_state} and seed={seed}"
+        )
+    return int(next((value for value in (seed, random_state) if value is not None), 0))
+
+
+def _like(X: ArrayLike, value: Tensor) -> Array:
+    """`value` [G, ...] without its group dimension where G is 1, as a tensor only where X is one."""
+    value = value[0] if len(value) == 1 else value
+    return value if isinstance(X, Tensor) else value.numpy()[()]
 
 
 def _refuse_non_finite(tokens: Tensor, total: Tensor) -> None:

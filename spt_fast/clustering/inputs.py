@@ -1,7 +1,11 @@
-"""Checks and conversions of what users hand to the estimators."""
+"""Checks and conversions of what users hand to the estimators.
+
+Whatever is not float32, float16 or bfloat16 is converted to float32: integers above 2**24 are rounded.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -14,57 +18,79 @@ from spt_fast.ops.kmeans import TOKEN_DTYPES
 ArrayLike = Any  # a torch tensor, a NumPy array, or anything numpy.asarray understands
 
 
-def check_int(name: str, value: Any, minimum: int) -> int:
+def check_int(name: str, value: Any, minimum: int, otherwise: str = "") -> int:
     """`value` as an int of at least `minimum`; TypeError or ValueError naming the argument otherwise."""
+    allowed = f"an integer >= {minimum} {otherwise}".rstrip()
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r}")
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
     if value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value}")
+        raise ValueError(f"{name} must be {allowed}, got {value}")
     return int(value)
 
 
-def as_tokens(X: ArrayLike, device: torch.device | None = None) -> Tensor:
+def as_tokens(X: ArrayLike, device: torch.device | None = None, name: str = "X") -> Tensor:
     """A tensor of a dtype the kernels read; arrays and tensors of such a dtype are not copied.
 
     float64 and integers are converted to float32.
     """
-    tensor = X if isinstance(X, Tensor) else torch.as_tensor(np.asarray(X))
-    if tensor.is_complex() or tensor.dtype is torch.bool:
-        raise TypeError(f"X must hold real numbers, got {tensor.dtype}")
+    if getattr(X, "is_sparse", False) or hasattr(X, "toarray"):
+        raise TypeError(f"{name} must be dense, got a sparse {type(X).__name__}")
+    tensor = X if isinstance(X, Tensor) else _from_array(np.asarray(X), name)
+    if tensor.is_complex():
+        raise ValueError(f"Complex data not supported: {name} must hold real numbers, got {tensor.dtype}")
+    if tensor.dtype is torch.bool:
+        raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
     tensor = tensor.detach()
     if tensor.dtype not in TOKEN_DTYPES:
         tensor = tensor.float()
     return tensor if device is None else tensor.to(device)
 
 
-def as_groups(X: ArrayLike, n_groups: int, device: torch.device | None = None) -> Tensor:
+def as_groups(X: ArrayLike, n_groups: int, device: torch.device | None = None, name: str = "X") -> Tensor:
     """X as [G, M, D]: [M, D] is accepted where there is one group."""
-    tokens = as_tokens(X, device)
+    tokens = as_tokens(X, device, name)
     if tokens.ndim == 2 and n_groups == 1:
         tokens = tokens[None]
     if tokens.ndim != 3 or tokens.shape[0] != n_groups:
         allowed = "[M, D]" if n_groups == 1 else f"[{n_groups}, M, D]"
-        raise ValueError(f"X must be {allowed}, got {list(tokens.shape)}")
-    if tokens.shape[1] < 1 or tokens.shape[2] < 1:
-        raise ValueError(f"X must hold at least one token of at least one feature, got {list(tokens.shape)}")
+        raise ValueError(f"{name} must be {allowed}, got {list(tokens.shape)}. Reshape your data")
+    check_filled(tokens, name)
     return tokens
+
+
+def check_filled(tokens: Tensor, name: str = "X") -> None:
+    """ValueError where [..., M, D] holds no token, or tokens without features."""
+    if tokens.shape[-1] == 0:
+        shape = f"({', '.join(map(str, tokens.shape[-2:]))})"
+        raise ValueError(f"{name} has 0 feature(s) (shape={shape}) while a minimum of 1 is required.")
+    if tokens.numel() == 0:
+        raise ValueError(f"{name} must hold at least one token, got {list(tokens.shape)}")
+
+
+def check_width(tokens: Tensor, expected: int, estimator: str) -> None:
+    """ValueError, in scikit-learn's words, where [..., D] is not as wide as the data before."""
+    if tokens.shape[-1] != expected:
+        raise ValueError(
+            f"X has {tokens.shape[-1]} features, but {estimator} is expecting {expected} features as input"
+        )
 
 
 def as_weights(
     sample_weight: ArrayLike | None, shape: tuple[int, ...], device: torch.device
 ) -> Tensor | None:
-    """Weights as float32 [*shape]: finite, none negative, not all zero."""
+    """Weights as float32 [G, M]: finite, none negative, not all of a group zero."""
     if sample_weight is None:
         return None
-    weights = torch.as_tensor(
-        np.asarray(sample_weight) if not isinstance(sample_weight, Tensor) else sample_weight
-    )
-    weights = weights.to(device, torch.float32)
+    weights = as_tokens(sample_weight, device, "sample_weight").float()
     if weights.numel() != torch.Size(shape).numel():
         raise ValueError(f"sample_weight must be {list(shape)}, got {list(weights.shape)}")
-    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()) or not bool((weights > 0).any()):
-        raise ValueError("sample_weight must be finite and >= 0, with at least one weight above 0")
-    return weights.reshape(shape)
+    weights = weights.reshape(shape)
+    bad = ~(torch.isfinite(weights) & (weights >= 0))
+    if bool(bad.any()):
+        raise ValueError(f"sample_weight must be finite and >= 0, got {float(weights[bad][0])}")
+    if not bool((weights > 0).any(dim=-1).all()):
+        raise ValueError("sample_weight must hold at least one weight above 0 per group, got only zeros")
+    return weights
 
 
 def raise_non_finite(tokens: Tensor) -> None:
@@ -77,3 +103,23 @@ def raise_non_finite(tokens: Tensor) -> None:
             raise NonFiniteError(f"X must be finite, but row {row} holds NaN or infinity", row)
     row = int(rows.float().abs().amax(dim=1).argmax())
     raise NonFiniteError(f"X must be small enough to be squared in float32, but row {row} is not", row)
+
+
+def _from_array(array: np.ndarray, name: str) -> Tensor:
+    """A tensor that shares the array's memory where torch can read it as it is."""
+    if array.dtype.kind == "O":
+        try:
+            array = array.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name} must hold real numbers: {error}") from None
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
+    if array.dtype == np.longdouble:
+        array = array.astype(np.float64)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    with warnings.catch_warnings():
+        # Read-only memory, a memory map say: nothing here writes to tokens.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array) if array.ndim else torch.as_tensor(array)

@@ -20,7 +20,7 @@ class LloydResult:
     centers: Tensor  # [K, D] float32
     counts: Tensor  # [K] float64: weight of each centre's tokens
     inertia: float  # weighted sum of squared distances to these centres
-    n_iter: int
+    n_iter: int  # counted as scikit-learn does, with the one that finds that nothing moves
 
 
 def lloyd(
@@ -51,6 +51,7 @@ def lloyd(
         moved = move_centers(problem, centers, assigned)
         shift = _squared_movement(centers, moved)
         if shift == 0.0:
+            n_iter += 1  # it moved nothing, which took an iteration to see
             break
         # A centre that was empty has jumped to a token, and must not jump past it.
         step = 1.0 if bool((assigned.counts[0] <= 0).any()) else relaxation

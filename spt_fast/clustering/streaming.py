@@ -9,13 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spt_fast.clustering.estimator import Clustering, ClusteringEstimator, not_fitted
+from spt_fast.clustering.estimator import (
+    Clustering,
+    ClusteringEstimator,
+    check_enough,
+    not_fitted,
+    warn_of_empty_clusters,
+)
 from spt_fast.clustering.inputs import (
     ArrayLike,
     as_groups,
     as_tokens,
     as_weights,
+    check_filled,
     check_int,
+    check_width,
     raise_non_finite,
 )
 from spt_fast.clustering.lloyd import LloydResult, lloyd
@@ -99,40 +107,51 @@ class StreamingKMeans(ClusteringEstimator):
     weighted reservoir (`PriorityReservoir`) that prefers tokens far from them, so that rare and
     outlying tokens are not missed. Reading a result solves k-means on the reservoir. As long as no
     more tokens than `capacity` were seen, nothing is dropped and the result is that of k-means on all.
+    Arguments are checked by `fit` and `partial_fit`. Results are torch tensors where the last X was one,
+    else NumPy arrays.
 
     Args:
         n_clusters: K.
         n_groups: G independent problems, one per layer, that share K.
         capacity: tokens kept per group; None = max(20_000, 500 * n_clusters). Memory: G * capacity * D.
-        seed: the same seed and the same batches give the same result, on any number of threads.
+        seed: the same seed and the same batches give the same result, on any number of threads; None: 0.
+        random_state: scikit-learn's name for `seed`.
         backend: "auto", "native" (compiled) or "reference" (plain PyTorch).
 
     Attributes:
         cluster_centers_, counts_, inertia_, n_iter_: the solution for `n_clusters`; counts and
             inertia are estimates from the reservoir, exact while nothing was dropped.
+        labels_: after `fit` only, of its X.
         n_seen_: tokens seen by each group, int64 [G].
     """
 
+    _streams: list[_TokenStream | None] | None = None
+    _solved: Clustering | None = None
+
     def __init__(
         self,
-        n_clusters: int,
+        n_clusters: int = 8,
         *,
         n_groups: int = 1,
         capacity: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
+        random_state: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(n_clusters, n_groups, seed, backend)
-        self.capacity = check_int(
-            "capacity", default_capacity(self.n_clusters) if capacity is None else capacity, 1
-        )
-        if self.capacity < self.n_clusters:
-            raise ValueError(f"capacity must be at least n_clusters = {n_clusters}, got {capacity}")
-        self._streams: list[_TokenStream | None] = [None] * self.n_groups
-        self._solved: Clustering | None = None
+        self.n_clusters = n_clusters
+        self.n_groups = n_groups
+        self.capacity = capacity
+        self.seed = seed
+        self.random_state = random_state
+        self.backend = backend
 
     def partial_fit(
-        self, X: ArrayLike, sample_weight: ArrayLike | None = None, *, group: int | None = None
+        self,
+        X: ArrayLike,
+        y: object = None,
+        sample_weight: ArrayLike | None = None,
+        *,
+        group: int | None = None,
     ) -> StreamingKMeans:
         """Take in a batch of tokens; call it as often as there are batches.
 
@@ -140,6 +159,7 @@ class StreamingKMeans(ClusteringEstimator):
             X: [M, D] (one group) or [G, M, D]; with `group`, [..., D] for that group alone, read in
                 place also when its leading dimensions are strided. float32, float16 or bfloat16, the
                 same in every batch; other real dtypes are converted to float32.
+            y: ignored; pipelines pass it.
             sample_weight: a weight >= 0 for each token, or None: one.
             group: the one group to update; None updates all.
 
@@ -147,28 +167,43 @@ class StreamingKMeans(ClusteringEstimator):
             NonFiniteError: a token is NaN or infinite; nothing was taken in.
             ValueError, TypeError: a shape, dtype or argument does not fit; nothing was taken in.
         """
-        groups, batches = self._batches(X, group)
+        settings = self._settings()
+        capacity = _resolve_capacity(self.capacity, settings.n_clusters)
+        streams = self._streams or _no_streams(settings.n_groups)
+        if len(streams) != settings.n_groups:
+            raise ValueError(f"n_groups must be {len(streams)} like before, got {settings.n_groups}")
+        groups, batches = _batches(X, group, settings.n_groups)
+        for stream in streams:
+            if stream is not None:
+                check_width(batches[0], stream.width, type(self).__name__)
         weights = as_weights(sample_weight, (len(groups), batches[0].shape[:-1].numel()), batches[0].device)
-        updates = [
-            self._prepare(g, batch, None if weights is None else weights[i])
-            for i, (g, batch) in enumerate(zip(groups, batches, strict=True))
-        ]
+        updates = []
+        for i, (g, batch) in enumerate(zip(groups, batches, strict=True)):
+            weight = None if weights is None else weights[i]
+            seeds = [settings.seed, g]
+            stream = streams[g] or _TokenStream.start(batch, weight, capacity, seeds, self.backend)
+            updates.append(stream.prepare(batch, weight))
         for g, update in zip(groups, updates, strict=True):
-            self._streams[g] = update.stream
+            streams[g] = update.stream
             update.commit()
-        self._solved = None
+        self._streams = streams
+        self._from_tensor = isinstance(X, Tensor)
+        self._solved = self._labels = self._unlabelled = None
         return self
 
-    def fit(self, X: ArrayLike, sample_weight: ArrayLike | None = None) -> StreamingKMeans:
-        """Forget what was seen and take X in as one batch."""
-        fresh = StreamingKMeans(
-            self.n_clusters,
-            n_groups=self.n_groups,
-            capacity=self.capacity,
-            seed=self.seed,
-            backend=self.backend,
-        ).partial_fit(X, sample_weight)
-        self._streams, self._solved = fresh._streams, None
+    def fit(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> StreamingKMeans:
+        """Forget what was seen, take X in as one batch and solve; `y` is ignored.
+
+        Raises:
+            NonFiniteError: a token is NaN or infinite; nothing was forgotten.
+            ValueError, TypeError: an argument, also of the constructor, is not what it must be.
+        """
+        tokens = as_groups(X, self._settings().n_groups)
+        check_enough(tokens.shape[1], self.n_clusters)
+        fresh = type(self)(**self.get_params()).partial_fit(tokens, sample_weight=sample_weight)
+        self._streams, self._solved = fresh._streams, fresh.solve()
+        self._remember(X, tokens)
+        warn_of_empty_clusters(self._solved)
         return self
 
     def solve(self, n_clusters: int | None = None) -> Clustering:
@@ -176,7 +211,7 @@ class StreamingKMeans(ClusteringEstimator):
         if n_clusters is not None and n_clusters != self.n_clusters:
             return self.summary().solve(n_clusters)
         if self._solved is None:
-            self._solved = self.summary().solve(self.n_clusters)
+            self._solved = self.summary().solve(self._settings().n_clusters)
         return self._solved
 
     def summary(self) -> Summary:
@@ -185,40 +220,59 @@ class StreamingKMeans(ClusteringEstimator):
         Raises:
             NotFittedError: a group has not seen any data.
         """
-        streams = [stream for stream in self._streams if stream is not None]
-        if len(streams) < self.n_groups:
+        settings = self._settings()
+        streams = [stream for stream in self._streams or [] if stream is not None]
+        if len(streams) < settings.n_groups:
             raise not_fitted(self, "partial_fit")
         return Summary(
             groups=tuple(stream.reservoir.summary(self.backend) for stream in streams),
             totals=tuple(stream.total for stream in streams),
-            seed=self.seed,
+            seed=settings.seed,
         )
 
     @property
     def n_seen_(self) -> Tensor:
         """Tokens seen by each group, int64 [G]."""
-        return torch.tensor([0 if stream is None else stream.n_seen for stream in self._streams])
+        streams = self._streams or _no_streams(self._settings().n_groups)
+        return torch.tensor([0 if stream is None else stream.n_seen for stream in streams])
+
+    @property
+    def n_features_in_(self) -> int:
+        """Width D of the tokens."""
+        for stream in self._streams or []:
+            if stream is not None:
+                return stream.width
+        raise not_fitted(self, "partial_fit")
 
     def _result(self) -> Clustering:
         return self.solve()
 
-    def _batches(self, X: ArrayLike, group: int | None) -> tuple[list[int], list[Tensor]]:
-        if group is None:
-            tokens = as_groups(X, self.n_groups)
-            return list(range(self.n_groups)), [batch[None] for batch in tokens]
-        group = check_int("group", group, 0)
-        if group >= self.n_groups:
-            raise ValueError(f"group must be below n_groups = {self.n_groups}, got {group}")
-        tokens = as_tokens(X)
-        if tokens.ndim < 2 or tokens.numel() == 0:
-            raise ValueError(f"X must be a non-empty [..., D], got {list(tokens.shape)}")
-        return [group], [tokens.reshape(-1, *tokens.shape[-2:])]
 
-    def _prepare(self, g: int, batch: Tensor, weights: Tensor | None) -> _Update:
-        stream = self._streams[g]
-        if stream is None:
-            stream = _TokenStream.start(batch, weights, self.capacity, [self.seed, g], self.backend)
-        return stream.prepare(batch, weights)
+def _no_streams(n_groups: int) -> list[_TokenStream | None]:
+    return [None] * n_groups
+
+
+def _resolve_capacity(capacity: int | None, n_clusters: int) -> int:
+    """The tokens to keep per group: `capacity`, checked, or the default."""
+    if capacity is None:
+        return default_capacity(n_clusters)
+    if check_int("capacity", capacity, 1, "or None") < n_clusters:
+        raise ValueError(f"capacity must be at least n_clusters = {n_clusters}, got {capacity}")
+    return int(capacity)
+
+
+def _batches(X: ArrayLike, group: int | None, n_groups: int) -> tuple[list[int], list[Tensor]]:
+    """The groups that X holds tokens of, and those tokens, each [B, N, D]."""
+    if group is None:
+        return list(range(n_groups)), [batch[None] for batch in as_groups(X, n_groups)]
+    group = check_int("group", group, 0)
+    if group >= n_groups:
+        raise ValueError(f"group must be below n_groups = {n_groups}, got {group}")
+    tokens = as_tokens(X)
+    if tokens.ndim < 2:
+        raise ValueError(f"X must be [..., M, D], got {list(tokens.shape)}. Reshape your data")
+    check_filled(tokens)
+    return [group], [tokens.reshape(-1, *tokens.shape[-2:])]
 
 
 class _TokenStream:
@@ -266,6 +320,10 @@ class _TokenStream:
             raise_non_finite(batch)
         return _Update(self, batch, weights, assigned)
 
+    @property
+    def width(self) -> int:
+        return self._rough.shape[-1]
+
     def take_in(self, batch: Tensor, weights: Tensor | None, assigned: Assigned) -> None:
         """Mini-batch update of the rough centres; the tokens go to the reservoir by importance."""
         assert assigned.distances is not None
@@ -291,10 +349,6 @@ class _TokenStream:
         return (weights @ self._rough.double() / weights.sum()).float()
 
     def _check_like_before(self, batch: Tensor) -> None:
-        if batch.shape[-1] != self._rough.shape[-1]:
-            raise ValueError(
-                f"X must have {self._rough.shape[-1]} features like before, got {batch.shape[-1]}"
-            )
         if batch.dtype != self.reservoir.dtype:
             raise ValueError(f"X must be {self.reservoir.dtype} like before, got {batch.dtype}")
         if batch.device != self._rough.device:
