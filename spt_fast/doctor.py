@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from spt_fast.clustering import faiss_backend
 from spt_fast.ops import kmeans, kmeans_native
 from spt_fast.samples import backbone_facts
 
@@ -82,6 +83,7 @@ def _backends() -> Iterator[Line]:
     for device in _devices():
         name, reason = kmeans.explain_backend(device)
         yield f"k-means on {device.type}", f"{name}: {reason}" if reason else name
+    yield "k-means by faiss", faiss_backend.explain()
     yield "prompt_attention", "reference: plain PyTorch (scaled dot product attention)"
     yield "sigmoid_nmi", "reference: plain PyTorch"
 

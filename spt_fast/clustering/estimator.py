@@ -141,7 +141,7 @@ class ClusteringEstimator(Parameters):
     def transform(self, X: ArrayLike) -> Array:
         """Distances to every centre, float32: [M, K], or [G, M, K] where n_groups > 1."""
         tokens, centers = self._match(X)
-        squared = squared_distances(tokens, centers, shift=centers.mean(1), backend=self.backend)
+        squared = squared_distances(tokens, centers, shift=centers.mean(1), backend=self._kernel())
         _refuse_non_finite(tokens, squared.sum())
         return _like(X, squared.sqrt())
 
@@ -153,7 +153,7 @@ class ClusteringEstimator(Parameters):
         tokens, centers = self._match(X)
         weights = as_weights(sample_weight, tuple(tokens.shape[:2]), tokens.device)
         assigned = assign_accumulate(
-            tokens, centers, shift=centers.mean(1), weights=weights, backend=self.backend
+            tokens, centers, shift=centers.mean(1), weights=weights, backend=self._kernel()
         )
         _refuse_non_finite(tokens, assigned.inertia)
         return _like(X, -assigned.inertia)
@@ -181,10 +181,14 @@ class ClusteringEstimator(Parameters):
         value = value[0] if len(value) == 1 else value
         return value if self._from_tensor else value.cpu().numpy()[()]
 
+    def _kernel(self) -> str:
+        """The backend for everything but the iterations of `fit`."""
+        return self.backend if self.backend in BACKENDS else "auto"
+
     def _nearest(self, tokens: Tensor, centers: Tensor) -> Tensor:
         centers = centers.to(tokens.device)
         assigned = assign_accumulate(
-            tokens, centers, shift=centers.mean(1), with_labels=True, backend=self.backend
+            tokens, centers, shift=centers.mean(1), with_labels=True, backend=self._kernel()
         )
         _refuse_non_finite(tokens, assigned.inertia)
         assert assigned.labels is not None

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.clustering import faiss_backend
 from spt_fast.clustering.estimator import (
     Clustering,
     ClusteringEstimator,
@@ -20,7 +21,7 @@ from spt_fast.clustering.inputs import ArrayLike, as_groups, as_weights, check_i
 from spt_fast.clustering.lloyd import LloydResult, lloyd
 from spt_fast.clustering.seeding import equal_parts, kmeans_plus_plus, random_tokens
 from spt_fast.clustering.weighted import WeightedTokens
-from spt_fast.ops.kmeans import assign_accumulate
+from spt_fast.ops.kmeans import BACKENDS, assign_accumulate
 
 SEEDING_TOKENS = 65_536
 SEEDING_TOKENS_PER_CLUSTER = 256
@@ -45,12 +46,14 @@ class KMeans(ClusteringEstimator):
             the features; 0 stops only when nothing moves.
         seed: the same seed gives the same result, on any number of threads; None: 0.
         random_state: scikit-learn's name for `seed`.
-        backend: "auto", "native" (compiled) or "reference" (plain PyTorch).
+        backend: "auto", "native" (compiled), "reference" (plain PyTorch) or "faiss", which iterates by
+            faiss where that is installed: on its GPUs if it sees any, else on the CPU.
 
     Attributes:
         cluster_centers_, counts_, inertia_, n_iter_, labels_, n_features_in_: see the base class.
     """
 
+    _backends = (*BACKENDS, "faiss")
     _fitted: Clustering | None = None
 
     def __init__(
@@ -88,10 +91,12 @@ class KMeans(ClusteringEstimator):
         Raises:
             NonFiniteError: X holds NaN or infinity.
             ValueError, TypeError: an argument, also of the constructor, is not what it must be.
+            ImportError: `backend` is "faiss", which is not installed.
         """
         settings = self._settings()
         n_init, max_iter = check_int("n_init", self.n_init, 1), check_int("max_iter", self.max_iter, 1)
         tol = _check_tol(self.tol)
+        run = faiss_backend.lloyd if self.backend == "faiss" else lloyd
         tokens = as_groups(X, settings.n_groups)
         check_enough(tokens.shape[1], settings.n_clusters)
         weights = as_weights(sample_weight, tuple(tokens.shape[:2]), tokens.device)
@@ -100,10 +105,10 @@ class KMeans(ClusteringEstimator):
         for g in range(settings.n_groups):
             rng = np.random.default_rng([settings.seed, g])
             problem, variance, total = _measure(
-                tokens[g], None if weights is None else weights[g], self.backend
+                tokens[g], None if weights is None else weights[g], self._kernel()
             )
             runs = (
-                lloyd(problem, centers, max_iter=max_iter, shift_tolerance=variance * tol)
+                run(problem, centers, max_iter=max_iter, shift_tolerance=variance * tol)
                 for centers in start(problem, g, n_init, rng)
             )
             results.append(min(runs, key=lambda run: run.inertia))
