@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_fast import KMeans, NonFiniteError, NotFittedError, StreamingKMeans
+from spt_fast.clustering import ordered
 from spt_fast.clustering.lloyd import lloyd
 from spt_fast.clustering.reservoir import PriorityReservoir, take_rows
 from spt_fast.clustering.seeding import draw, kmeans_plus_plus
@@ -120,6 +126,72 @@ def test_swaps_never_raise_the_inertia() -> None:
     before = float(problem.assign(centers).inertia[0])
     after = float(problem.assign(improve_by_swaps(problem, centers, 10, np.random.default_rng(2))).inertia[0])
     assert after <= before * (1 + 1e-6)
+
+
+class NoRoundTrips(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: reading a number there, or a size that depends on it."""
+
+    WAITING = (
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "_unique2",
+        "repeat_interleave",
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(
+            i is not None and i.dtype is torch.bool for i in args[1]
+        )
+        if name in self.WAITING or masks:
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def like_on_a_device() -> Iterator[None]:
+    """Takes the paths of a GPU on CPU tensors, and refuses to wait for them or to bring them to the host."""
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("brought to the host")
+
+    with pytest.MonkeyPatch.context() as patch, NoRoundTrips():
+        patch.setattr(ordered, "_on_host", lambda values: False)
+        for method in ("cpu", "numpy", "tolist", "__array__"):
+            patch.setattr(Tensor, method, refuse)
+        yield
+
+
+def test_round_trips_are_noticed() -> None:
+    values = torch.rand(3)
+    for wait in (
+        lambda: float(values[0]),
+        lambda: values[values > 0.5],
+        lambda: (values > 0.5).nonzero(),
+        lambda: values.numpy(),
+    ):
+        with like_on_a_device(), pytest.raises(AssertionError, match=r"waits for the device|to the host"):
+            wait()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_seeding_and_swaps_need_no_round_trip_per_step(weighted: bool) -> None:
+    tokens, weights = blobs(900, n_blobs=12, spread=1.0), torch.rand(900) if weighted else None
+    problem = WeightedTokens(tokens, weights, mean_of(tokens, weights), "reference")
+
+    def search() -> tuple[Tensor, Tensor]:
+        start = kmeans_plus_plus(problem, 12, np.random.default_rng(0))
+        return start, improve_by_swaps(problem, tokens[:12], 6, np.random.default_rng(1))
+
+    with like_on_a_device():
+        there = search()
+    here = search()
+    assert torch.equal(there[0], here[0])
+    assert torch.equal(there[1], here[1])
+    assert not torch.equal(here[1], tokens[:12])
 
 
 # ---- KMeans ---------------------------------------------------------------------------------------
@@ -274,23 +346,25 @@ def test_other_lengths_are_solved_from_the_same_pass() -> None:
 
 
 def test_the_same_seed_gives_the_same_centres_on_any_number_of_threads() -> None:
-    tokens = blobs(9000, width=24, spread=1.0)
+    tokens = blobs(40_000, width=24, spread=1.0)  # enough for torch to share out single operations
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 3):
+        for threads in (1, 2, 7):
             torch.set_num_threads(threads)
             streamed = StreamingKMeans(7, capacity=2000, seed=5)
-            for part in tokens.split(1000):
+            for part in tokens.split(5000):
                 streamed.partial_fit(part)
-            results.append(streamed.cluster_centers_)
-            results.append(KMeans(7, seed=5).fit(tokens).cluster_centers_)
+            exact = KMeans(7, seed=5).fit(tokens)
+            problem = problem_of(tokens, tokens[:, 0].abs())
+            swapped = improve_by_swaps(problem, tokens[:7], 3, np.random.default_rng(0))
+            results.append((streamed.cluster_centers_, exact.cluster_centers_, exact.labels_, swapped))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0], results[2])
-    assert torch.equal(results[1], results[3])
-    other = StreamingKMeans(7, capacity=2000, seed=6).fit(tokens)
-    assert not torch.equal(other.cluster_centers_, results[0])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    other_seed = StreamingKMeans(7, capacity=2000, seed=6).fit(tokens)
+    assert not torch.equal(other_seed.cluster_centers_, results[0][0])
 
 
 def test_one_group_at_a_time_equals_all_groups_at_once() -> None:
@@ -408,6 +482,82 @@ def test_tokens_too_large_to_square_are_refused() -> None:
             ValueError,
             "n_clusters must be at most the number of tokens, n_samples=8, got 9",
         ),
+        (
+            lambda: KMeans(2, seed=1, random_state=2).fit(blobs(9)),
+            ValueError,
+            "must equal it, got 2 and seed=1",
+        ),
+        (
+            lambda: KMeans(2, random_state=np.random.RandomState(0)).fit(blobs(9)),
+            TypeError,
+            r"random_state must be an integer >= 0 or None, got RandomState",
+        ),
+        (lambda: KMeans(2, tol="small").fit(blobs(9)), TypeError, "tol must be a number >= 0, got 'small'"),
+        (
+            lambda: KMeans(2, n_init="auto").fit(blobs(9)),
+            TypeError,
+            "n_init must be an integer >= 1, got 'auto'",
+        ),
+        (
+            lambda: KMeans(2, init=torch.full((2, 8), torch.nan)).fit(blobs(9)),
+            ValueError,
+            "init must be finite",
+        ),
+        (
+            lambda: KMeans(2, init=torch.zeros(2)).fit(blobs(9)),
+            ValueError,
+            r"init must be \[M, D\], got \[2\]",
+        ),
+        (
+            lambda: KMeans(2, init=lambda X, k, random_state: X[:1]).fit(blobs(9)),
+            ValueError,
+            r"init must be \[1, 2, 8\], got \[1, 1, 8\]",
+        ),
+        (
+            lambda: KMeans(2).fit(torch.ones(9, 2).bool()),
+            TypeError,
+            "X must hold real numbers, got torch.bool",
+        ),
+        (lambda: KMeans(2).fit([["a", "b"]] * 9), TypeError, "X must hold real numbers, got dtype <U1"),
+        (lambda: KMeans(2).fit(torch.ones(9, 2).to_sparse()), TypeError, "X must be dense, got a sparse"),
+        (lambda: KMeans(2).fit(scipy.sparse.eye(9)), TypeError, "X must be dense, got a sparse dia_matrix"),
+        (lambda: KMeans(2).fit(np.zeros((9, 0))), ValueError, r"X has 0 feature\(s\) \(shape=\(9, 0\)\)"),
+        (
+            lambda: KMeans(2).fit(blobs(9), sample_weight=[1.0] * 8 + [math.nan]),
+            ValueError,
+            "sample_weight must be finite and >= 0, got nan",
+        ),
+        (
+            lambda: KMeans(2).fit(blobs(9), sample_weight=np.zeros(9)),
+            ValueError,
+            "sample_weight must hold at least one weight above 0 per group, got only zeros",
+        ),
+        (
+            lambda: KMeans(2, n_groups=2).fit(
+                torch.randn(2, 9, 3), sample_weight=torch.stack([torch.ones(9), torch.zeros(9)])
+            ),
+            ValueError,
+            "at least one weight above 0 per group",
+        ),
+        (
+            lambda: (
+                StreamingKMeans(2, n_groups=2)
+                .partial_fit(blobs(9), group=0)
+                .partial_fit(blobs(9, width=7), group=1)
+            ),
+            ValueError,
+            "X has 7 features, but StreamingKMeans is expecting 8",
+        ),
+        (
+            lambda: StreamingKMeans(2).partial_fit(blobs(9)).set_params(n_groups=2).partial_fit(blobs(9)),
+            ValueError,
+            "n_groups must be 1 like before, got 2",
+        ),
+        (
+            lambda: StreamingKMeans(2).partial_fit(blobs(9)).partial_fit(blobs(9).to("meta")),
+            ValueError,
+            "X must be on cpu like before, got meta",
+        ),
         (lambda: KMeans(2).fit(torch.zeros(0, 2)), ValueError, "X must hold at least one token"),
         (lambda: KMeans(2).fit(torch.zeros(3)), ValueError, r"X must be \[M, D\], got \[3\]"),
         (lambda: KMeans(2, n_groups=2).fit(torch.zeros(3, 4)), ValueError, r"X must be \[2, M, D\]"),
@@ -457,3 +607,86 @@ def test_tokens_too_large_to_square_are_refused() -> None:
 def test_bad_arguments_are_named(make: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [KMeans, StreamingKMeans])
+def test_equal_tokens_give_that_token(make: type[KMeans | StreamingKMeans]) -> None:
+    tokens = torch.full((40, 3), 7.25)
+    with pytest.warns(
+        UserWarning, match="only 1 of n_clusters=4 clusters hold tokens: X has too few distinct"
+    ):
+        model = make(4).fit(tokens)
+    assert model.cluster_centers_.eq(7.25).all()
+    assert model.inertia_ == 0
+    assert model.labels_.eq(0).all()
+
+
+@pytest.mark.parametrize("spoil", ["offset", "scale"])
+def test_a_huge_dimension_costs_no_digits(spoil: str) -> None:
+    tokens = blobs(4000, width=24, n_blobs=10, spread=0.5)
+    labels = KMeans(10, n_init=3).fit(tokens).labels_
+    tokens[:, 5] = tokens[:, 5] + 1e4 if spoil == "offset" else tokens[:, 5] * 1e4
+    wide = tokens.double()
+    start = torch.stack([tokens[labels == k][0] for k in range(10)])
+    model = KMeans(10, init=start, tol=0).fit(tokens)
+    exact = SklearnKMeans(10, init=start.double().numpy(), n_init=1, tol=0).fit(wide.numpy())
+    np.testing.assert_array_equal(model.labels_, exact.labels_)
+    # Means of sums that are float32 over up to 1,024 tokens: a few units in the last place of the largest.
+    rounding = 8 * wide.abs().amax(0).numpy() * torch.finfo(torch.float32).eps
+    assert (np.abs(model.cluster_centers_.numpy() - exact.cluster_centers_) <= rounding).all()
+    # Squared distances in float32 around the mean: a few eps of the largest squared distance to it.
+    farthest = float((wide - wide.mean(0)).square().sum(1).max())
+    squared = torch.cdist(
+        wide, model.cluster_centers_.double(), compute_mode="donot_use_mm_for_euclid_dist"
+    ).square()
+    error = (model.transform(tokens).double().square() - squared).abs().max()
+    assert error <= 16 * torch.finfo(torch.float32).eps * farthest
+    streamed = StreamingKMeans(10).fit(tokens)
+    centers = streamed.cluster_centers_.double()
+    direct = torch.cdist(wide, centers, compute_mode="donot_use_mm_for_euclid_dist").square().amin(1).sum()
+    assert abs(float(streamed.inertia_ - direct)) <= 16 * torch.finfo(torch.float32).eps * farthest * len(
+        tokens
+    )
+
+
+@pytest.mark.gpu
+def test_devices_do_not_mix_within_a_stream_and_results_follow_the_tokens() -> None:
+    tokens = blobs(500)
+    stream = StreamingKMeans(3).partial_fit(tokens)
+    with pytest.raises(ValueError, match="X must be on cpu like before, got cuda:0"):
+        stream.partial_fit(tokens.cuda())
+    assert stream.n_seen_.tolist() == [500]
+    model = KMeans(3, init=tokens[:3]).fit(tokens.cuda(), sample_weight=torch.ones(500))
+    assert model.cluster_centers_.device.type == "cpu"
+    assert model.labels_.device.type == "cuda"
+    assert torch.equal(model.predict(tokens), model.labels_.cpu())
+    assert model.transform(tokens.cuda()).device.type == "cuda"
+
+
+@pytest.mark.gpu
+def test_a_second_gpu_is_named_within_a_stream() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    tokens = blobs(500)
+    stream = StreamingKMeans(3).partial_fit(tokens.to("cuda:0"))
+    with pytest.raises(ValueError, match="X must be on cuda:0 like before, got cuda:1"):
+        stream.partial_fit(tokens.to("cuda:1"))
+    centers = KMeans(3, init=tokens[:3]).fit(tokens.to("cuda:1")).cluster_centers_
+    torch.testing.assert_close(centers, KMeans(3, init=tokens[:3]).fit(tokens).cluster_centers_)
+
+
+@pytest.mark.gpu
+def test_seeding_and_swaps_on_a_gpu_do_not_wait_and_choose_as_on_the_cpu() -> None:
+    tokens = blobs(5000, n_blobs=12)
+    here = problem_of(tokens)
+    there = WeightedTokens(tokens.cuda(), None, here.mean.cuda())
+    numbers = np.random.default_rng
+    kmeans_plus_plus(there, 12, numbers(0))  # what is compiled or loaded once is not the question
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        start = kmeans_plus_plus(there, 12, numbers(0))
+        swapped = improve_by_swaps(there, there.tokens[:12], 6, numbers(1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(start.cpu(), kmeans_plus_plus(here, 12, numbers(0)))
+    torch.testing.assert_close(swapped.cpu(), improve_by_swaps(here, tokens[:12], 6, numbers(1)))

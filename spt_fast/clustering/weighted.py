@@ -53,7 +53,7 @@ class WeightedTokens:
 
     def uniform(self, sizes: list[int], rng: np.random.Generator) -> tuple[Tensor, ...]:
         """Random numbers in [0, 1), float64, in parts of these sizes; one copy from the host."""
-        numbers = torch.from_numpy(rng.random(sum(sizes))).to(self.tokens.device)
+        numbers = torch.from_numpy(rng.random(sum(sizes))).to(self.tokens.device, non_blocking=True)
         return torch.split_with_sizes(numbers, sizes)
 
     def sample(self, size: int, rng: np.random.Generator) -> WeightedTokens:
