@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -101,6 +102,37 @@ void bind_cpu(py::module_& module) {
       py::arg("isa"));
 }
 
+void bind_pruned_cpu(py::module_& module) {
+  py::class_<PrunedPass>(module, "PrunedPass")
+      .def_readonly("inertia", &PrunedPass::inertia)
+      .def_readonly("evaluated", &PrunedPass::evaluated)
+      .def_readonly("changed", &PrunedPass::changed)
+      .def_readonly("fresh", &PrunedPass::fresh);
+  py::class_<PrunedAssignCpu>(module, "PrunedAssignCpu")
+      .def(py::init([](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes,
+                       std::array<int64_t, 3> strides, std::uintptr_t shift, std::uintptr_t weights,
+                       int64_t num_centers, const std::string& isa) {
+             require(sizes[0] == 1, "tokens must be one group");
+             require(num_centers >= 1, "num_centers must be at least 1");
+             return std::make_unique<PrunedAssignCpu>(
+                 make_view(data, dtype, sizes, strides), pointer<const float>(shift),
+                 pointer<const float>(weights), num_centers, isa);
+           }),
+           py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"),
+           py::arg("shift"), py::arg("weights"), py::arg("num_centers"), py::arg("isa"))
+      .def(
+          "assign",
+          [](PrunedAssignCpu& self, std::uintptr_t centers, std::uintptr_t sums,
+             std::uintptr_t counts, int num_threads) {
+            require(centers && sums && counts, "centers, sums and counts must have an address");
+            py::gil_scoped_release release;
+            return self.assign(pointer<const float>(centers), pointer<double>(sums),
+                               pointer<double>(counts), num_threads);
+          },
+          py::arg("centers"), py::arg("sums"), py::arg("counts"), py::arg("num_threads"))
+      .def("labels", &PrunedAssignCpu::labels);
+}
+
 #ifdef SPT_HAVE_CUDA
 void bind_cuda(py::module_& module) {
   module.def("assign_accumulate_cuda_workspace", &assign_accumulate_cuda_workspace,
@@ -155,6 +187,7 @@ PYBIND11_MODULE(_kmeans, module) {
   module.doc() = "Compiled k-means kernels of spt_fast; private, use spt_fast.ops.kmeans.";
   module.def("build_info", &spt_fast::build_info);
   spt_fast::bind_cpu(module);
+  spt_fast::bind_pruned_cpu(module);
 #ifdef SPT_HAVE_CUDA
   spt_fast::bind_cuda(module);
 #endif

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -59,6 +60,35 @@ struct DistanceArgs {
 // Throws std::invalid_argument on an unknown or unsupported isa.
 void assign_accumulate_cpu(const AssignArgs& args, int num_threads, const std::string& isa);
 void distances_cpu(const DistanceArgs& args, int num_threads, const std::string& isa);
+
+// What one pass of PrunedAssignCpu did.
+struct PrunedPass {
+  double inertia = 0.;    // weighted sum of squared distances to the centres of this pass
+  int64_t evaluated = 0;  // tokens that were read to find their centre
+  int64_t changed = 0;    // tokens that changed to another centre; all of them in the first pass
+  bool fresh = false;     // every token was read, and the sums were made anew
+};
+
+// Assign-and-accumulate over the same tokens again and again while the centres move little: tokens
+// whose centre cannot have changed are not read. Labels are bit for bit those of
+// assign_accumulate_cpu; sums and counts are in float64 throughout. See kmeans_cpu_pruned.cpp.
+class PrunedAssignCpu {
+ public:
+  // One group of tokens. What the pointers show (shift [D] or null, weights [M] or null) must
+  // outlive the object and stay as it is. Throws std::invalid_argument on a bad isa.
+  PrunedAssignCpu(const TokenView& tokens, const float* shift, const float* weights,
+                  int64_t num_centers, const std::string& isa);
+  ~PrunedAssignCpu();
+
+  // IN centers [K, D]; OUT sums [K, D], counts [K]. Results do not depend on `num_threads`.
+  PrunedPass assign(const float* centers, double* sums, double* counts, int num_threads);
+
+  const std::vector<int32_t>& labels() const;  // [M], of the last pass
+
+ private:
+  class Passes;
+  std::unique_ptr<Passes> passes_;
+};
 
 // Instruction sets this build holds and this processor runs, best first.
 std::vector<std::string> cpu_isas();

@@ -41,6 +41,31 @@ def distances_cpu(
     isa: str,
 ) -> None: ...
 
+class PrunedPass:
+    @property
+    def inertia(self) -> float: ...
+    @property
+    def evaluated(self) -> int: ...
+    @property
+    def changed(self) -> int: ...
+    @property
+    def fresh(self) -> bool: ...
+
+class PrunedAssignCpu:
+    def __init__(
+        self,
+        data: int,
+        dtype: int,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        shift: int,
+        weights: int,
+        num_centers: int,
+        isa: str,
+    ) -> None: ...
+    def assign(self, centers: int, sums: int, counts: int, num_threads: int) -> PrunedPass: ...
+    def labels(self) -> list[int]: ...
+
 # The last two are there only in a module built with CUDA.
 def assign_accumulate_cuda_workspace(groups: int, rows: int, width: int, num_centers: int) -> int: ...
 def assign_accumulate_cuda(

@@ -89,6 +89,43 @@ def assign_accumulate(
     return sums, counts, inertia, labels, distances
 
 
+class PrunedAssign:
+    """Passes over one group on the CPU with moving centres; see csrc/kmeans_cpu_pruned.cpp."""
+
+    def __init__(
+        self,
+        tokens: Tensor,  # [1, B, N, D], last stride 1, CPU
+        num_centers: int,
+        shift: Tensor | None,  # [1, D] float32, contiguous
+        weights: Tensor | None,  # [1, B * N] float32, contiguous
+        isa: str = "",
+    ) -> None:
+        module, _ = _load()
+        self._kept = (tokens, shift, weights)  # the compiled object holds their addresses
+        self._num_centers, self._width = num_centers, tokens.shape[-1]
+        self._passes = module.PrunedAssignCpu(
+            **_view_arguments(tokens),
+            shift=_address(shift),
+            weights=_address(weights),
+            num_centers=num_centers,
+            isa=isa,
+        )
+
+    def assign(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Sums [1, K, D], counts [1, K] and inertia [1] in float64 for `centers` [1, K, D] float32,
+        contiguous; and what the pass did: evaluated, changed, fresh."""
+        sums = torch.empty(1, self._num_centers, self._width, dtype=torch.float64)
+        counts = torch.empty(1, self._num_centers, dtype=torch.float64)
+        done = self._passes.assign(
+            centers.data_ptr(), sums.data_ptr(), counts.data_ptr(), torch.get_num_threads()
+        )
+        return sums, counts, torch.tensor([done.inertia], dtype=torch.float64), done
+
+    def labels(self) -> Tensor:
+        """Labels [1, B * N] of the last pass, int32."""
+        return torch.tensor([self._passes.labels()], dtype=torch.int32)
+
+
 def distances(
     tokens: Tensor,  # [G, B, N, D], last stride 1, CPU
     centers: Tensor,  # [G, K, D] float32, contiguous

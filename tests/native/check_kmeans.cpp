@@ -1,6 +1,6 @@
 // Runs the CPU kernels on awkward shapes and compares them with plain loops in double precision.
-// Built by tests/test_sanitizers.py under AddressSanitizer and UBSan: buffers are sized to the
-// byte.
+// Built by tests/test_sanitizers.py under AddressSanitizer, UBSan and ThreadSanitizer: buffers are
+// sized to the byte.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -90,6 +90,51 @@ void check(const Shape& s, const std::string& isa, int threads) {
   for (size_t i = 0; i < sums.size(); ++i) expect_close(sums[i], expected_sums[i], rows, "sum");
 }
 
+// Lloyd's algorithm with pruned passes: labels are those of the plain pass, and so are the sums.
+void check_pruned(const Shape& s, const std::string& isa, int threads) {
+  std::mt19937 random(11);
+  std::normal_distribution<float> normal;
+  const int64_t rows = s.outer * s.inner;
+  std::vector<float> data(rows * s.width), shift(s.width), weights(rows);
+  for (size_t i = 0; i < data.size(); ++i) {
+    data[i] = normal(random) + 3.f * static_cast<float>(i / s.width % 7);
+  }
+  for (float& weight : weights) weight = std::abs(normal(random));
+  std::vector<float> centers(data.begin(), data.begin() + s.centers * s.width);
+
+  TokenView view;
+  view.data = data.data();
+  view.groups = 1;
+  view.outer = s.outer;
+  view.inner = s.inner;
+  view.width = s.width;
+  view.outer_stride = s.inner * s.width;
+  view.inner_stride = s.width;
+  spt_fast::PrunedAssignCpu passes(view, shift.data(), weights.data(), s.centers, isa);
+  std::vector<double> sums(s.centers * s.width), counts(s.centers), inertia(1);
+  std::vector<double> plain_sums(sums.size()), plain_counts(s.centers);
+  std::vector<int32_t> labels(rows);
+  for (int pass = 0; pass < 12; ++pass) {
+    const auto done = passes.assign(centers.data(), sums.data(), counts.data(), threads);
+    AssignArgs plain{view,         centers.data(),    shift.data(),        weights.data(),
+                     s.centers,    plain_sums.data(), plain_counts.data(), inertia.data(),
+                     labels.data()};
+    spt_fast::assign_accumulate_cpu(plain, threads, isa);
+    if (passes.labels() != labels) {
+      std::printf("pruned labels differ in pass %d\n", pass);
+      ++failures;
+    }
+    expect_close(done.inertia, inertia[0], inertia[0], "pruned inertia");
+    for (size_t i = 0; i < sums.size(); ++i) {
+      expect_close(sums[i], plain_sums[i], 1e-3 * rows, "pruned sum");
+    }
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const double count = counts[i / s.width];
+      if (count > 0.) centers[i] = static_cast<float>(sums[i] / count);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -98,6 +143,9 @@ int main() {
   for (const std::string& isa : spt_fast::cpu_isas()) {
     for (const Shape& shape : shapes) {
       for (int threads : {1, 3}) check(shape, isa, threads);
+    }
+    for (const Shape& shape : {Shape{1, 3, 1000, 0, 21, 37}, Shape{1, 1, 1, 0, 3, 1}}) {
+      for (int threads : {1, 3}) check_pruned(shape, isa, threads);
     }
     std::printf("%s checked\n", isa.c_str());
   }
