@@ -1,4 +1,4 @@
-"""Pruned Lloyd against plain passes: labels bit for bit, sums to the rounding of float64, any number of threads."""
+"""Pruned Lloyd against plain passes: labels bit for bit, sums to float64, any number of threads."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_pruned_labels_survive_ties_and_bounds_within_rounding() -> None:
     centers[0, 10:] = centers[0, :10]  # every centre twice
     passes = kmeans_native.PrunedAssign(tokens, 20, shift, None)
     for _ in range(8):
-        sums, counts, _, done = passes.assign(centers)
+        _, _, _, done = passes.assign(centers)
         labels = kmeans_native.assign_accumulate(tokens, centers, shift, None, True, False)[3]
         assert torch.equal(passes.labels(), labels)
         assert done.evaluated == 2000
