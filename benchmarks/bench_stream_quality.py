@@ -1,11 +1,12 @@
-"""Inertia of one-pass clustering over exact Lloyd, best of ten starts, on real tokens.
+"""Inertia of streamed, mini-batch and exact clustering over the best of ten exact runs, on real tokens.
 
     python -m benchmarks.bench_stream_quality IMAGE_FOLDER --out results.json
 
 IMAGE_FOLDER holds one sub-folder per class (the results committed are for CIFAR-10's test images). Tokens
 are what enters a late block of the shipped backbone, and a middle block of an untrained ViT. For each set, K,
-order (shuffled, sorted by class) and seed it prints the inertia over *all* tokens of the streamed centres
-divided by the lowest inertia of ten exact runs.
+order (shuffled, sorted by class) and seed it prints the inertia over *all* tokens divided by the lowest
+inertia of ten exact runs: of the stream, and of scikit-learn's MiniBatchKMeans fed the same batches by
+`partial_fit`. The side "exact" is the ten exact runs themselves, whatever the order.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 
 import numpy as np
 import torch
+from sklearn.cluster import MiniBatchKMeans
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
@@ -60,15 +62,27 @@ def block_inputs(model: nn.Module, images: Tensor, block: int) -> Tensor:
     return torch.cat(kept)
 
 
-def best_of_ten(tokens: Tensor, n_clusters: int) -> float:
-    runs = (KMeans(n_clusters, seed=seed).fit(tokens) for seed in range(10))
-    return min(float(run.inertia_) for run in runs)
+def ten_exact(tokens: Tensor, n_clusters: int) -> list[float]:
+    return [float(KMeans(n_clusters, seed=seed).fit(tokens).inertia_) for seed in range(10)]
+
+
+def in_order(images: Tensor, order: str, seed: int) -> Tensor:
+    if order == "sorted":
+        return images
+    return images[torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))]
+
+
+def mini_batch(images: Tensor, n_clusters: int, order: str, seed: int) -> Tensor:
+    """Centres of scikit-learn's mini-batch k-means after one pass over the same batches."""
+    model = MiniBatchKMeans(n_clusters, random_state=seed, n_init=3)
+    for batch in in_order(images, order, seed).split(IMAGES_PER_BATCH):
+        model.partial_fit(batch.flatten(0, 1).numpy())
+    return torch.from_numpy(model.cluster_centers_).float()
 
 
 def stream(images: Tensor, n_clusters: int, order: str, seed: int) -> tuple[Tensor, float, float]:
     """Centres, seconds of the pass and seconds of the solve."""
-    if order == "shuffled":
-        images = images[torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))]
+    images = in_order(images, order, seed)
     estimator = StreamingKMeans(n_clusters, seed=seed)
     started = time.perf_counter()
     for batch in images.split(IMAGES_PER_BATCH):
@@ -101,13 +115,20 @@ def main() -> None:
     for name, images in sets.items():
         tokens = images.flatten(0, 1)
         for n_clusters in args.clusters:
-            best = best_of_ten(tokens, n_clusters)
+            exact = ten_exact(tokens, n_clusters)
+            best = min(exact)
+            exact_ratios = [inertia / best for inertia in exact]
+            print(f"{name:8} K={n_clusters:<4} exact     " + " ".join(f"{r:.4f}" for r in exact_ratios))
             for order in ("shuffled", "sorted"):
                 ratios, times = [], []
                 for seed in range(args.seeds):
                     centers, pass_s, solve_s = stream(images, n_clusters, order, seed)
                     ratios.append(inertia_of(centers, tokens) / best)
                     times.append((pass_s, solve_s))
+                mini = [
+                    inertia_of(mini_batch(images, n_clusters, order, seed), tokens) / best
+                    for seed in range(args.seeds)
+                ]
                 pass_s, solve_s = np.median(np.array(times), axis=0)
                 rows.append(
                     {
@@ -117,15 +138,21 @@ def main() -> None:
                         "K": n_clusters,
                         "order": order,
                         "ratios": ratios,
+                        "mini_batch_ratios": mini,
+                        "exact_ratios": exact_ratios,
                         "pass_s": pass_s,
                         "solve_s": solve_s,
                     }
                 )
                 shown = " ".join(f"{ratio:.4f}" for ratio in ratios)
                 seconds = f"pass {pass_s:.2f} s, solve {solve_s:.2f} s"
-                print(f"{name:8} K={n_clusters:<4} {order:9} {shown}  {seconds}", flush=True)
+                other = " ".join(f"{ratio:.4f}" for ratio in mini)
+                line = f"{name:8} K={n_clusters:<4} {order:9} {shown}  mini-batch {other}  {seconds}"
+                print(line, flush=True)
     every = [ratio for row in rows for ratio in row["ratios"]]
-    print(f"mean {np.mean(every):.4f}, worst {max(every):.4f} of {len(every)} runs")
+    print(f"stream: mean {np.mean(every):.4f}, worst {max(every):.4f} of {len(every)} runs")
+    every = [ratio for row in rows for ratio in row["mini_batch_ratios"]]
+    print(f"mini-batch: mean {np.mean(every):.4f}, worst {max(every):.4f}")
     with open(args.out, "w") as stream_:
         json.dump(
             {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, stream_, indent=1
