@@ -111,7 +111,7 @@ Problem make_problem(const TokenView& tokens, int64_t rows, int64_t num_centers)
   p.num_centers = num_centers;
   p.runs = num_runs(tokens.groups, rows, tokens.width, num_centers);
   p.column_blocks = static_cast<int>(ceil_div(tokens.width, kBlockColumns));
-  p.center_tiles = static_cast<int>(ceil_div(num_centers, kTileCenters));
+  p.center_tiles = std::max(kMinCenterTiles, static_cast<int>(ceil_div(num_centers, kTileCenters)));
   return p;
 }
 
@@ -210,15 +210,18 @@ struct OneRead {
 
 template <typename T, int kRowTiles, int kBlocks>
 OneRead try_one_read(const Problem& p, int shared_bytes) {
-  const OneReadShape shape = one_read_shape(p.tokens.width, p.num_centers, sizeof(T), kRowTiles);
+  static_assert(kMinCenterTiles == 3 && kOneReadCenters == 4 * kTileCenters);
+  const OneReadShape shape = one_read_shape(p.tokens.width, p.center_tiles, sizeof(T), kRowTiles);
   if (shape.blocks_per_warp > kBlocks || shape.bytes > shared_bytes) return {};
-  return {one_read_kernel<T, kRowTiles, kBlocks>, shape};
+  return {p.center_tiles == 3 ? one_read_kernel<T, kRowTiles, kBlocks, 3>
+                              : one_read_kernel<T, kRowTiles, kBlocks, 4>,
+          shape};
 }
 
 // Tiles of 32 tokens halve the barriers and the reading of centres; 16 fit where 32 do not.
 template <typename T>
 OneRead choose_one_read(const Problem& p, int device) {
-  if (p.weights || p.num_centers > kOneReadCenters || p.tokens.width > 1024) return {};
+  if (p.weights || p.num_centers > kOneReadCenters || p.tokens.width > kOneReadColumns) return {};
   const int shared_bytes = shared_memory(device);
   if constexpr (sizeof(T) == 4) {
     return try_one_read<T, 1, 6>(p, shared_bytes);

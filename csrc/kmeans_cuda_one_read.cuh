@@ -19,6 +19,8 @@ namespace spt_fast {
 constexpr int kOneReadWarps = 8;
 constexpr int kOneReadThreads = kOneReadWarps * kWarp;
 constexpr int kOneReadCenters = 32;
+constexpr int64_t kOneReadColumns = 1024;
+constexpr int kSumTiles = kOneReadCenters / 16;
 constexpr int kOneReadStages = 2;
 // Tensor cores cut off what does not fit float32: an add loses up to 2^-23 of the sum. Sums move to
 // float64 every 2048 tokens, after 128 such adds, which keeps the loss under 1e-5.
@@ -26,7 +28,6 @@ constexpr int kTokensPerFlush = 2048;
 
 // Where things are in the block's shared memory.
 struct OneReadShape {
-  int row_tiles;        // a tile of tokens holds 16 row_tiles of them
   int blocks_per_warp;  // 16-column blocks of a warp
   int stride;           // bytes from row to row of a tile
   int product_stride;   // floats from row to row of the products
@@ -40,13 +41,11 @@ struct OneReadShape {
   int bytes;
 };
 
-inline OneReadShape one_read_shape(int64_t width, int64_t num_centers, int element_bytes,
+inline OneReadShape one_read_shape(int64_t width, int center_tiles, int element_bytes,
                                    int row_tiles) {
   const int column_blocks = static_cast<int>(ceil_div(width, kBlockColumns));
-  const int center_tiles = static_cast<int>(ceil_div(num_centers, kTileCenters));
   const int rows = 16 * row_tiles;
   OneReadShape shape{};
-  shape.row_tiles = row_tiles;
   shape.blocks_per_warp = static_cast<int>(ceil_div(column_blocks, kOneReadWarps));
   // An odd number of 16 bytes: ldmatrix then meets no bank twice.
   shape.stride = column_blocks * kBlockColumns * element_bytes + 16;
@@ -93,15 +92,14 @@ __device__ inline void load_centers(const Problem& p, const OneReadShape& shape,
 }
 
 // This warp's share of the products and norms of a tile, from its columns, to shared memory.
-template <typename T, int kRowTiles>
-__device__ inline void multiply_tile(const Problem& p, const OneReadShape& shape,
-                                     const unsigned char* tile, int first_block, int num_blocks) {
-  constexpr int kMaxTiles = kOneReadCenters / kTileCenters;
+template <typename T, int kRowTiles, int kTiles>
+__device__ inline void multiply_tile(const OneReadShape& shape, const unsigned char* tile,
+                                     int first_block, int num_blocks) {
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const uint4* centers = shared_at<uint4>(shape.centers) + lane;
   const float* shift = shared_at<float>(shape.shift);
-  float product[kRowTiles][kMaxTiles][4] = {};
+  float product[kRowTiles][kTiles][4] = {};
   float norm[kRowTiles][2] = {};
 
 #pragma unroll 2
@@ -113,12 +111,10 @@ __device__ inline void multiply_tile(const Problem& p, const OneReadShape& shape
                    shape.stride, shift + b * kBlockColumns, norm[r]);
     }
 #pragma unroll
-    for (int j = 0; j < kMaxTiles; ++j) {
-      if (j < p.center_tiles) {
-        const Centers<T> part(centers[(b * p.center_tiles + j) * kWarp]);
+    for (int j = 0; j < kTiles; ++j) {
+      const Centers<T> part(centers[(b * kTiles + j) * kWarp]);
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) part.multiply_add(product[r][j], rows[r]);
-      }
+      for (int r = 0; r < kRowTiles; ++r) part.multiply_add(product[r][j], rows[r]);
     }
   }
 
@@ -130,12 +126,11 @@ __device__ inline void multiply_tile(const Problem& p, const OneReadShape& shape
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + r * 16 + half * 8;
-      for (int j = 0; j < kMaxTiles; ++j) {
-        if (j < p.center_tiles) {
-          *reinterpret_cast<float2*>(products + row * shape.product_stride + j * kTileCenters +
-                                     2 * (lane % 4)) = {product[r][j][2 * half],
-                                                        product[r][j][2 * half + 1]};
-        }
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        *reinterpret_cast<float2*>(products + row * shape.product_stride + j * kTileCenters +
+                                   2 * (lane % 4)) = {product[r][j][2 * half],
+                                                      product[r][j][2 * half + 1]};
       }
       float sum = norm[r][half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
@@ -147,7 +142,7 @@ __device__ inline void multiply_tile(const Problem& p, const OneReadShape& shape
 
 // Adds the warps' shares up, in order, and chooses each token's centre. Returns the distance of
 // the token if this thread speaks for one, else zero; labels outside the run are -1.
-template <int kTileRows>
+template <int kTileRows, int kTiles>
 __device__ inline float choose_centers(const Problem& p, const OneReadShape& shape, int64_t group,
                                        int64_t first_row, int64_t end) {
   constexpr int kLanes = kOneReadThreads / kTileRows;
@@ -160,7 +155,8 @@ __device__ inline float choose_centers(const Problem& p, const OneReadShape& sha
 
   float best_score = INFINITY;
   int best_center = 0;
-  for (int k = lane; k < p.center_tiles * kTileCenters; k += kLanes) {
+#pragma unroll
+  for (int k = lane; k < kTiles * kTileCenters; k += kLanes) {
     float product = 0.0f;
 #pragma unroll
     for (int w = 0; w < kOneReadWarps; ++w) {
@@ -197,34 +193,31 @@ __device__ inline float choose_centers(const Problem& p, const OneReadShape& sha
 // Sums of a warp's columns: row c of tile t is centre 16 t + c; a column block is two tiles of 8.
 template <int kBlocks>
 struct Sums {
-  float values[kOneReadCenters / 16][kBlocks][2][4];
+  float values[kSumTiles][kBlocks][2][4];
 };
 
-// sums += membership * tile, for this warp's columns.
-template <typename T, int kRowTiles, int kBlocks>
-__device__ inline void accumulate_tile(const Problem& p, const OneReadShape& shape,
-                                       const unsigned char* tile, int first_block, int num_blocks,
-                                       Sums<kBlocks>& sums) {
-  constexpr int kCenterTiles = kOneReadCenters / 16;
+// sums += membership * tile, for this warp's columns. kIsWhole: all kBlocks are there, and no
+// branch keeps the loads of one from overlapping the products of another.
+template <typename T, int kRowTiles, int kBlocks, bool kIsWhole>
+__device__ inline void accumulate_tile(const OneReadShape& shape, const unsigned char* tile,
+                                       int first_block, int num_blocks, Sums<kBlocks>& sums) {
   const int* labels = shared_at<int>(shape.labels);
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
-    Membership<T> membership[kCenterTiles];
+    Membership<T> membership[kSumTiles];
 #pragma unroll
-    for (int c = 0; c < kCenterTiles; ++c) membership[c].set(labels + 16 * r, 16 * c);
+    for (int c = 0; c < kSumTiles; ++c) membership[c].set(labels + 16 * r, 16 * c);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      if (b < num_blocks) {
+      if (kIsWhole || b < num_blocks) {
         Summands<T> summands;
         summands.load(tile + r * 16 * shape.stride +
                           (first_block + b) * kBlockColumns * static_cast<int>(sizeof(T)),
                       shape.stride);
 #pragma unroll
-        for (int c = 0; c < kCenterTiles; ++c) {
-          if (16 * c < p.num_centers) {
-            summands.template add<0>(sums.values[c][b][0], membership[c]);
-            summands.template add<1>(sums.values[c][b][1], membership[c]);
-          }
+        for (int c = 0; c < kSumTiles; ++c) {
+          summands.template add<0>(sums.values[c][b][0], membership[c]);
+          summands.template add<1>(sums.values[c][b][1], membership[c]);
         }
       }
     }
@@ -250,7 +243,7 @@ __device__ inline void flush_sums(const Problem& p, double* partial, int first_b
   const int lane = threadIdx.x % kWarp;
   const int64_t columns = p.tokens.width + kExtraColumns;
 #pragma unroll
-  for (int c = 0; c < kOneReadCenters / 16; ++c) {
+  for (int c = 0; c < kSumTiles; ++c) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -270,7 +263,7 @@ __device__ inline void flush_sums(const Problem& p, double* partial, int first_b
 }
 
 // One block per run and group: grid = (runs, groups).
-template <typename T, int kRowTiles, int kBlocks>
+template <typename T, int kRowTiles, int kBlocks, int kTiles>
 __global__ void __launch_bounds__(kOneReadThreads, 1)
     one_read_kernel(Problem p, OneReadShape shape) {
   constexpr int kTileRows = 16 * kRowTiles;
@@ -312,11 +305,15 @@ __global__ void __launch_bounds__(kOneReadThreads, 1)
     wait_copies<kOneReadStages - 1>();
     __syncwarp();
     const unsigned char* tile = tiles + stage * kTileRows * shape.stride;
-    multiply_tile<T, kRowTiles>(p, shape, tile, first_block, num_blocks);
+    multiply_tile<T, kRowTiles, kTiles>(shape, tile, first_block, num_blocks);
     __syncthreads();
-    inertia += choose_centers<kTileRows>(p, shape, group, row, end);
+    inertia += choose_centers<kTileRows, kTiles>(p, shape, group, row, end);
     __syncthreads();
-    accumulate_tile<T, kRowTiles, kBlocks>(p, shape, tile, first_block, num_blocks, sums);
+    if (num_blocks == kBlocks) {
+      accumulate_tile<T, kRowTiles, kBlocks, true>(shape, tile, first_block, num_blocks, sums);
+    } else {
+      accumulate_tile<T, kRowTiles, kBlocks, false>(shape, tile, first_block, num_blocks, sums);
+    }
     if (warp == kOneReadWarps - 1) {
       count += count_members(lane < kTileRows ? shared_at<int>(shape.labels)[lane] : -1);
     }

@@ -15,6 +15,8 @@ constexpr int kWarp = 32;
 constexpr int kBlockColumns = 16;
 // Centres of one product.
 constexpr int kTileCenters = 8;
+// Centres are padded to so many tiles at least, which spares the one-read kernel two variants.
+constexpr int kMinCenterTiles = 3;
 // Besides the D sums, a row of partial sums holds the count and (of centre 0 only) the inertia.
 constexpr int kExtraColumns = 2;
 
@@ -31,7 +33,7 @@ struct Problem {
   int64_t num_centers;
   int64_t runs;          // runs of tokens with partial sums of their own
   int column_blocks;     // ceil(D / 16)
-  int center_tiles;      // ceil(K / 8)
+  int center_tiles;      // ceil(K / 8), at least kMinCenterTiles
   uint4* packed;         // [G, column_blocks, center_tiles, 32]: see kmeans_cuda_centers.cuh
   float* base;           // [G, 8 center_tiles]: |x - c|^2 = |x - shift|^2 + base + slope * product
   float* slope;          // [G, 8 center_tiles]

@@ -48,7 +48,7 @@ def test_hot_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(tmp_path)
     cuda_sources = load_inspector()
     kernels = cuda_sources.inspect(nvcc, "90a", tmp_path)
     hot = {name: kernel for name, kernel in kernels.items() if name.startswith(cuda_sources.HOT)}
-    assert len(hot) == 11
+    assert len(hot) == 16
     for name, kernel in kernels.items():
         assert kernel.spill_bytes == 0, name
     tools = all(kernel.instructions is not None for kernel in hot.values())
