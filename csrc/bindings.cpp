@@ -63,6 +63,20 @@ AssignArgs make_assign_args(const TokenView& tokens, std::uintptr_t centers, int
   return args;
 }
 
+DistanceArgs make_distance_args(const TokenView& tokens, std::uintptr_t centers,
+                                int64_t num_centers, std::uintptr_t shift,
+                                std::uintptr_t distances) {
+  require(num_centers >= 1, "num_centers must be at least 1");
+  require(centers && distances, "centers and distances must have an address");
+  DistanceArgs args;
+  args.tokens = tokens;
+  args.centers = pointer<const float>(centers);
+  args.shift = pointer<const float>(shift);
+  args.num_centers = num_centers;
+  args.distances = pointer<float>(distances);
+  return args;
+}
+
 void bind_cpu(py::module_& module) {
   module.def(
       "assign_accumulate_cpu",
@@ -86,14 +100,8 @@ void bind_cpu(py::module_& module) {
       [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes,
          std::array<int64_t, 3> strides, std::uintptr_t centers, int64_t num_centers,
          std::uintptr_t shift, std::uintptr_t distances, int num_threads, const std::string& isa) {
-        require(num_centers >= 1, "num_centers must be at least 1");
-        require(centers && distances, "centers and distances must have an address");
-        DistanceArgs args;
-        args.tokens = make_view(data, dtype, sizes, strides);
-        args.centers = pointer<const float>(centers);
-        args.shift = pointer<const float>(shift);
-        args.num_centers = num_centers;
-        args.distances = pointer<float>(distances);
+        const DistanceArgs args = make_distance_args(make_view(data, dtype, sizes, strides),
+                                                     centers, num_centers, shift, distances);
         py::gil_scoped_release release;
         distances_cpu(args, num_threads, isa);
       },
@@ -154,6 +162,22 @@ void bind_cuda(py::module_& module) {
       py::arg("num_centers"), py::arg("shift"), py::arg("weights"), py::arg("sums"),
       py::arg("counts"), py::arg("inertia"), py::arg("labels"), py::arg("distances"),
       py::arg("workspace"), py::arg("device"), py::arg("stream"));
+  module.def("distances_cuda_workspace", &distances_cuda_workspace, py::arg("groups"),
+             py::arg("rows"), py::arg("width"), py::arg("num_centers"));
+  module.def(
+      "distances_cuda",
+      [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes,
+         std::array<int64_t, 3> strides, std::uintptr_t centers, int64_t num_centers,
+         std::uintptr_t shift, std::uintptr_t distances, std::uintptr_t workspace, int device,
+         std::uintptr_t stream) {
+        const DistanceArgs args = make_distance_args(make_view(data, dtype, sizes, strides),
+                                                     centers, num_centers, shift, distances);
+        py::gil_scoped_release release;
+        distances_cuda(args, pointer<void>(workspace), device, pointer<void>(stream));
+      },
+      py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("centers"),
+      py::arg("num_centers"), py::arg("shift"), py::arg("distances"), py::arg("workspace"),
+      py::arg("device"), py::arg("stream"));
 }
 #endif
 

@@ -94,12 +94,14 @@ class PrunedAssignCpu {
 std::vector<std::string> cpu_isas();
 
 // CUDA. Every pointer is device memory. Enqueues on `stream`, allocates nothing, does not
-// synchronise. `workspace` holds assign_accumulate_cuda_workspace() bytes. Throws
-// std::runtime_error with file and line on a CUDA error.
+// synchronise. `workspace` holds ..._cuda_workspace() bytes. A missing shift is replaced by the
+// mean of the centres. Throws std::runtime_error with file and line on a CUDA error.
 #ifdef SPT_HAVE_CUDA
 int64_t assign_accumulate_cuda_workspace(int64_t groups, int64_t rows, int64_t width,
                                          int64_t num_centers);
 void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device, void* stream);
+int64_t distances_cuda_workspace(int64_t groups, int64_t rows, int64_t width, int64_t num_centers);
+void distances_cuda(const DistanceArgs& args, void* workspace, int device, void* stream);
 #endif
 
 }  // namespace spt_fast

@@ -1,264 +1,34 @@
-// Assign-and-accumulate on the GPU: a first, simple version of the contract in kmeans.h.
+// Assign-and-accumulate and all squared distances on the GPU: the contract in kmeans.h.
 //
-// Three launches: labels and distances of every token; per-centre partial sums of fixed runs of
-// tokens; their totals. No atomics and a fixed order of every sum, so results repeat to the bit.
+// Chooses between two paths, lays the workspace out and enqueues the kernels. Up to 32 centres,
+// without weights, take one read of the tokens; anything else takes a read for the labels and one
+// for the sums. No atomics and a fixed order of every sum: results repeat to the bit. Neither path
+// nor order depend on the number of multiprocessors, but the path does on the shared memory of one.
 // A token that is not finite goes to centre 0 at an infinite distance, so that the inertia shows
-// it. Limits: at most 65535 groups; CUDA cores only, and tokens are read twice.
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+// it; the sums are not to be used then. Limits: 65535 groups, 2^31 - 1 centres.
 
 #include <algorithm>
 #include <cstdint>
+#include <cuda_intrinsics.cuh>
 #include <stdexcept>
 #include <string>
 
 #include "kmeans.h"
+#include "kmeans_cuda_accumulate.cuh"
+#include "kmeans_cuda_assign.cuh"
+#include "kmeans_cuda_centers.cuh"
+#include "kmeans_cuda_one_read.cuh"
+#include "kmeans_cuda_reduce.cuh"
 
 namespace spt_fast {
 namespace {
 
-// assign_kernel: a block holds kTileRows tokens and goes through the centres kTileCenters at a
-// time, each thread keeping a kMicro x kMicro patch of squared distances in registers.
-constexpr int kTileRows = 64;
-constexpr int kTileCenters = 64;
-constexpr int kTileWidth = 32;
-constexpr int kMicro = 4;
-constexpr int kCenterLanes = kTileCenters / kMicro;
-constexpr int kAssignThreads = kCenterLanes * (kTileRows / kMicro);
-// Rows of the shared tiles are padded against bank conflicts, and stay aligned for float4.
-constexpr int kTileStride = kTileRows + 4;
-static_assert(kTileRows == kTileCenters, "both tiles are loaded by the same loop");
-static_assert(kAssignThreads % kTileWidth == 0 && kCenterLanes <= 32,
-              "lanes of a row share a warp");
-
-// accumulate_kernel: a thread owns one column of kSlabCenters float64 totals in shared memory.
-constexpr int kColumns = 64;
-constexpr int kSlabCenters = 64;
-constexpr int kRowsInFlight = 8;
-// Besides the D sums, a partial row holds the count and (in centre 0 only) the inertia.
-constexpr int kExtraColumns = 2;
-
-constexpr int kReduceThreads = 256;
 constexpr int64_t kMaxGridYZ = 65535;
-
-// Runs of tokens with partial sums of their own: enough to fill a GPU, bounded in memory.
-constexpr int64_t kMaxRuns = 64;
-constexpr int64_t kMinRows = 256;
-constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
-
-struct Problem {
-  TokenView tokens;
-  int64_t rows;
-  const float* centers;
-  const float* weights;
-  int64_t num_centers;
-  int64_t runs;
-  int32_t* labels;
-  float* distances;
-  double* partials;  // [G, runs, K, D + kExtraColumns]
-};
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-__device__ int64_t token_offset(const TokenView& tokens, int64_t group, int64_t row) {
-  const int64_t i = row / tokens.inner;
-  const int64_t j = row - i * tokens.inner;
-  return group * tokens.group_stride + i * tokens.outer_stride + j * tokens.inner_stride;
-}
-
-// label_m = argmin_k sum_d (x_md - c_kd)^2, the lowest k on a tie. The differences are taken
-// directly, which costs one more instruction than |x|^2 - 2 x.c + |c|^2 and cannot cancel; the
-// shift of AssignArgs is not needed. grid = (tiles of rows, groups).
-template <typename T>
-__global__ void __launch_bounds__(kAssignThreads) assign_kernel(Problem p) {
-  alignas(16) __shared__ float token_tile[kTileWidth][kTileStride];
-  alignas(16) __shared__ float center_tile[kTileWidth][kTileStride];
-  __shared__ int64_t offsets[kTileRows];
-
-  const int64_t group = blockIdx.y;
-  const int64_t first_row = int64_t{blockIdx.x} * kTileRows;
-  const int64_t rows = p.rows;
-  const int64_t width = p.tokens.width;
-  const T* tokens = static_cast<const T*>(p.tokens.data);
-  const float* centers = p.centers + group * p.num_centers * width;
-  const int row_lane = threadIdx.x / kCenterLanes;
-  const int center_lane = threadIdx.x % kCenterLanes;
-  const int load_column = threadIdx.x % kTileWidth;
-  const int load_row = threadIdx.x / kTileWidth;
-
-  if (threadIdx.x < kTileRows) {
-    const int64_t row = min(first_row + threadIdx.x, rows - 1);
-    offsets[threadIdx.x] = token_offset(p.tokens, group, row);
-  }
-
-  float best_distance[kMicro];
-  int32_t best_label[kMicro];
-  for (int r = 0; r < kMicro; ++r) {
-    best_distance[r] = INFINITY;
-    best_label[r] = 0;
-  }
-
-  for (int64_t first_center = 0; first_center < p.num_centers; first_center += kTileCenters) {
-    float patch[kMicro][kMicro] = {};
-    for (int64_t first_column = 0; first_column < width; first_column += kTileWidth) {
-      __syncthreads();
-      const int64_t column = first_column + load_column;
-      for (int i = load_row; i < kTileRows; i += kAssignThreads / kTileWidth) {
-        const int64_t center = first_center + i;
-        const bool inside = column < width;
-        token_tile[load_column][i] = inside ? to_float(tokens[offsets[i] + column]) : 0.0f;
-        center_tile[load_column][i] =
-            inside && center < p.num_centers ? centers[center * width + column] : 0.0f;
-      }
-      __syncthreads();
-#pragma unroll 8
-      for (int d = 0; d < kTileWidth; ++d) {
-        const float4 x4 = *reinterpret_cast<const float4*>(&token_tile[d][row_lane * kMicro]);
-        const float4 c4 = *reinterpret_cast<const float4*>(&center_tile[d][center_lane * kMicro]);
-        const float x[kMicro] = {x4.x, x4.y, x4.z, x4.w};
-        const float c[kMicro] = {c4.x, c4.y, c4.z, c4.w};
-#pragma unroll
-        for (int r = 0; r < kMicro; ++r) {
-#pragma unroll
-          for (int k = 0; k < kMicro; ++k) {
-            const float difference = x[r] - c[k];
-            patch[r][k] += difference * difference;
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kMicro; ++r) {
-#pragma unroll
-      for (int k = 0; k < kMicro; ++k) {
-        const int64_t center = first_center + center_lane * kMicro + k;
-        // A thread sees its centres in rising order, so `<` keeps the lowest of equals.
-        if (center < p.num_centers && patch[r][k] < best_distance[r]) {
-          best_distance[r] = patch[r][k];
-          best_label[r] = static_cast<int32_t>(center);
-        }
-      }
-    }
-  }
-
-#pragma unroll
-  for (int r = 0; r < kMicro; ++r) {
-#pragma unroll
-    for (int lane = kCenterLanes / 2; lane > 0; lane /= 2) {
-      const float distance = __shfl_xor_sync(0xffffffffu, best_distance[r], lane);
-      const int32_t label = __shfl_xor_sync(0xffffffffu, best_label[r], lane);
-      if (distance < best_distance[r] || (distance == best_distance[r] && label < best_label[r])) {
-        best_distance[r] = distance;
-        best_label[r] = label;
-      }
-    }
-    const int64_t row = first_row + row_lane * kMicro + r;
-    if (center_lane == 0 && row < rows) {
-      p.labels[group * rows + row] = best_label[r];
-      p.distances[group * rows + row] = best_distance[r];
-    }
-  }
-}
-
-// partial_kd = sum over a run's tokens of w_m [label_m = k] x_md, with x_mD = 1 (the count) and
-// column D + 1 the inertia. Threads share nothing, so there is nothing to synchronise; a token is
-// read only for the slab of centres that holds its label.
-// grid = (tiles of columns, runs, groups).
-template <typename T>
-__global__ void __launch_bounds__(kColumns) accumulate_kernel(Problem p) {
-  __shared__ double totals[kSlabCenters][kColumns];
-
-  const int64_t group = blockIdx.z;
-  const int64_t run = blockIdx.y;
-  const int64_t width = p.tokens.width;
-  const int64_t column = int64_t{blockIdx.x} * kColumns + threadIdx.x;
-  if (column >= width + kExtraColumns) return;
-  const bool is_token = column < width;
-  const bool is_inertia = column == width + 1;
-
-  const int64_t rows = p.rows;
-  const int64_t run_rows = (rows + p.runs - 1) / p.runs;
-  const int64_t begin = min(run * run_rows, rows);
-  const int64_t end = min(begin + run_rows, rows);
-  const T* tokens = static_cast<const T*>(p.tokens.data);
-  const int32_t* labels = p.labels + group * rows;
-  const float* distances = p.distances + group * rows;
-  const float* weights = p.weights ? p.weights + group * rows : nullptr;
-  double* partial = p.partials + (group * p.runs + run) * p.num_centers * (width + kExtraColumns);
-
-  for (int64_t first_center = 0; first_center < p.num_centers; first_center += kSlabCenters) {
-    const int slab = static_cast<int>(min(p.num_centers - first_center, int64_t{kSlabCenters}));
-    for (int k = 0; k < slab; ++k) totals[k][threadIdx.x] = 0.0;
-
-    int64_t i = begin / p.tokens.inner;
-    int64_t j = begin - i * p.tokens.inner;
-    for (int64_t first_row = begin; first_row < end; first_row += kRowsInFlight) {
-      int center[kRowsInFlight];
-      float weight[kRowsInFlight];
-      float value[kRowsInFlight];
-#pragma unroll
-      for (int u = 0; u < kRowsInFlight; ++u) {
-        const int64_t row = first_row + u;
-        center[u] = -1;
-        if (row < end) {
-          const int64_t k = (is_inertia ? 0 : labels[row]) - first_center;
-          if (k >= 0 && k < slab) {
-            const int64_t offset = group * p.tokens.group_stride + i * p.tokens.outer_stride +
-                                   j * p.tokens.inner_stride;
-            center[u] = static_cast<int>(k);
-            weight[u] = weights ? weights[row] : 1.0f;
-            value[u] = is_token     ? to_float(tokens[offset + column])
-                       : is_inertia ? distances[row]
-                                    : 1.0f;
-          }
-        }
-        if (++j == p.tokens.inner) {
-          j = 0;
-          ++i;
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kRowsInFlight; ++u) {
-        if (center[u] >= 0) {
-          totals[center[u]][threadIdx.x] += static_cast<double>(weight[u]) * value[u];
-        }
-      }
-    }
-    for (int k = 0; k < slab; ++k) {
-      partial[(first_center + k) * (width + kExtraColumns) + column] = totals[k][threadIdx.x];
-    }
-  }
-}
-
-// Adds up the runs, first to last. One thread per element of [G, K, D + kExtraColumns].
-__global__ void __launch_bounds__(kReduceThreads)
-    reduce_kernel(Problem p, double* sums, double* counts, double* inertia) {
-  const int64_t width = p.tokens.width;
-  const int64_t columns = width + kExtraColumns;
-  const int64_t group_size = p.num_centers * columns;
-  const int64_t index = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x;
-  if (index >= p.tokens.groups * group_size) return;
-  const int64_t group = index / group_size;
-  const int64_t element = index - group * group_size;
-  const int64_t center = element / columns;
-  const int64_t column = element - center * columns;
-
-  double total = 0.0;
-  for (int64_t run = 0; run < p.runs; ++run) {
-    total += p.partials[(group * p.runs + run) * group_size + element];
-  }
-  if (column < width) {
-    sums[(group * p.num_centers + center) * width + column] = total;
-  } else if (column == width) {
-    counts[group * p.num_centers + center] = total;
-  } else if (center == 0) {
-    inertia[group] = total;
-  }
-}
+// Runs of tokens with partial sums of their own: two per multiprocessor of an H100, which evens out
+// on smaller and larger GPUs, bounded in memory.
+constexpr int64_t kMaxRuns = 264;
+constexpr int64_t kMinRows = 128;
+constexpr int64_t kMaxPartialBytes = int64_t{128} << 20;
 
 void check(cudaError_t status, const char* what, int line) {
   if (status == cudaSuccess) return;
@@ -284,10 +54,14 @@ class DeviceGuard {
   int previous_ = 0;
 };
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t align(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+// What a block may have at most.
+int shared_memory(int device) {
+  int bytes = 0;
+  SPT_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
 
-// Depends on the sizes only, never on the GPU: the same input gives the same bits everywhere.
+// Depends on the sizes only, never on the GPU: the same input gives the same order of sums.
 int64_t num_runs(int64_t groups, int64_t rows, int64_t width, int64_t num_centers) {
   const int64_t run_bytes =
       groups * num_centers * (width + kExtraColumns) * int64_t{sizeof(double)};
@@ -295,39 +69,186 @@ int64_t num_runs(int64_t groups, int64_t rows, int64_t width, int64_t num_center
   return std::max<int64_t>(1, std::min(most, rows / kMinRows));
 }
 
-void validate(const AssignArgs& args, const void* workspace) {
-  const TokenView& tokens = args.tokens;
+// Hands out parts of the workspace; with no workspace, measures it.
+class Workspace {
+ public:
+  explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
+
+  template <typename V>
+  V* take(int64_t count) {
+    char* part = begin_ ? begin_ + used_ : nullptr;
+    used_ += ceil_div(count * int64_t{sizeof(V)}, 256) * 256;
+    return reinterpret_cast<V*>(part);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* begin_;
+  int64_t used_ = 0;
+};
+
+// What both operations keep in the workspace.
+void take_centers(Problem& p, Workspace& workspace) {
+  const int64_t padded = p.tokens.groups * p.center_tiles * kTileCenters;
+  p.packed = workspace.take<uint4>(p.tokens.groups * p.column_blocks * p.center_tiles * kWarp);
+  p.base = workspace.take<float>(padded);
+  p.slope = workspace.take<float>(padded);
+}
+
+// What only assign-and-accumulate does.
+void take_sums(Problem& p, Workspace& workspace) {
+  const int64_t tokens = p.tokens.groups * p.rows;
+  p.partials = workspace.take<double>(p.tokens.groups * p.runs * p.num_centers *
+                                      (p.tokens.width + kExtraColumns));
+  p.distances = workspace.take<float>(tokens);
+  p.labels = workspace.take<int32_t>(tokens);
+}
+
+Problem make_problem(const TokenView& tokens, int64_t rows, int64_t num_centers) {
+  Problem p{};
+  p.tokens = tokens;
+  p.rows = rows;
+  p.num_centers = num_centers;
+  p.runs = num_runs(tokens.groups, rows, tokens.width, num_centers);
+  p.column_blocks = static_cast<int>(ceil_div(tokens.width, kBlockColumns));
+  p.center_tiles = std::max(kMinCenterTiles, static_cast<int>(ceil_div(num_centers, kTileCenters)));
+  return p;
+}
+
+int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+Granule widest_granule(const TokenView& tokens) {
+  const int64_t bytes = element_bytes(tokens.dtype);
+  const auto fits = [&](int64_t granule) {
+    return reinterpret_cast<uintptr_t>(tokens.data) % granule == 0 &&
+           tokens.group_stride * bytes % granule == 0 &&
+           tokens.outer_stride * bytes % granule == 0 && tokens.inner_stride * bytes % granule == 0;
+  };
+  return fits(16) ? Granule::k16 : fits(4) ? Granule::k4 : Granule::kElement;
+}
+
+void validate(const TokenView& tokens, int64_t num_centers) {
   if (tokens.groups > kMaxGridYZ) {
     throw std::invalid_argument("groups must be at most 65535 on CUDA, got " +
                                 std::to_string(tokens.groups));
   }
-  if (tokens.width < 1 || args.num_centers < 1 || args.num_centers > INT32_MAX) {
+  if (tokens.width < 1 || num_centers < 1 || num_centers > INT32_MAX - kTileCenters) {
     throw std::invalid_argument("width and num_centers must be positive, got " +
                                 std::to_string(tokens.width) + " and " +
-                                std::to_string(args.num_centers));
+                                std::to_string(num_centers));
   }
-  if (!tokens.data || !args.centers || !args.sums || !args.counts || !args.inertia || !workspace) {
-    throw std::invalid_argument("tokens, centers, sums, counts, inertia and workspace must be set");
+}
+
+template <typename Visitor>
+void visit_dtype(DType dtype, const Visitor& visitor) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return visitor(float{});
+    case DType::kFloat16:
+      return visitor(__half{});
+    case DType::kBFloat16:
+      return visitor(__nv_bfloat16{});
+  }
+  throw std::invalid_argument("unknown dtype code " + std::to_string(static_cast<int32_t>(dtype)));
+}
+
+unsigned as_grid(int64_t blocks) {
+  if (blocks > INT32_MAX) {
+    throw std::invalid_argument(
+        "too many tokens or centers for one launch on CUDA: " + std::to_string(blocks) + " blocks");
+  }
+  return static_cast<unsigned>(blocks);
+}
+
+template <typename T>
+void launch_pack_centers(const Problem& p, cudaStream_t stream) {
+  const int64_t warps = p.tokens.groups * p.center_tiles * kTileCenters;
+  SPT_CUDA_CHECK(launch(pack_centers_kernel<T>, as_grid(ceil_div(warps, kCenterThreads / kWarp)),
+                        kCenterThreads, 0, stream, p));
+}
+
+template <typename T>
+void launch_assign(const Problem& p, int device, cudaStream_t stream) {
+  const int64_t stage = assign_stage_bytes(sizeof(T));
+  const int64_t shift = int64_t{p.column_blocks} * kBlockColumns * int64_t{sizeof(float)};
+  const int64_t stages =
+      std::min<int64_t>(kMaxAssignStages, (shared_memory(device) - shift) / stage);
+  if (stages < 2) {
+    throw std::invalid_argument("width " + std::to_string(p.tokens.width) +
+                                " is too large for the shared memory of this GPU");
+  }
+  AssignShape shape{};
+  shape.stages = static_cast<int>(stages);
+  shape.chunks = static_cast<int>(ceil_div(p.center_tiles, kChunkTiles));
+  shape.tiles_per_chunk = static_cast<int>(ceil_div(p.center_tiles, shape.chunks));
+  shape.chunks = static_cast<int>(ceil_div(p.center_tiles, shape.tiles_per_chunk));
+  shape.steps_per_chunk = static_cast<int>(ceil_div(p.column_blocks, step_blocks(sizeof(T))));
+  const dim3 grid(as_grid(ceil_div(p.rows, kAssignRows)), as_grid(p.tokens.groups));
+  SPT_CUDA_CHECK(launch(assign_kernel<T>, grid, kAssignThreads,
+                        static_cast<int>(stages * stage + shift), stream, p, shape));
+}
+
+template <typename T>
+void launch_accumulate(const Problem& p, int device, cudaStream_t stream) {
+  // Two blocks share a multiprocessor; each also has static memory, and some is the system's.
+  const int64_t slab_bytes = kAccumulateColumns * int64_t{sizeof(float)};
+  const int64_t most = std::min<int64_t>(kMaxSlab, (shared_memory(device) / 2 - 2048) / slab_bytes);
+  const int64_t slabs = ceil_div(p.num_centers, most);
+  const int64_t slab = ceil_div(p.num_centers, slabs);
+  const int64_t tiles = ceil_div(p.tokens.width, kAccumulateColumns);
+  const dim3 grid(as_grid(tiles * ceil_div(p.num_centers, slab) + 1), as_grid(p.runs),
+                  as_grid(p.tokens.groups));
+  SPT_CUDA_CHECK(launch(accumulate_kernel<T>, grid, kAccumulateThreads,
+                        static_cast<int>(slab * slab_bytes), stream, p, static_cast<int>(slab)));
+}
+
+// The one-read kernel and its shape, or no kernel.
+struct OneRead {
+  void (*kernel)(Problem, OneReadShape) = nullptr;
+  OneReadShape shape;
+};
+
+template <typename T, int kRowTiles, int kBlocks>
+OneRead try_one_read(const Problem& p, int shared_bytes) {
+  static_assert(kMinCenterTiles == 3 && kOneReadCenters == 4 * kTileCenters);
+  const OneReadShape shape = one_read_shape(p.tokens.width, p.center_tiles, sizeof(T), kRowTiles);
+  if (shape.blocks_per_warp > kBlocks || shape.bytes > shared_bytes) return {};
+  return {p.center_tiles == 3 ? one_read_kernel<T, kRowTiles, kBlocks, 3>
+                              : one_read_kernel<T, kRowTiles, kBlocks, 4>,
+          shape};
+}
+
+// Tiles of 32 tokens halve the barriers and the reading of centres; 16 fit where 32 do not.
+template <typename T>
+OneRead choose_one_read(const Problem& p, int device) {
+  if (p.weights || p.num_centers > kOneReadCenters || p.tokens.width > kOneReadColumns) return {};
+  const int shared_bytes = shared_memory(device);
+  if constexpr (sizeof(T) == 4) {
+    return try_one_read<T, 1, 6>(p, shared_bytes);
+  } else {
+    const OneRead wide = try_one_read<T, 2, 6>(p, shared_bytes);
+    return wide.kernel ? wide : try_one_read<T, 1, 8>(p, shared_bytes);
   }
 }
 
 template <typename T>
-void launch_assign_accumulate(const Problem& p, const AssignArgs& args, cudaStream_t stream) {
-  const TokenView& tokens = p.tokens;
-  const int64_t columns = tokens.width + kExtraColumns;
-  const dim3 assign_grid(static_cast<unsigned>(ceil_div(p.rows, kTileRows)),
-                         static_cast<unsigned>(tokens.groups));
-  assign_kernel<T><<<assign_grid, kAssignThreads, 0, stream>>>(p);
-  SPT_CUDA_CHECK(cudaGetLastError());
-  const dim3 accumulate_grid(static_cast<unsigned>(ceil_div(columns, kColumns)),
-                             static_cast<unsigned>(p.runs), static_cast<unsigned>(tokens.groups));
-  accumulate_kernel<T><<<accumulate_grid, kColumns, 0, stream>>>(p);
-  SPT_CUDA_CHECK(cudaGetLastError());
-  const int64_t elements = tokens.groups * p.num_centers * columns;
-  const auto reduce_blocks = static_cast<unsigned>(ceil_div(elements, kReduceThreads));
-  reduce_kernel<<<reduce_blocks, kReduceThreads, 0, stream>>>(p, args.sums, args.counts,
-                                                              args.inertia);
-  SPT_CUDA_CHECK(cudaGetLastError());
+void launch_assign_accumulate(Problem p, const AssignArgs& args, int device, cudaStream_t stream) {
+  launch_pack_centers<T>(p, stream);
+  const OneRead one_read = choose_one_read<T>(p, device);
+  if (one_read.kernel) {
+    p.labels = args.labels;
+    p.distances = args.distances;
+    SPT_CUDA_CHECK(launch(one_read.kernel, dim3(as_grid(p.runs), as_grid(p.tokens.groups)),
+                          kOneReadThreads, one_read.shape.bytes, stream, p, one_read.shape));
+  } else {
+    if (args.labels) p.labels = args.labels;
+    if (args.distances) p.distances = args.distances;
+    launch_assign<T>(p, device, stream);
+    launch_accumulate<T>(p, device, stream);
+  }
+  const int64_t elements = p.tokens.groups * p.num_centers * (p.tokens.width + kExtraColumns);
+  SPT_CUDA_CHECK(launch(reduce_kernel, as_grid(ceil_div(elements, kWarp)), kReduceThreads, 0,
+                        stream, p, args.sums, args.counts, args.inertia));
 }
 
 void clear_outputs(const AssignArgs& args, cudaStream_t stream) {
@@ -338,15 +259,45 @@ void clear_outputs(const AssignArgs& args, cudaStream_t stream) {
   SPT_CUDA_CHECK(cudaMemsetAsync(args.inertia, 0, args.tokens.groups * sizeof(double), stream));
 }
 
+// Fills in what is left of the problem, and enqueues the mean of the centres if no shift is given.
+void set_inputs(Problem& p, const float* centers, const float* shift, Workspace& workspace,
+                cudaStream_t stream) {
+  p.granule = widest_granule(p.tokens);
+  p.centers = centers;
+  take_centers(p, workspace);
+  float* mean = workspace.take<float>(p.tokens.groups * p.tokens.width);
+  p.shift = shift ? shift : mean;
+  if (shift) return;
+  const int64_t elements = p.tokens.groups * p.tokens.width;
+  SPT_CUDA_CHECK(launch(mean_center_kernel, as_grid(ceil_div(elements, kCenterThreads)),
+                        kCenterThreads, 0, stream, centers, p.tokens.groups, p.num_centers,
+                        p.tokens.width, mean));
+}
+
+// The size of the workspace: that of the parts which the operations take.
+int64_t workspace_bytes(int64_t groups, int64_t rows, int64_t width, int64_t num_centers,
+                        bool with_sums) {
+  if (groups < 1 || rows < 1) return 256;
+  TokenView tokens;
+  tokens.groups = groups;
+  tokens.width = width;
+  Problem p = make_problem(tokens, rows, num_centers);
+  Workspace workspace(nullptr);
+  take_centers(p, workspace);
+  workspace.take<float>(groups * width);
+  if (with_sums) take_sums(p, workspace);
+  return workspace.used();
+}
+
 }  // namespace
 
 int64_t assign_accumulate_cuda_workspace(int64_t groups, int64_t rows, int64_t width,
                                          int64_t num_centers) {
-  if (groups < 1 || rows < 1) return 256;
-  const int64_t partials = groups * num_runs(groups, rows, width, num_centers) * num_centers *
-                           (width + kExtraColumns) * int64_t{sizeof(double)};
-  return align(partials) + align(groups * rows * int64_t{sizeof(float)}) +
-         align(groups * rows * int64_t{sizeof(int32_t)});
+  return workspace_bytes(groups, rows, width, num_centers, true);
+}
+
+int64_t distances_cuda_workspace(int64_t groups, int64_t rows, int64_t width, int64_t num_centers) {
+  return workspace_bytes(groups, rows, width, num_centers, false);
 }
 
 void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device, void* stream) {
@@ -354,37 +305,41 @@ void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device,
   if (tokens.groups < 1) return;
   const DeviceGuard guard(device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (tokens.rows() < 1) {
-    clear_outputs(args, cuda_stream);
-    return;
+  if (tokens.rows() < 1) return clear_outputs(args, cuda_stream);
+  validate(tokens, args.num_centers);
+  if (!tokens.data || !args.centers || !args.sums || !args.counts || !args.inertia || !workspace) {
+    throw std::invalid_argument("tokens, centers, sums, counts, inertia and workspace must be set");
   }
-  validate(args, workspace);
 
-  Problem p{};
-  p.tokens = tokens;
-  p.rows = tokens.rows();
-  p.centers = args.centers;
+  Problem p = make_problem(tokens, tokens.rows(), args.num_centers);
+  Workspace parts(workspace);
+  set_inputs(p, args.centers, args.shift, parts, cuda_stream);
+  take_sums(p, parts);
   p.weights = args.weights;
-  p.num_centers = args.num_centers;
-  p.runs = num_runs(tokens.groups, tokens.rows(), tokens.width, args.num_centers);
-  char* next = static_cast<char*>(workspace);
-  p.partials = reinterpret_cast<double*>(next);
-  next += align(tokens.groups * p.runs * p.num_centers * (tokens.width + kExtraColumns) *
-                int64_t{sizeof(double)});
-  p.distances = args.distances ? args.distances : reinterpret_cast<float*>(next);
-  next += align(tokens.groups * tokens.rows() * int64_t{sizeof(float)});
-  p.labels = args.labels ? args.labels : reinterpret_cast<int32_t*>(next);
+  visit_dtype(tokens.dtype, [&](auto element) {
+    launch_assign_accumulate<decltype(element)>(p, args, device, cuda_stream);
+  });
+}
 
-  switch (tokens.dtype) {
-    case DType::kFloat32:
-      return launch_assign_accumulate<float>(p, args, cuda_stream);
-    case DType::kFloat16:
-      return launch_assign_accumulate<__half>(p, args, cuda_stream);
-    case DType::kBFloat16:
-      return launch_assign_accumulate<__nv_bfloat16>(p, args, cuda_stream);
+void distances_cuda(const DistanceArgs& args, void* workspace, int device, void* stream) {
+  const TokenView& tokens = args.tokens;
+  if (tokens.groups < 1 || tokens.rows() < 1) return;
+  validate(tokens, args.num_centers);
+  if (!tokens.data || !args.centers || !args.distances || !workspace) {
+    throw std::invalid_argument("tokens, centers, distances and workspace must be set");
   }
-  throw std::invalid_argument("unknown dtype code " +
-                              std::to_string(static_cast<int32_t>(tokens.dtype)));
+
+  const DeviceGuard guard(device);
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  Problem p = make_problem(tokens, tokens.rows(), args.num_centers);
+  Workspace parts(workspace);
+  set_inputs(p, args.centers, args.shift, parts, cuda_stream);
+  p.all_distances = args.distances;
+  visit_dtype(tokens.dtype, [&](auto element) {
+    using T = decltype(element);
+    launch_pack_centers<T>(p, cuda_stream);
+    launch_assign<T>(p, device, cuda_stream);
+  });
 }
 
 }  // namespace spt_fast

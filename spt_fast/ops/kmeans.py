@@ -117,7 +117,7 @@ def squared_distances(
     """Squared distances [G, M, K] between tokens and centres, float32; arguments as above."""
     view, shift, _ = _check(tokens, centers, shift, None)
     centers = centers.contiguous()
-    if tokens.device.type == "cpu" and choose_backend(tokens.device, backend) == "native":
+    if choose_backend(tokens.device, backend) == "native":
         return kmeans_native.distances(view, centers, shift)
     return distances_reference(view.flatten(1, 2), centers, shift)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -79,11 +80,7 @@ def assign_accumulate(
     }
     if device.type == "cuda":
         size = module.assign_accumulate_cuda_workspace(groups, rows, width, num_centers)
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        module.assign_accumulate_cuda(
-            **arguments, workspace=workspace.data_ptr(), device=device.index, stream=stream
-        )
+        _call_on_stream(module.assign_accumulate_cuda, arguments, size, device)
     else:
         module.assign_accumulate_cpu(**arguments, num_threads=torch.get_num_threads(), isa=isa)
     return sums, counts, inertia, labels, distances
@@ -127,25 +124,40 @@ class PrunedAssign:
 
 
 def distances(
-    tokens: Tensor,  # [G, B, N, D], last stride 1, CPU
+    tokens: Tensor,  # [G, B, N, D], last stride 1
     centers: Tensor,  # [G, K, D] float32, contiguous
     shift: Tensor | None,  # [G, D] float32, contiguous
     isa: str = "",
 ) -> Tensor:
     """Squared distances [G, B * N, K], float32."""
     module, _ = _load()
-    groups, num_centers, _width = centers.shape
-    out = torch.empty(groups, tokens.shape[1] * tokens.shape[2], num_centers)
-    module.distances_cpu(
+    groups, num_centers, width = centers.shape
+    rows = tokens.shape[1] * tokens.shape[2]
+    device = tokens.device
+    out = torch.empty(groups, rows, num_centers, device=device)
+    arguments = {
         **_view_arguments(tokens),
-        centers=centers.data_ptr(),
-        num_centers=num_centers,
-        shift=_address(shift),
-        distances=out.data_ptr(),
-        num_threads=torch.get_num_threads(),
-        isa=isa,
-    )
+        "centers": centers.data_ptr(),
+        "num_centers": num_centers,
+        "shift": _address(shift),
+        "distances": out.data_ptr(),
+    }
+    if device.type == "cuda":
+        size = module.distances_cuda_workspace(groups, rows, width, num_centers)
+        _call_on_stream(module.distances_cuda, arguments, size, device)
+    else:
+        module.distances_cpu(**arguments, num_threads=torch.get_num_threads(), isa=isa)
     return out
+
+
+def _call_on_stream(
+    operation: Callable[..., None], arguments: dict[str, Any], size: int, device: torch.device
+) -> None:
+    """Enqueue `operation` on the current stream of `device`, with a workspace of `size` bytes."""
+    # PyTorch's allocator gives the memory to later work of this stream only, so it may go at once.
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    operation(**arguments, workspace=workspace.data_ptr(), device=device.index, stream=stream)
 
 
 def _view_arguments(tokens: Tensor) -> dict[str, Any]:

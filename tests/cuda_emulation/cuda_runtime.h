@@ -1,11 +1,13 @@
-// Just enough of CUDA to run csrc/kmeans_cuda.cu on the CPU, for tests on machines without a GPU.
+// Just enough of CUDA to run the kernels of csrc/ on the CPU, for tests on machines without a GPU.
 //
-// A block's threads are fibers of one OS thread. Each runs until it ends or meets a barrier, then
-// the next one runs, so the result is exact and repeatable, but data races between barriers are not
-// found. Blocks run one after the other. The test rewrites `kernel<<<grid, block, 0,
-// stream>>>(...)` into emulate(grid, block, ...).
+// A block's threads are fibers of one OS thread: each runs until it ends or waits at a barrier of
+// its block or warp, then the next one runs, forwards or (emulation::backwards) in reverse order.
+// A missing barrier therefore gives different results in the two orders. Shared memory starts as
+// NaN. Blocks run one after the other. Not modelled: warps in lockstep, time, the GPU's rounding of
+// anything but sums of products (see cuda_intrinsics.cuh).
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -13,10 +15,13 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #define __global__
 #define __device__
+#define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
 
@@ -27,112 +32,241 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 
 inline uint3 threadIdx, blockIdx;
+inline dim3 gridDim;
 
 namespace emulation {
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  bool done = false;
+inline constexpr size_t kStackBytes = 64 << 10;
+inline constexpr int kWarp = 32;
+inline constexpr int kMaxThreads = 1024;
+inline constexpr size_t kMaxShared = 232448;
+
+// What a test may set: the order of the threads, and the GPU's shared memory.
+inline bool backwards = false;
+inline int shared_limit = kMaxShared;
+
+struct Barrier {
+  int arrived = 0;
+  int expected = 0;
+  unsigned generation = 0;
 };
 
-inline constexpr size_t kStackBytes = 64 << 10;
+// Copies of one thread that are under way, in groups; they take place when they are awaited.
+struct Copy {
+  void* target;
+  const void* source;
+  int bytes;
+  int padded;
+};
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf resume;
+  std::unique_ptr<char[]> stack;
+  bool started = false;
+  bool done = false;
+  unsigned collectives = 0;
+  std::vector<std::vector<Copy>> groups;
+  std::vector<Copy> open_group;
+};
+
+// What a lane shows its warp in a collective operation; two slots, used in turn, so that a lane
+// that is ahead does not overwrite what others still read.
+struct alignas(16) Exchange {
+  unsigned char bytes[64];
+};
+
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline const std::function<void()>* body;
 inline unsigned current;
-inline double exchange[1024];
+inline Barrier block_barrier;
+inline Barrier warp_barriers[kMaxThreads / kWarp];
+inline Exchange exchanges[2][kMaxThreads];
+alignas(16) inline unsigned char shared[kMaxShared];
+inline bool progress;
+
+inline void leave(Barrier& barrier) {
+  --barrier.expected;
+  if (barrier.expected && barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+}
 
 inline void enter() {
   (*body)();
-  fibers[current].done = true;
+  Fiber& fiber = fibers[current];
+  fiber.done = true;
+  progress = true;
+  leave(block_barrier);
+  leave(warp_barriers[current / kWarp]);
+  _longjmp(scheduler, 1);
 }
 
-inline void barrier() { swapcontext(&fibers[current].context, &scheduler); }
+inline void wait(Barrier& barrier) {
+  const unsigned generation = barrier.generation;
+  progress = true;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  while (barrier.generation == generation) {
+    if (!_setjmp(fibers[current].resume)) _longjmp(scheduler, 1);
+  }
+  progress = true;
+}
+
+inline void resume(unsigned thread) {
+  Fiber& fiber = fibers[thread];
+  current = thread;
+  threadIdx = {thread, 0, 0};
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
 
 inline void run_block(unsigned num_threads, const std::function<void()>& thread_body) {
   body = &thread_body;
+  std::memset(shared, 0xff, sizeof(shared));
   fibers.resize(num_threads);
+  block_barrier = {0, static_cast<int>(num_threads), 0};
+  for (unsigned warp = 0; warp * kWarp < num_threads; ++warp) warp_barriers[warp] = {0, kWarp, 0};
   for (Fiber& fiber : fibers) {
     if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStackBytes);
-    fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, enter, 0);
+    fiber.started = fiber.done = false;
+    fiber.collectives = 0;
+    fiber.groups.clear();
+    fiber.open_group.clear();
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStackBytes;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, enter, 0);
   }
   for (bool running = true; running;) {
-    running = false;
-    for (current = 0; current < num_threads; ++current) {
-      if (fibers[current].done) continue;
-      threadIdx = {current, 0, 0};
-      swapcontext(&scheduler, &fibers[current].context);
-      running = running || !fibers[current].done;
+    running = progress = false;
+    for (unsigned i = 0; i < num_threads; ++i) {
+      const unsigned thread = backwards ? num_threads - 1 - i : i;
+      if (fibers[thread].done) continue;
+      resume(thread);
+      running = running || !fibers[thread].done;
     }
+    if (running && !progress) throw std::runtime_error("the threads of a block wait for ever");
   }
 }
+
+// Shows `mine` to the warp and returns what its lanes show, [0] being lane 0's.
+template <typename V>
+struct Shown {
+  const Exchange* first;
+  V operator[](int lane) const {
+    V value;
+    std::memcpy(&value, first[lane].bytes, sizeof(V));
+    return value;
+  }
+};
+
+template <typename V>
+Shown<V> show(const V& mine) {
+  static_assert(sizeof(V) <= sizeof(Exchange::bytes));
+  Exchange* slots = exchanges[fibers[current].collectives++ % 2];
+  std::memcpy(slots[current].bytes, &mine, sizeof(V));
+  wait(warp_barriers[current / kWarp]);
+  return {slots + current / kWarp * kWarp};
+}
+
+inline int lane() { return static_cast<int>(current % kWarp); }
 
 }  // namespace emulation
 
-template <typename Kernel>
-void emulate(dim3 grid, dim3 block, const Kernel& kernel) {
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = {x, y, z};
-        emulation::run_block(block.x, kernel);
-      }
-    }
-  }
-}
-
-inline void __syncthreads() { emulation::barrier(); }
+inline void __syncthreads() { emulation::wait(emulation::block_barrier); }
+inline void __syncwarp() { emulation::wait(emulation::warp_barriers[threadIdx.x / 32]); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask) {
-  std::memcpy(&emulation::exchange[threadIdx.x], &value, sizeof(T));
-  emulation::barrier();
-  std::memcpy(&value, &emulation::exchange[threadIdx.x ^ lane_mask], sizeof(T));
-  emulation::barrier();
-  return value;
+  return emulation::show(value)[emulation::lane() ^ lane_mask];
 }
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulation::show(value)[lane];
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  const auto shown = emulation::show(predicate);
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane) result |= (shown[lane] ? 1u : 0u) << lane;
+  return result;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+using std::isinf;
+
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 
 struct __half {
-  uint16_t bits;
+  _Float16 value;
+};
+struct __half2 {
+  __half x, y;
 };
 struct __nv_bfloat16 {
   uint16_t bits;
 };
 
-inline float __half2float(__half half) {
-  const int exponent = (half.bits >> 10) & 31;
-  const float mantissa = half.bits & 1023;
-  const float magnitude =
-      exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
-  return half.bits & 0x8000 ? -magnitude : magnitude;
+inline float __half2float(__half x) { return static_cast<float>(x.value); }
+inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }
+inline __half __float2half_rn(float x) { return {static_cast<_Float16>(x)}; }
+inline uint16_t __half_as_ushort(__half x) {
+  uint16_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
 }
 
-inline float __bfloat162float(__nv_bfloat16 value) {
-  const uint32_t bits = uint32_t{value.bits} << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  if (std::isnan(x)) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
+inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = emulation::shared_limit, cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   return std::memset(data, value, bytes), cudaSuccess;
 }

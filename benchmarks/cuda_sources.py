@@ -1,0 +1,141 @@
+"""What nvcc makes of csrc/kmeans_cuda.cu: registers, spills, shared memory, and the instructions of each kernel.
+
+    python -m benchmarks.cuda_sources [ARCH ...]      default: 80 90a 100 120
+
+Compiles with the flags of the build and needs no GPU. Instructions are counted where cuobjdump and nvdisasm are
+found: in PATH, or those that come with Triton. They are counts of the machine code, not of what is executed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+ARCHITECTURES = ("80", "90a", "100", "120")
+# The kernels that touch every token.
+HOT = ("one_read_kernel", "assign_kernel", "accumulate_kernel")
+
+
+@dataclass
+class Kernel:
+    """One entry point of the machine code."""
+
+    registers: int
+    spill_bytes: int
+    static_shared: int
+    instructions: Counter[str] | None  # by full mnemonic; None: no disassembler
+
+    def count(self, opcode: str, modifier: str = "") -> int:
+        """How many instructions begin with `opcode` and contain `modifier`."""
+        found = self.instructions or Counter()
+        return sum(n for name, n in found.items() if name.startswith(opcode) and modifier in name)
+
+
+def compile_source(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
+    """The cubin for sm_`arch`, and what ptxas said."""
+    cubin = folder / f"kmeans_cuda_{arch}.cubin"
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-DSPT_HAVE_CUDA=1", "-Xptxas", "-v"]
+    command += ["-Xcompiler", "-Wall,-Wextra", "--Werror", "all-warnings", f"-I{CSRC}", "-cubin"]
+    command += [str(CSRC / "kmeans_cuda.cu"), "-o", str(cubin)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"nvcc failed for sm_{arch}:\n{result.stderr}")
+    return cubin, result.stderr
+
+
+def inspect(nvcc: str, arch: str, folder: Path) -> dict[str, Kernel]:
+    """The kernels of csrc/kmeans_cuda.cu for sm_`arch`, by name and template arguments."""
+    cubin, report = compile_source(nvcc, arch, folder)
+    instructions = disassemble(cubin)
+    kernels = {}
+    for part in report.split("Compiling entry function '")[1:]:
+        symbol = part.partition("'")[0]
+        registers, spilled = re.search(r"Used (\d+) registers", part), re.findall(r"(\d+) bytes spill", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        assert registers is not None and spilled
+        kernels[readable(symbol)] = Kernel(
+            registers=int(registers[1]),
+            spill_bytes=sum(map(int, spilled)),
+            static_shared=int(shared[1]) if shared else 0,
+            instructions=None if instructions is None else instructions[symbol],
+        )
+    return kernels
+
+
+def readable(symbol: str) -> str:
+    """`one_read_kernel<bf16, 2, 6>` from a mangled name."""
+    match = re.search(r"\d+([a-z_]+_kernel)(?:I(.*?)EE?v)?", symbol)
+    assert match is not None, symbol
+    name, arguments = match[1], match[2]
+    if arguments is None:
+        return name
+    types = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+    kind = next(key for key in types if arguments.startswith(key))
+    return f"{name}<{', '.join([types[kind], *re.findall('Li([0-9]+)', arguments)])}>"
+
+
+def find_tool(name: str) -> str | None:
+    """Path of a CUDA binary tool, or None."""
+    path = shutil.which(name)
+    spec = importlib.util.find_spec("triton")
+    if path is None and spec is not None and spec.origin is not None:
+        path = shutil.which(name, path=str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
+    return path
+
+
+def disassemble(cubin: Path) -> dict[str, Counter[str]] | None:
+    """Mnemonics of each function, counted; None where nvdisasm is missing or too old for the architecture."""
+    tool = find_tool("nvdisasm")
+    if tool is None:
+        return None
+    result = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=False)
+    if result.returncode:
+        return None
+    functions: dict[str, Counter[str]] = {}
+    for line in result.stdout.splitlines():
+        section = re.match(r"\s*\.section\s+\.text\.(\w+)", line)
+        if section:
+            functions[section[1]] = Counter()
+        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]+)", line)
+        if instruction and functions:
+            functions[next(reversed(functions))][instruction[1]] += 1
+    return functions
+
+
+def main(architectures: list[str]) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        sys.exit("benchmarks.cuda_sources: nvcc is not installed")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    print(version.strip().splitlines()[-1])
+    columns = ("registers", "spilled", "HMMA", "LDSM", "LDGSTS.128", "LDG.64+", "local")
+    for arch in architectures:
+        with tempfile.TemporaryDirectory() as folder:
+            kernels = inspect(nvcc, arch, Path(folder))
+        print(f"\n{'sm_' + arch:34}" + "".join(f"{column:>12}" for column in columns))
+        for name, kernel in sorted(kernels.items()):
+            counts: list[object] = ["-"] * 5
+            if kernel.instructions is not None:
+                wide_loads = kernel.count("LDG", ".64") + kernel.count("LDG", ".128")
+                local = kernel.count("LDL") + kernel.count("STL")
+                counts = [
+                    kernel.count("HMMA"),
+                    kernel.count("LDSM"),
+                    kernel.count("LDGSTS", ".128"),
+                    wide_loads,
+                    local,
+                ]
+            cells = [kernel.registers, kernel.spill_bytes, *counts]
+            print(f"{name:34}" + "".join(f"{cell!s:>12}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(ARCHITECTURES))

@@ -1,0 +1,93 @@
+// What every k-means kernel is given: the tokens, the centres as the tensor cores want them, the
+// outputs; and the sizes that all of them share. Offsets into memory are 64-bit throughout.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cuda_intrinsics.cuh>
+
+#include "kmeans.h"
+
+namespace spt_fast {
+
+constexpr int kWarp = 32;
+// Columns of one block of a product: a k-step of the half types, two of tf32.
+constexpr int kBlockColumns = 16;
+// Centres of one product.
+constexpr int kTileCenters = 8;
+// Centres are padded to so many tiles at least, which spares the one-read kernel two variants.
+constexpr int kMinCenterTiles = 3;
+// Besides the D sums, a row of partial sums holds the count and (of centre 0 only) the inertia.
+constexpr int kExtraColumns = 2;
+
+// How wide the pieces are in which tokens may be read: by the alignment of their rows.
+enum class Granule : int32_t { k16 = 16, k4 = 4, kElement = 0 };
+
+struct Problem {
+  TokenView tokens;
+  Granule granule;
+  int64_t rows;  // M
+  const float* centers;
+  const float* shift;  // [G, D], never null
+  const float* weights;
+  int64_t num_centers;
+  int64_t runs;          // runs of tokens with partial sums of their own
+  int column_blocks;     // ceil(D / 16)
+  int center_tiles;      // ceil(K / 8), at least kMinCenterTiles
+  uint4* packed;         // [G, column_blocks, center_tiles, 32]: see kmeans_cuda_centers.cuh
+  float* base;           // [G, 8 center_tiles]: |x - c|^2 = |x - shift|^2 + base + slope * product
+  float* slope;          // [G, 8 center_tiles]
+  double* partials;      // [G, runs, K, D + kExtraColumns]
+  int32_t* labels;       // [G, M], or null
+  float* distances;      // [G, M], or null
+  float* all_distances;  // [G, M, K], or null
+};
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// 32-bit division where it is enough: the 64-bit one costs a hundred instructions.
+__device__ inline int64_t token_offset(const TokenView& tokens, int64_t row) {
+  const int64_t i = (row | tokens.inner) >> 32
+                        ? row / tokens.inner
+                        : static_cast<uint32_t>(row) / static_cast<uint32_t>(tokens.inner);
+  return i * tokens.outer_stride + (row - i * tokens.inner) * tokens.inner_stride;
+}
+
+template <typename T>
+__device__ const T* group_tokens(const Problem& p, int64_t group) {
+  return static_cast<const T*>(p.tokens.data) + group * p.tokens.group_stride;
+}
+
+__device__ inline double* run_partial(const Problem& p, int64_t group, int64_t run) {
+  return p.partials + (group * p.runs + run) * p.num_centers * (p.tokens.width + kExtraColumns);
+}
+
+// The smaller score, and of equal ones the lower centre. False for NaN.
+__device__ inline bool is_nearer(float score, int center, float best_score, int best_center) {
+  return score < best_score || (score == best_score && center < best_center);
+}
+
+struct Nearest {
+  float distance;
+  int center;
+};
+
+// |x - c|^2 from |x - shift|^2 and the score of the nearest centre, not below zero. What is not
+// finite is at an infinite distance from centre 0, so that the inertia shows it.
+__device__ inline Nearest finish_distance(float norm, float score, int center) {
+  const float distance = norm + score;
+  if (!(fabsf(distance) < INFINITY)) return {INFINITY, 0};
+  return {fmaxf(distance, 0.0f), center};
+}
+
+__device__ inline void store_nearest(const Problem& p, int64_t group, int64_t row,
+                                     const Nearest& nearest) {
+  if (p.labels) p.labels[group * p.rows + row] = nearest.center;
+  if (p.distances) p.distances[group * p.rows + row] = nearest.distance;
+}
+
+}  // namespace spt_fast

@@ -1,0 +1,187 @@
+// Products of tokens and centres on tensor cores, from tiles in shared memory, at float32's
+// accuracy.
+//
+// bfloat16 and float16 tokens are multiplied as they are; a centre is the sum of two values of the
+// same type, 16 (22) bits in all: two products. float32 tokens, less the shift, and centres are
+// each split in two tf32 values, and the product of the two small ones is left out: three products.
+#pragma once
+
+#include "kmeans_cuda_problem.cuh"
+
+namespace spt_fast {
+
+__device__ inline float2 unpack(uint32_t pair, __nv_bfloat16) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+__device__ inline float2 unpack(uint32_t pair, __half) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
+// A lane's address in ldmatrix's order: rows 0-7 and 8-15, then the same 16 bytes further on.
+__device__ inline const unsigned char* matrix_row(const unsigned char* tile, int stride) {
+  const int lane = threadIdx.x % kWarp;
+  return tile + lane % 16 * stride + lane / 16 * 16;
+}
+
+__device__ inline void add_square(float& sum, float x, float shift) {
+  const float difference = x - shift;
+  sum = fmaf(difference, difference, sum);
+}
+
+// 16 rows x 16 columns of tokens. norm[0], norm[1]: this lane's share of |x - shift|^2 of rows
+// lane / 4 and lane / 4 + 8; the four lanes of a quad add up to the whole.
+template <typename T>
+struct Rows {
+  uint32_t values[4];
+
+  __device__ void load(const unsigned char* tile, int stride, const float* shift,
+                       float (&norm)[2]) {
+    load_matrices(values, matrix_row(tile, stride));
+    const int column = 2 * (threadIdx.x % 4);
+    const float2 near = *reinterpret_cast<const float2*>(shift + column);
+    const float2 far = *reinterpret_cast<const float2*>(shift + 8 + column);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack(values[i], T{});
+      add_square(norm[i % 2], x.x, i < 2 ? near.x : far.x);
+      add_square(norm[i % 2], x.y, i < 2 ? near.y : far.y);
+    }
+  }
+};
+
+template <>
+struct Rows<float> {
+  uint32_t high[8];
+  uint32_t low[8];
+
+  __device__ void load(const unsigned char* tile, int stride, const float* shift,
+                       float (&norm)[2]) {
+    uint32_t raw[8];
+    load_matrices(*reinterpret_cast<uint32_t (*)[4]>(raw), matrix_row(tile, stride));
+    load_matrices(*reinterpret_cast<uint32_t (*)[4]>(raw + 4), matrix_row(tile + 32, stride));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float x = __uint_as_float(raw[i]) - shift[i / 2 * 4 + threadIdx.x % 4];
+      norm[i % 2] = fmaf(x, x, norm[i % 2]);
+      high[i] = round_to_tf32(x);
+      low[i] = __float_as_uint(x - __uint_as_float(high[i]));
+    }
+  }
+};
+
+// 16 columns x 8 centres, a lane's 16 bytes of Problem::packed.
+template <typename T>
+struct Centers {
+  uint4 halves;
+
+  __device__ explicit Centers(uint4 packed) : halves(packed) {}
+
+  __device__ void multiply_add(float (&sum)[4], const Rows<T>& rows) const {
+    multiply_half<T>(sum, rows.values, halves.x, halves.y);
+    multiply_half<T>(sum, rows.values, halves.z, halves.w);
+  }
+};
+
+template <>
+struct Centers<float> {
+  uint32_t high[4];
+  uint32_t low[4];
+
+  __device__ explicit Centers(uint4 packed) {
+    const uint32_t raw[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      high[i] = round_to_tf32(__uint_as_float(raw[i]));
+      low[i] = __float_as_uint(__uint_as_float(raw[i]) - __uint_as_float(high[i]));
+    }
+  }
+
+  __device__ void multiply_add(float (&sum)[4], const Rows<float>& rows) const {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      const uint32_t* a_high = rows.high + 4 * step;
+      multiply_tf32(sum, rows.low + 4 * step, high[2 * step], high[2 * step + 1]);
+      multiply_tf32(sum, a_high, low[2 * step], low[2 * step + 1]);
+      multiply_tf32(sum, a_high, high[2 * step], high[2 * step + 1]);
+    }
+  }
+};
+
+// 16 centres x 16 tokens of zeros and ones: which token belongs to which centre.
+template <typename T>
+struct Membership {
+  uint32_t values[4];
+
+  __device__ void set(const int* labels, int first_center) {
+    const uint32_t one = sizeof(T) == 2 ? one_bits(T{}) : 0u;
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int center = first_center + lane / 4 + i % 2 * 8;
+      const int* pair = labels + 2 * (lane % 4) + i / 2 * 8;
+      values[i] = (pair[0] == center ? one : 0u) | (pair[1] == center ? one << 16 : 0u);
+    }
+  }
+  __device__ static uint32_t one_bits(__nv_bfloat16) { return 0x3f80u; }
+  __device__ static uint32_t one_bits(__half) { return 0x3c00u; }
+};
+
+template <>
+struct Membership<float> {
+  uint32_t values[8];
+
+  __device__ void set(const int* labels, int first_center) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int center = first_center + lane / 4 + i % 2 * 8;
+      values[i] = labels[lane % 4 + i / 2 * 4] == center ? 0x3f800000u : 0u;
+    }
+  }
+};
+
+// 16 tokens x 16 columns of a tile, to be summed by Membership: two tiles of 8 columns.
+template <typename T>
+struct Summands {
+  uint32_t values[4];
+
+  __device__ void load(const unsigned char* tile, int stride) {
+    load_matrices_transposed(values, matrix_row(tile, stride));
+  }
+  template <int kTile>
+  __device__ void add(float (&sum)[4], const Membership<T>& membership) const {
+    multiply_half<T>(sum, membership.values, values[2 * kTile], values[2 * kTile + 1]);
+  }
+};
+
+// Two tf32 values hold 22 bits of a token or more: an error of 2^-23 at most.
+template <>
+struct Summands<float> {
+  uint32_t high[2][4];
+  uint32_t low[2][4];
+
+  __device__ void load(const unsigned char* tile, int stride) {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto* row = reinterpret_cast<const float*>(tile + (lane % 4 + 4 * i) * stride);
+        const float x = row[t * 8 + lane / 4];
+        high[t][i] = round_to_tf32(x);
+        low[t][i] = __float_as_uint(x - __uint_as_float(high[t][i]));
+      }
+    }
+  }
+  template <int kTile>
+  __device__ void add(float (&sum)[4], const Membership<float>& membership) const {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      const uint32_t* ones = membership.values + 4 * step;
+      multiply_tf32(sum, ones, low[kTile][2 * step], low[kTile][2 * step + 1]);
+      multiply_tf32(sum, ones, high[kTile][2 * step], high[kTile][2 * step + 1]);
+    }
+  }
+};
+
+}  // namespace spt_fast
