@@ -68,6 +68,15 @@ class Processes:
         results = {index: result for part in self.gather(done) for index, result in part.items()}
         return [results[index] for index in range(count)]
 
+    def rank_0_first(self, work: Callable[[], Result]) -> Result:
+        """`work()` by every rank, but by rank 0 before the others, who find what it has fetched."""
+        done = []
+        for turn_of_rank_0 in (True, False):
+            with self.together():
+                if (self.rank == 0) == turn_of_rank_0:
+                    done.append(work())
+        return done[0]
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Wait at the end for all ranks; an exception on one rank is raised on all of them.
