@@ -73,8 +73,8 @@ def _add_prototypes(commands: Commands) -> None:
         "prototypes",
         help="build prompts from a model and images, in one pass",
         description="Prototypes of a data set's patch tokens, for SPT; written as safetensors.",
-        epilog="example: spt-fast prototypes --model vit_small_patch16_224 --data photos --out p.safetensors. "
-        "Several processes (torchrun --nproc-per-node 4 -m spt_fast prototypes ...) share the images.",
+        epilog="example: spt-fast prototypes --model vit_small_patch16_224 --data photos --out p.safetensors "
+        "(several processes share the images: torchrun --nproc-per-node 4 -m spt_fast prototypes ...)",
     )
     parser.add_argument(
         "--model",

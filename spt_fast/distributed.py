@@ -105,10 +105,10 @@ class Processes:
         """Raise ValueError where the ranks were called differently."""
         for rank, theirs in enumerate(self.gather(dict(settings))):
             for name, value in settings.items():
-                if theirs[name] != value:
+                if theirs.get(name) != value:
                     raise ValueError(
                         f"{name} must be the same on all ranks, got {value!r} on rank {self.rank} "
-                        f"and {theirs[name]!r} on rank {rank}"
+                        f"and {theirs.get(name)!r} on rank {rank}"
                     )
 
     def part_of(self, total: int) -> range:
