@@ -13,8 +13,9 @@ through, so that every layer gets the same ones. "k-means, exact" is measured th
 fit in memory, and multiplied by 12. For "mean", "max" and "random" `build_prototypes` reads one batch, so
 their time does not depend on the share.
 
-The CSV has the columns strategy, share (of the training data, 0 to 1), seconds (here) and paper_seconds. A
-run with `--only` adds its rows to the file.
+The CSV has the columns strategy, share (of the training data, 0 to 1), seconds (here) and paper_seconds. Rows
+are added as they are measured, to a file that may be there already, so `--only` and `--share` can split the
+table over several runs. (All of "k-means, exact" takes minutes.)
 """
 
 from __future__ import annotations
@@ -164,6 +165,7 @@ def main() -> None:
     )
     parser.add_argument("--csv", type=Path, help="also write the figures here")
     parser.add_argument("--only", choices=[strategy.name for strategy in STRATEGIES], action="append")
+    parser.add_argument("--share", type=float, choices=SHARES, action="append")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=IMAGES, help="fewer for a trial")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -175,25 +177,24 @@ def main() -> None:
     if options.device == "cpu":
         print("k-means, exact: one layer measured, times 12")
     print(f"{'strategy':16s}{'share':>8s}{'seconds':>12s}{'paper':>14s}{'ratio':>12s}", flush=True)
-    rows = []
     for strategy in (s for s in STRATEGIES if options.only is None or s.name in options.only):
         for share, paper in zip(SHARES, PAPER[strategy.paper], strict=True):
+            if options.share is not None and share not in options.share:
+                continue
             seconds = measure(strategy, share, options)
-            rows.append((strategy.name, share, round(seconds, 3), paper))
-            print(
-                f"{strategy.name:16s}{share:8.0%}{seconds:12.2f}{paper:14.2f}{paper / seconds:12.0f}",
-                flush=True,
-            )
-    if options.csv is not None:
-        write_rows(options.csv, rows, add=options.only is not None and options.csv.exists())
+            if options.csv is not None:
+                add_row(options.csv, (strategy.name, share, round(seconds, 2), paper))
+            ratio = paper / seconds
+            print(f"{strategy.name:16s}{share:8.0%}{seconds:12.2f}{paper:14.2f}{ratio:12.0f}", flush=True)
 
 
-def write_rows(path: Path, rows: list[tuple[str, float, float, float]], *, add: bool) -> None:
-    with path.open("a" if add else "w", newline="") as file:
+def add_row(path: Path, row: tuple[str, float, float, float]) -> None:
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        if not add:
+        if is_new:
             writer.writerow(("strategy", "share", "seconds", "paper_seconds"))
-        writer.writerows(rows)
+        writer.writerow(row)
 
 
 if __name__ == "__main__":
