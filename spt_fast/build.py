@@ -6,21 +6,31 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from spt_fast.backbone import describe
-from spt_fast.clustering import KMeans, StreamingKMeans
+from spt_fast.clustering import StreamingKMeans
 from spt_fast.clustering.inputs import check_int
+from spt_fast.clustering.lloyd import LloydResult
+from spt_fast.clustering.out_of_core import OutOfCoreKMeans
 from spt_fast.clustering.streaming import default_capacity
+from spt_fast.distributed import Processes, find_processes
 from spt_fast.errors import NonFiniteError
 from spt_fast.ops.kmeans import TOKEN_DTYPES, assign_accumulate
+from spt_fast.overlap import Overlap
 from spt_fast.prototypes import Prototypes, from_layers
 from spt_fast.token_store import TokenStore, parse_bytes
 from spt_fast.tokens import TokenTap, image_batches, unwrap
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 STRATEGIES = ("kmeans", "mean", "max", "random")
 MODES = ("stream", "exact")
@@ -28,6 +38,7 @@ MODES = ("stream", "exact")
 DEFAULT_NUM_PROMPTS = {"deep": 20, "shallow": 100}
 # torch's and numpy's generators both take seeds below this.
 _SEED_LIMIT = 2**63
+_NO_BATCH = "loader must give at least one batch of images, got none"
 
 _Consume = Callable[[int, Tensor], object]
 _Pool = Callable[[Tensor, int, torch.Generator], Tensor]
@@ -48,12 +59,17 @@ def build_prototypes(
     memory_budget: int | str = "4GiB",
     seed: int = 0,
     last_output: bool = False,
+    process_group: ProcessGroup | None = None,
     progress: bool = True,
 ) -> Prototypes:
     """Build prompts for `model` from the patch tokens of the images in `loader`.
 
     The model runs once, stops before the work of its last block, and comes back as it was, also after an
     exception or Ctrl-C. Class and register tokens are left out; position embeddings are in (eq. 1).
+
+    Where torch.distributed is initialised (torchrun), every rank of the group has to call this, with the same
+    arguments but its own model and its own part of the images, and each gets the same prototypes of all of
+    them. A part may be empty. An error on one rank is raised on all.
 
     Args:
         model: a timm Vision Transformer, or any module whose `.blocks` map tokens [B, N, D] to [B, N, D].
@@ -66,15 +82,23 @@ def build_prototypes(
             of N_p tokens, "random".
         capacity: "stream" only: tokens kept per layer; None is max(20_000, 500 * num_prompts).
         mode: "kmeans" only: "stream" sees every token once and needs memory for `capacity` of them; "exact"
-            is Lloyd's algorithm to convergence over all tokens, which it keeps.
-        max_images: stop after this many images; None reads the whole loader.
+            is Lloyd's algorithm to convergence over all tokens, which it keeps, from one k-means++ start
+            (scikit-learn's default).
+        max_images: stop after this many images; None reads the whole loader. Several ranks share the number
+            evenly.
         device: must be the model's, if given.
         amp_dtype: autocast dtype; None is bfloat16 on CUDA and the model's own dtype elsewhere.
-        memory_budget: "exact" only: host memory for tokens, in bytes or as text such as "4GiB"; the others go
-            to a temporary file.
+        memory_budget: "exact" only: memory for tokens of this process, in bytes or as text such as "4GiB";
+            the others go to a temporary file. It counts tokens on the device and on the host together: on
+            CUDA, up to half of the free device memory, then pinned host memory. It does not count the model
+            and its batch, some chunks of 16 MiB (two on the host, on CUDA three on the device), and, while
+            the starts of a layer are drawn, a sample of max(65_536, 256 * num_prompts) of its tokens and
+            its distances.
         seed: of everything drawn here. The same seed, batches and machine give the same prototypes.
         last_output: also from the last block's output, which then has to run; for `Prototypes.layer(-1)`.
-        progress: show a bar with images/s.
+        process_group: the ranks that take part; None is all of them where torch.distributed is initialised,
+            else this process alone.
+        progress: show a bar with images/s, on rank 0.
 
     Raises:
         TypeError: `model` has no blocks of the kind above, a batch holds no floating-point images, or an
@@ -82,37 +106,44 @@ def build_prototypes(
         ValueError: an argument is none of the allowed; the loader is empty; images do not fit the model;
             pixels or tokens are NaN or infinite (image and layer named); fewer tokens than prompts.
         OSError: "exact" finds no room for its temporary file.
+        RuntimeError: another rank died, or did not answer within the group's timeout.
     """
-    _check_choice("depth", depth, tuple(DEFAULT_NUM_PROMPTS))
-    _check_choice("strategy", strategy, STRATEGIES)
-    _check_choice("mode", mode, MODES)
-    if num_prompts is None:
-        num_prompts = DEFAULT_NUM_PROMPTS[depth]
-    num_prompts = check_int("num_prompts", num_prompts, 1)
-    capacity = _choose_capacity(capacity, num_prompts, strategy, mode)
-    budget = parse_bytes("memory_budget", memory_budget)
-    max_images = None if max_images is None else check_int("max_images", max_images, 1)
-    seed = _check_seed(seed)
-
-    passed = _Pass(
-        model,
-        loader,
-        max_images=max_images,
-        progress=progress,
-        depth=depth,
-        last_output=last_output,
-        device=device,
-        amp_dtype=amp_dtype,
+    processes = find_processes(process_group)
+    with processes.together():
+        _check_choice("depth", depth, tuple(DEFAULT_NUM_PROMPTS))
+        _check_choice("strategy", strategy, STRATEGIES)
+        _check_choice("mode", mode, MODES)
+        if num_prompts is None:
+            num_prompts = DEFAULT_NUM_PROMPTS[depth]
+        num_prompts = check_int("num_prompts", num_prompts, 1)
+        capacity = _choose_capacity(capacity, num_prompts, strategy, mode)
+        budget = parse_bytes("memory_budget", memory_budget)
+        max_images = None if max_images is None else check_int("max_images", max_images, 1)
+        seed = _check_seed(seed)
+        passed = _Pass(
+            model,
+            loader,
+            processes,
+            max_images=max_images,
+            progress=progress,
+            depth=depth,
+            last_output=last_output,
+            device=device,
+            amp_dtype=amp_dtype,
+        )
+        metadata = {
+            "strategy": strategy,
+            **({"mode": mode} if strategy == "kmeans" else {}),
+            **({"capacity": str(capacity)} if capacity is not None else {}),
+            "prompt_depth": depth,
+            "seed": str(seed),
+            **({"processes": str(processes.size)} if processes.size > 1 else {}),
+            **describe(unwrap(model)),
+            **_versions(),
+        }
+    processes.check_same(
+        {"num_prompts": num_prompts, "max_images": max_images, "last_output": last_output, **metadata}
     )
-    metadata = {
-        "strategy": strategy,
-        **({"mode": mode} if strategy == "kmeans" else {}),
-        **({"capacity": str(capacity)} if capacity is not None else {}),
-        "prompt_depth": depth,
-        "seed": str(seed),
-        **describe(unwrap(model)),
-        **_versions(),
-    }
     if strategy != "kmeans":
         return _from_one_batch(passed, num_prompts, strategy, seed, metadata)
     if mode == "exact":
@@ -121,41 +152,57 @@ def build_prototypes(
 
 
 class _Pass:
-    """One run of the model over the loader: hands out the tokens of each layer and counts what it saw."""
+    """One run of the model over the loader: hands out the tokens of each layer and counts what it saw.
+
+    After a run the counts are those of all ranks together.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         loader: Iterable[Any],
+        processes: Processes,
         *,
         max_images: int | None,
         progress: bool,
         **tap_options: Any,
     ) -> None:
-        self.progress = progress
+        self.processes = processes
+        self.progress = progress and processes.rank == 0
         self.num_images = 0
         self.num_tokens = 0
         self.tap = TokenTap(model, self._take, **tap_options)
         self._loader = loader
         self._length = _length(loader)
-        self._max_images = max_images
+        self._max_images = None if max_images is None else len(processes.part_of(max_images))
         self._first = 0
         self._consume: _Consume | None = None
+        self._overlap: Overlap | None = None
 
-    def run(self, consume: _Consume) -> None:
-        """Run the model on every image; `consume(layer, tokens)` gets the tokens."""
-        with self.tap, closing(self._numbered_batches()) as batches:
+    def run(self, consume: _Consume, *, overlap: Overlap | None = None) -> None:
+        """Run the model on every image; `consume(layer, tokens)` gets the tokens, with `overlap` later."""
+        self._overlap = overlap
+        with self.processes.together(), self.tap, closing(self._numbered_batches()) as batches:
             for first, images in batches:
                 self._run_batch(first, images, consume)
+                if overlap is not None:
+                    overlap.advance()
+            if overlap is not None:
+                overlap.finish()
+        self._count_all_ranks()
 
-    def run_one_batch(self, consume: _Consume, generator: torch.Generator) -> None:
-        """Run the model on one batch of the loader, each batch having the same chance."""
+    def run_one_batch(self, consume: _Consume, generator: torch.Generator) -> int:
+        """Run the model on one batch, each batch of each rank having the same chance; returns its rank."""
         # How many batches `max_images` leaves is not known before their size is.
         length = self._length if self._max_images is None else None
-        with closing(self._numbered_batches()) as batches:
-            first, images = _choose_batch(batches, length, generator)
-        with self.tap:
-            self._run_batch(first, images, consume)
+        with self.processes.together(), closing(self._numbered_batches()) as batches:
+            chosen, n_batches = _choose_batch(batches, length, generator)
+        owner = _draw_rank(self.processes, n_batches, generator)
+        with self.processes.together(), self.tap:
+            if owner == self.processes.rank and chosen is not None:
+                self._run_batch(*chosen, consume)
+        self._count_all_ranks()
+        return owner
 
     def check_enough_tokens(self, num_prompts: int, where: str = "loader") -> None:
         """Raise ValueError if there are fewer tokens than prompts."""
@@ -187,17 +234,26 @@ class _Pass:
         assert self._consume is not None
         if layer == 0:
             self.num_tokens += tokens.shape[0] * tokens.shape[1]
+        give = partial(self._give, self._consume, self._first, layer)
+        if self._overlap is None:
+            give(tokens)
+        else:
+            self._overlap.add(give, tokens)
+
+    def _give(self, consume: _Consume, first: int, layer: int, tokens: Tensor) -> None:
         try:
-            self._consume(layer, tokens if tokens.dtype in TOKEN_DTYPES else tokens.float())
+            consume(layer, tokens if tokens.dtype in TOKEN_DTYPES else tokens.float())
         except NonFiniteError as error:
-            image = self._first + error.row // tokens.shape[1]
+            image = first + error.row // tokens.shape[1]
             raise ValueError(
                 f"tokens must be finite, but {self.tap.name(layer)} holds NaN, infinity or numbers too large "
                 f"to be squared in float32 for image {image} (counted from 0)"
             ) from None
 
     def _numbered_batches(self) -> Generator[tuple[int, Tensor], None, None]:
-        """Batches, each with the number of its first image; shows a bar, and raises if there are none."""
+        """This rank's batches, each with the number of its first image; shows a bar."""
+        if self._max_images == 0:
+            return
         first = 0
         with tqdm(desc="prototypes", unit=" images", disable=not self.progress) as bar:
             for images in image_batches(self._loader, self._max_images):
@@ -207,21 +263,34 @@ class _Pass:
                 first += len(images)
                 bar.update(len(images))
             bar.total = first
-        if first == 0:
-            raise ValueError("loader must give at least one batch of images, got none")
+
+    def _count_all_ranks(self) -> None:
+        counted = self.processes.gather((self.num_images, self.num_tokens))
+        self.num_images, self.num_tokens = (sum(values) for values in zip(*counted, strict=True))
+        if self.num_images == 0:
+            raise ValueError(_NO_BATCH)
 
 
 def _from_stream(
     passed: _Pass, num_prompts: int, capacity: int | None, seed: int, metadata: dict[str, str]
 ) -> Prototypes:
     """K-means by a single look at each token."""
-    groups = passed.tap.n_outputs
-    clusters = StreamingKMeans(num_prompts, n_groups=groups, capacity=capacity, seed=seed)
-    passed.run(lambda layer, tokens: clusters.partial_fit(tokens, group=layer))
+    groups, processes = passed.tap.n_outputs, passed.processes
+    clusters = StreamingKMeans(
+        num_prompts, n_groups=groups, capacity=capacity, seed=_seed_of_rank(seed, processes.rank)
+    )
+    passed.run(
+        lambda layer, tokens: clusters.partial_fit(tokens, group=layer),
+        overlap=Overlap(passed.tap.device) if passed.tap.device.type == "cuda" else None,
+    )
     passed.check_enough_tokens(num_prompts)
-    summary = clusters.summary()
+    if processes.size == 1:
+        summary = clusters.summary()
+    else:
+        summary = replace(clusters.merged_summary(processes, passed.tap.device), seed=seed)
     with tqdm(total=groups, desc="clustering", unit=" layers", disable=not passed.progress) as bar:
-        solved = summary.solve(num_prompts, on_group=bar.update)
+        # The other ranks solve their share of the layers meanwhile.
+        solved = summary.solve(num_prompts, on_group=partial(bar.update, processes.size), processes=processes)
     return passed.result(solved.centers, solved.counts, solved.inertia, metadata=metadata, summary=summary)
 
 
@@ -230,7 +299,7 @@ def _from_all_tokens(
 ) -> Prototypes:
     """K-means by Lloyd's algorithm, each layer on its own over all of its tokens."""
     groups = passed.tap.n_outputs
-    with TokenStore(groups, budget) as store:
+    with TokenStore(groups, budget, passed.tap.device) as store:
 
         def keep(layer: int, tokens: Tensor) -> None:
             _check_finite(tokens)
@@ -239,16 +308,25 @@ def _from_all_tokens(
         passed.run(keep)
         passed.check_enough_tokens(num_prompts)
         layers = tqdm(range(groups), desc="clustering", unit=" layers", disable=not passed.progress)
-        fitted = [_fit_exactly(store.take(layer), num_prompts, seed) for layer in layers]
-    prompts, counts, inertia = (torch.stack(values) for values in zip(*fitted, strict=True))
-    return passed.result(prompts, counts, inertia, metadata=metadata)
+        fitted = [_fit_exactly(store, layer, num_prompts, seed, passed.processes) for layer in layers]
+    return passed.result(
+        torch.stack([fit.centers for fit in fitted]),
+        torch.stack([fit.counts for fit in fitted]),
+        torch.tensor([fit.inertia for fit in fitted], dtype=torch.float64) / passed.num_tokens,
+        metadata=metadata,
+    )
 
 
-def _fit_exactly(tokens: Tensor, num_prompts: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts [N_p, D], counts [N_p] and mean squared distance of tokens [M, D]."""
-    fitted = KMeans(num_prompts, seed=seed).fit(tokens)
-    inertia = torch.as_tensor(fitted.inertia_, dtype=torch.float64).reshape(()) / len(tokens)
-    return torch.as_tensor(fitted.cluster_centers_), torch.as_tensor(fitted.counts_), inertia
+def _fit_exactly(
+    store: TokenStore, layer: int, num_prompts: int, seed: int, processes: Processes
+) -> LloydResult:
+    """The clusters of one layer's tokens, which are gone afterwards."""
+    with processes.together():
+        store.load(layer)
+    rng = np.random.default_rng([seed, 0])
+    fitted = OutOfCoreKMeans(store.layer(layer), num_prompts, rng, processes=processes).run()
+    store.release(layer)
+    return fitted
 
 
 def _from_one_batch(
@@ -256,17 +334,18 @@ def _from_one_batch(
 ) -> Prototypes:
     """Windows or a sample of the tokens of one random batch (Sec. 3.4)."""
     generator = torch.Generator().manual_seed(seed)
-    pooled: list[tuple[Tensor, Tensor, Tensor]] = []
+    pooled: list[tuple[Tensor, ...]] = []
 
     def pool(_: int, tokens: Tensor) -> None:
         passed.check_enough_tokens(num_prompts, "the batch drawn from loader")
         _check_finite(tokens)
         flat = tokens.flatten(0, 1).float()
         prompts = _POOLS[strategy](flat, num_prompts, generator)
-        pooled.append((prompts, *_measure(flat, prompts)))
+        pooled.append(tuple(values.cpu() for values in (prompts, *_measure(flat, prompts))))
 
-    passed.run_one_batch(pool, generator)
-    prompts, counts, inertia = (torch.stack(values) for values in zip(*pooled, strict=True))
+    owner = passed.run_one_batch(pool, generator)
+    layers = passed.processes.gather(pooled)[owner]
+    prompts, counts, inertia = (torch.stack(values) for values in zip(*layers, strict=True))
     return passed.result(prompts, counts, inertia, metadata=metadata)
 
 
@@ -301,22 +380,41 @@ _POOLS: dict[str, _Pool] = {"mean": _mean_pool, "max": _max_pool, "random": _sam
 
 def _choose_batch(
     batches: Iterator[tuple[int, Tensor]], length: int | None, generator: torch.Generator
-) -> tuple[int, Tensor]:
-    """One of the batches, each with the same chance, holding no more than one at a time.
+) -> tuple[tuple[int, Tensor] | None, int]:
+    """One of the batches, each with the same chance, and their number; holds no more than one at a time.
 
     With a known length, reading stops at the one drawn. Otherwise the i-th batch replaces the one held with
     probability 1 / i, which leaves each with the same chance at the end.
     """
-    chosen = next(batches)
+    chosen = next(batches, None)
+    if chosen is None:
+        return None, 0
     if length:
         target = _draw(length, generator)
         for _, chosen in zip(range(target), batches, strict=False):  # noqa: B007
             pass
-        return chosen
-    for index, batch in enumerate(batches, start=2):
-        if _draw(index, generator) == 0:
+        return chosen, length
+    seen = 1
+    for seen, batch in enumerate(batches, start=2):
+        if _draw(seen, generator) == 0:
             chosen = batch
-    return chosen
+    return chosen, seen
+
+
+def _draw_rank(processes: Processes, n_batches: int, generator: torch.Generator) -> int:
+    """The rank whose batch is taken, drawn by the number of its batches; rank 0 draws for all."""
+    counts = processes.gather(n_batches)
+    if sum(counts) == 0:
+        raise ValueError(_NO_BATCH)
+    if processes.size == 1:
+        return 0
+    target = processes.gather(_draw(sum(counts), generator))[0]
+    return int(np.searchsorted(np.cumsum(counts), target, side="right"))
+
+
+def _seed_of_rank(seed: int, rank: int) -> int:
+    """Ranks draw independently of each other; rank 0 as a single process would."""
+    return seed if rank == 0 else int(np.random.default_rng([seed, rank]).integers(_SEED_LIMIT - 1))
 
 
 def _draw(below: int, generator: torch.Generator) -> int:
@@ -337,10 +435,14 @@ def _estimate_total(length: int | None, batch_size: int, max_images: int | None)
 
 
 def _check_finite(tokens: Tensor) -> None:
+    """Raise NonFiniteError unless every squared distance between tokens is finite in float32."""
     low, high = torch.aminmax(tokens)
-    if not math.isfinite(float(low)) or not math.isfinite(float(high)):
-        row = int((~tokens.isfinite()).any(-1).flatten().nonzero()[0])
-        raise NonFiniteError(f"row {row} holds NaN or infinity", row)
+    # |a - b|^2 <= D (2 max |x|)^2.
+    limit = math.sqrt(torch.finfo(torch.float32).max / tokens.shape[-1]) / 2
+    # Written so that NaN fails.
+    if not (-limit <= float(low) and float(high) <= limit):
+        row = int((~(tokens.abs() <= limit)).any(-1).flatten().nonzero()[0])
+        raise NonFiniteError(f"row {row} holds NaN, infinity or numbers too large to be squared", row)
 
 
 def _check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:

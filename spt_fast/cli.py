@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from spt_fast.distributed import Processes
+    from spt_fast.prototypes import Prototypes
+
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 INTERRUPTED = 130
@@ -67,7 +73,8 @@ def _add_prototypes(commands: Commands) -> None:
         "prototypes",
         help="build prompts from a model and images, in one pass",
         description="Prototypes of a data set's patch tokens, for SPT; written as safetensors.",
-        epilog="example: spt-fast prototypes --model vit_small_patch16_224 --data photos --out p.safetensors",
+        epilog="example: spt-fast prototypes --model vit_small_patch16_224 --data photos --out p.safetensors "
+        "(several processes share the images: torchrun --nproc-per-node 4 -m spt_fast prototypes ...)",
     )
     parser.add_argument(
         "--model",
@@ -104,7 +111,7 @@ def _add_prototypes(commands: Commands) -> None:
     prompts.add_argument(
         "--capacity", type=int, help="tokens kept per layer (default: 20000 or 500 per prompt)"
     )
-    prompts.add_argument("--device", help="default: cuda where there is one, else cpu")
+    prompts.add_argument("--device", help="default: cuda where there is one (torchrun: one each), else cpu")
     prompts.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_prototypes)
 
@@ -127,27 +134,38 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _prototypes(args: argparse.Namespace) -> None:
-    import time
+    from spt_fast.distributed import device_of_this_process, joined_by_environment
 
-    import torch
+    device = device_of_this_process(args.device)
+    with joined_by_environment(device) as processes:
+        _build_and_save(args, device, processes)
+
+
+def _build_and_save(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
+    import time
 
     from spt_fast.build import build_prototypes
     from spt_fast.files import check_output_path
     from spt_fast.sources import open_images, open_model
 
-    check_output_path(args.out, overwrite=args.overwrite)
-    model = open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint)
-    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    images = open_images(
-        args.data,
-        model,
-        root=args.root,
-        split=args.split,
-        download=args.download,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        seed=args.seed,
-    )
+    def open_both() -> tuple[nn.Module, Iterable[Any]]:
+        if processes.rank == 0:
+            check_output_path(args.out, overwrite=args.overwrite)
+        model = open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint).to(device)
+        return model, open_images(
+            args.data,
+            model,
+            root=args.root,
+            split=args.split,
+            download=args.download,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            seed=args.seed,
+            max_images=args.max_images,
+            processes=processes,
+        )
+
+    model, images = processes.rank_0_first(open_both)
     started = time.perf_counter()
     prototypes = build_prototypes(
         model,
@@ -161,9 +179,15 @@ def _prototypes(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     seconds = time.perf_counter() - started
-    prototypes.save(args.out, overwrite=args.overwrite)
+    with processes.together():
+        if processes.rank == 0:
+            prototypes.save(args.out, overwrite=args.overwrite)
+            _print_prototypes(args.out, prototypes, seconds)
+
+
+def _print_prototypes(out: Path, prototypes: Prototypes, seconds: float) -> None:
     layers, num_prompts, width = prototypes.prompts.shape
-    print(f"{args.out}: {layers} x {num_prompts} prompts of width {width}")
+    print(f"{out}: {layers} x {num_prompts} prompts of width {width}")
     print(
         f"{prototypes.num_images} images in {seconds:.1f} s, {prototypes.num_images / seconds:.1f} images/s"
     )

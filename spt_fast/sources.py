@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from spt_fast.distributed import ALONE, Processes
 from spt_fast.samples import load_backbone, load_digits
 
 SHIPPED_MODEL = "shipped"
@@ -56,13 +57,18 @@ def open_images(
     batch_size: int = 64,
     workers: int = 4,
     seed: int = 0,
+    max_images: int | None = None,
+    processes: Processes = ALONE,
 ) -> Iterable[Any]:
     """Batches of images, shuffled by `seed`, in the size and scale `model` expects (timm's eval transform).
+
+    Each of several processes gets its part of the same order, none twice; the parts may differ by one image.
 
     Args:
         data: a folder of images (sub-folders welcome), a timm data set name ("torch/cifar10", "hfds/...";
             see `timm.data.create_dataset`), or "digits", the shipped training images.
         root, split, download: where a timm data set lies, its split, and whether timm may fetch it.
+        max_images: of all processes together; a data set that can only be iterated is not cut here.
 
     Raises:
         FileNotFoundError: neither a folder nor the name of a data set.
@@ -80,11 +86,20 @@ def open_images(
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        shuffle=not isinstance(dataset, IterableDataset),
+        sampler=_order(dataset, seed, max_images, processes),
         generator=torch.Generator().manual_seed(seed),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _order(dataset: Any, seed: int, max_images: int | None, processes: Processes) -> list[int] | None:
+    """Which images, and in which order; None where timm's reader decides, which knows of the processes."""
+    if isinstance(dataset, IterableDataset):
+        return None
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
+    part = processes.part_of(len(order))
+    return order[part.start : part.stop]
 
 
 def _check_timm_name(name: str) -> None:

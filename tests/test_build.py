@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import os
 import tempfile
@@ -17,8 +16,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import spt_fast.build
-from spt_fast.build import build_prototypes
+from spt_fast.build import _Pass, build_prototypes
 from spt_fast.clustering import KMeans, StreamingKMeans
+from spt_fast.distributed import ALONE
+from spt_fast.overlap import Overlap
 from spt_fast.prototypes import Prototypes
 from spt_fast.tokens import TokenTap
 
@@ -89,19 +90,14 @@ class TestExact:
         on_disk, in_memory = (build(vit, loader, mode="exact", memory_budget=b) for b in (0, "1GiB"))
         assert torch.equal(on_disk.prompts, in_memory.prompts)
 
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
     def test_full_disk_is_a_clear_error(
         self, vit: VisionTransformer, loader: Loader, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        class FullDisk:
-            def write(self, _: object) -> None:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-            def close(self) -> None:
-                pass
-
-        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: FullDisk())
-        with pytest.raises(OSError, match=r"the disk is full; set TMPDIR .* or use mode='stream'"):
-            build(vit, loader, mode="exact", memory_budget=0)
+        with open("/dev/full", "wb", buffering=0) as full:
+            monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: full)
+            with pytest.raises(OSError, match=r"the disk is full; set TMPDIR .* or use mode='stream'"):
+                build(vit, loader, mode="exact", memory_budget=0)
         assert vit.training
 
 
@@ -356,7 +352,7 @@ class TestAnyStrategy:
             build(vit, make_loader(2, 2), num_prompts=33, **how)
         assert build(vit, make_loader(2, 2), num_prompts=32, **how).prompts.shape == (3, 32, 32)
 
-    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
     def test_bad_tokens_are_named_by_layer_and_image(
         self, vit: VisionTransformer, loader: Loader, how: dict[str, Any], value: float
     ) -> None:
@@ -472,6 +468,34 @@ class TestGPU:
         linear.register_forward_hook(lambda _, __, output: dtypes.add(output.dtype))
         assert build(vit.cuda(), loader).prompts.dtype == torch.float32
         assert dtypes == {torch.bfloat16}
+
+
+class TestOverlap:
+    """On CUDA the tokens come one batch late; the same is done here without a device."""
+
+    def test_late_tokens_give_the_same_bits(self, vit: VisionTransformer, loader: Loader) -> None:
+        summaries = []
+        for overlap in (None, Overlap(torch.device("cpu"))):
+            clusters = StreamingKMeans(6, n_groups=3, capacity=100)
+            run = _Pass(vit, loader, ALONE, max_images=None, progress=False)
+            run.run(lambda layer, tokens, to=clusters: to.partial_fit(tokens, group=layer), overlap=overlap)
+            assert (run.num_images, run.num_tokens) == (40, 640)
+            summaries.append(clusters.summary())
+        for ours, theirs in zip(summaries[0].groups, summaries[1].groups, strict=True):
+            assert torch.equal(ours.tokens, theirs.tokens)
+            assert ours.weights is not None
+            assert torch.equal(ours.weights, theirs.weights)
+
+    def test_late_error_names_its_own_image(self, vit: VisionTransformer, loader: Loader) -> None:
+        loader[2][0][3] = 3e38  # finite pixels whose tokens are not
+        clusters = StreamingKMeans(6, n_groups=3)
+        run = _Pass(vit, loader, ALONE, max_images=None, progress=False)
+        with pytest.raises(ValueError, match="for image 19 "):
+            run.run(
+                lambda layer, tokens: clusters.partial_fit(tokens, group=layer),
+                overlap=Overlap(torch.device("cpu")),
+            )
+        assert vit.training
 
 
 class TestBar:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.clustering.weighted import WeightedTokens, mean_of
+from spt_fast.distributed import Processes
 
 
 class PriorityReservoir:
@@ -33,6 +34,10 @@ class PriorityReservoir:
     def dtype(self) -> torch.dtype:
         return self._tokens.dtype
 
+    @property
+    def width(self) -> int:
+        return self._tokens.shape[1]
+
     def __len__(self) -> int:
         return self._size
 
@@ -57,6 +62,37 @@ class PriorityReservoir:
         weights = (self._weights[:size] / inclusion).float()
         tokens = self._tokens[:size]
         return WeightedTokens(tokens, weights, mean_of(tokens, weights, backend), backend)
+
+    def merged_summary(self, processes: Processes, backend: str = "auto") -> WeightedTokens:
+        """The summary of one reservoir that had seen what the reservoirs of all ranks have seen.
+
+        Not an approximation of it: the smallest keys of all tokens are among the smallest of each rank, and
+        the smallest key that did not stay is either among those or the threshold of a rank. So the merged
+        sample has the law of priority sampling on all tokens with these importances, whatever they are, and
+        every weighted sum over it stays unbiased. Each rank measures importance by its own rough centres, in
+        units of its own mean squared distance: on each it averages 2 and is at least 1, so a rank is sampled
+        in proportion to its tokens and no weight exceeds twice the plain one, as in a single reservoir.
+
+        Only the tokens that stay are exchanged: `capacity` of them, however many ranks there are. All ranks
+        get the same sample; a rank that saw nothing brings an empty reservoir of the same width and dtype.
+        """
+        size = self._size
+        threshold = self._merged_threshold(processes)
+        kept = (self._keys[:size] < threshold).nonzero()[:, 0]
+        inclusion = (self._importance[kept] * threshold).clamp_max(1.0)
+        weights = processes.concatenate((self._weights[kept] / inclusion).float())
+        tokens = processes.concatenate(self._tokens[kept])
+        return WeightedTokens(tokens, weights, mean_of(tokens, weights, backend), backend)
+
+    def _merged_threshold(self, processes: Processes) -> float:
+        """The smallest key on any rank that does not belong to the `capacity` smallest of all."""
+        mine = self._keys[: self._size]
+        if self._threshold < torch.inf:
+            mine = torch.cat([mine, mine.new_tensor([self._threshold])])
+        keys = processes.concatenate(mine)
+        if len(keys) <= self.capacity:
+            return torch.inf
+        return float(keys.kthvalue(self.capacity + 1).values)
 
     def _make_room(self, new_keys: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the new keys stay (indices), and the slots that they take; lowers the threshold."""

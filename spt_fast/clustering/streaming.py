@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from spt_fast.clustering.reservoir import PriorityReservoir, take_rows
 from spt_fast.clustering.seeding import kmeans_plus_plus
 from spt_fast.clustering.solver import solve
 from spt_fast.clustering.weighted import WeightedTokens
+from spt_fast.distributed import ALONE, Processes
 from spt_fast.ops.kmeans import Assigned, assign_accumulate
 
 DEFAULT_CAPACITY = 20_000
@@ -66,10 +67,17 @@ class Summary:
         """The largest K that `solve` accepts: tokens kept by the smallest group."""
         return min(len(group) for group in self.groups)
 
-    def solve(self, n_clusters: int, *, on_group: Callable[[], object] | None = None) -> Clustering:
+    def solve(
+        self,
+        n_clusters: int,
+        *,
+        on_group: Callable[[], object] | None = None,
+        processes: Processes = ALONE,
+    ) -> Clustering:
         """Solve every group for `n_clusters` centres. The same K gives the same centres every time.
 
-        `on_group` is called after each group, for a progress bar.
+        `on_group` is called after each group, for a progress bar. All `processes` hold the same summary; they
+        share out the groups, and each gets all the results.
 
         Raises:
             ValueError: a group holds fewer tokens than `n_clusters`.
@@ -79,21 +87,23 @@ class Summary:
             raise ValueError(
                 f"n_clusters must be at most the number of tokens kept, {self.max_clusters}, got {n_clusters}"
             )
-        results = []
-        for g, group in enumerate(self.groups):
-            results.append(solve(group, n_clusters, np.random.default_rng([self.seed, g, n_clusters])))
+
+        def solve_group(g: int) -> LloydResult:
+            solved = solve(self.groups[g], n_clusters, np.random.default_rng([self.seed, g, n_clusters]))
             if on_group is not None:
                 on_group()
-        return self._collect(results)
+            return replace(solved, centers=solved.centers.cpu(), counts=solved.counts.cpu())
+
+        return self._collect(processes.share(self.n_groups, solve_group))
 
     def _collect(self, results: Sequence[LloydResult]) -> Clustering:
         """Estimates from the sample, scaled so that the counts add up to what was really seen."""
-        counts = torch.stack([result.counts.cpu() for result in results])
+        counts = torch.stack([result.counts for result in results])
         sampled = counts.sum(dim=1)
         totals = torch.tensor(self.totals, dtype=torch.float64)
         inertia = torch.tensor([result.inertia for result in results], dtype=torch.float64)
         return Clustering(
-            centers=torch.stack([result.centers.cpu() for result in results]),
+            centers=torch.stack([result.centers for result in results]),
             counts=counts * (totals / sampled)[:, None],
             inertia=inertia / sampled,
             n_iter=tuple(result.n_iter for result in results),
@@ -229,6 +239,28 @@ class StreamingKMeans(ClusteringEstimator):
             totals=tuple(stream.total for stream in streams),
             seed=settings.seed,
         )
+
+    def merged_summary(self, processes: Processes, device: torch.device) -> Summary:
+        """The summary of what all ranks have seen, the same on each (see `PriorityReservoir.merged_summary`).
+
+        `device` is where a rank without data puts it. The ranks should differ in `seed`: it draws their
+        samples, which have to be independent.
+
+        Raises:
+            NotFittedError: no rank has seen data.
+        """
+        mine = [None if stream is None else (stream.reservoir, stream.total) for stream in self._streams]
+        layouts = processes.gather([None if m is None else (m[0].width, m[0].dtype) for m in mine])
+        groups, totals = [], []
+        for g, held in enumerate(mine):
+            layout = next((rank[g] for rank in layouts if rank[g] is not None), None)
+            if layout is None:
+                raise not_fitted(self, "partial_fit")
+            empty = PriorityReservoir(self.capacity, *layout, device, torch.Generator())
+            reservoir, total = held or (empty, 0.0)
+            groups.append(reservoir.merged_summary(processes, self.backend))
+            totals.append(sum(processes.gather(total)))
+        return Summary(groups=tuple(groups), totals=tuple(totals), seed=self.seed)
 
     @property
     def n_seen_(self) -> Tensor:

@@ -1,0 +1,201 @@
+"""Table 1 of the paper at full size: seconds to construct prompts, by strategy and share of the data.
+
+    python -m benchmarks.bench_table1 --csv table1.csv                  # CPU, a loader that makes up tokens
+    python -m benchmarks.bench_table1 --csv table1.csv --device cuda    # a real ViT-B; has never been run
+
+5,994 images (CUB-200-2011), 196 tokens each, 12 layers, D = 768, 20 prompts per layer. Printed are seconds
+of the clustering alone: `build_prototypes` less the same pass over the same images without clustering. The
+paper does not say whether its figures contain the forward pass, and used other hardware, so its column is
+for scale.
+
+On the CPU the images *are* tokens, drawn from a mixture of 300 unequal clusters, and the blocks hand them
+through, so that every layer gets the same ones. "k-means, exact" is measured there on one layer, whose tokens
+fit in memory, and multiplied by 12. For "mean", "max" and "random" `build_prototypes` reads one batch, so
+their time does not depend on the share.
+
+The CSV has the columns strategy, share (of the training data, 0 to 1), seconds (here) and paper_seconds. Rows
+are added as they are measured, to a file that may be there already, so `--only` and `--share` can split the
+table over several runs. (All of "k-means, exact" takes minutes.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from spt_fast import build_prototypes
+from spt_fast.tokens import TokenTap, image_batches
+
+IMAGES, TOKENS, LAYERS, WIDTH, NUM_PROMPTS = 5_994, 196, 12, 768, 20
+DAY = 86_400.0
+SHARES = (0.1, 0.3, 0.5, 0.7, 1.0)
+PAPER = {
+    "kmeans": [days * DAY for days in (0.10, 0.30, 1.70, 6.20, 27.30)],
+    "mean": [4.83, 13.20, 21.80, 29.19, 42.63],
+    "max": [7.20, 19.93, 32.80, 45.11, 64.86],
+    "random": [5.30, 14.65, 24.13, 32.50, 43.56],
+}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A row of the table: its name, and what `build_prototypes` is called with."""
+
+    name: str
+    paper: str
+    options: dict[str, Any]
+
+    @property
+    def is_exact(self) -> bool:
+        return self.options.get("mode") == "exact"
+
+
+STRATEGIES = (
+    Strategy("k-means, stream", "kmeans", {"strategy": "kmeans"}),
+    Strategy("k-means, exact", "kmeans", {"strategy": "kmeans", "mode": "exact"}),
+    Strategy("mean pooling", "mean", {"strategy": "mean"}),
+    Strategy("max pooling", "max", {"strategy": "max"}),
+    Strategy("random sample", "random", {"strategy": "random"}),
+)
+
+
+class HandThrough(nn.Module):
+    """A model whose images [B, 1, TOKENS, WIDTH] are the tokens that enter each of its blocks."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embed_dim = WIDTH
+        self.blocks = nn.Sequential(*(nn.Identity() for _ in range(layers)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(images[:, 0])  # type: ignore[no-any-return]
+
+
+class Loader:
+    """Batches of `make(generator, size)`, the same on every pass; adds up the seconds of making them."""
+
+    def __init__(self, make: Any, num_images: int, batch_size: int) -> None:
+        self.make, self.num_images, self.batch_size = make, num_images, batch_size
+        self.seconds = 0.0
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        for first in range(0, self.num_images, self.batch_size):
+            start = time.perf_counter()
+            batch = self.make(generator, min(self.batch_size, self.num_images - first))
+            self.seconds += time.perf_counter() - start
+            yield batch
+
+
+def token_mixture() -> Any:
+    """Makes batches of tokens from 300 clusters of unequal weight in a space of decaying scales."""
+    fixed = torch.Generator().manual_seed(7)
+    scales = 4 * torch.arange(1.0, WIDTH + 1).rsqrt()
+    means = torch.randn(300, WIDTH, generator=fixed) * scales
+    weights = torch.rand(300, generator=fixed).square() + 0.01
+
+    def make(generator: torch.Generator, size: int) -> Tensor:
+        labels = torch.multinomial(weights, size * TOKENS, replacement=True, generator=generator)
+        noise = torch.randn(size * TOKENS, WIDTH, generator=generator).mul_(scales).mul_(0.7)
+        return noise.add_(means[labels]).view(size, 1, TOKENS, WIDTH)
+
+    return make
+
+
+def time_clustering(model: nn.Module, loader: Loader, device: torch.device, **options: Any) -> float:
+    """Seconds of `build_prototypes` less those of the model and the loader."""
+
+    def timed(work: Any) -> float:
+        loader.seconds = 0.0
+        _synchronise(device)
+        start = time.perf_counter()
+        work()
+        _synchronise(device)
+        return time.perf_counter() - start - loader.seconds
+
+    def bare_pass() -> None:
+        with TokenTap(model, lambda _, __: None) as tap:
+            for images in image_batches(loader):
+                tap.run(images)
+
+    built = timed(lambda: build_prototypes(model, loader, num_prompts=NUM_PROMPTS, progress=False, **options))
+    one_batch = options["strategy"] != "kmeans"
+    # The other strategies run the model on a single batch, which is next to nothing.
+    return built if one_batch else built - timed(bare_pass)
+
+
+def measure(strategy: Strategy, share: float, options: argparse.Namespace) -> float:
+    device = torch.device(options.device)
+    num_images = round(share * options.images)
+    if device.type == "cuda":
+        torch.manual_seed(0)
+        model = timm.create_model("vit_base_patch16_224").eval().to(device)
+        loader = Loader(
+            lambda generator, size: torch.randn(size, 3, 224, 224, generator=generator).to(device),
+            num_images,
+            options.batch_size,
+        )
+        return time_clustering(model, loader, device, memory_budget="64GiB", **strategy.options)
+    layers = 1 if strategy.is_exact else LAYERS
+    loader = Loader(token_mixture(), num_images, options.batch_size)
+    seconds = time_clustering(HandThrough(layers), loader, device, memory_budget="6GiB", **strategy.options)
+    return seconds * LAYERS / layers
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--csv", type=Path, help="also write the figures here")
+    parser.add_argument("--only", choices=[strategy.name for strategy in STRATEGIES], action="append")
+    parser.add_argument("--share", type=float, choices=SHARES, action="append")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--images", type=int, default=IMAGES, help="fewer for a trial")
+    parser.add_argument("--batch-size", type=int, default=64)
+    options = parser.parse_args()
+    print(
+        f"{options.images} images, {TOKENS} tokens, {LAYERS} layers, D={WIDTH}, N_p={NUM_PROMPTS}; "
+        f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    if options.device == "cpu":
+        print("k-means, exact: one layer measured, times 12")
+    print(f"{'strategy':16s}{'share':>8s}{'seconds':>12s}{'paper':>14s}{'ratio':>12s}", flush=True)
+    for strategy in (s for s in STRATEGIES if options.only is None or s.name in options.only):
+        for share, paper in zip(SHARES, PAPER[strategy.paper], strict=True):
+            if options.share is not None and share not in options.share:
+                continue
+            seconds = measure(strategy, share, options)
+            if options.csv is not None:
+                add_row(options.csv, (strategy.name, share, round(seconds, 2), paper))
+            ratio = paper / seconds
+            print(f"{strategy.name:16s}{share:8.0%}{seconds:12.2f}{paper:14.2f}{ratio:12.0f}", flush=True)
+
+
+def add_row(path: Path, row: tuple[str, float, float, float]) -> None:
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(("strategy", "share", "seconds", "paper_seconds"))
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Several processes as one: what the ranks of a torch.distributed group tell each other.
+
+Limits: gloo and NCCL (NCCL has never been run here). Every rank makes every call, in the same order; a rank
+that died ends the others' calls with a RuntimeError, at the latest after the group's timeout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Processes:
+    """The processes that work on one result; one process without a group, whose calls cost nothing."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    def gather(self, value: Result) -> list[Result]:
+        """The value of every rank, in order of rank; anything that can be pickled, in host memory."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _explained():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks: the same bits on each of them."""
+        if self._group is None:
+            return values
+        total = values.to(self._device(), copy=True).contiguous()
+        with _explained():
+            dist.all_reduce(total, group=self._group)
+        return total.to(values.device)
+
+    def concatenate(self, rows: Tensor) -> Tensor:
+        """The rows [n, ...] of all ranks, in order of rank; only n may differ, and be 0."""
+        if self._group is None:
+            return rows
+        parts = []
+        for rank, size in enumerate(self.gather(len(rows))):
+            part = rows if rank == self.rank else rows.new_empty(size, *rows.shape[1:])
+            part = part.contiguous().to(self._device())
+            if part.numel():
+                # As bytes: not every backend knows every dtype.
+                with _explained():
+                    dist.broadcast(part.view(torch.uint8), group=self._group, group_src=rank)
+            parts.append(part.to(rows.device))
+        return torch.cat(parts)
+
+    def share(self, count: int, work: Callable[[int], Result]) -> list[Result]:
+        """`work(0)` to `work(count - 1)`, each done by one rank; every rank gets every result."""
+        with self.together():
+            done = {index: work(index) for index in range(self.rank, count, self.size)}
+        results = {index: result for part in self.gather(done) for index, result in part.items()}
+        return [results[index] for index in range(count)]
+
+    def rank_0_first(self, work: Callable[[], Result]) -> Result:
+        """`work()` by every rank, but by rank 0 before the others, who find what it has fetched."""
+        done = []
+        for turn_of_rank_0 in (True, False):
+            with self.together():
+                if (self.rank == 0) == turn_of_rank_0:
+                    done.append(work())
+        return done[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait at the end for all ranks; an exception on one rank is raised on all of them.
+
+        The others raise its message with the number of the rank in front: as ValueError, TypeError or OSError
+        if it is one, else as RuntimeError.
+        """
+        try:
+            yield
+        except Exception as error:
+            # If the others are gone too, what went wrong here is still the news.
+            with suppress(RuntimeError):
+                self._report(error)
+            raise
+        self._report(None)
+
+    def _report(self, error: Exception | None) -> None:
+        """Tell all ranks how it went here; raises the first error of another, if there is none here."""
+        reports = self.gather(None if error is None else _describe(error))
+        for rank, report in enumerate(reports):
+            if report is not None and error is None:
+                kind, message = report
+                raise kind(f"rank {rank}: {message}")
+
+    def check_same(self, settings: Mapping[str, object]) -> None:
+        """Raise ValueError where the ranks were called differently."""
+        for rank, theirs in enumerate(self.gather(dict(settings))):
+            for name, value in settings.items():
+                if theirs.get(name) != value:
+                    raise ValueError(
+                        f"{name} must be the same on all ranks, got {value!r} on rank {self.rank} "
+                        f"and {theirs.get(name)!r} on rank {rank}"
+                    )
+
+    def part_of(self, total: int) -> range:
+        """This rank's part of `total` things: consecutive, none twice, sizes that differ by at most one."""
+        return range(self.rank * total // self.size, (self.rank + 1) * total // self.size)
+
+    def _device(self) -> torch.device:
+        if dist.get_backend(self._group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+
+ALONE = Processes()
+
+
+def find_processes(process_group: Any) -> Processes:
+    """The ranks of `process_group`; None is the default group where torch.distributed is initialised.
+
+    Raises:
+        TypeError: not a process group, or not one that this process belongs to.
+    """
+    if process_group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return ALONE
+        return Processes(dist.group.WORLD)
+    # A group that this process does not belong to is a number, whatever new_group's annotation says.
+    if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+        raise TypeError(
+            "process_group must be a torch.distributed process group that this process belongs to, "
+            f"got {process_group!r}"
+        )
+    return Processes(process_group)
+
+
+@contextmanager
+def joined_by_environment(device: torch.device) -> Iterator[Processes]:
+    """The processes that torchrun started with this one, for as long as the context is open.
+
+    gloo on the CPU, NCCL on CUDA. Without torchrun's environment variables, this process alone; where
+    torch.distributed is initialised already, its default group.
+    """
+    started = all(name in os.environ for name in _ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
+    if not started or dist.is_initialized():
+        yield find_processes(None)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with _explained():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield find_processes(None)
+    finally:
+        dist.destroy_process_group()
+
+
+def device_of_this_process(device: str | None) -> torch.device:
+    """`device`, or CUDA where there is one; CUDA without a number is the device of torchrun's LOCAL_RANK."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if str(chosen) == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return chosen
+
+
+def _describe(error: Exception) -> tuple[type[Exception], str]:
+    kinds = (ValueError, TypeError, OSError)
+    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
+    return kind, str(error) or type(error).__name__
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"another process of the group died, or did not answer within the group's timeout ({error})"
+        ) from error
