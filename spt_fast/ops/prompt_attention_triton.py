@@ -25,42 +25,59 @@ from torch import Tensor
 
 from spt_fast.ops import prompt_attention_tiles as tiles
 from spt_fast.ops.prompt_attention_ops import empty_gradients
-from spt_fast.ops.triton_support import architecture
+from spt_fast.ops.triton_support import architecture, interpreting
 
 _LOG2_E = 1.4426950408889634
 # Three products of TensorFloat-32 give float32's precision but for the last two bits or so.
-_FLOAT32_PRODUCT = "tf32x3"
-_SUM_BLOCK = 512
+FLOAT32_PRODUCT = "tf32x3"
+# The interpreter multiplies the bits of bfloat16 as if they were integers; float32 holds the same numbers.
+INTERPRETED = tl.constexpr("interpreted")
+SUM_BLOCK = 512
 # A new batch size or number of prompts must not compile the kernels anew.
 _COUNTS = ["images", "tokens", "prompts", "tasks", "splits", "per_split"]
 
 
 @triton.jit
-def _load_rows(pointers, valid, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [ROWS, BLOCK_D] from a pointer to the start of each; zero where not valid and beyond WIDTH."""
+def _product(a, b, total, PRECISION: tl.constexpr):
+    """Matrix product with float32 sums, on top of `total` unless that is None."""
+    if PRECISION == INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, total)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _places(pointers, valid, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers [ROWS, BLOCK_D] and their mask, from a pointer to the start of each row.
+
+    The compiler does not see that rows are aligned, which `_aligned` ensures; it would load single elements.
+    """
     columns = tl.arange(0, BLOCK_D)
     mask = valid[:, None]
     if WIDTH != BLOCK_D:
         mask = mask & (columns < WIDTH)[None, :]
-    return tl.load(pointers[:, None] + columns[None, :], mask=mask, other=0.0)
+    return tl.multiple_of(pointers[:, None] + columns[None, :], (1, 16)), mask
+
+
+@triton.jit
+def _load_rows(pointers, valid, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [ROWS, BLOCK_D], zero where not valid and beyond WIDTH."""
+    places, mask = _places(pointers, valid, WIDTH, BLOCK_D)
+    return tl.load(places, mask=mask, other=0.0)
 
 
 @triton.jit
 def _store_rows(pointers, valid, values, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    columns = tl.arange(0, BLOCK_D)
-    mask = valid[:, None]
-    if WIDTH != BLOCK_D:
-        mask = mask & (columns < WIDTH)[None, :]
-    tl.store(pointers[:, None] + columns[None, :], values.to(pointers.dtype.element_ty), mask=mask)
+    places, mask = _places(pointers, valid, WIDTH, BLOCK_D)
+    tl.store(places, values.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _key_rows(index, prompts, prompt_base, prompt_stride, image_base, image_stride):
     """Pointers to keys (or values) `index`, counted with the prompts in front."""
     row = index.to(tl.int64)
-    return tl.where(
-        index < prompts, prompt_base + row * prompt_stride, image_base + (row - prompts) * image_stride
-    )
+    from_prompt, from_image = prompt_base + row * prompt_stride, image_base + (row - prompts) * image_stride
+    return tl.where(index < prompts, from_prompt, from_image)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -101,14 +118,14 @@ def prompt_attention_forward_kernel(
         index = start + tl.arange(0, STEP)
         valid = index < prompts + tokens
         keys = _load_rows(_key_rows(index, prompts, prompt_k, pk_row, k, k_row), valid, WIDTH, BLOCK_D)
-        scores = tl.dot(queries, keys.T, input_precision=PRECISION) * scale_log2
+        scores = _product(queries, keys.T, None, PRECISION) * scale_log2
         scores = scores + tl.where(valid, 0.0, float("-inf"))[None, :]
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_highest[:, None])
         shrink = tl.exp2(highest - new_highest)
         total = total * shrink + tl.sum(weights, 1)
         values = _load_rows(_key_rows(index, prompts, prompt_v, pv_row, v, v_row), valid, WIDTH, BLOCK_D)
-        result = tl.dot(weights.to(values.dtype), values, result * shrink[:, None], input_precision=PRECISION)
+        result = _product(weights.to(values.dtype), values, result * shrink[:, None], PRECISION)
         highest = new_highest
     result = result / total[:, None]
     if HAS_TASK:
@@ -128,7 +145,7 @@ def prompt_attention_query_kernel(
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of ROWS queries of one head of one image; and delta, the rows' sums of output times gradient."""
+    """Gradient of ROWS queries of one head of one image; and delta, their sums of output times gradient."""
     row_tiles = tl.cdiv(tokens, ROWS)
     tile = tl.program_id(0) % row_tiles
     head = ((tl.program_id(0) // row_tiles) % heads).to(tl.int64)
@@ -158,12 +175,12 @@ def prompt_attention_query_kernel(
         valid = index < prompts + tokens
         keys = _load_rows(_key_rows(index, prompts, prompt_k, pk_row, k, k_row), valid, WIDTH, BLOCK_D)
         values = _load_rows(_key_rows(index, prompts, prompt_v, pv_row, v, v_row), valid, WIDTH, BLOCK_D)
-        scores = tl.dot(queries, keys.T, input_precision=PRECISION) * (scale * 1.4426950408889634)
+        scores = _product(queries, keys.T, None, PRECISION) * (scale * 1.4426950408889634)
         scores = scores + tl.where(valid, 0.0, float("-inf"))[None, :]
         weights = tl.exp2(scores - sums[:, None])
-        grad_weights = tl.dot(grads, values.T, input_precision=PRECISION)
+        grad_weights = _product(grads, values.T, None, PRECISION)
         grad_scores = weights * (grad_weights - dots[:, None])
-        result = tl.dot(grad_scores.to(keys.dtype), keys, result, input_precision=PRECISION)
+        result = _product(grad_scores.to(keys.dtype), keys, result, PRECISION)
     line = ((image * tokens + row) * 3) * heads + head
     _store_rows(grad_q + line * WIDTH, row_valid, result * scale, WIDTH, BLOCK_D)
 
@@ -230,12 +247,12 @@ def prompt_attention_key_kernel(
             )
             dots = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
         # Transposed: keys down, queries across.
-        scores = tl.dot(keys, queries.T, input_precision=PRECISION) * (scale * 1.4426950408889634)
+        scores = _product(keys, queries.T, None, PRECISION) * (scale * 1.4426950408889634)
         weights = tl.exp2(scores - sums[None, :])
-        grad_values = tl.dot(weights.to(grads.dtype), grads, grad_values, input_precision=PRECISION)
-        grad_weights = tl.dot(values, grads.T, input_precision=PRECISION)
+        grad_values = _product(weights.to(grads.dtype), grads, grad_values, PRECISION)
+        grad_weights = _product(values, grads.T, None, PRECISION)
         grad_scores = weights * (grad_weights - dots[None, :])
-        grad_keys = tl.dot(grad_scores.to(queries.dtype), queries, grad_keys, input_precision=PRECISION)
+        grad_keys = _product(grad_scores.to(queries.dtype), queries, grad_keys, PRECISION)
     grad_keys *= scale
     if tl.program_id(0) < prompt_programs:
         line = (split * heads + head) * prompts + row
@@ -268,6 +285,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, task: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The output [B, N, H, d], contiguous, and the logarithm of each softmax sum [B, H, N]."""
+    q, k, v, prompt_k, prompt_v = (_aligned(tensor) for tensor in (q, k, v, prompt_k, prompt_v))
     batch, heads, tokens, width = q.shape
     out = q.new_empty(batch, tokens, heads, width)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
@@ -299,7 +317,7 @@ def gradients(
     results = empty_gradients(q, prompt_k, images, prompts)
     # Batch, head and row in this order, whatever the order in memory.
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
-    saved = [grad, q, k, v, prompt_k, prompt_v, out, lse]
+    saved = [*(_aligned(tensor) for tensor in (grad, q, k, v, prompt_k, prompt_v, out)), lse]
     delta = torch.empty_like(lse) if images else lse
     if images:
         _query_gradients(saved, delta, results[0], scale)
@@ -352,8 +370,8 @@ def _key_gradients(
 def _sum_splits(partial: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
     _, splits, size = partial.shape
     with _on_device(partial):
-        grid = (-(-size // _SUM_BLOCK), 2)
-        prompt_attention_sum_kernel[grid](partial, grad_k, grad_v, splits, size, BLOCK=_SUM_BLOCK)
+        grid = (-(-size // SUM_BLOCK), 2)
+        prompt_attention_sum_kernel[grid](partial, grad_k, grad_v, splits, size, BLOCK=SUM_BLOCK)
 
 
 def _launch(
@@ -363,12 +381,13 @@ def _launch(
     if programs(tile.rows) == 0:
         return
     width = q.shape[-1]
+    precision = INTERPRETED if interpreting() else FLOAT32_PRODUCT
     chosen = {"ROWS": tile.rows, "STEP": tile.step, "num_warps": tile.warps, "num_stages": tile.stages}
     if os.environ.get("SPT_FAST_AUTOTUNE") == "1":
         kernel, chosen = _tuned(kernel), {}
     with _on_device(q):
         kernel[lambda meta: (programs(meta["ROWS"]),)](
-            *arguments, WIDTH=width, BLOCK_D=tiles.padded_width(width), PRECISION=_FLOAT32_PRODUCT, **chosen
+            *arguments, WIDTH=width, BLOCK_D=tiles.padded_width(width), PRECISION=precision, **chosen
         )
 
 
@@ -385,6 +404,14 @@ def _tuned(kernel: Any) -> Any:
 def _strides(*tensors: Tensor) -> list[int]:
     """Steps between images, heads and rows of each tensor, or heads and rows for prompts."""
     return [step for tensor in tensors for step in tensor.stride()[:-1]]
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor if all its rows start at multiples of 16 bytes, else a copy that does."""
+    steps = [step * tensor.element_size() for step in tensor.stride()[:-1]]
+    if tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
