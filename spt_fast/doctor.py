@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from spt_fast.clustering import faiss_backend
-from spt_fast.ops import kmeans, kmeans_native
+from spt_fast.ops import kmeans, kmeans_native, prompt_attention
 from spt_fast.samples import backbone_facts
 
 _REQUIRED = ("torch", "timm", "safetensors", "numpy", "tqdm")
@@ -84,7 +84,9 @@ def _backends() -> Iterator[Line]:
         name, reason = kmeans.explain_backend(device)
         yield f"k-means on {device.type}", f"{name}: {reason}" if reason else name
     yield "k-means by faiss", faiss_backend.explain()
-    yield "prompt_attention", "reference: plain PyTorch (scaled dot product attention)"
+    for device in _devices():
+        name, reason = prompt_attention.explain_backend(device, torch.float32, 64)
+        yield f"prompt_attention on {device.type}", f"{name}: {reason}"
     yield "sigmoid_nmi", "reference: plain PyTorch"
 
 

@@ -1,0 +1,93 @@
+"""prompt_attention against joining and PyTorch's attention, attention on joined tensors, and FlexAttention.
+
+`pytest benchmarks/bench_prompt_attention.py --benchmark-only`: ViT-B/16 at full size in bfloat16 on a GPU,
+small and in float32 on the CPU. Results are checked before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from spt_fast.ops.prompt_attention import packed_prompt_attention
+
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+HEADS, WIDTH = 12, 64
+CASES = [
+    (batch, tokens, prompts)
+    for batch in ((32, 128) if GPU else (4,))
+    for tokens in ((197, 577) if GPU else (197,))
+    for prompts in (20, 100)
+]
+
+Form = Callable[..., Tensor]
+
+
+def ours(qkv: Tensor, prompt_k: Tensor, prompt_v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return packed_prompt_attention(qkv, prompt_k, prompt_v)
+
+
+def join_and_attend(
+    qkv: Tensor, prompt_k: Tensor, prompt_v: Tensor, keys: Tensor, values: Tensor, attend: Form | None = None
+) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    keys = torch.cat((prompt_k.expand(len(qkv), -1, -1, -1), k), dim=2)
+    values = torch.cat((prompt_v.expand(len(qkv), -1, -1, -1), v), dim=2)
+    return (attend or F.scaled_dot_product_attention)(q, keys, values).transpose(1, 2).flatten(2)
+
+
+def already_joined(qkv: Tensor, prompt_k: Tensor, prompt_v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    q = qkv[:, :, 0].transpose(1, 2)
+    return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2).flatten(2)
+
+
+_compiled_flex: Any = torch.compile(flex_attention)
+
+
+def flex(qkv: Tensor, prompt_k: Tensor, prompt_v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return join_and_attend(qkv, prompt_k, prompt_v, keys, values, attend=_compiled_flex)
+
+
+SIDES: dict[str, Form] = {"ours": ours, "join + sdpa": join_and_attend, "sdpa on joined": already_joined}
+if GPU:
+    # On the CPU FlexAttention has no backward pass.
+    SIDES["join + flex"] = flex
+
+
+def make_inputs(batch: int, tokens: int, prompts: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((batch, tokens, 3, HEADS, WIDTH), (HEADS, prompts, WIDTH), (HEADS, prompts, WIDTH))
+    qkv, *shared = (torch.randn(shape, generator=generator).to(DEVICE, DTYPE) for shape in shapes)
+    images = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+    joined = [torch.cat((p.expand(batch, -1, -1, -1), x), dim=2) for p, x in zip(shared, images, strict=True)]
+    return [tensor.requires_grad_() for tensor in (qkv, *shared, *joined)]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "B{}-N{}-P{}".format(*case))
+def test_prompt_attention(benchmark: Any, case: tuple[int, int, int], side: str, backward: bool) -> None:
+    inputs = make_inputs(*case)
+    kind = "forward and backward" if backward else "forward"
+    benchmark.group = f"prompt_attention {kind} B{case[0]} N{case[1]} P{case[2]} {DEVICE} {DTYPE}"
+    benchmark.extra_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    tolerance = 0.03 if GPU else 1e-5
+    torch.testing.assert_close(SIDES[side](*inputs), ours(*inputs), atol=tolerance, rtol=tolerance)
+    cotangent = torch.randn_like(SIDES[side](*inputs))
+
+    def run() -> None:
+        with torch.set_grad_enabled(backward):
+            out = SIDES[side](*inputs)
+        if backward:
+            torch.autograd.grad(out, inputs, cotangent, allow_unused=True)
+        if GPU:
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(run, rounds=10, warmup_rounds=3)
