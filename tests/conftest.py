@@ -9,6 +9,8 @@ from typing import Any
 # Read when torch is loaded: threads that wait sleep instead of spinning. The tests are many small ops, which
 # take ten times as long where spinning threads keep each other from the cores of a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read when Triton is imported, by whatever comes first: without a GPU its kernels run in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
 
 import pytest
 import torch

@@ -82,14 +82,11 @@ def _sigmoid_nmi_backward(
     information: Tensor,
     prompt_entropy: Tensor,
     token_entropy: Tensor,
-    prompt_marginal: Tensor,
-    token_marginal: Tensor,
 ) -> tuple[Tensor, Tensor]:
     if _has_kernel(prompts):
         from spt_fast.ops.nmi_triton import launch_nmi_backward
 
-        parts = (information, prompt_entropy, token_entropy, prompt_marginal, token_marginal)
-        return launch_nmi_backward(prompts, tokens, coefficients, *parts)
+        return launch_nmi_backward(prompts, tokens, coefficients, information, prompt_entropy, token_entropy)
     return nmi_backward(prompts, tokens, coefficients)
 
 
@@ -109,23 +106,21 @@ def _(
     information: Tensor,
     prompt_entropy: Tensor,
     token_entropy: Tensor,
-    prompt_marginal: Tensor,
-    token_marginal: Tensor,
 ) -> tuple[Tensor, Tensor]:
     return prompts.new_empty(prompts.shape), tokens.new_empty(tokens.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs, *output[:4])
 
 
 def _differentiate(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-    prompts, tokens, nmi, information, prompt_entropy, token_entropy, r, c = ctx.saved_tensors
+    prompts, tokens, nmi, information, prompt_entropy, token_entropy = ctx.saved_tensors
     of_nmi, of_information, of_prompts, of_tokens = (gradient.double() for gradient in gradients[:4])
     direct = torch.stack((of_information, of_prompts, of_tokens), dim=1)
     coefficients = direct + of_nmi[:, None] * nmi_coefficients(nmi, prompt_entropy, token_entropy)
     return torch.ops.spt_fast.sigmoid_nmi_backward(  # type: ignore[no-any-return]
-        prompts, tokens, coefficients, information, prompt_entropy, token_entropy, r, c
+        prompts, tokens, coefficients, information, prompt_entropy, token_entropy
     )
 
 
