@@ -234,11 +234,11 @@ class _Record:
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values, non_blocking=True)
-            self._arrival = torch.cuda.Event()
+            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrival.record(torch.cuda.current_stream(values.device))
 
     def has_arrived(self) -> bool:
-        return self._arrival is None or self._arrival.query()
+        return self._arrival is None or bool(self._arrival.query())  # type: ignore[no-untyped-call]
 
     def values(self) -> list[float]:
         if self._arrival is not None:

@@ -138,7 +138,8 @@ def _error_of_float32(prompts: Tensor, tokens: Tensor, joint: _Joint, parts: Par
     first = 4 * error * torch.linalg.vector_norm(gradient, dim=2).square().sum(dim=1).sqrt()
     entropies = (prompt_entropy + token_entropy).clamp(min=torch.finfo(torch.float64).tiny)
     spread = (joint.pi * torch.sigmoid(-joint.scores).square()).sum(dim=2).sum(dim=1)
-    return first + error.square() * spread / entropies
+    total: Tensor = first + error.square() * spread / entropies
+    return total
 
 
 def _parts(joint: _Joint) -> Parts:

@@ -145,7 +145,8 @@ def _information_terms(share, excess, independent):
 @triton.jit
 def _entropy(shares, index):
     """-sum p log p; the logarithm of the largest, which may round to 1, comes from the sum of the others."""
-    is_top = index == tl.argmax(shares, 0)
+    # The interpreter has no argmax of NaN alone.
+    is_top = index == tl.argmax(tl.where(shares >= 0, shares, 0.0), 0)
     others = tl.where(is_top, 0.0, shares)
     rest = tl.sum(others, 0)
     logs = tl.log(tl.where(others > 0, others, 1.0))
@@ -393,7 +394,9 @@ def launch_nmi_backward(
             last = first + len(chunk)
             slopes = _scores(rows, chunk)
             shares = slopes.new_empty((len(chunk), prompts.shape[0] + tokens.shape[1]))
-            r, c = (part.contiguous() for part in shares.split((prompts.shape[0], tokens.shape[1]), dim=1))
+            r, c = (
+                part.contiguous() for part in torch.split(shares, [prompts.shape[0], tokens.shape[1]], dim=1)
+            )
             _sweep(slopes, parts[:, first:last].contiguous(), r, c, coefficients[first:last])
             grad_prompts += (slopes @ chunk.float()).sum(0)
             grad_tokens[first:last] = slopes.mT @ wide
@@ -433,7 +436,7 @@ def _chunks(prompts: Tensor, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def _padded(count: int) -> int:
     """A power of two that `tl.dot` takes."""
-    return max(16, triton.next_power_of_2(count))
+    return max(16, int(triton.next_power_of_2(count)))
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
