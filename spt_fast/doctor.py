@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from spt_fast.clustering import faiss_backend
-from spt_fast.ops import kmeans, kmeans_native, prompt_attention
+from spt_fast.ops import kmeans, kmeans_native, nmi, prompt_attention
 from spt_fast.samples import backbone_facts
 
 _REQUIRED = ("torch", "timm", "safetensors", "numpy", "tqdm")
@@ -87,7 +87,8 @@ def _backends() -> Iterator[Line]:
     for device in _devices():
         name, reason = prompt_attention.explain_backend(device, torch.float32, 64)
         yield f"prompt_attention on {device.type}", f"{name}: {reason}"
-    yield "sigmoid_nmi", "reference: plain PyTorch"
+        name, reason = nmi.explain_backend(device)
+        yield f"sigmoid_nmi on {device.type}", f"{name}: {reason}"
 
 
 def _devices() -> Iterator[torch.device]:

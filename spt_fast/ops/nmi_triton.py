@@ -1,0 +1,475 @@
+"""`sigmoid_nmi` and its gradient as Triton kernels; the scores of an image that fits stay in registers.
+
+Limits: float32, float16 and bfloat16, all arithmetic in float32; the caller has checked shapes, dtypes and
+devices. Where the largest score of an image leads all others by more than 80, the result is 0. These kernels
+have never run on a GPU.
+
+An image of up to 8,192 scores, padded, is one program that reads prompts and tokens once and writes only the
+results. Larger ones go through a buffer of scores of bounded size, small enough for a GPU's second-level
+cache, which a second kernel sweeps. How precision is kept: docs/nmi.md.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spt_fast.ops.nmi_portable import Parts
+from spt_fast.ops.triton_support import Compiled, compile_ahead, interpreting
+
+FUSED_SCORES = 8192
+TILE_PROMPTS, TILE_TOKENS = 32, 64
+# 2 ** 23 float32 scores are 32 MiB.
+BUFFERED_SCORES = 2**23
+# Within so many channels a dot product is summed plainly, between them with the rounding errors kept.
+CHANNELS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
+FUSED_WARPS, TILE_WARPS, STAGES = 16, 8, 2
+# A new batch size or number of prompts must not compile the kernels anew.
+_COUNTS = ["num_prompts", "num_tokens", "images"]
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0."""
+    series = 1.0 + x * 0.125
+    series = 1.0 + x * series * 0.14285715
+    series = 1.0 + x * series * 0.16666667
+    series = 1.0 + x * series * 0.2
+    series = 1.0 + x * series * 0.25
+    series = 1.0 + x * series * 0.33333334
+    series = 1.0 + x * series * 0.5
+    return tl.where(x > -0.5, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x); -87 where that is below -87, which no result notices."""
+    series = 0.11111111 - 0.1 * x
+    series = 0.125 - x * series
+    series = 0.14285715 - x * series
+    series = 0.16666667 - x * series
+    series = 0.2 - x * series
+    series = 0.25 - x * series
+    series = 0.33333334 - x * series
+    series = 0.5 - x * series
+    return tl.where(tl.abs(x) < 0.25, x * (1.0 - x * series), tl.log(tl.maximum(1.0 + x, 1e-38)))
+
+
+@triton.jit
+def _divergence_series(x):
+    """((1 + x) log(1 + x) - x) / x^2 for |x| < 0.25."""
+    series = 0.013888889 - 0.011111111 * x
+    series = 0.017857144 - x * series
+    series = 0.023809524 - x * series
+    series = 0.033333335 - x * series
+    series = 0.05 - x * series
+    series = 0.083333336 - x * series
+    series = 0.16666667 - x * series
+    return 0.5 - x * series
+
+
+@triton.jit
+def _score_tile(
+    prompts, tokens, p_row, e_row, rows, columns, row_valid, column_valid, width,
+    BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scores [BLOCK_P, BLOCK_E]: sums over BLOCK_D channels, added up with their rounding errors."""
+    high = tl.zeros([BLOCK_P, BLOCK_E], tl.float32)
+    low = tl.zeros([BLOCK_P, BLOCK_E], tl.float32)
+    prompt_lines = prompts + rows.to(tl.int64) * p_row
+    token_lines = tokens + columns.to(tl.int64) * e_row
+    for start in range(0, width, BLOCK_D):
+        channels = start + tl.arange(0, BLOCK_D)
+        in_width = channels < width
+        p = tl.load(
+            prompt_lines[:, None] + channels[None, :], mask=row_valid[:, None] & in_width[None, :], other=0.0
+        )
+        e = tl.load(
+            token_lines[None, :] + channels[:, None],
+            mask=column_valid[None, :] & in_width[:, None],
+            other=0.0,
+        )
+        part = tl.dot(p, e, input_precision="ieee")
+        total = high + part
+        back = total - high
+        low += (high - (total - back)) + (part - back)
+        high = total
+    return high + low
+
+
+@triton.jit
+def _mass(scores, top, valid):
+    """sigmoid(x) / sigmoid(top), and by how much that is below 1, each to float32's relative precision."""
+    below = tl.where(valid, scores - top, 0.0)
+    rest = 1.0 / (1.0 + tl.exp(scores))  # 1 - sigmoid
+    mass = 1.0 / (1.0 + tl.exp(-scores)) + tl.exp(below) * rest
+    return tl.where(valid, mass, 0.0), tl.where(valid, _expm1(below) * rest, 0.0)
+
+
+@triton.jit
+def _inverse(shares):
+    """1 / shares, 0 where a share is too small to have one."""
+    return tl.where(shares > 1e-37, 1.0 / tl.where(shares > 1e-37, shares, 1.0), 0.0)
+
+
+@triton.jit
+def _excess(share, own, per_row, row, per_column, column, scale):
+    """pi / (r c) - 1, from the share pi, 1 / r and 1 / c, and from deviations less their mean.
+
+    Where all is nearly equal it follows from differences of deviations; elsewhere from the ratio, where what
+    is below a few roundings is none. `scale` is 1 plus the mean.
+    """
+    interaction = scale * (own - row - column) - row * column
+    near = interaction / ((scale + row) * (scale + column))
+    far = share * per_row * per_column - 1.0
+    far = tl.where(tl.abs(far) < 1e-6, 0.0, far)
+    largest = tl.maximum(tl.abs(own), tl.maximum(tl.abs(row), tl.abs(column)))
+    return tl.where(largest < 0.25 * scale, near, far)
+
+
+@triton.jit
+def _information_terms(share, excess, independent):
+    """r c [(1 + e) log(1 + e) - e], e the excess: never negative."""
+    near = independent * excess * excess * _divergence_series(excess)
+    far = share * (_log1p(excess) - 1.0) + independent
+    return tl.where(tl.abs(excess) < 0.25, near, far)
+
+
+@triton.jit
+def _entropy(shares, index):
+    """-sum p log p; the logarithm of the largest, which may round to 1, comes from the sum of the others."""
+    # The interpreter has no argmax of NaN alone.
+    is_top = index == tl.argmax(tl.where(shares >= 0, shares, 0.0), 0)
+    others = tl.where(is_top, 0.0, shares)
+    rest = tl.sum(others, 0)
+    logs = tl.log(tl.where(others > 0, others, 1.0))
+    return -tl.sum(others * logs, 0) - (1.0 - rest) * _log1p(-rest)
+
+
+@triton.jit
+def _store_parts(parts, image, images, information, prompt_entropy, token_entropy, poison):
+    """NMI, I, H(P), H(E) of one image in the rows of [4, images]."""
+    information = tl.maximum(information, 0.0) + poison
+    entropies = prompt_entropy + token_entropy
+    safe = tl.where(entropies == 0.0, 1.0, entropies)
+    tl.store(parts + image, tl.where(entropies == 0.0, 0.0, 2.0 * information / safe) + poison)
+    tl.store(parts + images + image, information)
+    tl.store(parts + 2 * images + image, prompt_entropy + poison)
+    tl.store(parts + 3 * images + image, token_entropy + poison)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def nmi_fused_kernel(
+    prompts, tokens, parts, r, c, p_row, e_image, e_row, num_prompts, num_tokens, images, width,
+    BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """All of one image, whose scores are one tile."""
+    image = tl.program_id(0).to(tl.int64)
+    rows, columns = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_E)
+    row_valid, column_valid = rows < num_prompts, columns < num_tokens
+    valid = row_valid[:, None] & column_valid[None, :]
+    scores = _score_tile(
+        prompts, tokens + image * e_image, p_row, e_row, rows, columns, row_valid, column_valid, width,
+        BLOCK_P, BLOCK_E, BLOCK_D,
+    )  # fmt: skip
+    top = tl.max(tl.max(tl.where(valid, scores, float("-inf")), 1), 0)
+    # NaN where a score is NaN or infinite.
+    poison = tl.sum(tl.sum(tl.where(valid, scores - scores, 0.0), 1), 0)
+    mass, deviation = _mass(scores, top, valid)
+    row, column = tl.sum(mass, 1), tl.sum(mass, 0)
+    row_deviation = tl.sum(deviation, 1)
+    total = tl.sum(row, 0)
+    mean = tl.sum(row_deviation, 0) / num_prompts / num_tokens
+    row, column = row / total, column / total
+    row_deviation = row_deviation / num_tokens - mean
+    column_deviation = tl.sum(deviation, 0) / num_prompts - mean
+    share = mass / total
+    excess = _excess(
+        share, deviation - mean, _inverse(row)[:, None], row_deviation[:, None],
+        _inverse(column)[None, :], column_deviation[None, :], 1.0 + mean,
+    )  # fmt: skip
+    terms = _information_terms(share, excess, row[:, None] * column[None, :])
+    information = tl.sum(tl.sum(tl.where(valid, terms, 0.0), 1), 0)
+    information = tl.where((num_prompts == 1) | (num_tokens == 1), 0.0, information)
+    tl.store(r + image * num_prompts + rows, row + poison, mask=row_valid)
+    tl.store(c + image * num_tokens + columns, column + poison, mask=column_valid)
+    _store_parts(
+        parts, image, images, information,
+        _entropy(row, rows), _entropy(column, columns), poison,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def nmi_scores_kernel(
+    prompts, tokens, scores, p_row, e_image, e_row, num_prompts, num_tokens, width,
+    BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of the scores [B, N_p, N_e] of one image."""
+    image = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    columns = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
+    row_valid, column_valid = rows < num_prompts, columns < num_tokens
+    tile = _score_tile(
+        prompts, tokens + image * e_image, p_row, e_row, rows, columns, row_valid, column_valid, width,
+        BLOCK_P, BLOCK_E, BLOCK_D,
+    )  # fmt: skip
+    places = scores + (image * num_prompts + rows[:, None]) * num_tokens + columns[None, :]
+    tl.store(places, tile, mask=row_valid[:, None] & column_valid[None, :])
+
+
+@triton.jit
+def _load_tile(scores, first_row, first_column, num_prompts, num_tokens, BLOCK_P, BLOCK_E):
+    rows = first_row + tl.arange(0, BLOCK_P)
+    columns = first_column + tl.arange(0, BLOCK_E)
+    valid = (rows < num_prompts)[:, None] & (columns < num_tokens)[None, :]
+    places = scores + rows[:, None] * num_tokens + columns[None, :]
+    return tl.load(places, mask=valid, other=0.0), valid, rows, columns, places
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def nmi_sweep_kernel(
+    scores, parts, r, c, row_deviations, column_deviations, coefficients,
+    num_prompts, num_tokens, images,
+    BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, ALL_P: tl.constexpr, ALL_E: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """All of one image from its scores [N_p, N_e], tile by tile; with GRADIENT, scores become dL/dscores.
+
+    `parts` is read with GRADIENT, written without. Sweeps: the largest score; sums of rows; sums of columns;
+    information or gradient. Tiles come from the cache.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    scores += image * num_prompts * num_tokens
+    r += image * num_prompts
+    c += image * num_tokens
+    row_deviations += image * num_prompts
+    column_deviations += image * num_tokens
+
+    highest = tl.full([BLOCK_P], float("-inf"), tl.float32)
+    poisons = tl.zeros([BLOCK_P], tl.float32)
+    for first_row in range(0, num_prompts, BLOCK_P):
+        for first_column in range(0, num_tokens, BLOCK_E):
+            x, valid, rows, columns, places = _load_tile(
+                scores, first_row, first_column, num_prompts, num_tokens, BLOCK_P, BLOCK_E
+            )
+            highest = tl.maximum(highest, tl.max(tl.where(valid, x, float("-inf")), 1))
+            poisons += tl.sum(tl.where(valid, x - x, 0.0), 1)
+    top = tl.max(highest, 0)
+    poison = tl.sum(poisons, 0)
+
+    totals = tl.zeros([BLOCK_P], tl.float32)
+    total_deviations = tl.zeros([BLOCK_P], tl.float32)
+    for first_row in range(0, num_prompts, BLOCK_P):
+        row = tl.zeros([BLOCK_P], tl.float32)
+        deviations = tl.zeros([BLOCK_P], tl.float32)
+        rows = first_row + tl.arange(0, BLOCK_P)
+        for first_column in range(0, num_tokens, BLOCK_E):
+            x, valid, rows, columns, places = _load_tile(
+                scores, first_row, first_column, num_prompts, num_tokens, BLOCK_P, BLOCK_E
+            )
+            mass, deviation = _mass(x, top, valid)
+            row += tl.sum(mass, 1)
+            deviations += tl.sum(deviation, 1)
+        totals += row
+        total_deviations += deviations
+        tl.store(r + rows, row, mask=rows < num_prompts)
+        tl.store(row_deviations + rows, deviations / num_tokens, mask=rows < num_prompts)
+    total = tl.sum(totals, 0)
+    mean = tl.sum(total_deviations, 0) / num_prompts / num_tokens
+
+    for first_column in range(0, num_tokens, BLOCK_E):
+        column = tl.zeros([BLOCK_E], tl.float32)
+        deviations = tl.zeros([BLOCK_E], tl.float32)
+        columns = first_column + tl.arange(0, BLOCK_E)
+        for first_row in range(0, num_prompts, BLOCK_P):
+            x, valid, rows, columns, places = _load_tile(
+                scores, first_row, first_column, num_prompts, num_tokens, BLOCK_P, BLOCK_E
+            )
+            mass, deviation = _mass(x, top, valid)
+            column += tl.sum(mass, 0)
+            deviations += tl.sum(deviation, 0)
+        tl.store(c + columns, column, mask=columns < num_tokens)
+        tl.store(column_deviations + columns, deviations / num_prompts, mask=columns < num_tokens)
+    # Other threads of the program read what these have written.
+    tl.debug_barrier()
+
+    if GRADIENT:
+        of_information = tl.load(coefficients + image * 3)
+        of_prompts = tl.load(coefficients + image * 3 + 1)
+        of_tokens = tl.load(coefficients + image * 3 + 2)
+        average = of_information * tl.load(parts + images + image)
+        average += of_prompts * tl.load(parts + 2 * images + image)
+        average += of_tokens * tl.load(parts + 3 * images + image)
+    information = tl.zeros([BLOCK_P], tl.float32)
+    for first_row in range(0, num_prompts, BLOCK_P):
+        rows = first_row + tl.arange(0, BLOCK_P)
+        row = tl.load(r + rows, mask=rows < num_prompts, other=1.0) / total
+        row_deviation = tl.load(row_deviations + rows, mask=rows < num_prompts, other=0.0) - mean
+        for first_column in range(0, num_tokens, BLOCK_E):
+            x, valid, rows, columns, places = _load_tile(
+                scores, first_row, first_column, num_prompts, num_tokens, BLOCK_P, BLOCK_E
+            )
+            column = tl.load(c + columns, mask=columns < num_tokens, other=1.0) / total
+            column_deviation = tl.load(column_deviations + columns, mask=columns < num_tokens, other=0.0)
+            mass, deviation = _mass(x, top, valid)
+            share = mass / total
+            excess = _excess(
+                share, deviation - mean, _inverse(row)[:, None], row_deviation[:, None],
+                _inverse(column)[None, :], (column_deviation - mean)[None, :], 1.0 + mean,
+            )  # fmt: skip
+            if GRADIENT:
+                inner = of_information * _log1p(excess) - average
+                inner -= of_prompts * tl.log(tl.maximum(row, 1e-38))[:, None]
+                inner -= of_tokens * tl.log(tl.maximum(column, 1e-38))[None, :]
+                slope = share / (1.0 + tl.exp(x)) * inner + poison
+                tl.store(places, slope, mask=valid)
+            else:
+                terms = _information_terms(share, excess, row[:, None] * column[None, :])
+                information += tl.sum(tl.where(valid, terms, 0.0), 1)
+
+    if not GRADIENT:
+        index = tl.arange(0, ALL_P)
+        shares = tl.load(r + index, mask=index < num_prompts, other=0.0) / total
+        prompt_entropy = _entropy(shares, index)
+        tl.store(r + index, shares + poison, mask=index < num_prompts)
+        index = tl.arange(0, ALL_E)
+        shares = tl.load(c + index, mask=index < num_tokens, other=0.0) / total
+        token_entropy = _entropy(shares, index)
+        tl.store(c + index, shares + poison, mask=index < num_tokens)
+        one = (num_prompts == 1) | (num_tokens == 1)
+        result = tl.where(one, 0.0, tl.sum(information, 0))
+        _store_parts(parts, image, images, result, prompt_entropy, token_entropy, poison)
+
+
+def launch_nmi_forward(prompts: Tensor, tokens: Tensor) -> Parts:
+    """What `nmi_portable.nmi_forward` returns, in float32."""
+    prompts, tokens = _rows_contiguous(prompts), _rows_contiguous(tokens)
+    (num_prompts, width), (images, num_tokens, _) = prompts.shape, tokens.shape
+    parts = tokens.new_empty((4, images), dtype=torch.float32)
+    r = tokens.new_empty((images, num_prompts), dtype=torch.float32)
+    c = tokens.new_empty((images, num_tokens), dtype=torch.float32)
+    block_p, block_e = _padded(num_prompts), _padded(num_tokens)
+    with _on(tokens):
+        if block_p * block_e <= FUSED_SCORES:
+            nmi_fused_kernel[(images,)](
+                prompts, tokens, parts, r, c, prompts.stride(0), tokens.stride(0), tokens.stride(1),
+                num_prompts, num_tokens, images, width,
+                BLOCK_P=block_p, BLOCK_E=block_e, BLOCK_D=CHANNELS[tokens.dtype],
+                num_warps=FUSED_WARPS, num_stages=STAGES,
+            )  # fmt: skip
+        else:
+            for first, chunk in _chunks(prompts, tokens):
+                last = first + len(chunk)
+                part = torch.empty_like(parts[:, first:last])
+                _sweep(_scores(prompts, chunk), part, r[first:last], c[first:last], None)
+                parts[:, first:last] = part
+    nmi, information, prompt_entropy, token_entropy = (row.clone() for row in parts)
+    return nmi, information, prompt_entropy, token_entropy, r, c
+
+
+def launch_nmi_backward(
+    prompts: Tensor,
+    tokens: Tensor,
+    coefficients: Tensor,  # [B, 3]: dL/dI, dL/dH(P), dL/dH(E)
+    information: Tensor,
+    prompt_entropy: Tensor,
+    token_entropy: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `nmi_portable.nmi_backward` returns."""
+    grad_tokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    rows, tokens = _rows_contiguous(prompts), _rows_contiguous(tokens)
+    coefficients = coefficients.float().contiguous()
+    parts = torch.stack((information, information, prompt_entropy, token_entropy))
+    wide = prompts.float()
+    grad_prompts = torch.zeros_like(wide)
+    with _on(tokens), torch.autocast(tokens.device.type, enabled=False):
+        for first, chunk in _chunks(prompts, tokens):
+            last = first + len(chunk)
+            slopes = _scores(rows, chunk)
+            shares = slopes.new_empty((len(chunk), prompts.shape[0] + tokens.shape[1]))
+            r, c = (
+                part.contiguous() for part in torch.split(shares, [prompts.shape[0], tokens.shape[1]], dim=1)
+            )
+            _sweep(slopes, parts[:, first:last].contiguous(), r, c, coefficients[first:last])
+            grad_prompts += (slopes @ chunk.float()).sum(0)
+            grad_tokens[first:last] = slopes.mT @ wide
+    return grad_prompts.to(prompts.dtype), grad_tokens
+
+
+def _scores(prompts: Tensor, tokens: Tensor) -> Tensor:
+    """Scores [B, N_p, N_e] in float32."""
+    (num_prompts, width), (images, num_tokens, _) = prompts.shape, tokens.shape
+    scores = tokens.new_empty((images, num_prompts, num_tokens), dtype=torch.float32)
+    grid = (images, triton.cdiv(num_prompts, TILE_PROMPTS), triton.cdiv(num_tokens, TILE_TOKENS))
+    nmi_scores_kernel[grid](
+        prompts, tokens, scores, prompts.stride(0), tokens.stride(0), tokens.stride(1),
+        num_prompts, num_tokens, width,
+        BLOCK_P=TILE_PROMPTS, BLOCK_E=TILE_TOKENS, BLOCK_D=CHANNELS[tokens.dtype],
+        num_warps=TILE_WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return scores
+
+
+def _sweep(scores: Tensor, parts: Tensor, r: Tensor, c: Tensor, coefficients: Tensor | None) -> None:
+    images, num_prompts, num_tokens = scores.shape
+    nmi_sweep_kernel[(images,)](
+        scores, parts, r, c, torch.empty_like(r), torch.empty_like(c),
+        parts if coefficients is None else coefficients, num_prompts, num_tokens, images,
+        BLOCK_P=TILE_PROMPTS, BLOCK_E=TILE_TOKENS, ALL_P=_padded(num_prompts), ALL_E=_padded(num_tokens),
+        GRADIENT=coefficients is not None, num_warps=TILE_WARPS, num_stages=STAGES,
+    )  # fmt: skip
+
+
+def _chunks(prompts: Tensor, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Images whose scores fit into the buffer, each with the index of the first."""
+    images = max(1, BUFFERED_SCORES // (prompts.shape[0] * tokens.shape[1]))
+    for first in range(0, tokens.shape[0], images):
+        yield first, tokens[first : first + images]
+
+
+def _padded(count: int) -> int:
+    """A power of two that `tl.dot` takes."""
+    return max(16, int(triton.next_power_of_2(count)))
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    if interpreting() and tensor.dtype == torch.bfloat16:
+        # The interpreter multiplies the bits of bfloat16 as if they were integers; float32 holds the numbers.
+        tensor = tensor.float()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def compile_all(arch: int) -> Iterator[tuple[str, Compiled]]:
+    """What each kernel, in its usual and largest tiles, takes of a multiprocessor of capability `arch`."""
+    counts = {name: "i32" for name in _COUNTS}
+    for dtype, channels in (("fp32", CHANNELS[torch.float32]), ("bf16", CHANNELS[torch.bfloat16])):
+        inputs = {name: f"*{dtype}:16" for name in ("prompts", "tokens")}
+        inputs |= {name: "i32:16" for name in ("p_row", "e_image", "e_row", "width")} | counts
+        results = {name: "*fp32:16" for name in ("parts", "r", "c")}
+        for block_p, block_e in ((32, 256), (128, 64), (16, 512)):
+            blocks = {"BLOCK_P": block_p, "BLOCK_E": block_e, "BLOCK_D": channels}
+            compiled = compile_ahead(nmi_fused_kernel, inputs | results, blocks, arch, FUSED_WARPS, STAGES)
+            yield f"fused {dtype} {block_p} x {block_e}", compiled
+        scored = {name: kind for name, kind in inputs.items() if name != "images"} | {"scores": "*fp32:16"}
+        blocks = {"BLOCK_P": TILE_PROMPTS, "BLOCK_E": TILE_TOKENS, "BLOCK_D": channels}
+        yield f"scores {dtype}", compile_ahead(nmi_scores_kernel, scored, blocks, arch, TILE_WARPS, STAGES)
+    names = ("scores", "parts", "r", "c", "row_deviations", "column_deviations", "coefficients")
+    swept = {name: "*fp32:16" for name in names} | counts
+    blocks = {"BLOCK_P": TILE_PROMPTS, "BLOCK_E": TILE_TOKENS, "ALL_P": 128, "ALL_E": 1024}
+    for gradient in (False, True):
+        compiled = compile_ahead(
+            nmi_sweep_kernel, swept, blocks | {"GRADIENT": gradient}, arch, TILE_WARPS, STAGES
+        )
+        yield f"sweep{', gradient' if gradient else ''}", compiled
