@@ -43,6 +43,18 @@ def prompt_attention(
     return F.scaled_dot_product_attention(q, keys, values, scale=scale)
 
 
+def packed_prompt_attention(
+    qkv: Tensor,  # [B, N, 3, H, d]
+    prompt_k: Tensor,  # [H, N_p, d]
+    prompt_v: Tensor,  # [H, N_p, d]
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """`prompt_attention` of one projection's output; [B, N, H * d], as the next projection reads it."""
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return prompt_attention(q, k, v, prompt_k, prompt_v, scale=scale).transpose(1, 2).flatten(2)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> None:
     tensors = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
     for name, tensor in tensors.items():
