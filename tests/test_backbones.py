@@ -54,7 +54,7 @@ EVA_OPTIONS: dict[str, dict[str, Any]] = {
     "rotate-half": {"rope_rotate_half": True},
     "rope-attention": {"attn_type": "rope"},
     "grouped-queries": {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1},
-    "registers": {"num_reg_tokens": 2},
+    "registers": {"num_reg_tokens": 2, "no_embed_class": True},
 }
 
 
@@ -193,7 +193,7 @@ class TestEva:
         other = copy.deepcopy(model)
         for block in other.blocks:
             block.attn.num_prefix_tokens += NUM_PROMPTS
-        other.norm_pre.register_forward_hook(
+        other.pos_drop.register_forward_hook(
             lambda _, __, x: torch.cat([x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]], dim=1)
         )
         expected = other(make_images())
