@@ -37,7 +37,7 @@ def attention_keys_values(attn: Any, prompts: Tensor) -> KeysValues:
     keys, values = _project_prompts(attn, prompts)
     keys, values = _split_heads(attn, keys[None]), _split_heads(attn, values[None])
     keys, values = _share_heads(attn, _normed(attn, "k_norm", keys)), _share_heads(attn, values)
-    return KeysValues(keys[0], values[0])
+    return KeysValues(keys.squeeze(0), values.squeeze(0))
 
 
 def attend(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None = None) -> Tensor:
@@ -57,8 +57,8 @@ def attend(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None = 
 
 def _mix(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None) -> Tensor:
     """The heads' outputs side by side, [B, N, H * d]."""
-    rotary = position if type(attn) in _ROTARY else None
-    bias = _relative_bias(attn, position) if type(attn) is beit.Attention else None
+    rotary = position if isinstance(attn, _ROTARY) else None
+    bias = _relative_bias(attn, position) if isinstance(attn, beit.Attention) else None
     if rotary is None and bias is None and _is_plain(attn):
         packed = _packed_heads(attn, x)
         return packed_prompt_attention(packed, prompts.keys, prompts.values, scale=attn.scale)
@@ -107,7 +107,7 @@ def _project_prompts(attn: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:
     if attn.qkv is None:
         return attn.k_proj(prompts), attn.v_proj(prompts)
     if type(attn.qkv) is not nn.Linear or has_hooks(attn.qkv):
-        _, keys, values = _fused_projection(attn, prompts[None])[0].chunk(3, dim=-1)
+        _, keys, values = _fused_projection(attn, prompts[None]).squeeze(0).chunk(3, dim=-1)
         return keys, values
     # The query third of the projection has no use here.
     first_key = attn.qkv.out_features // 3

@@ -44,15 +44,15 @@ def kv_blocker(block: nn.Module) -> str | None:
 
 def kv_extras(block: nn.Module) -> tuple[str, ...]:
     """Names of the arguments beside tokens that `kv_forward` honours for `block`."""
-    position = _RULES[type(block)].position
+    position = _rule_of(block).position
     return () if position is None else (position,)
 
 
 def prompt_keys_values(block: nn.Module, prompts: Tensor) -> tuple[KeysValues, ...]:
     """Keys and values of prompts [N_p, D] in each attention of `block`; the same for every image (eq. 6)."""
     return tuple(
-        attention_keys_values(attention, prompts if norm is None else norm(prompts[None])[0])
-        for norm, attention in _RULES[type(block)].attentions(block)
+        attention_keys_values(attention, prompts if norm is None else norm(prompts[None]).squeeze(0))
+        for norm, attention in _rule_of(block).attentions(block)
     )
 
 
@@ -63,7 +63,7 @@ def kv_forward(block: nn.Module, x: Tensor, prompts: Sequence[KeysValues], **ext
     what `prompt_keys_values` made of them, `extras` holds arguments named in `kv_extras(block)`, and
     `kv_blocker(block)` must be None.
     """
-    rule = _RULES[type(block)]
+    rule = _rule_of(block)
     position = None if rule.position is None else extras.get(rule.position)
     return rule.forward(block, x, prompts, position)
 
@@ -76,6 +76,11 @@ class _Rule(NamedTuple):
     attentions: Callable[[Any], list[tuple[nn.Module | None, nn.Module]]]
     # The block's argument that tells its attention of positions.
     position: str | None = None
+
+
+def _rule_of(block: nn.Module) -> _Rule:
+    # FSDP2 makes a subclass of each module that it shards.
+    return next(rule for cls, rule in _RULES.items() if isinstance(block, cls))
 
 
 def _name(cls: type[nn.Module]) -> str:

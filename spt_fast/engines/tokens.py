@@ -40,7 +40,7 @@ def concat_blocker(block: nn.Module) -> str | None:
 
 def concat_extras(block: nn.Module) -> tuple[str, ...]:
     """Names of the arguments beside tokens that `fit_extras` can fit to tokens with prompts appended."""
-    return ("rope",) if type(block) in _ROTARY_BLOCKS else ()
+    return ("rope",) if isinstance(block, _ROTARY_BLOCKS) else ()
 
 
 def fit_extras(extras: dict[str, Any], num_prompts: int) -> dict[str, Any]:
