@@ -1,0 +1,79 @@
+"""Tile sizes of the kernels in `prompt_attention_triton.py`: a pure rule, no device is asked.
+
+Limits: the rule was derived from registers, shared memory and padding as compiled; no GPU has timed it.
+`docs/prompt-attention.md` explains it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Multiprocessors of the chip that a compute capability stands for: A100, L40, H100 and H200, B200.
+_MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148}
+
+
+class Tiles(NamedTuple):
+    """Rows that a program keeps, rows that it takes per step, and how it is run."""
+
+    rows: int  # queries in the forward and query kernels, keys in the key kernel
+    step: int  # keys in the forward and query kernels, queries in the key kernel
+    warps: int
+    stages: int  # steps in flight
+
+
+# What `SPT_FAST_AUTOTUNE=1` tries for every kernel.
+CANDIDATES = [
+    Tiles(rows, step, warps, stages)
+    for rows, step, warps in ((32, 32, 4), (64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 8))
+    for stages in (2, 3)
+]
+
+
+def padded_width(width: int) -> int:
+    """Head width as the kernels hold it: a power of two, at least 16."""
+    return max(16, _power_of_two(width))
+
+
+def forward_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) -> Tiles:
+    """Of the forward kernel: `tokens` queries over `keys` keys, those of the prompts counted."""
+    wide = padded_width(width) > 64
+    if itemsize > 2:
+        return _fit(Tiles(32 if wide else 64, 32, 4, 1 if wide else 2), tokens, keys)
+    if wide:
+        return _fit(Tiles(64, 64, 4, 2), tokens, keys)
+    return _fit(Tiles(128 if arch >= 90 and tokens > 64 else 64, 64, 4, 3), tokens, keys)
+
+
+def query_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) -> Tiles:
+    """Of the kernel for the gradient of the queries."""
+    wide = padded_width(width) > 64
+    if itemsize > 2:
+        return _fit(Tiles(32, 32, 4, 1), tokens, keys)
+    return _fit(Tiles(64, 32 if wide else 64, 4, 2), tokens, keys)
+
+
+def key_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) -> Tiles:
+    """Of the kernel for the gradients of keys and values."""
+    wide = padded_width(width) > 64
+    if itemsize > 2:
+        return _fit(Tiles(32, 32, 4, 1), keys, tokens)
+    return _fit(Tiles(64, 32 if wide else 64, 8 if wide else 4, 2), keys, tokens)
+
+
+def images_per_split(arch: int, images: int, heads: int, prompts: int, rows: int) -> int:
+    """Images whose prompt gradients one program sums: as many as leave two programs a multiprocessor."""
+    tiles = heads * -(-prompts // rows)
+    splits = max(1, min(images, 2 * _MULTIPROCESSORS.get(arch, 132) // max(tiles, 1)))
+    return -(-images // splits)
+
+
+def _fit(tiles: Tiles, rows: int, steps: int) -> Tiles:
+    """No more rows than there are, as far as a matrix product allows: 16."""
+    return tiles._replace(
+        rows=min(tiles.rows, max(16, _power_of_two(rows))),
+        step=min(tiles.step, max(16, _power_of_two(steps))),
+    )
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
