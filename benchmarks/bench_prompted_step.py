@@ -4,8 +4,8 @@
 those of `python -m benchmarks.bench_prompted_step`, which alternates the sides within one process, so that
 whatever else the machine does meets all of them alike. A step is forward and backward, without the optimiser:
 that is the same for all sides that learn prompts, and the plain model has none. `--memory` prints what a step
-keeps per image; `--inference` times a forward pass with and without `fixed_prompts()`; `--prompt-keys` times the
-prompts' own share of a step.
+keeps per image; `--inference` times a forward pass with and without `fixed_prompts()`; `--prompt-keys` times
+what a step does for the prompts alone.
 """
 
 from __future__ import annotations
@@ -300,9 +300,8 @@ def report_prompt_keys(options: argparse.Namespace) -> None:
     biases = torch.stack([block.attn.qkv.bias[width:] for block in model.blocks])[:, None]
     scales = torch.stack([block.norm1.weight for block in model.blocks])[:, None]
     shifts = torch.stack([block.norm1.bias for block in model.blocks])[:, None]
-    print(
-        f"{options.model}: keys and values of all prompts; weights copied: {weights.nbytes / 2**20:.0f} MiB"
-    )
+    copied = f"{weights.nbytes / 2**20:.0f} MiB"
+    print(f"{options.model}, the prompts' keys and values, forward and backward; copied weights {copied}")
 
     def layers(prompts: Tensor) -> Tensor:
         pairs = zip(model.blocks, prompts.unbind(0), strict=True)

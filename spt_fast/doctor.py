@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from spt_fast.engines import known_blocks
 from spt_fast.ops import kmeans, kmeans_native
 from spt_fast.samples import backbone_facts
 
@@ -31,6 +32,7 @@ def report() -> str:
         "machine": _machine(),
         "compiled extension": _extension(),
         "backends": _backends(),
+        "engines of PromptedViT": _engines(),
         "shipped backbone": _backbone(),
     }
     return "\n\n".join(_section(title, list(lines)) for title, lines in sections.items())
@@ -84,6 +86,11 @@ def _backends() -> Iterator[Line]:
         yield f"k-means on {device.type}", f"{name}: {reason}" if reason else name
     yield "prompt_attention", "reference: plain PyTorch (scaled dot product attention)"
     yield "sigmoid_nmi", "reference: plain PyTorch"
+
+
+def _engines() -> Iterator[Line]:
+    yield "kv", f"deep prompts in timm's {', '.join(known_blocks())}: the prompts' outputs are discarded"
+    yield "concat", "shallow prompts, whose outputs go on to the next block, and all other blocks"
 
 
 def _devices() -> Iterator[torch.device]:

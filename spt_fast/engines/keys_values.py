@@ -22,14 +22,18 @@ from spt_fast.engines.attention import (
 )
 
 
+def known_blocks() -> list[str]:
+    """The classes of blocks that this engine can run."""
+    return [_name(cls) for cls in _RULES]
+
+
 def kv_blocker(block: nn.Module) -> str | None:
     """Why prompts as keys and values would not be exact in `block`, or None where they are.
 
     Classes are compared exactly: a subclass may compute something else.
     """
     if type(block) not in _RULES:
-        known = ", ".join(map(_name, _RULES))
-        return f"{_name(type(block))} is none of the blocks it knows ({known})"
+        return f"{_name(type(block))} is none of the blocks it knows ({', '.join(known_blocks())})"
     if "forward" in vars(block):
         return f"the forward of this {type(block).__name__} has been replaced"
     for _, attention in _RULES[type(block)].attentions(block):
