@@ -414,7 +414,7 @@ def _check_num_classes(model: nn.Module, num_classes: int | None) -> None:
 
 
 def _check_weight_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
-    if given not in _WEIGHT_DTYPES:
+    if not isinstance(given, (torch.dtype, str, type(None))) or given not in _WEIGHT_DTYPES:
         raise ValueError(f"weight_dtype must be None, torch.bfloat16 or torch.float16, got {given!r}")
     return _WEIGHT_DTYPES[given]
 

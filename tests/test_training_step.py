@@ -149,7 +149,16 @@ class TestWeightDtype:
         model = PromptedViT(make_vit(), 2, weight_dtype="bf16").double().release()
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
-    @pytest.mark.parametrize("given", ["float8", torch.float32, torch.int8])
+    def test_compiles_and_checkpoints(self) -> None:
+        torch.compiler.reset()
+        tuned = make_tuned(weight_dtype="bf16")
+        expected = gradients(tuned)
+        got = gradients(tuned, torch.compile(tuned, fullgraph=True, backend="aot_eager"))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        tuned.model.set_grad_checkpointing()  # type: ignore[operator]
+        assert all(torch.equal(a, b) for a, b in zip(gradients(tuned), expected, strict=True))
+
+    @pytest.mark.parametrize("given", ["float8", torch.float32, torch.int8, ["bf16"]])
     def test_others_are_refused(self, given: Any) -> None:
         with pytest.raises(ValueError, match="weight_dtype must be None, torch"):
             PromptedViT(make_vit(), 2, weight_dtype=given)
