@@ -252,32 +252,40 @@ def report_steps(options: argparse.Namespace) -> None:
             )
 
 
-def report_memory(options: argparse.Namespace) -> None:
-    """Slopes between one image and two: what does not grow with the batch falls out."""
-    print(f"{options.model}, MiB kept per image from forward to backward")
+def saved_per_image(model: nn.Module, dtype: str) -> int:
+    """Slope between one image and two: what does not grow with the batch falls out."""
+    one, two = (saved_bytes(model, make_images(batch, "cpu"), dtype) for batch in (1, 2))
+    return two - one
 
-    def per_image(model: nn.Module, dtype: str) -> float:
-        one, two = (saved_bytes(model, make_images(batch, "cpu"), dtype) for batch in (1, 2))
-        return (two - one) / 2**20
 
+def memory_by_form(name: str, depth: int, num_prompts: int, dtype: str) -> dict[str, int]:
+    """Bytes kept per image by the first `depth` blocks of a model, embedding and head included."""
     with torch.device("meta"):
-        blank = timm.create_model(options.model, num_classes=NUM_CLASSES)
+        model: Any = timm.create_model(name, num_classes=NUM_CLASSES, depth=depth)
     # Values do not matter here, and filling a ViT-H with random ones takes longer than all the rest.
-    blank = blank.to_empty(device="cpu").eval()
+    model = model.to_empty(device="cpu").eval()
+    prompts = torch.zeros(depth, num_prompts, model.embed_dim)
+    tuned: Any = ours(model, prompts)
+    found = {"ours": saved_per_image(tuned, dtype)}
+    tuned.model.set_grad_checkpointing()
+    found["ours, checkpointed"] = saved_per_image(tuned, dtype)
+    tuned.model.set_grad_checkpointing(False)
+    found["prompts as tokens"] = saved_per_image(textbook(tuned.release(), prompts), dtype)
+    found["full fine-tuning"] = saved_per_image(full(model, prompts), dtype)
+    return found
+
+
+def report_memory(options: argparse.Namespace) -> None:
+    """From two and three blocks to all of them: each further block keeps as much as the third."""
+    with torch.device("meta"):
+        depth = len(timm.create_model(options.model).blocks)
+    print(f"{options.model}, MiB kept per image from forward to backward")
     for dtype in ("fp32", "bf16"):
         for num_prompts in options.prompts:
-            prompts = torch.zeros(len(blank.blocks), num_prompts, blank.embed_dim)
-            tuned: Any = ours(blank, prompts)
-            found = {"ours": per_image(tuned, dtype)}
-            tuned.model.set_grad_checkpointing()
-            found["ours, checkpointed"] = per_image(tuned, dtype)
-            tuned.model.set_grad_checkpointing(False)
-            blank = tuned.release()
-            found["concat"] = per_image(textbook(blank, prompts), dtype)
-            for side, size in found.items():
-                print(f"{dtype} N_p={num_prompts:<4d} {side:20s} {size:9.1f} MiB", flush=True)
-        found = {"full fine-tuning": per_image(full(blank, prompts), dtype)}
-        print(f"{dtype}          {'full fine-tuning':20s} {found['full fine-tuning']:9.1f} MiB", flush=True)
+            two, three = (memory_by_form(options.model, blocks, num_prompts, dtype) for blocks in (2, 3))
+            for form, size in two.items():
+                total = size + (depth - 2) * (three[form] - size)
+                print(f"{dtype} N_p={num_prompts:<4d} {form:20s} {total / 2**20:8.1f} MiB", flush=True)
 
 
 def report_inference(options: argparse.Namespace) -> None:

@@ -77,9 +77,9 @@ class PromptedViT(nn.Module):
         depth: "deep" or "shallow".
         num_classes: size of a new head; None keeps the model's head, which is then trained on as it is.
         freeze_prompts: train the head only (Table 4a).
-        engine: "kv" adds the prompts to keys and values, computed once per step for the whole batch (deep,
-            with timm's standard attention only); "concat" is the textbook form; "auto" takes "kv" where it is
-            exact. Outputs and gradients are equal up to rounding.
+        engine: "kv" adds the prompts to keys and values, computed once per step for the whole batch (deep
+            only, in the blocks of docs/backbones.md); "concat" is the textbook form; "auto" takes "kv" where
+            it is exact. Outputs and gradients are equal up to rounding.
         pool_prompts: average the last block's outputs of prompts and patches alike, not those of patches
             alone; for models with `global_pool="avg"`.
         weight_dtype: torch.bfloat16 ("bf16") or torch.float16 ("fp16"): run in this dtype by autocast, with

@@ -224,6 +224,14 @@ class TestFixedPrompts:
                 tuned(make_images())
             assert all(torch.equal(a, b) for a, b in zip(gradients(tuned), expected, strict=True))
 
+    def test_an_unfrozen_backbone_is_not_cut_off(self) -> None:
+        tuned = make_tuned(freeze_prompts=True)
+        tuned.model.requires_grad_(True)
+        weight = tuned.model.blocks[0].attn.qkv.weight  # type: ignore[index, union-attr]
+        with tuned.fixed_prompts():
+            found = [torch.autograd.grad(tuned(make_images()).sum(), [weight])[0] for _ in range(2)]
+        assert torch.equal(*found)
+
     def test_evaluation_uses_it(self) -> None:
         tuned = make_tuned()
         calls = self.count_projections(tuned)

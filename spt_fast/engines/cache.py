@@ -32,6 +32,10 @@ class KeysValuesCache:
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = (prompts.data_ptr(), prompts._version, prompts.device, dtype, autocast)
         found = self._entries.get(index)
-        if found is None or found[0] != key:
-            found = self._entries[index] = (key, compute())
-        return found[1]
+        if found is not None and found[0] == key:
+            return found[1]
+        computed = compute()
+        # With a backbone that somebody unfroze, a second use would go through a graph that is gone.
+        if not any(part.requires_grad for keys_values in computed for part in keys_values):
+            self._entries[index] = (key, computed)
+        return computed
