@@ -15,6 +15,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from spt_fast import PromptedViT, build_prototypes
+from spt_fast.doctor import report
 
 WIDTH, HEADS, DEPTH, NUM_PROMPTS, SIZE = 48, 2, 2, 5, 64
 TINY = {"img_size": SIZE, "embed_dim": WIDTH, "num_heads": HEADS, "depth": DEPTH, "num_classes": 3}
@@ -273,3 +274,9 @@ def test_engine_says_why() -> None:
     assert "in depth='shallow' each block needs" in shallow.engine_reason
     asked = PromptedViT(make_model("vit_base_patch16_224"), make_prompts(), engine="concat")
     assert asked.engine_reason == "asked for"
+
+
+def test_doctor_lists_the_engines() -> None:
+    engines = report().partition("engines of PromptedViT")[2]
+    assert "eva.EvaBlock" in engines
+    assert "concat" in engines
