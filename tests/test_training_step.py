@@ -38,7 +38,7 @@ def make_images(batch: int = 4, seed: int = 1) -> Tensor:
 
 
 def gradients(tuned: PromptedViT, run: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-    loss = (run or tuned)(make_images()).float().square().sum()
+    loss = (tuned if run is None else run)(make_images()).float().square().sum()
     return list(torch.autograd.grad(loss, tuned.trainable_parameters()))
 
 
