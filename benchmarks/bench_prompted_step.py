@@ -1,19 +1,24 @@
-"""One training step of a prompted ViT-B/16: prompts as keys and values, as tokens, no prompts, linear probe.
+"""One training step of a prompted ViT: ours, prompts as tokens, no prompts, linear probe, full fine-tuning.
 
 `pytest benchmarks/bench_prompted_step.py --benchmark-only` times each side by itself. The ratios to quote are
 those of `python -m benchmarks.bench_prompted_step`, which alternates the sides within one process, so that
 whatever else the machine does meets all of them alike. A step is forward and backward, without the optimiser:
-that is the same for both engines, and the plain model has none.
+that is the same for all sides that learn prompts, and the plain model has none. `--memory` prints what a step
+keeps per image; `--inference` times a forward pass with and without `fixed_prompts()`; `--prompt-keys` times
+what a step does for the prompts alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -21,127 +26,352 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from spt_fast.engines import prompt_keys_values
 from spt_fast.prompted_vit import PromptedViT
 
-MODEL, IMAGE_SIZE, NUM_CLASSES = "vit_base_patch16_224", 224, 200
-BATCH = 4
+IMAGE_SIZE, NUM_CLASSES = 224, 200
+MODEL = "vit_base_patch16_224"
+# Images per step on the CPU, so that a step of each takes about as long.
+BATCHES = {"vit_small_patch16_224": 8, MODEL: 4, "vit_large_patch16_224": 2, "vit_huge_patch14_224": 1}
 PROMPT_COUNTS = (20, 100)
 
 Step = Callable[[], None]
 
 
+class TextbookSPT(nn.Module):
+    """Eq. 6 and 13 as written: each block's prompts stand between class token and patches as tokens."""
+
+    def __init__(self, model: Any, prompts: Tensor) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
+        self.prompts = nn.Parameter(prompts)
+
+    def forward(self, images: Tensor) -> Tensor:
+        model: Any = self.model
+        x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+        after = model.num_prefix_tokens
+        for block, layer in zip(model.blocks, self.prompts, strict=True):
+            prefix, patches = x[:, : model.num_prefix_tokens], x[:, after:]
+            x = block(torch.cat((prefix, layer.expand(len(x), -1, -1), patches), dim=1))
+            after = model.num_prefix_tokens + layer.shape[0]
+        x = torch.cat((x[:, : model.num_prefix_tokens], x[:, after:]), dim=1)
+        return model.forward_head(model.norm(x))  # type: ignore[no-any-return]
+
+
 @functools.lru_cache(maxsize=1)
-def _first_model() -> Any:
+def _first_model(name: str) -> Any:
     torch.manual_seed(0)
-    return timm.create_model(MODEL, num_classes=NUM_CLASSES).eval()
+    return timm.create_model(name, num_classes=NUM_CLASSES).eval()
 
 
-def make_model() -> Any:
+def make_model(name: str) -> Any:
     """A new model with the same weights each time; initialising them takes longer than several steps."""
-    return copy.deepcopy(_first_model())
+    return copy.deepcopy(_first_model(name))
 
 
-def step_of(run: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], device: str) -> Step:
+def make_prompts(model: Any, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return 0.1 * torch.randn(len(model.blocks), count, model.embed_dim, generator=generator)
+
+
+def make_images(batch: int, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device)
+
+
+def ours(model: Any, prompts: Tensor, **options: Any) -> nn.Module:
+    return PromptedViT(model, prompts, num_classes=None, **options).train()
+
+
+def textbook(model: Any, prompts: Tensor) -> nn.Module:
+    return TextbookSPT(model, prompts.to(model.pos_embed.device))
+
+
+def plain(model: Any, prompts: Tensor) -> nn.Module:
+    """The model without prompts, with the same way back: a gradient for the tokens that enter block 1."""
+    model.requires_grad_(False).get_classifier().requires_grad_(True)
+    # Added, not set on an input: `torch.compile` takes that.
+    model.start = nn.Parameter(torch.zeros(model.embed_dim, device=model.pos_embed.device))
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: inputs[0] + model.start)
+    return model  # type: ignore[no-any-return]
+
+
+def linear_probe(model: Any, prompts: Tensor) -> nn.Module:
+    model.requires_grad_(False).get_classifier().requires_grad_(True)
+    return model  # type: ignore[no-any-return]
+
+
+def full(model: Any, prompts: Tensor) -> nn.Module:
+    return model.requires_grad_(True)  # type: ignore[no-any-return]
+
+
+SIDES: dict[str, Callable[[Any, Tensor], nn.Module]] = {
+    "ours": ours,
+    "concat": textbook,
+    "plain": plain,
+    "linear-probe": linear_probe,
+    "full": full,
+}
+# Not among the defaults: under `--dtype bf16`, frozen weights cast once instead of in every step.
+EXTRA_SIDES: dict[str, Callable[[Any, Tensor], nn.Module]] = {
+    "ours-cast": functools.partial(ours, weight_dtype="bf16"),
+}
+
+
+def build(side: str, name: str, num_prompts: int, device: str) -> nn.Module:
+    model = make_model(name).to(device)
+    return {**SIDES, **EXTRA_SIDES}[side](model, make_prompts(model, num_prompts))
+
+
+def autocast(device: str, dtype: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, torch.bfloat16) if dtype == "bf16" else contextlib.nullcontext()
+
+
+def step_of(model: nn.Module, images: Tensor, *, dtype: str = "fp32", compiled: bool = False) -> Step:
     """Forward and backward; gradients start at None each time, as after `zero_grad()`."""
-    images = torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1)).to(
-        device
-    )
+    run = torch.compile(model, fullgraph=True) if compiled else model
+    device = images.device.type
 
     def step() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        torch.autograd.backward(run(images).square().mean())
+        model.zero_grad(set_to_none=True)
+        with autocast(device, dtype):
+            loss = run(images).float().square().mean()
+        loss.backward()
         if device != "cpu":
             torch.cuda.synchronize()
 
     return step
 
 
-def prompted_step(engine: Any, num_prompts: int, device: str = "cpu") -> Step:
-    tuned = PromptedViT(make_model().to(device), num_prompts, num_classes=NUM_CLASSES, engine=engine).train()
-    return step_of(tuned, tuned.trainable_parameters(), device)
+def check_sides_agree(name: str, num_prompts: int, device: str) -> None:
+    """Nothing is timed before ours and the textbook give the same logits and gradients."""
+    results = []
+    for side in ("ours", "concat"):
+        model: Any = build(side, name, num_prompts, device)
+        logits = model(make_images(1, device))
+        results.append((logits, *torch.autograd.grad(logits.square().mean(), [model.prompts])))
+    for got, expected in zip(*results, strict=True):
+        assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def plain_step(device: str = "cpu") -> Step:
-    """The model without prompts, with the same way back: a gradient for the tokens that enter block 1."""
-    model = make_model().to(device).requires_grad_(False)
-    head = model.get_classifier().requires_grad_(True)
-    model.blocks[0].register_forward_pre_hook(lambda _, inputs: inputs[0].requires_grad_())
-    return step_of(model, list(head.parameters()), device)
+def saved_bytes(model: nn.Module, images: Tensor, dtype: str = "fp32") -> int:
+    """Bytes that autograd keeps between forward and backward, each storage once, parameters left out."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    alive: list[Tensor] = []
+    total = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            alive.append(tensor)
+            total += storage.nbytes()
+        return tensor
+
+    with (
+        autocast(images.device.type, dtype),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept),
+    ):
+        model(images)
+    return total
 
 
-def linear_probe_step(device: str = "cpu") -> Step:
-    tuned = PromptedViT(make_model().to(device), 0, num_classes=NUM_CLASSES).train()
-    return step_of(tuned, tuned.trainable_parameters(), device)
+def memory_of(model: nn.Module, images: Tensor, step: Step, dtype: str) -> int:
+    """Peak of a step above what lives before it on a GPU; what autograd keeps on the CPU."""
+    if images.device.type == "cpu":
+        return saved_bytes(model, images, dtype)
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
 
 
-SIDES: dict[str, Callable[[int, str], Step]] = {
-    "kv": lambda num_prompts, device: prompted_step("kv", num_prompts, device),
-    "concat": lambda num_prompts, device: prompted_step("concat", num_prompts, device),
-    "plain": lambda _, device: plain_step(device),
-    "linear-probe": lambda _, device: linear_probe_step(device),
-}
+def interleaved_medians(steps: dict[str, Step], rounds: int, warmup: int = 1) -> dict[str, float]:
+    """Median seconds per step, one step of each side per round; the rounds of warm-up are not counted.
 
-
-def check_engines_agree(num_prompts: int, device: str) -> None:
-    """Nothing is timed before both engines give the same logits."""
-    prompts = 0.1 * torch.randn(12, num_prompts, 768, generator=torch.Generator().manual_seed(2))
-    images = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1)).to(device)
-    with torch.no_grad():
-        kv, concat = (
-            PromptedViT(make_model().to(device), prompts, engine=e)(images) for e in ("kv", "concat")
-        )
-    torch.testing.assert_close(kv, concat, rtol=1e-4, atol=1e-5)
+    Each round has an order of its own: what a side leaves behind in caches would always meet the same other.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(0).shuffle
+    for _ in range(rounds + warmup):
+        shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[warmup:]) for name, times in seconds.items()}
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("num_prompts", PROMPT_COUNTS)
 def test_prompted_step(benchmark: Any, side: str, num_prompts: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    benchmark.group = f"prompted step {MODEL} B{BATCH} P{num_prompts} {device}"
+    batch = BATCHES[MODEL]
+    benchmark.group = f"prompted step {MODEL} B{batch} P{num_prompts} {device}"
     benchmark.extra_info |= {
         "torch": torch.__version__,
         "timm": timm.__version__,
         "threads": torch.get_num_threads(),
-    }
-    benchmark.extra_info |= {
         "dtype": "float32",
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
-    if side == "kv":
-        check_engines_agree(num_prompts, device)
-    benchmark.pedantic(SIDES[side](num_prompts, device), rounds=5, warmup_rounds=1)
+    if side == "ours":
+        check_sides_agree(MODEL, num_prompts, device)
+    step = step_of(build(side, MODEL, num_prompts, device), make_images(batch, device))
+    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
 
 
-def interleaved_medians(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median seconds per step, one step of each side in turn; the first round warms up and is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+def report_steps(options: argparse.Namespace) -> None:
+    batch = options.batch or BATCHES[options.model]
+    images = make_images(batch, options.device)
+    mode = f"{options.dtype}, {'compiled' if options.compile else 'eager'}"
+    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}"
+    print(f"{options.model}, batch {batch}, {mode}, {options.device}, {threads}")
+    for num_prompts in options.prompts:
+        if {"ours", "concat"} <= set(options.sides):
+            check_sides_agree(options.model, num_prompts, options.device)
+        models = {side: build(side, options.model, num_prompts, options.device) for side in options.sides}
+        steps = {
+            side: step_of(model, images, dtype=options.dtype, compiled=options.compile)
+            for side, model in models.items()
+        }
+        memory = {
+            side: memory_of(model, images, steps[side], options.dtype) for side, model in models.items()
+        }
+        medians = interleaved_medians(steps, options.rounds, warmup=2 if options.compile else 1)
+        base = medians[options.sides[0]]
+        for side, median in medians.items():
+            print(
+                f"N_p={num_prompts:<4d} {side:13s} {1e3 * median:9.1f} ms {batch / median:8.2f} images/s "
+                f"{memory[side] / 2**20:9.1f} MiB   {median / base:6.3f} x {options.sides[0]}",
+                flush=True,
+            )
+
+
+def saved_per_image(model: nn.Module, dtype: str) -> int:
+    """Slope between one image and two: what does not grow with the batch falls out."""
+    one, two = (saved_bytes(model, make_images(batch, "cpu"), dtype) for batch in (1, 2))
+    return two - one
+
+
+def memory_by_form(name: str, depth: int, num_prompts: int, dtype: str) -> dict[str, int]:
+    """Bytes kept per image by the first `depth` blocks of a model, embedding and head included."""
+    with torch.device("meta"):
+        model: Any = timm.create_model(name, num_classes=NUM_CLASSES, depth=depth)
+    # Values do not matter here, and filling a ViT-H with random ones takes longer than all the rest.
+    model = model.to_empty(device="cpu").eval()
+    prompts = torch.zeros(depth, num_prompts, model.embed_dim)
+    tuned: Any = ours(model, prompts)
+    found = {"ours": saved_per_image(tuned, dtype)}
+    tuned.model.set_grad_checkpointing()
+    found["ours, checkpointed"] = saved_per_image(tuned, dtype)
+    tuned.model.set_grad_checkpointing(False)
+    found["prompts as tokens"] = saved_per_image(textbook(tuned.release(), prompts), dtype)
+    found["full fine-tuning"] = saved_per_image(full(model, prompts), dtype)
+    return found
+
+
+def report_memory(options: argparse.Namespace) -> None:
+    """From two and three blocks to all of them: each further block keeps as much as the third."""
+    with torch.device("meta"):
+        depth = len(timm.create_model(options.model).blocks)
+    print(f"{options.model}, MiB kept per image from forward to backward")
+    for dtype in ("fp32", "bf16"):
+        for num_prompts in options.prompts:
+            two, three = (memory_by_form(options.model, blocks, num_prompts, dtype) for blocks in (2, 3))
+            for form, size in two.items():
+                total = size + (depth - 2) * (three[form] - size)
+                print(f"{dtype} N_p={num_prompts:<4d} {form:20s} {total / 2**20:8.1f} MiB", flush=True)
+
+
+def report_inference(options: argparse.Namespace) -> None:
+    batch = options.batch or 1
+    images = make_images(batch, options.device)
+    print(f"{options.model}, batch {batch}, one forward pass, fp32, {options.device}")
+    for num_prompts in options.prompts:
+        tuned: Any = build("ours", options.model, num_prompts, options.device).eval()
+
+        def each(tuned: Any = tuned) -> None:
+            with torch.no_grad():
+                tuned(images)
+
+        with contextlib.ExitStack() as scope:
+            other: Any = build("ours", options.model, num_prompts, options.device).eval()
+            scope.enter_context(other.fixed_prompts())
+            sides = {"each pass": each, "fixed_prompts": functools.partial(each, other)}
+            medians = interleaved_medians(sides, options.rounds)
+        for side, median in medians.items():
+            ratio = median / medians["each pass"]
+            print(f"N_p={num_prompts:<4d} {side:14s} {1e3 * median:9.1f} ms   {ratio:6.3f} x each pass")
+
+
+def report_prompt_keys(options: argparse.Namespace) -> None:
+    """Norm, keys and values of all layers' prompts, forward and backward: layer by layer, and as one product.
+
+    The one product needs the weights of all layers in one tensor, a copy made beforehand and kept.
+    """
+    model = make_model(options.model).requires_grad_(False)
+    width, eps = model.embed_dim, model.blocks[0].norm1.eps
+    weights = torch.stack([block.attn.qkv.weight[width:] for block in model.blocks])
+    biases = torch.stack([block.attn.qkv.bias[width:] for block in model.blocks])[:, None]
+    scales = torch.stack([block.norm1.weight for block in model.blocks])[:, None]
+    shifts = torch.stack([block.norm1.bias for block in model.blocks])[:, None]
+    copied = f"{weights.nbytes / 2**20:.0f} MiB"
+    print(f"{options.model}, the prompts' keys and values, forward and backward; copied weights {copied}")
+
+    def layers(prompts: Tensor) -> Tensor:
+        pairs = zip(model.blocks, prompts.unbind(0), strict=True)
+        found = [prompt_keys_values(block, layer)[0] for block, layer in pairs]
+        return torch.stack([torch.cat(both).transpose(0, 1).flatten(1) for both in found])
+
+    def batched(prompts: Tensor) -> Tensor:
+        normed = nn.functional.layer_norm(prompts, (width,), eps=eps)
+        return torch.baddbmm(biases, normed * scales + shifts, weights.mT)
+
+    def there_and_back(function: Callable[[Tensor], Tensor], prompts: Tensor, grad: Tensor) -> None:
+        torch.autograd.grad(function(prompts), [prompts], grad)
+
+    for num_prompts in options.prompts:
+        prompts = make_prompts(model, num_prompts).requires_grad_()
+        torch.testing.assert_close(layers(prompts), batched(prompts), rtol=1e-4, atol=1e-5)
+        grad = torch.randn(len(model.blocks), num_prompts, 2 * width)
+        steps: dict[str, Step] = {
+            "layer by layer": functools.partial(there_and_back, layers, prompts, grad),
+            "one product": functools.partial(there_and_back, batched, prompts, grad),
+        }
+        for side, median in interleaved_medians(steps, options.rounds).items():
+            print(f"N_p={num_prompts:<4d} {side:16s} {1e3 * median:9.1f} ms")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=list(BATCHES), default=MODEL)
+    parser.add_argument("--batch", type=int, default=None, help="default: one that suits a CPU")
     parser.add_argument("--rounds", type=int, default=11, help="counted steps of each side (default: 11)")
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), metavar="SIDE")
+    sides = [*SIDES, *EXTRA_SIDES]
+    parser.add_argument("--sides", nargs="+", choices=sides, default=list(SIDES), metavar="SIDE")
     parser.add_argument("--prompts", nargs="+", type=int, default=list(PROMPT_COUNTS), metavar="N")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: under autocast")
+    parser.add_argument("--compile", action="store_true", help="each side under torch.compile")
+    parser.add_argument("--memory", action="store_true", help="print memory per image instead of times")
+    parser.add_argument("--inference", action="store_true", help="time forward passes instead of steps")
+    parser.add_argument("--prompt-keys", action="store_true", help="time the prompts' keys and values alone")
     options = parser.parse_args()
-    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{MODEL}, batch {BATCH}, float32, {options.device}, {threads}")
-    for num_prompts in options.prompts:
-        check_engines_agree(num_prompts, options.device)
-        steps = {name: SIDES[name](num_prompts, options.device) for name in options.sides}
-        medians = interleaved_medians(steps, options.rounds)
-        base = medians.get("kv", min(medians.values()))
-        for name, median in medians.items():
-            print(f"N_p={num_prompts:<4d} {name:13s} {1e3 * median:9.1f} ms   {median / base:6.3f} x kv")
+    if options.memory:
+        report_memory(options)
+    elif options.inference:
+        report_inference(options)
+    elif options.prompt_keys:
+        report_prompt_keys(options)
+    else:
+        report_steps(options)
 
 
 if __name__ == "__main__":

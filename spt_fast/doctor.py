@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from spt_fast.clustering import faiss_backend
+from spt_fast.engines import known_blocks
 from spt_fast.ops import kmeans, kmeans_native, nmi, prompt_attention
 from spt_fast.samples import backbone_facts
 
@@ -32,6 +33,7 @@ def report() -> str:
         "machine": _machine(),
         "compiled extension": _extension(),
         "backends": _backends(),
+        "engines of PromptedViT": _engines(),
         "shipped backbone": _backbone(),
     }
     return "\n\n".join(_section(title, list(lines)) for title, lines in sections.items())
@@ -89,6 +91,11 @@ def _backends() -> Iterator[Line]:
         yield f"prompt_attention on {device.type}", f"{name}: {reason}"
         name, reason = nmi.explain_backend(device)
         yield f"sigmoid_nmi on {device.type}", f"{name}: {reason}"
+
+
+def _engines() -> Iterator[Line]:
+    yield "kv", f"deep prompts in timm's {', '.join(known_blocks())}: the prompts' outputs are discarded"
+    yield "concat", "shallow prompts, whose outputs go on to the next block, and all other blocks"
 
 
 def _devices() -> Iterator[torch.device]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,9 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.backbone import describe, embed_dim, get_blocks, num_prefix_tokens
-from spt_fast.engines import append_prompts, concat_blocker, drop_prompts, kv_blocker, kv_forward
+from spt_fast.engines import (
+    KeysValues,
+    KeysValuesCache,
+    append_prompts,
+    concat_blocker,
+    concat_extras,
+    drop_prompts,
+    fit_extras,
+    kv_blocker,
+    kv_extras,
+    kv_forward,
+    prompt_keys_values,
+)
 from spt_fast.errors import NonFiniteError
 from spt_fast.files import read_safetensors, write_safetensors
+from spt_fast.loan import Loan, classifiers, placement, separate_head
 from spt_fast.ops.nmi import sigmoid_nmi
 
 if TYPE_CHECKING:
@@ -33,6 +46,14 @@ _CHECKED_METADATA = (
     "pool_prompts",
     "global_pool",
 )
+
+_WEIGHT_DTYPES = {
+    None: None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    torch.bfloat16: torch.bfloat16,
+    torch.float16: torch.float16,
+}
 
 _BlockForward = Callable[..., Tensor]
 
@@ -56,15 +77,20 @@ class PromptedViT(nn.Module):
         depth: "deep" or "shallow".
         num_classes: size of a new head; None keeps the model's head, which is then trained on as it is.
         freeze_prompts: train the head only (Table 4a).
-        engine: "kv" adds the prompts to keys and values, computed once per step for the whole batch (deep,
-            with timm's standard attention only); "concat" is the textbook form; "auto" takes "kv" where it is
-            exact. Outputs and gradients are equal up to rounding.
+        engine: "kv" adds the prompts to keys and values, computed once per step for the whole batch (deep
+            only, in the blocks of docs/backbones.md); "concat" is the textbook form; "auto" takes "kv" where
+            it is exact. Outputs and gradients are equal up to rounding.
         pool_prompts: average the last block's outputs of prompts and patches alike, not those of patches
             alone; for models with `global_pool="avg"`.
+        weight_dtype: torch.bfloat16 ("bf16") or torch.float16 ("fp16"): run in this dtype by autocast, with
+            the frozen weights cast once instead of in every step. Results are those of autocast, bit for bit.
+            Until `release()` the originals are kept beside the copies: half as much memory again for the
+            weights, which autocast by itself takes too, from forward to backward.
 
     Attributes:
         prompts: Parameter [L or 1, N_p, D], at least float32 also where the model is narrower.
         engine: "kv" or "concat", as chosen.
+        engine_reason: why "kv" could not be chosen, or why it was; one sentence.
         depth: "deep" or "shallow".
         model: the model taken over.
 
@@ -86,6 +112,7 @@ class PromptedViT(nn.Module):
         freeze_prompts: bool = False,
         engine: Literal["auto", "kv", "concat"] = "auto",
         pool_prompts: bool = False,
+        weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
     ) -> None:
         super().__init__()
         _check_choice("depth", depth, ("deep", "shallow"))
@@ -94,16 +121,20 @@ class PromptedViT(nn.Module):
         _check_not_taken(blocks)
         _check_num_classes(model, num_classes)
         if pool_prompts:
-            _check_pools_patches(model)
+            _check_pools_patches(model, blocks)
+        self.weight_dtype = _check_weight_dtype(weight_dtype)
         values = _initial_prompts(model, prompts, depth)
 
         self.depth = depth
-        self.engine = _choose_engine(blocks, depth, engine)
+        self.engine, self.engine_reason = _choose_engine(blocks, depth, engine)
         self.pool_prompts = bool(pool_prompts)
         self._num_blocks = len(blocks)
         self._num_prefix_tokens = num_prefix_tokens(model)
         was_training = model.training
-        self._loan: _Loan | None = _Loan(model)
+        # Views of the prompts, layer by layer, while a forward pass runs.
+        self._layers: tuple[Tensor, ...] | None = None
+        self._cache: KeysValuesCache | None = None
+        self._loan: Loan | None = Loan(model)
         self.model = model
         try:
             self._take_over(blocks, num_classes)
@@ -119,8 +150,8 @@ class PromptedViT(nn.Module):
     def head(self) -> nn.Module:
         """The trainable classifier; a ModuleList of both where the model has two (distilled DeiT)."""
         self._check_held()
-        classifiers = _classifiers(self.model)
-        return classifiers[0] if len(classifiers) == 1 else nn.ModuleList(classifiers)
+        found = classifiers(self.model)
+        return found[0] if len(found) == 1 else nn.ModuleList(found)
 
     @property
     def num_prompts(self) -> int:
@@ -130,17 +161,33 @@ class PromptedViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, C, height, width]."""
         self._check_images(images)
-        return self.model(images)  # type: ignore[no-any-return]
+        return self._run(self.model, images)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens [B, N, D] after the last block and the final norm; with `pool_prompts`, [B, N + N_p, D]."""
         self._check_images(images)
-        return self.model.forward_features(images)  # type: ignore[no-any-return, operator]
+        return self._run(self.model.forward_features, images)  # type: ignore[arg-type]
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of what `forward_features` returned; with `pre_logits`, the classifier's inputs."""
         self._check_held()
-        return self.model.forward_head(tokens, pre_logits=pre_logits)  # type: ignore[no-any-return, operator]
+        model: Any = self.model
+        return self._run(functools.partial(model.forward_head, pre_logits=pre_logits), tokens)
+
+    @contextmanager
+    def fixed_prompts(self) -> Iterator[None]:
+        """Within `with tuned.fixed_prompts():`, keys and values of the prompts are computed once and kept.
+
+        For inference: it takes effect where no gradient for the prompts is asked for (and not in code made
+        by `torch.compile`). Prompts and backbone must not change meanwhile. A change of the prompts is
+        noticed all the same and computed anew, unless it was written through `.data`.
+        """
+        outer = self._cache
+        self._cache = KeysValuesCache() if outer is None else outer
+        try:
+            yield
+        finally:
+            self._cache = outer
 
     @torch.no_grad()
     def layer_nmi(self, images: Tensor) -> Tensor:
@@ -177,7 +224,7 @@ class PromptedViT(nn.Module):
         super().train(mode)
         if self._loan is not None:
             self.model.eval()
-            for module in (*_classifiers(self.model), getattr(self.model, "head_drop", None)):
+            for module in (*classifiers(self.model), getattr(self.model, "head_drop", None)):
                 if module is not None:
                     module.train(mode)
         return self
@@ -228,14 +275,17 @@ class PromptedViT(nn.Module):
 
     def _take_over(self, blocks: nn.ModuleList | nn.Sequential, num_classes: int | None) -> None:
         self.model.requires_grad_(False)
-        _separate_head(self.model)
+        separate_head(self.model)
         if num_classes is not None:
             self.model.reset_classifier(num_classes)  # type: ignore[operator]
-        for classifier in _classifiers(self.model):
+        for classifier in classifiers(self.model):
             if num_classes is not None:
                 # Older timm makes the new head in float32 on the CPU.
-                classifier.to(*_placement(self.model))
+                classifier.to(*placement(self.model))
             classifier.requires_grad_(True)
+        if self.weight_dtype is not None:
+            assert self._loan is not None
+            self._loan.cast_frozen_weights(self.model, self.weight_dtype)
         for index, block in enumerate(blocks):
             run = self._run_with_kv if self._runs_kv(index) else self._run_with_tokens
             # Shadowing `forward` on the instance leaves the module tree, its names and its hooks alone.
@@ -245,22 +295,46 @@ class PromptedViT(nn.Module):
         """Pooling needs outputs at the prompts' positions, so the last block then takes them as tokens."""
         return self.engine == "kv" and not (self.pool_prompts and index == self._num_blocks - 1)
 
+    def _run(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        # Unbound once: the way back then writes the gradient of all layers once, not once per layer.
+        self._layers = self.prompts.unbind(0)
+        try:
+            if self.weight_dtype is None:
+                return function(inputs)
+            with torch.autocast(inputs.device.type, dtype=self.weight_dtype):
+                return function(inputs)
+        finally:
+            self._layers = None
+
     def _run_with_kv(
         self, index: int, block: nn.Module, original: _BlockForward, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        _check_block_call(block, x, args, kwargs)
-        return kv_forward(block, x, self.prompts[index].to(x.dtype))
+        _check_block_call(block, x, args, kwargs, kv_extras(block))
+        return kv_forward(block, x, self._keys_values(index, block, x.dtype), **kwargs)
 
     def _run_with_tokens(
         self, index: int, block: nn.Module, original: _BlockForward, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        _check_block_call(block, x, args, kwargs)
+        _check_block_call(block, x, args, kwargs, concat_extras(block))
         if self.depth == "deep" or index == 0:
-            x = append_prompts(x, self.prompts[index].to(x.dtype))
-        x = original(x)
+            x = append_prompts(x, self._layer(index).to(x.dtype))
+        x = original(x, **fit_extras(kwargs, self.num_prompts))
         is_last = index == self._num_blocks - 1
         keep = self.pool_prompts if is_last else self.depth == "shallow"
         return x if keep else drop_prompts(x, self.num_prompts)
+
+    def _layer(self, index: int) -> Tensor:
+        """Prompts [N_p, D] of a block, also where it runs by itself, as when it is recomputed."""
+        return self.prompts[index] if self._layers is None else self._layers[index]
+
+    def _keys_values(self, index: int, block: nn.Module, dtype: torch.dtype) -> tuple[KeysValues, ...]:
+        def compute() -> tuple[KeysValues, ...]:
+            return prompt_keys_values(block, self._layer(index).to(dtype))
+
+        learning = torch.is_grad_enabled() and self.prompts.requires_grad
+        if self._cache is None or learning or torch.compiler.is_compiling():
+            return compute()
+        return self._cache.get(index, self.prompts, dtype, compute)
 
     def _nmi_at(self, index: int, x: Tensor) -> Tensor:
         """NMI [B] of the prompts of block `index` and the patch tokens of x [B, N, D], which enters it."""
@@ -316,62 +390,6 @@ class PromptedViT(nn.Module):
             )
 
 
-class _Loan:
-    """What is needed to give a model back as it was taken over."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._grad_flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._training = {name: module.training for name, module in model.named_modules()}
-        self._children = dict(model._modules)
-        self._attributes = dict(vars(model))
-        self._forwards = [vars(block).get("forward") for block in get_blocks(model)]
-        self._placement = _placement(model)
-
-    def give_back(self, model: nn.Module) -> None:
-        for block, forward in zip(get_blocks(model), self._forwards, strict=True):
-            if forward is None:
-                vars(block).pop("forward", None)
-            else:
-                setattr(block, "forward", forward)  # noqa: B010
-        model._modules.clear()
-        model._modules.update(self._children)
-        vars(model).update(self._attributes)
-        self._follow_moves(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._grad_flags[name])
-        for name, module in model.named_modules():
-            module.training = self._training[name]
-
-    def _follow_moves(self, model: nn.Module) -> None:
-        """Bring the modules that were set aside to where the model has been moved meanwhile."""
-        placement = _placement(model)
-        if placement != self._placement:
-            for classifier in _classifiers(model):
-                classifier.to(*placement)
-
-
-def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    for parameter in get_blocks(model).parameters():
-        return parameter.device, parameter.dtype
-    return torch.device("cpu"), torch.get_default_dtype()
-
-
-def _classifiers(model: nn.Module) -> list[nn.Module]:
-    """The model's classifier or classifiers; empty where it has none."""
-    get_classifier = getattr(model, "get_classifier", None)
-    found = get_classifier() if callable(get_classifier) else getattr(model, "head", None)
-    candidates = found if isinstance(found, (tuple, list)) else (found,)
-    return [module for module in candidates if isinstance(module, nn.Module)]
-
-
-def _separate_head(model: nn.Module) -> None:
-    """Put a copy in the place of each child that holds a classifier: the original is never trained."""
-    for classifier in _classifiers(model):
-        for name, child in list(model.named_children()):
-            if any(module is classifier for module in child.modules()):
-                setattr(model, name, copy.deepcopy(child))
-
-
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -400,25 +418,35 @@ def _check_num_classes(model: nn.Module, num_classes: int | None) -> None:
         )
 
 
-def _check_pools_patches(model: nn.Module) -> None:
+def _check_weight_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(given, (torch.dtype, str, type(None))) or given not in _WEIGHT_DTYPES:
+        raise ValueError(f"weight_dtype must be None, torch.bfloat16 or torch.float16, got {given!r}")
+    return _WEIGHT_DTYPES[given]
+
+
+def _check_pools_patches(model: nn.Module, blocks: nn.ModuleList | nn.Sequential) -> None:
     pool = getattr(model, "global_pool", None)
     if pool != "avg":
         raise ValueError(f"pool_prompts needs a model with global_pool='avg', got {pool!r}")
+    reason = concat_blocker(blocks[-1])
+    if reason is not None:
+        raise ValueError(f"pool_prompts needs prompts as tokens of the last block, but {reason}")
 
 
 def _choose_engine(
     blocks: nn.ModuleList | nn.Sequential, depth: str, engine: Literal["auto", "kv", "concat"]
-) -> Literal["kv", "concat"]:
+) -> tuple[Literal["kv", "concat"], str]:
+    """The engine, and why."""
     blocker = _kv_obstacle(blocks, depth)
     if engine == "kv" and blocker is not None:
         raise ValueError(f"engine='kv' is not exact here: {blocker}; use 'auto' or 'concat'")
     if engine != "concat" and blocker is None:
-        return "kv"
+        return "kv", "outputs at the prompts are discarded, so keys and values are all that prompts need"
     for block in blocks:
         reason = concat_blocker(block)
         if reason is not None:
             raise TypeError(f"model cannot take prompts: {reason}")
-    return "concat"
+    return "concat", "asked for" if engine == "concat" else f"'kv' is not exact here: {blocker}"
 
 
 def _kv_obstacle(blocks: nn.ModuleList | nn.Sequential, depth: str) -> str | None:
@@ -446,7 +474,7 @@ def _initial_prompts(model: nn.Module, prompts: Prototypes | Tensor | int, depth
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
         raise NonFiniteError(f"prompts must be finite, but row {row} holds NaN or infinity", row)
-    device, dtype = _placement(model)
+    device, dtype = placement(model)
     # Steps of learning are too small for half precision; blocks cast prompts to their own dtype.
     return values.detach().to(device, torch.promote_types(dtype, torch.float32), copy=True)
 
@@ -479,14 +507,20 @@ def _random_prompts(model: nn.Module, layers: int, num_prompts: int) -> Tensor:
     return torch.empty(layers, num_prompts, embed_dim(model)).uniform_(-bound, bound)
 
 
-def _check_block_call(block: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_block_call(
+    block: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], known: tuple[str, ...]
+) -> None:
     if x.ndim != 3:
         raise TypeError(
             f"{type(block).__name__} must take tokens [B, N, D] to be prompted, got shape {tuple(x.shape)}"
         )
     # Masks, grids and positions speak of the image's tokens only.
     extra = [f"argument {i + 2}" for i, value in enumerate(args) if value is not None and value is not False]
-    extra += [name for name, value in kwargs.items() if value is not None and value is not False]
+    extra += [
+        name
+        for name, value in kwargs.items()
+        if name not in known and value is not None and value is not False
+    ]
     if extra:
         raise TypeError(f"{type(block).__name__} cannot be prompted when it is also given {', '.join(extra)}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
+
+from spt_fast.prompted_vit import PromptedViT
 
 FINAL_LR = 1e-8
 
@@ -125,11 +128,13 @@ def evaluate(tuned: nn.Module, loader: Iterable[Batch]) -> float:
     device, was_training = _device(tuned), tuned.training
     right = total = 0
     tuned.eval()
+    fixed = tuned.fixed_prompts() if isinstance(tuned, PromptedViT) else nullcontext()
     try:
-        for images, labels in loader:
-            predicted = tuned(images.to(device)).argmax(dim=1)
-            right += int((predicted == labels.to(device)).sum())
-            total += len(labels)
+        with fixed:
+            for images, labels in loader:
+                predicted = tuned(images.to(device)).argmax(dim=1)
+                right += int((predicted == labels.to(device)).sum())
+                total += len(labels)
     finally:
         tuned.train(was_training)
     if total == 0:

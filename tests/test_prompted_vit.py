@@ -695,13 +695,6 @@ class TestOtherModels:
         with pytest.raises(TypeError, match="prompts given as an integer need a model that states"):
             PromptedViT(PlainViT(), 3)  # type: ignore[arg-type]
 
-    def test_blocks_with_positions_are_refused(self) -> None:
-        model = timm.create_model(
-            "beit_base_patch16_224", img_size=32, embed_dim=WIDTH, depth=1, num_heads=4, num_classes=2
-        )
-        with pytest.raises(TypeError, match=r"model cannot take prompts: .* ties positions to its tokens"):
-            PromptedViT(model, 2)
-
     def test_blocks_that_are_given_more_than_tokens_are_refused(self) -> None:
         tuned = PromptedViT(make_vit(), make_prompts())
         with pytest.raises(TypeError, match="Block cannot be prompted when it is also given attn_mask"):

@@ -1,0 +1,30 @@
+"""Two ways to run one transformer block with prompts: as extra keys and values, or as extra tokens.
+
+Both act on one block at a time and know nothing of the model around it.
+"""
+
+from spt_fast.engines.attention import KeysValues
+from spt_fast.engines.cache import KeysValuesCache
+from spt_fast.engines.keys_values import (
+    known_blocks,
+    kv_blocker,
+    kv_extras,
+    kv_forward,
+    prompt_keys_values,
+)
+from spt_fast.engines.tokens import append_prompts, concat_blocker, concat_extras, drop_prompts, fit_extras
+
+__all__ = [
+    "KeysValues",
+    "KeysValuesCache",
+    "append_prompts",
+    "concat_blocker",
+    "concat_extras",
+    "drop_prompts",
+    "fit_extras",
+    "known_blocks",
+    "kv_blocker",
+    "kv_extras",
+    "kv_forward",
+    "prompt_keys_values",
+]

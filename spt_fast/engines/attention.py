@@ -1,0 +1,176 @@
+"""The attention modules of timm with the keys and values of prompts added, in two steps.
+
+`attention_keys_values` turns prompts into keys and values, which are the same for every image; `attend` is
+the attention itself. Both call the module's own submodules, never the module as a whole, so hooks on it do
+not fire. Dropout of attention weights is left out: a frozen backbone is in evaluation mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat  # type: ignore[attr-defined]
+from timm.models import beit, eva
+from timm.models.vision_transformer import Attention  # type: ignore[attr-defined]
+from torch import Tensor, nn
+
+from spt_fast.ops.prompt_attention import packed_prompt_attention, prompt_attention
+
+# Older timm has none.
+_ATTENTION_ROPE: type[nn.Module] | None = getattr(timm.layers, "AttentionRope", None)
+_ROTARY = tuple(cls for cls in (eva.EvaAttention, _ATTENTION_ROPE) if cls is not None)
+KNOWN_ATTENTIONS: tuple[type[nn.Module], ...] = (Attention, beit.Attention, *_ROTARY)
+
+
+class KeysValues(NamedTuple):
+    """What one attention module makes of one layer's prompts: `keys` and `values`, both [H, N_p, d]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def attention_keys_values(attn: Any, prompts: Tensor) -> KeysValues:
+    """Keys and values of normalised prompts [N_p, D]; they get no rotation, for they have no position."""
+    keys, values = _project_prompts(attn, prompts)
+    keys, values = _split_heads(attn, keys[None]), _split_heads(attn, values[None])
+    keys, values = _share_heads(attn, _normed(attn, "k_norm", keys)), _share_heads(attn, values)
+    return KeysValues(keys.squeeze(0), values.squeeze(0))
+
+
+def attend(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None = None) -> Tensor:
+    """The attention module over x [B, N, D] and over prompts that have no position; [B, N, D].
+
+    `position` is what the module takes beside x: the rotary embedding of the patches, or BEiT's shared bias.
+    """
+    gate = attn.gate(x).sigmoid() if getattr(attn, "gate", None) is not None else None
+    out = _mix(attn, x, prompts, position)
+    # Older timm has no norm here.
+    if getattr(attn, "norm", None) is not None:
+        out = attn.norm(out)
+    if gate is not None:
+        out = out * gate
+    return attn.proj_drop(attn.proj(out))  # type: ignore[no-any-return]
+
+
+def _mix(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None) -> Tensor:
+    """The heads' outputs side by side, [B, N, H * d]."""
+    rotary = position if isinstance(attn, _ROTARY) else None
+    bias = _relative_bias(attn, position) if isinstance(attn, beit.Attention) else None
+    if rotary is None and bias is None and _is_plain(attn):
+        packed = _packed_heads(attn, x)
+        return packed_prompt_attention(packed, prompts.keys, prompts.values, scale=attn.scale)
+    q, k, v = _queries_keys_values(attn, x)
+    if rotary is not None:
+        q, k = _rotate(attn, q, rotary).type_as(v), _rotate(attn, k, rotary).type_as(v)
+    k, v = _share_heads(attn, k), _share_heads(attn, v)
+    if bias is None:
+        out = prompt_attention(q, k, v, prompts.keys, prompts.values, scale=attn.scale)
+    else:
+        out = _biased_attention(q, k, v, prompts, bias, attn.scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _is_plain(attn: Any) -> bool:
+    """Whether nothing stands between one projection and the scores."""
+    norms = (getattr(attn, name, None) for name in ("q_norm", "k_norm"))
+    return attn.qkv is not None and all(norm is None or type(norm) is nn.Identity for norm in norms)
+
+
+def _queries_keys_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [B, H, N, d] of the projections, queries and keys normalised."""
+    if attn.qkv is None:
+        q, k, v = (_split_heads(attn, project(x)) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+    else:
+        # Unbound before heads and tokens change places: the way back then joins three gradients in one copy.
+        q, k, v = (part.transpose(1, 2) for part in _packed_heads(attn, x).unbind(2))
+    return _normed(attn, "q_norm", q), _normed(attn, "k_norm", k), v
+
+
+def _packed_heads(attn: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values, [B, N, 3, H, d]."""
+    return _fused_projection(attn, x).reshape(*x.shape[:2], 3, attn.num_heads, _head_width(attn))
+
+
+def _fused_projection(attn: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values side by side, [B, N, 3 * H * d]."""
+    if getattr(attn, "q_bias", None) is None:
+        return attn.qkv(x)  # type: ignore[no-any-return]
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+
+
+def _project_prompts(attn: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of prompts [N_p, D], each [N_p, heads * d]."""
+    if attn.qkv is None:
+        return attn.k_proj(prompts), attn.v_proj(prompts)
+    if type(attn.qkv) is not nn.Linear or has_hooks(attn.qkv):
+        _, keys, values = _fused_projection(attn, prompts[None]).squeeze(0).chunk(3, dim=-1)
+        return keys, values
+    # The query third of the projection has no use here.
+    first_key = attn.qkv.out_features // 3
+    if getattr(attn, "q_bias", None) is not None:
+        bias = torch.cat((attn.k_bias, attn.v_bias))
+    else:
+        bias = None if attn.qkv.bias is None else attn.qkv.bias[first_key:]
+    keys, values = F.linear(prompts, attn.qkv.weight[first_key:], bias).chunk(2, dim=-1)
+    return keys, values
+
+
+def _split_heads(attn: Any, projected: Tensor) -> Tensor:
+    """[B, N, heads * d] to [B, heads, N, d]; with grouped queries, keys and values have fewer heads."""
+    width = _head_width(attn)
+    return projected.reshape(*projected.shape[:2], projected.shape[2] // width, width).transpose(1, 2)
+
+
+def _head_width(attn: Any) -> int:
+    # Not every attention of timm states it.
+    return attn.proj.in_features // attn.num_heads  # type: ignore[no-any-return]
+
+
+def _share_heads(attn: Any, keys_or_values: Tensor) -> Tensor:
+    """[B, heads, N, d] with each head repeated for the queries that share it."""
+    groups = getattr(attn, "num_kv_groups", 1)
+    return keys_or_values if groups == 1 else keys_or_values.repeat_interleave(groups, dim=1)
+
+
+def _normed(attn: Any, name: str, heads: Tensor) -> Tensor:
+    norm = getattr(attn, name, None)
+    return heads if norm is None else norm(heads)
+
+
+def _rotate(attn: Any, heads: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate the patches of heads [B, H, N, d]; prefix tokens have no position."""
+    prefix, patches = heads.tensor_split((attn.num_prefix_tokens,), dim=2)
+    # Older timm knows one layout only and takes no argument for it.
+    layout = {"half": True} if getattr(attn, "rotate_half", False) else {}
+    return torch.cat((prefix, apply_rot_embed_cat(patches, rotary, **layout)), dim=2)
+
+
+def _relative_bias(attn: Any, shared: Tensor | None) -> Tensor | None:
+    """BEiT's bias on the scores of image tokens, [1, H, N, N]: its own, plus the one all blocks share."""
+    if attn.relative_position_bias_table is None:
+        return shared
+    own: Tensor = attn._get_rel_pos_bias()
+    return own if shared is None else own + shared
+
+
+def _biased_attention(
+    q: Tensor, k: Tensor, v: Tensor, prompts: KeysValues, bias: Tensor, scale: float
+) -> Tensor:
+    """Attention with a bias on the scores of image tokens, and none on those of prompts."""
+    batch, num_prompts = q.shape[0], prompts.keys.shape[1]
+    keys = torch.cat((k, prompts.keys.expand(batch, -1, -1, -1)), dim=2)
+    values = torch.cat((v, prompts.values.expand(batch, -1, -1, -1)), dim=2)
+    mask = F.pad(bias.to(q.dtype), (0, num_prompts))
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its forward."""
+    return any(
+        getattr(module, name, None)
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    )
