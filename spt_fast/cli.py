@@ -51,12 +51,13 @@ def _add_demo(commands: Commands) -> None:
         "demo",
         help="tune the shipped backbone on a few shipped images, offline",
         description="SPT-Deep, VPT-Deep and a linear probe on a few handwritten digits, shipped backbone: "
-        "prints a table, writes spt_fast_demo.png and spt_fast_demo.json. Minutes on two cores.",
+        "prints a table, writes figures (spt_fast_demo.png, spt_fast_demo_nmi.png) and numbers "
+        "(spt_fast_demo.json, spt_fast_demo_nmi.csv). Minutes on two cores.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path(), metavar="FOLDER", help="where to write (default: here)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="write over the two files if they are there")
+    parser.add_argument("--overwrite", action="store_true", help="write over these files if they are there")
     parser.add_argument("--epochs", type=int, help="of tuning, instead of the documented budget")
     parser.add_argument("--seeds", type=int, help="number of seeds, instead of the documented budget")
     parser.set_defaults(run=_demo)
