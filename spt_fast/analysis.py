@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,14 @@ from spt_fast.errors import NonFiniteError
 from spt_fast.files import read_safetensors
 from spt_fast.ops.cka import StreamingCKA
 from spt_fast.ops.nmi import sigmoid_nmi
+from spt_fast.plots import analysis_figure
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
+from spt_fast.results import png
 from spt_fast.tables import csv_bytes, format_table
 from spt_fast.tokens import image_batches
 
+FILE_NAMES = ("nmi.csv", "cka.csv", "nmi.png")
 NMI_COLUMNS = ("step", "layer", "nmi")
 CKA_COLUMNS = ("prompt_layer", "token_layer", "cka")
 
@@ -65,6 +68,13 @@ class Analysis:
             for layer in range(len(self.cka))
         ]
         return format_table([header, *rows])
+
+    def files(self, title: str | None) -> dict[str, bytes]:
+        """What `spt-fast nmi` writes, by name; the figure only with a title for it."""
+        contents = {"nmi.csv": self.nmi_csv(), "cka.csv": self.cka_csv()}
+        if title is not None:
+            contents["nmi.png"] = png(analysis_figure({"": self.nmi}, self.cka, title=title))
+        return contents
 
     def nmi_csv(self) -> bytes:
         """Mean over images in the columns step, layer, nmi, with step 0."""
@@ -111,6 +121,15 @@ def analyse(
     if not nmi:
         raise ValueError("loader must give at least one batch of images, got none")
     return Analysis(torch.cat(nmi), cka.result())
+
+
+def random_prompts(
+    num_prompts: int, model: nn.Module, *, depth: Literal["deep", "shallow"] = "deep", seed: int = 0
+) -> PromptedViT:
+    """`model` with VPT's random prompts of one seed; the caller's random state is not touched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PromptedViT(model, num_prompts, depth=depth)
 
 
 def load_prompts(path: str | os.PathLike[str], model: nn.Module) -> PromptedViT:
