@@ -168,10 +168,8 @@ def _analyse_batch(tuned: PromptedViT, images: Tensor, cka: StreamingCKA) -> Ten
         every_prompt.append(prompts)
 
     def measure(layer: int, prompts: Tensor, tokens: Tensor) -> None:
-        try:
-            nmi.append(_nmi(prompts, tokens))
-        except NonFiniteError as error:
-            raise NonFiniteError(f"input of block {layer + 1}: {error}", error.row) from error
+        _check_finite(layer, tokens)
+        nmi.append(_nmi(prompts, tokens))
         cka.update([prompts.mT for prompts in every_prompt], tokens.mT, layer)
 
     if tuned.depth == "deep":
@@ -201,6 +199,18 @@ def _at_each_block(tuned: PromptedViT, images: Tensor, measure: _Measure) -> Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _check_finite(layer: int, tokens: Tensor) -> None:
+    bad = (~torch.isfinite(tokens)).any(dim=-1).flatten().nonzero()
+    if len(bad):
+        row = int(bad[0])
+        image = row // tokens.shape[1]
+        raise NonFiniteError(
+            f"tokens entering block {layer + 1} must be finite, "
+            f"but image {image} of a batch holds NaN or infinity",
+            row,
+        )
 
 
 def _nmi(prompts: Tensor, tokens: Tensor) -> Tensor:

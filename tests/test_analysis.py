@@ -115,7 +115,7 @@ def test_tokens_that_are_not_finite_are_named_by_block(vit, make_loader):
     tuned = PromptedViT(vit, prompts_for(3))
     with torch.no_grad():
         vit.blocks[1].mlp.fc2.bias.fill_(float("inf"))
-    with pytest.raises(NonFiniteError, match="input of block 3: tokens must be finite"):
+    with pytest.raises(NonFiniteError, match="tokens entering block 3 must be finite, but image 0"):
         analyse(tuned, make_loader(4, 4), progress=False)
 
 
