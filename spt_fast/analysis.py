@@ -21,7 +21,6 @@ from spt_fast.clustering.inputs import check_int
 from spt_fast.errors import NonFiniteError
 from spt_fast.files import read_safetensors
 from spt_fast.ops.cka import StreamingCKA
-from spt_fast.ops.nmi import sigmoid_nmi
 from spt_fast.plots import analysis_figure
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
@@ -33,8 +32,8 @@ FILE_NAMES = ("nmi.csv", "cka.csv", "nmi.png")
 NMI_COLUMNS = ("step", "layer", "nmi")
 CKA_COLUMNS = ("prompt_layer", "token_layer", "cka")
 
-# Prompts [B or 1, N_p, D] and patch tokens [B, N_e, D] that enter a block, by its index.
-_Measure = Callable[[int, Tensor, Tensor], None]
+# Called with the index of a block and what enters it, [B, N, D].
+_Measure = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -164,12 +163,13 @@ def _analyse_batch(tuned: PromptedViT, images: Tensor, cka: StreamingCKA) -> Ten
     nmi: list[Tensor] = []
     every_prompt: list[Tensor] = []
 
-    def collect(_: int, prompts: Tensor, __: Tensor) -> None:
-        every_prompt.append(prompts)
+    def collect(layer: int, x: Tensor) -> None:
+        every_prompt.append(_split(tuned, layer, x)[0])
 
-    def measure(layer: int, prompts: Tensor, tokens: Tensor) -> None:
+    def measure(layer: int, x: Tensor) -> None:
+        tokens = _split(tuned, layer, x)[1]
         _check_finite(layer, tokens)
-        nmi.append(_nmi(prompts, tokens))
+        nmi.append(tuned._nmi_at(layer, x))
         cka.update([prompts.mT for prompts in every_prompt], tokens.mT, layer)
 
     if tuned.depth == "deep":
@@ -183,22 +183,26 @@ def _analyse_batch(tuned: PromptedViT, images: Tensor, cka: StreamingCKA) -> Ten
 
 def _at_each_block(tuned: PromptedViT, images: Tensor, measure: _Measure) -> None:
     """Run the model on `images` and hand out what enters each block."""
-    prefix, num_prompts, blocks = num_prefix_tokens(tuned.model), tuned.num_prompts, get_blocks(tuned.model)
 
     def hook(layer: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        tokens = inputs[0].to(tuned.prompts.dtype)[:, prefix:]
-        if tuned.depth == "deep" or layer == 0:
-            prompts = tuned.prompts[layer].detach()[None]
-        else:
-            tokens, prompts = tokens[:, :-num_prompts], tokens[:, -num_prompts:]
-        measure(layer, prompts, tokens)
+        measure(layer, inputs[0])
 
+    blocks = get_blocks(tuned.model)
     handles = [block.register_forward_pre_hook(partial(hook, layer)) for layer, block in enumerate(blocks)]
     try:
         tuned.forward_features(images)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _split(tuned: PromptedViT, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts [1 or B, N_p, D] of a block and the patch tokens [B, N_e, D] of its input x, in one dtype."""
+    tokens = x.to(tuned.prompts.dtype)[:, num_prefix_tokens(tuned.model) :]
+    if tuned.depth == "deep" or layer == 0:
+        return tuned.prompts[layer].detach()[None], tokens
+    first_prompt = tokens.shape[1] - tuned.num_prompts
+    return tokens[:, first_prompt:], tokens[:, :first_prompt]
 
 
 def _check_finite(layer: int, tokens: Tensor) -> None:
@@ -211,10 +215,3 @@ def _check_finite(layer: int, tokens: Tensor) -> None:
             f"but image {image} of a batch holds NaN or infinity",
             row,
         )
-
-
-def _nmi(prompts: Tensor, tokens: Tensor) -> Tensor:
-    """NMI [B] of prompts [1 or B, N_p, D] and tokens [B, N_e, D]."""
-    if len(prompts) == 1:
-        return sigmoid_nmi(prompts[0], tokens)
-    return torch.cat([sigmoid_nmi(*pair) for pair in zip(prompts, tokens[:, None], strict=True)])
