@@ -7,6 +7,7 @@
 from spt_fast.build import build_prototypes
 from spt_fast.clustering import KMeans, StreamingKMeans
 from spt_fast.errors import NonFiniteError, NotFittedError
+from spt_fast.nmi_tracker import NMITracker
 from spt_fast.ops.cka import cka
 from spt_fast.ops.nmi import sigmoid_nmi
 from spt_fast.ops.prompt_attention import prompt_attention
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KMeans",
+    "NMITracker",
     "NonFiniteError",
     "NotFittedError",
     "PromptedViT",

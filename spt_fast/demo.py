@@ -7,6 +7,7 @@ measured by the run that prints them.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from spt_fast.build import build_prototypes
+from spt_fast.nmi_tracker import NMITracker
 from spt_fast.plots import MethodCurves, demo_figure, matplotlib_missing, nmi_over_epochs
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.results import png, result_paths, write_results
@@ -43,8 +45,6 @@ NMI_NAME = "spt_fast_demo_nmi.csv"
 FILE_NAMES = (NUMBERS_NAME, NMI_NAME, FIGURE_NAME, NMI_FIGURE_NAME)
 
 _EVALUATION_BATCH = 100
-# Training images come class by class, ten of each: one in ten is one of each class.
-_WATCHED_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class Task:
 class Run:
     """One method, one seed. Accuracies in [0, 1]; NMI per block, mean over the training images.
 
-    `nmi_by_epoch` is NMI before tuning and after each epoch, over one training image in ten: enough to see
-    how it moves, at a few percent of the time.
+    `nmi_by_epoch` is NMI before tuning and after each epoch, recorded by `NMITracker` over the batch that is
+    trained on next; after the last epoch it is `nmi_end`.
     """
 
     method: str
@@ -342,7 +342,7 @@ def run_method(
     if _is_frozen(method):
         run = _train_head(tuned, head, train, task, recipe)
     else:
-        run = replace(_tune(tuned, train, task, recipe), nmi_end=_nmi(tuned, train[0]))
+        run = _tune(tuned, train, task, recipe)
     return replace(run, prototype_seconds=seconds, nmi_start=start)
 
 
@@ -384,19 +384,7 @@ class _Recipe:
     seed: int
     on_epoch: Callable[[int, History], None] | None
 
-    def fit(
-        self, net: nn.Module, train: Split, val: Split, watch: Callable[[], None] | None = None
-    ) -> History:
-        """Train `net`; `watch` is called before the first epoch and after each, outside the time measured."""
-
-        def after_epoch(epoch: int, history: History) -> None:
-            if watch is not None:
-                watch()
-            if self.on_epoch is not None:
-                self.on_epoch(epoch, history)
-
-        if watch is not None:
-            watch()
+    def fit(self, net: nn.Module, train: Split, val: Split) -> History:
         return fit(
             net,
             shuffled_loader(*train, batch_size=self.budget.batch_size, seed=self.seed),
@@ -409,7 +397,7 @@ class _Recipe:
             seed=self.seed,
             val_every=self.budget.val_every,
             progress=False,
-            on_epoch=after_epoch,
+            on_epoch=self.on_epoch,
         )
 
     def run(self, net: nn.Module, history: History, more_seconds: float, test_accuracy: float) -> Run:
@@ -451,11 +439,12 @@ def _train_head(net: nn.Module, head: nn.Module, train: Split, task: Task, recip
 
 def _tune(tuned: PromptedViT, train: Split, task: Task, recipe: _Recipe) -> Run:
     """Prompts and head, with NMI recorded on the way."""
-    watched = train[0][::_WATCHED_EVERY]
-    curve: list[list[float]] = []
-    history = recipe.fit(tuned, train, task.val, watch=lambda: curve.append(_nmi(tuned, watched)))
+    steps_per_epoch = math.ceil(len(train[0]) / recipe.budget.batch_size)
+    with NMITracker(tuned, every=steps_per_epoch) as tracker:
+        history = recipe.fit(tuned, train, task.val)
     run = recipe.run(tuned, history, 0.0, evaluate(tuned, _in_order(task.test)))
-    return replace(run, nmi_by_epoch=curve)
+    end = _nmi(tuned, train[0])
+    return replace(run, nmi_end=end, nmi_by_epoch=[*tracker.history().values.tolist(), end])
 
 
 @torch.no_grad()
@@ -475,8 +464,6 @@ def _trainable(net: nn.Module) -> int:
 
 
 def _nmi(tuned: PromptedViT, images: Tensor) -> list[float]:
-    # In training mode the head's batch norm would learn from these images.
-    tuned.eval()
     per_image = torch.cat([tuned.layer_nmi(part) for part in torch.split(images, _EVALUATION_BATCH)], dim=1)
     means: list[float] = per_image.double().mean(dim=1).tolist()
     return means

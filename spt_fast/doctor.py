@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from spt_fast.ops import kmeans, kmeans_native
+from spt_fast.ops import kmeans, kmeans_native, nmi
 from spt_fast.samples import backbone_facts
 
 _REQUIRED = ("torch", "timm", "safetensors", "numpy", "tqdm")
@@ -83,7 +83,9 @@ def _backends() -> Iterator[Line]:
         name, reason = kmeans.explain_backend(device)
         yield f"k-means on {device.type}", f"{name}: {reason}" if reason else name
     yield "prompt_attention", "reference: plain PyTorch (scaled dot product attention)"
-    yield "sigmoid_nmi", "reference: plain PyTorch"
+    for device in _devices():
+        name, reason = nmi.explain_backend(device)
+        yield f"sigmoid_nmi on {device.type}", f"{name}: {reason}"
 
 
 def _devices() -> Iterator[torch.device]:

@@ -148,6 +148,9 @@ class PromptedViT(nn.Module):
 
         Shallow: from block 2 on, the prompts are what the block before made of them for each image. Runs
         without gradients; the backbone is in evaluation mode as always.
+
+        Raises:
+            NonFiniteError: a prompt or a token of some block is NaN or infinite; names block and image.
         """
         per_layer: list[Tensor] = []
 
@@ -161,7 +164,9 @@ class PromptedViT(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.stack(per_layer)
+        values = torch.stack(per_layer)
+        _check_finite_nmi(values)
+        return values
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimiser should be given: the prompts, unless frozen, and the head."""
@@ -258,14 +263,14 @@ class PromptedViT(nn.Module):
         return x if keep else drop_prompts(x, self.num_prompts)
 
     def _nmi_at(self, index: int, x: Tensor) -> Tensor:
-        tokens = x.to(self.prompts.dtype)
+        """NMI [B] of the prompts of block `index` and the patch tokens of x [B, N, D], which enters it."""
         if self.depth == "deep" or index == 0:
-            prompts = self.prompts[min(index, self.prompts.shape[0] - 1)]
-            return sigmoid_nmi(prompts, tokens[:, self._num_prefix_tokens :])
-        first_prompt = tokens.shape[1] - self.num_prompts
+            prompts = self.prompts[min(index, self.prompts.shape[0] - 1)].to(x.dtype)
+            return sigmoid_nmi(prompts, x[:, self._num_prefix_tokens :])
+        first_prompt = x.shape[1] - self.num_prompts
         per_image = [
             sigmoid_nmi(image[first_prompt:], image[None, self._num_prefix_tokens : first_prompt])
-            for image in tokens
+            for image in x
         ]
         return torch.cat(per_image)
 
@@ -484,6 +489,16 @@ def _check_block_call(block: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs
     extra += [name for name, value in kwargs.items() if value is not None and value is not False]
     if extra:
         raise TypeError(f"{type(block).__name__} cannot be prompted when it is also given {', '.join(extra)}")
+
+
+def _check_finite_nmi(values: Tensor) -> None:
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad) > 0:
+        layer, image = bad[0].tolist()
+        raise NonFiniteError(
+            f"block {layer + 1}: its prompts or the tokens of image {image} hold NaN or infinity",
+            image,
+        )
 
 
 def _check_metadata(path: str | os.PathLike[str], found: dict[str, str], expected: dict[str, str]) -> None:
