@@ -8,6 +8,7 @@ from spt_fast.build import build_prototypes
 from spt_fast.clustering import KMeans, StreamingKMeans
 from spt_fast.errors import NonFiniteError, NotFittedError
 from spt_fast.nmi_tracker import NMITracker
+from spt_fast.ops.cka import cka
 from spt_fast.ops.nmi import sigmoid_nmi
 from spt_fast.ops.prompt_attention import prompt_attention
 from spt_fast.prompted_vit import PromptedViT
@@ -24,6 +25,7 @@ __all__ = [
     "Prototypes",
     "StreamingKMeans",
     "build_prototypes",
+    "cka",
     "prompt_attention",
     "sigmoid_nmi",
 ]

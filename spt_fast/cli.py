@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_prototypes(commands)
+    _add_nmi(commands)
     _add_doctor(commands)
     return parser
 
@@ -57,12 +58,13 @@ def _add_demo(commands: Commands) -> None:
         "demo",
         help="tune the shipped backbone on a few shipped images, offline",
         description="SPT-Deep, VPT-Deep and a linear probe on a few handwritten digits, shipped backbone: "
-        "prints a table, writes spt_fast_demo.png and spt_fast_demo.json. Minutes on two cores.",
+        "prints a table, writes figures (spt_fast_demo.png, spt_fast_demo_nmi.png) and numbers "
+        "(spt_fast_demo.json, spt_fast_demo_nmi.csv). Minutes on two cores.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path(), metavar="FOLDER", help="where to write (default: here)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="write over the two files if they are there")
+    parser.add_argument("--overwrite", action="store_true", help="write over these files if they are there")
     parser.add_argument("--epochs", type=int, help="of tuning, instead of the documented budget")
     parser.add_argument("--seeds", type=int, help="number of seeds, instead of the documented budget")
     parser.set_defaults(run=_demo)
@@ -76,31 +78,9 @@ def _add_prototypes(commands: Commands) -> None:
         epilog="example: spt-fast prototypes --model vit_small_patch16_224 --data photos --out p.safetensors "
         "(several processes share the images: torchrun --nproc-per-node 4 -m spt_fast prototypes ...)",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="timm model name, 'shipped', or a file of examples/pretrain_backbone.py",
-    )
-    parser.add_argument(
-        "--data", required=True, help="folder of images, timm data set (torch/cifar10), or 'digits'"
-    )
+    _add_model_and_data(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--overwrite", action="store_true", help="write over FILE if it is there")
-    weights = parser.add_argument_group("weights of a timm model")
-    weights.add_argument(
-        "--pretrained",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="timm's weights (default) or random",
-    )
-    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file instead")
-    images = parser.add_argument_group("images")
-    images.add_argument("--root", type=Path, metavar="FOLDER", help="where a timm data set lies")
-    images.add_argument("--split", default="train", help="of a timm data set (default: train)")
-    images.add_argument("--download", action="store_true", help="let timm download the data set")
-    images.add_argument("--max-images", type=int, metavar="M", help="stop after M images, drawn at random")
-    images.add_argument("--batch-size", type=int, default=64)
-    images.add_argument("--workers", type=int, default=4)
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument("--num-prompts", type=int, help="default: 20 (deep), 100 (shallow)")
     prompts.add_argument("--depth", choices=("deep", "shallow"), default="deep")
@@ -116,11 +96,65 @@ def _add_prototypes(commands: Commands) -> None:
     parser.set_defaults(run=_prototypes)
 
 
+def _add_nmi(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "nmi",
+        help="what prompts share with patch tokens, layer by layer",
+        description="NMI (eq. 7, 8) and CKA (App. B.4) of prompts and patch tokens per layer: prints a "
+        "table, writes nmi.csv, cka.csv and nmi.png.",
+        epilog="example: spt-fast nmi --model shipped --data digits --random 20 --out folder",
+    )
+    _add_model_and_data(parser, max_images=512)
+    prompts = parser.add_argument_group("prompts")
+    source = prompts.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="of `spt-fast prototypes`, or of a tuned PromptedViT"
+    )
+    source.add_argument("--random", type=int, metavar="N_P", help="as many random ones, as VPT starts from")
+    prompts.add_argument(
+        "--depth", choices=("deep", "shallow"), default="deep", help="of --random (default: deep)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="FOLDER", help="where to write (default: here)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write over these files if they are there")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_nmi)
+
+
 def _add_doctor(commands: Commands) -> None:
     parser = commands.add_parser(
         "doctor", help="what is installed, which code each operation runs here, and why"
     )
     parser.set_defaults(run=_doctor)
+
+
+def _add_model_and_data(parser: argparse.ArgumentParser, max_images: int | None = None) -> None:
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="timm model name, 'shipped', or a file of examples/pretrain_backbone.py",
+    )
+    parser.add_argument(
+        "--data", required=True, help="folder of images, timm data set (torch/cifar10), or 'digits'"
+    )
+    weights = parser.add_argument_group("weights of a timm model")
+    weights.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="timm's weights (default) or random",
+    )
+    weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file instead")
+    images = parser.add_argument_group("images")
+    images.add_argument("--root", type=Path, metavar="FOLDER", help="where a timm data set lies")
+    images.add_argument("--split", default="train", help="of a timm data set (default: train)")
+    images.add_argument("--download", action="store_true", help="let timm download the data set")
+    limit = "stop after M images, drawn at random" + (f" (default: {max_images})" if max_images else "")
+    images.add_argument("--max-images", type=int, metavar="M", default=max_images, help=limit)
+    images.add_argument("--batch-size", type=int, default=64)
+    images.add_argument("--workers", type=int, default=4)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -195,10 +229,51 @@ def _print_prototypes(out: Path, prototypes: Prototypes, seconds: float) -> None
         print(f"block {layer:2d}: mean squared distance per token {inertia:.4g}")
 
 
+def _nmi(args: argparse.Namespace) -> None:
+    from spt_fast import analysis
+    from spt_fast.results import result_paths, write_results
+
+    paths = result_paths(args.out, analysis.FILE_NAMES, overwrite=args.overwrite)
+    model, images = _open(args)
+    if args.prompts is not None:
+        tuned = analysis.load_prompts(args.prompts, model)
+    else:
+        tuned = analysis.random_prompts(args.random, model, depth=args.depth, seed=args.seed)
+    result = analysis.analyse(tuned, images, max_images=args.max_images)
+    print(result.table())
+    print(f"{result.num_images} images")
+    prompts = args.prompts.name if args.prompts else f"{args.random} random prompts"
+    title = f"{prompts}; model {args.model}, images {args.data}"
+    contents = result.files(title if "nmi.png" in paths else None)
+    for path in write_results(paths, contents, overwrite=args.overwrite):
+        print(f"wrote {path}")
+
+
 def _doctor(_: argparse.Namespace) -> None:
     from spt_fast import doctor
 
     print(doctor.report())
+
+
+def _open(args: argparse.Namespace) -> tuple[nn.Module, Iterable[Any]]:
+    """The model, on its device, and the images that the arguments name."""
+    import torch
+
+    from spt_fast.sources import open_images, open_model
+
+    model = open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint)
+    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    images = open_images(
+        args.data,
+        model,
+        root=args.root,
+        split=args.split,
+        download=args.download,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        seed=args.seed,
+    )
+    return model, images
 
 
 def _one_line(error: BaseException) -> str:

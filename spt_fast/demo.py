@@ -6,8 +6,8 @@ measured by the run that prints them.
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import platform
 import statistics
 import time
@@ -23,10 +23,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from spt_fast.build import build_prototypes
-from spt_fast.files import check_output_path, write_bytes
-from spt_fast.plots import MethodCurves, demo_figure, matplotlib_missing
+from spt_fast.nmi_tracker import NMITracker
+from spt_fast.plots import MethodCurves, demo_figure, matplotlib_missing, nmi_over_epochs
 from spt_fast.prompted_vit import PromptedViT
+from spt_fast.results import png, result_paths, write_results
 from spt_fast.samples import DIGITS_SPLITS, backbone_facts, few_per_class, load_backbone, load_digits
+from spt_fast.tables import csv_bytes, format_table
 from spt_fast.trainer import evaluate, fit, shuffled_loader
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ Split = tuple[Tensor, Tensor]  # images (or features) [M, ...] and labels [M]
 NUM_CLASSES = 10
 FIGURE_NAME = "spt_fast_demo.png"
 NUMBERS_NAME = "spt_fast_demo.json"
+NMI_FIGURE_NAME = "spt_fast_demo_nmi.png"
+NMI_NAME = "spt_fast_demo_nmi.csv"
+FILE_NAMES = (NUMBERS_NAME, NMI_NAME, FIGURE_NAME, NMI_FIGURE_NAME)
 
 _EVALUATION_BATCH = 100
 
@@ -113,7 +118,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Run:
-    """One method, one seed. Accuracies in [0, 1]; NMI per block, mean over the training images."""
+    """One method, one seed. Accuracies in [0, 1]; NMI per block, mean over the training images.
+
+    `nmi_by_epoch` is NMI before tuning and after each epoch, recorded by `NMITracker` over the batch that is
+    trained on next; after the last epoch it is `nmi_end`.
+    """
 
     method: str
     seed: int
@@ -126,6 +135,7 @@ class Run:
     test_accuracy: float
     nmi_start: list[float] | None = None
     nmi_end: list[float] | None = None
+    nmi_by_epoch: list[list[float]] | None = None
 
 
 @dataclass
@@ -157,7 +167,7 @@ class DemoReport:
             "prompt lr",
         )
         rows = [header, *(self._row(method) for method in self.methods)]
-        return _format_table(rows)
+        return format_table(rows)
 
     def summary(self) -> str:
         """The table, what its columns mean, and where the files are."""
@@ -185,6 +195,34 @@ class DemoReport:
         """What the figure draws."""
         return {method: _curves(self.of(method)) for method in self.methods}
 
+    def nmi_csv(self) -> bytes:
+        """NMI while tuning, in the columns run, seed, step, layer, nmi; a step is an epoch."""
+        rows = [
+            (run.method, run.seed, epoch, layer, f"{value:.6g}")
+            for run in self.runs
+            for epoch, values in enumerate(run.nmi_by_epoch or ())
+            for layer, value in enumerate(values, start=1)
+        ]
+        return csv_bytes(("run", "seed", "step", "layer", "nmi"), rows)
+
+    def nmi_panels(self) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+        """What the figure of NMI while tuning draws: all blocks together, then each by itself."""
+        curves = {
+            method: np.array([run.nmi_by_epoch for run in self.of(method)])
+            for method in self.methods
+            if self.of(method)[0].nmi_by_epoch is not None
+        }
+        parts = {"mean of the blocks": slice(None)} | {
+            f"block {layer + 1}": slice(layer, layer + 1)
+            for layer in range(self.backbone["architecture"]["depth"])
+        }
+        return {
+            name: {
+                method: (np.arange(values.shape[1]), values[:, :, part]) for method, values in curves.items()
+            }
+            for name, part in parts.items()
+        }
+
     def to_json(self) -> str:
         numbers = {
             "budget": asdict(self.budget),
@@ -196,7 +234,8 @@ class DemoReport:
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
-            "runs": [asdict(run) for run in self.runs],
+            # NMI by epoch has a file of its own.
+            "runs": [_without(asdict(run), "nmi_by_epoch") for run in self.runs],
         }
         return json.dumps(numbers, indent=1) + "\n"
 
@@ -240,15 +279,15 @@ def run_demo(
     learning_rates: dict[str, Rates] | None = None,
     progress: bool = True,
 ) -> DemoReport:
-    """Run every method over every seed; write the figure and the numbers into the folder `out`.
+    """Run every method over every seed; write figures and numbers into the folder `out`.
 
-    Without matplotlib the figure is left out.
+    Without matplotlib the figures are left out.
 
     Raises:
-        FileExistsError: one of the two files is there already, and not `overwrite`; before any work.
+        FileExistsError: one of the files is there already, and not `overwrite`; before any work.
         FileNotFoundError: the folder does not exist; before any work.
     """
-    figure_path, numbers_path = output_paths(out, overwrite=overwrite)
+    paths = output_paths(out, overwrite=overwrite)
     budget, rates = budget or Budget(), LEARNING_RATES | (learning_rates or {})
     started = time.perf_counter()
     report = DemoReport(budget, backbone_facts())
@@ -263,22 +302,16 @@ def run_demo(
                 )
                 report.runs.append(run)
     report.seconds = time.perf_counter() - started
-    contents = {numbers_path: report.to_json().encode()}
-    if figure_path is not None:
-        contents[figure_path] = _figure(report)
-    for path, content in contents.items():
-        write_bytes(path, content, overwrite=overwrite)
-        report.files.append(path)
+    contents = {NUMBERS_NAME: report.to_json().encode(), NMI_NAME: report.nmi_csv()}
+    if FIGURE_NAME in paths:
+        contents |= _figures(report)
+    report.files += write_results(paths, contents, overwrite=overwrite)
     return report
 
 
-def output_paths(out: str | Path, *, overwrite: bool) -> tuple[Path | None, Path]:
-    """Where figure (None without matplotlib) and numbers will go; raises as `run_demo` says."""
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"out must be a folder, but {folder} is a file")
-    figure = None if matplotlib_missing() else check_output_path(folder / FIGURE_NAME, overwrite=overwrite)
-    return figure, check_output_path(folder / NUMBERS_NAME, overwrite=overwrite)
+def output_paths(out: str | Path, *, overwrite: bool) -> dict[str, Path]:
+    """Where each file will go, figures left out without matplotlib; raises as `run_demo` says."""
+    return result_paths(out, FILE_NAMES, overwrite=overwrite)
 
 
 def run_method(
@@ -309,7 +342,7 @@ def run_method(
     if _is_frozen(method):
         run = _train_head(tuned, head, train, task, recipe)
     else:
-        run = replace(_tune(tuned, train, task, recipe), nmi_end=_nmi(tuned, train[0]))
+        run = _tune(tuned, train, task, recipe)
     return replace(run, prototype_seconds=seconds, nmi_start=start)
 
 
@@ -405,9 +438,13 @@ def _train_head(net: nn.Module, head: nn.Module, train: Split, task: Task, recip
 
 
 def _tune(tuned: PromptedViT, train: Split, task: Task, recipe: _Recipe) -> Run:
-    """Prompts and head."""
-    history = recipe.fit(tuned, train, task.val)
-    return recipe.run(tuned, history, 0.0, evaluate(tuned, _in_order(task.test)))
+    """Prompts and head, with NMI recorded on the way."""
+    steps_per_epoch = math.ceil(len(train[0]) / recipe.budget.batch_size)
+    with NMITracker(tuned, every=steps_per_epoch) as tracker:
+        history = recipe.fit(tuned, train, task.val)
+    run = recipe.run(tuned, history, 0.0, evaluate(tuned, _in_order(task.test)))
+    end = _nmi(tuned, train[0])
+    return replace(run, nmi_end=end, nmi_by_epoch=[*tracker.history().values.tolist(), end])
 
 
 @torch.no_grad()
@@ -450,31 +487,25 @@ def _curves(runs: Sequence[Run]) -> MethodCurves:
     )
 
 
-def _figure(report: DemoReport) -> bytes:
-    """The figure as PNG."""
+def _figures(report: DemoReport) -> dict[str, bytes]:
+    """The figures as PNG, by name."""
     budget = report.budget
     subtitle = (
         f"{budget.images_per_class} digits per class, {budget.epochs} epochs, "
         f"{budget.num_prompts} prompts per block; "
         f"ViT pretrained by masked autoencoding for {report.backbone['epochs']} epochs"
     )
-    image = io.BytesIO()
-    demo_figure(report.curves(), subtitle=subtitle).savefig(image, format="png")
-    return image.getvalue()
+    return {
+        FIGURE_NAME: png(demo_figure(report.curves(), subtitle=subtitle)),
+        NMI_FIGURE_NAME: png(nmi_over_epochs(report.nmi_panels(), title=subtitle)),
+    }
+
+
+def _without(numbers: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in numbers.items() if name != key}
 
 
 def _mean_and_spread(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
-
-
-def _format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        first, *others = zip(row, widths, strict=True)
-        lines.append("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from spt_fast import demo, plots, samples
-from spt_fast.files import check_output_path
+from spt_fast import NMITracker, demo, plots, samples
 
 TINY = demo.Budget(
     images_per_class=2, epochs=2, warmup_epochs=1, batch_size=7, num_prompts=3, val_every=1, seeds=(0,)
@@ -136,11 +135,46 @@ def test_demo_measures_nmi_of_prompted_methods_only(report):
     probe, *frozen, vpt, spt = report.runs
     assert probe.nmi_start is None
     assert [run.nmi_end for run in (probe, *frozen)] == [None] * 3
-    assert [run.nmi_start for run in frozen] == [vpt.nmi_start, spt.nmi_start]
+    for run, tuned in zip(frozen, (vpt, spt), strict=True):
+        # The same numbers, by another forward pass.
+        assert run.nmi_start == pytest.approx(tuned.nmi_start, rel=1e-4, abs=1e-7)
     for run in (vpt, spt):
         for values in (run.nmi_start, run.nmi_end):
             assert len(values) == depth
             assert all(0 <= value <= 1 for value in values)
+
+
+def test_demo_records_nmi_while_prompts_are_tuned(report):
+    depth = report.backbone["architecture"]["depth"]
+    probe, *frozen, vpt, spt = report.runs
+    assert [run.nmi_by_epoch for run in (probe, *frozen)] == [None] * 3
+    for run in (vpt, spt):
+        assert np.shape(run.nmi_by_epoch) == (1 + TINY.epochs, depth)
+        assert run.nmi_by_epoch[-1] == run.nmi_end
+        # Seven of the twenty images that `nmi_start` is the mean of.
+        assert run.nmi_by_epoch[0] == pytest.approx(run.nmi_start, rel=0.5, abs=1e-3)
+
+
+def test_recording_nmi_does_not_change_the_run(report, small_task, monkeypatch):
+    monkeypatch.setattr(NMITracker, "_observe", lambda *_: None)
+    blind = demo.run_method("VPT-Deep", small_task, TINY, demo.LEARNING_RATES["VPT-Deep"], seed=0)
+    seen = report.of("VPT-Deep")[0]
+    assert len(blind.nmi_by_epoch) == 1
+    assert blind.val_accuracy == seen.val_accuracy
+    assert blind.test_accuracy == seen.test_accuracy
+
+
+def test_recorded_nmi_can_be_drawn_from_its_file(report):
+    path = next(path for path in report.files if path.name == demo.NMI_NAME)
+    (axes,) = plots.nmi_over_epochs(path).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["VPT-Deep", "SPT-Deep"]
+    expected = np.mean(report.of("SPT-Deep")[0].nmi_by_epoch, axis=1)
+    np.testing.assert_allclose(axes.get_lines()[1].get_ydata(), expected, rtol=1e-5)
+    panels = report.nmi_panels()
+    assert list(panels)[:2] == ["mean of the blocks", "block 1"]
+    np.testing.assert_array_equal(
+        panels["block 2"]["VPT-Deep"][1][0, :, 0], [v[1] for v in report.of("VPT-Deep")[0].nmi_by_epoch]
+    )
 
 
 def test_only_spt_spends_time_on_prototypes(report):
@@ -164,14 +198,15 @@ def test_comparison_is_paired_by_seed(report):
     assert report.comparison() == expected
 
 
-def test_demo_writes_figure_and_numbers(report):
-    numbers, figure = report.files
-    assert figure.name == demo.FIGURE_NAME
-    assert figure.read_bytes().startswith(b"\x89PNG")
+def test_demo_writes_figures_and_numbers(report):
+    assert [path.name for path in report.files] == list(demo.FILE_NAMES)
+    numbers, _, *figures = report.files
+    for figure in figures:
+        assert figure.read_bytes().startswith(b"\x89PNG")
     stored = json.loads(numbers.read_text())
     assert [run["test_accuracy"] for run in stored["runs"]] == [run.test_accuracy for run in report.runs]
     assert stored["budget"]["epochs"] == TINY.epochs
-    assert sorted(path.name for path in figure.parent.iterdir()) == sorted([numbers.name, figure.name])
+    assert sorted(path.name for path in numbers.parent.iterdir()) == sorted(demo.FILE_NAMES)
 
 
 def test_same_seed_gives_the_same_run(small_task, report):
@@ -206,9 +241,8 @@ def test_interrupted_demo_leaves_no_file(tmp_path, monkeypatch):
 
 def test_without_matplotlib_the_numbers_are_still_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    figure, numbers = demo.output_paths(tmp_path, overwrite=False)
-    assert figure is None
-    assert numbers == check_output_path(tmp_path / demo.NUMBERS_NAME)
+    paths = demo.output_paths(tmp_path, overwrite=False)
+    assert paths == {name: tmp_path / name for name in (demo.NUMBERS_NAME, demo.NMI_NAME)}
     assert "spt_fast[plots]" in demo.introduction(TINY)
     with pytest.raises(ImportError, match=r"spt_fast\[plots\]"):
         plots.demo_figure({"SPT-Deep": plots.MethodCurves([1], np.ones((1, 1)))})
@@ -231,23 +265,3 @@ def test_scaled_budget_keeps_the_share_of_warm_up():
     assert scaled.warmup_epochs == 2 * budget.warmup_epochs
     assert scaled.seeds == (0, 1, 2, 3, 4)
     assert budget.scaled() == budget
-
-
-def test_figure_shows_each_method_and_both_moments():
-    nmi = np.linspace(1e-4, 1e-1, 6)[None].repeat(3, axis=0)
-    accuracy = np.tile([0.1, 0.5, 0.9], (3, 1))
-    methods = {
-        "linear probe": plots.MethodCurves([1, 2, 3], accuracy),
-        "VPT-Deep": plots.MethodCurves([1, 2, 3], accuracy, nmi, 2 * nmi),
-        "SPT-Deep": plots.MethodCurves([1, 2, 3], accuracy, 3 * nmi, 3 * nmi),
-    }
-    left, right = plots.demo_figure(methods, subtitle="a task").axes
-    assert [text.get_text() for text in left.get_legend().get_texts()] == list(methods)
-    assert len(right.get_lines()) == 4
-    np.testing.assert_allclose(left.get_lines()[0].get_ydata(), [10, 50, 90])
-    np.testing.assert_allclose(right.get_lines()[1].get_ydata(), 2 * nmi[0])
-
-
-def test_figure_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="methods must hold at least one"):
-        plots.demo_figure({})

@@ -1,0 +1,28 @@
+"""Figures of the paper's analyses, from arrays or from the CSV files that the commands write.
+
+Needs matplotlib, the extra `plots`; it is imported when a figure is asked for, not before.
+"""
+
+from spt_fast.plots.figures import (
+    MethodCurves,
+    accuracy_against_prompt_length,
+    analysis_figure,
+    cka_heatmap,
+    construction_time,
+    demo_figure,
+    nmi_over_epochs,
+    nmi_per_layer,
+)
+from spt_fast.plots.parts import matplotlib_missing
+
+__all__ = [
+    "MethodCurves",
+    "accuracy_against_prompt_length",
+    "analysis_figure",
+    "cka_heatmap",
+    "construction_time",
+    "demo_figure",
+    "matplotlib_missing",
+    "nmi_over_epochs",
+    "nmi_per_layer",
+]

@@ -1,0 +1,51 @@
+"""Files that a command writes into a folder: names checked before the work, contents written after it.
+
+Figures are PNG files, left out where matplotlib is missing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spt_fast.files import check_output_path, write_bytes
+from spt_fast.plots import matplotlib_missing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def result_paths(
+    out: str | os.PathLike[str], names: Sequence[str], *, overwrite: bool = False
+) -> dict[str, Path]:
+    """Where each of `names` will go in the folder `out`; without matplotlib, figures (*.png) are left out.
+
+    Raises:
+        FileExistsError: one of them is there already, and not `overwrite`.
+        FileNotFoundError: the folder does not exist.
+        NotADirectoryError: `out` is a file.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"out must be a folder, but {folder} is a file")
+    wanted = [name for name in names if not (name.endswith(".png") and matplotlib_missing())]
+    return {name: check_output_path(folder / name, overwrite=overwrite) for name in wanted}
+
+
+def write_results(
+    paths: Mapping[str, Path], contents: Mapping[str, bytes], *, overwrite: bool = False
+) -> list[Path]:
+    """Write each content to the path of its name, completely or not at all; the paths written."""
+    for name, content in contents.items():
+        write_bytes(paths[name], content, overwrite=overwrite)
+    return [paths[name] for name in contents]
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
