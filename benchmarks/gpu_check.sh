@@ -39,10 +39,19 @@ export SPT_FAST_CUDA=on SPT_FAST_CUDA_ARCHS=$arch
 # The in-place module is the one under test, also for the processes that the tests start.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 part build 180 "$python" setup.py build_ext --inplace
-part doctor 60 "$python" -m spt_fast doctor
+part doctor 30 "$python" -m spt_fast doctor
 part tests 180 "$python" -m pytest -m gpu -p no:cacheprovider
-part benchmarks 240 "$python" -m pytest benchmarks --benchmark-only --benchmark-json "$report/benchmarks.json" \
+if command -v compute-sanitizer >/dev/null; then
+  part memcheck 90 compute-sanitizer --error-exitcode 9 "$python" -m pytest -x -m gpu tests/test_cuda_source.py \
+    -p no:cacheprovider
+fi
+part benchmarks 200 "$python" -m pytest benchmarks --benchmark-only --benchmark-json "$report/benchmarks.json" \
   -p no:cacheprovider
+part report 30 "$python" -m benchmarks.report "$report/benchmarks.json" --out "$report" --overwrite
+part step 90 "$python" -m benchmarks.bench_prompted_step --device cuda --dtype bf16 --batch 64 \
+  --sides ours ours-cast concat plain linear-probe full
+part nmi 60 "$python" -m benchmarks.bench_nmi --tracker
+part table1 90 "$python" -m benchmarks.bench_table1 --device cuda --csv "$report/table1.csv"
 tail -n 3 "$report/tests.txt" "$report/benchmarks.txt" 2>/dev/null
 printf 'report: %s\n' "$report"
 exit "$failed"

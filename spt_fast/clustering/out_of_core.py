@@ -112,11 +112,11 @@ class OutOfCoreKMeans:
         moved = self._move(before, runs)
         shift = _squared_movement(before, moved)
         self._shift[runs.cpu().numpy()] = shift
+        self._n_iter[runs.cpu().numpy()] += 1
         changed = torch.from_numpy(shift > 0).to(runs.device)
         runs, moved = runs[changed], moved[changed]
         if len(runs) == 0:
             return
-        self._n_iter[runs.cpu().numpy()] += 1
         self._centers[runs] = moved
         fresh = self._assign(moved)
         for kept, new in zip(self._totals(), (fresh.sums, fresh.counts, fresh.inertia), strict=True):

@@ -249,18 +249,21 @@ class StreamingKMeans(ClusteringEstimator):
         Raises:
             NotFittedError: no rank has seen data.
         """
-        mine = [None if stream is None else (stream.reservoir, stream.total) for stream in self._streams]
+        settings = self._settings()
+        capacity = _resolve_capacity(self.capacity, settings.n_clusters)
+        streams = self._streams or _no_streams(settings.n_groups)
+        mine = [None if stream is None else (stream.reservoir, stream.total) for stream in streams]
         layouts = processes.gather([None if m is None else (m[0].width, m[0].dtype) for m in mine])
         groups, totals = [], []
         for g, held in enumerate(mine):
             layout = next((rank[g] for rank in layouts if rank[g] is not None), None)
             if layout is None:
                 raise not_fitted(self, "partial_fit")
-            empty = PriorityReservoir(self.capacity, *layout, device, torch.Generator())
+            empty = PriorityReservoir(capacity, *layout, device, torch.Generator())
             reservoir, total = held or (empty, 0.0)
             groups.append(reservoir.merged_summary(processes, self.backend))
             totals.append(sum(processes.gather(total)))
-        return Summary(groups=tuple(groups), totals=tuple(totals), seed=self.seed)
+        return Summary(groups=tuple(groups), totals=tuple(totals), seed=settings.seed)
 
     @property
     def n_seen_(self) -> Tensor:
