@@ -6,8 +6,8 @@
 Limits: CPU only. Every side starts from the same centres and uses as many threads; those that do Lloyd's
 algorithm must reach the inertia of ours within 0.1 % before anything is timed. "sgemm" computes the inner
 products of one pass and nothing else, "read" sums the tokens up; our pass is given the mean of the tokens.
-scikit-learn has no public pass: a fit includes its checks, centring and final labels. superkmeans takes no starting centres and works on its own:
-it is not held to the same inertia.
+scikit-learn has no public pass: a fit includes its checks, centring and final labels. superkmeans takes no
+starting centres and works on its own: it is not held to the same inertia.
 """
 
 from __future__ import annotations
