@@ -180,24 +180,11 @@ def _build_and_save(args: argparse.Namespace, device: torch.device, processes: P
 
     from spt_fast.build import build_prototypes
     from spt_fast.files import check_output_path
-    from spt_fast.sources import open_images, open_model
 
     def open_both() -> tuple[nn.Module, Iterable[Any]]:
         if processes.rank == 0:
             check_output_path(args.out, overwrite=args.overwrite)
-        model = open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint).to(device)
-        return model, open_images(
-            args.data,
-            model,
-            root=args.root,
-            split=args.split,
-            download=args.download,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            seed=args.seed,
-            max_images=args.max_images,
-            processes=processes,
-        )
+        return _open(args, device, max_images=args.max_images, processes=processes)
 
     model, images = processes.rank_0_first(open_both)
     started = time.perf_counter()
@@ -231,10 +218,11 @@ def _print_prototypes(out: Path, prototypes: Prototypes, seconds: float) -> None
 
 def _nmi(args: argparse.Namespace) -> None:
     from spt_fast import analysis
+    from spt_fast.distributed import device_of_this_process
     from spt_fast.results import result_paths, write_results
 
     paths = result_paths(args.out, analysis.FILE_NAMES, overwrite=args.overwrite)
-    model, images = _open(args)
+    model, images = _open(args, device_of_this_process(args.device))
     if args.prompts is not None:
         tuned = analysis.load_prompts(args.prompts, model)
     else:
@@ -255,14 +243,11 @@ def _doctor(_: argparse.Namespace) -> None:
     print(doctor.report())
 
 
-def _open(args: argparse.Namespace) -> tuple[nn.Module, Iterable[Any]]:
-    """The model, on its device, and the images that the arguments name."""
-    import torch
-
+def _open(args: argparse.Namespace, device: torch.device, **share: Any) -> tuple[nn.Module, Iterable[Any]]:
+    """The model, on `device`, and the images that the arguments name; `share` is for `open_images`."""
     from spt_fast.sources import open_images, open_model
 
-    model = open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint)
-    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint).to(device)
     images = open_images(
         args.data,
         model,
@@ -272,6 +257,7 @@ def _open(args: argparse.Namespace) -> tuple[nn.Module, Iterable[Any]]:
         batch_size=args.batch_size,
         workers=args.workers,
         seed=args.seed,
+        **share,
     )
     return model, images
 
