@@ -136,14 +136,14 @@ def test_kernels_compile_without_spills_for_sm_80_90_and_100() -> None:
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     lines = done.stdout.splitlines()
-    assert len(lines) == 3 * (2 * 4 + 2)
+    assert len(lines) == 3 * (2 * (5 + 1) + 2)
     assert all(" spills 0," in line for line in lines), done.stdout
 
 
 _COMPILE = """
 from spt_fast.ops import nmi_triton as kernels
 for arch in (80, 90, 100):
-    for name, resources in kernels.compile_all(arch):
+    for name, resources in kernels.compile_all(arch, least_scores=4096):
         registers, spills, shared = resources
         print(f"sm_{arch} {name}: registers {registers}, spills {spills}, shared {shared}")
 """
