@@ -17,11 +17,15 @@ pytest.importorskip("triton")
 
 import spt_fast
 from spt_fast.ops import nmi_triton
+from spt_fast.ops.nmi import explain_backend, sigmoid_nmi
 from spt_fast.ops.nmi_portable import nmi_backward, nmi_coefficients, nmi_forward
 from spt_fast.ops.nmi_triton import launch_nmi_backward, launch_nmi_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on overflow, as meant
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # NumPy on overflow, as meant
+if DEVICE == "cuda":
+    # The same tests run the compiled kernels there.
+    pytestmark.append(pytest.mark.gpu)
 # N_p, B, N_e, D: one tile; several tiles of tokens; several of both
 SHAPES = [(3, 2, 5, 7), (20, 2, 196, 40), (40, 1, 300, 33)]
 
@@ -125,6 +129,19 @@ def test_bounded_buffer_gives_the_same_as_a_large_one(monkeypatch: pytest.Monkey
     monkeypatch.setattr(nmi_triton, "BUFFERED_SCORES", 2 * 40 * 300)
     for mine, theirs in zip(launch_nmi_forward(prompts, tokens), whole, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+def test_op_on_a_gpu_uses_the_kernels_and_matches_float64() -> None:
+    prompts, tokens = make_inputs((20, 3, 196, 768), 5.0, torch.float32)
+    assert explain_backend(tokens.device)[0] == "triton"
+    mine = [tensor.clone().requires_grad_() for tensor in (prompts, tokens)]
+    exact = [tensor.double().cpu().requires_grad_() for tensor in (prompts, tokens)]
+    got, expected = sigmoid_nmi(*mine), sigmoid_nmi(*exact)
+    torch.testing.assert_close(got.double().cpu(), expected, rtol=1e-4, atol=0)
+    gradients = torch.autograd.grad(got.sum(), mine)
+    for gradient, theirs in zip(gradients, torch.autograd.grad(expected.sum(), exact), strict=True):
+        assert (gradient.double().cpu() - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
 
 def test_kernels_compile_without_spills_for_sm_80_90_and_100() -> None:

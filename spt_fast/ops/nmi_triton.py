@@ -5,8 +5,8 @@ devices. Where the largest score of an image leads all others by more than 80, t
 have never run on a GPU.
 
 An image of up to 64 prompts, 256 tokens and 8,192 scores, padded, is one program that reads prompts and
-tokens once and writes only the results. Larger ones go through a buffer of scores of bounded size, small enough for a GPU's second-level
-cache, which a second kernel sweeps. How precision is kept: docs/nmi.md.
+tokens once and writes only the results. Larger ones go through a buffer of scores of bounded size, small
+enough for a GPU's second-level cache, which a second kernel sweeps. How precision is kept: docs/nmi.md.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
