@@ -27,6 +27,8 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def nmi_forward(prompts: Tensor, tokens: Tensor) -> Parts:
     """`Parts` of prompts [N_p, D] and tokens [B, N_e, D]; float64 for float64, else float32."""
     dtype = torch.promote_types(prompts.dtype, torch.float32)
+    # Whether an input is to be learned decides how matmul multiplies, and must not decide the last bit.
+    prompts, tokens = prompts.detach(), tokens.detach()
     with torch.autocast(tokens.device.type, enabled=False):
         parts = [_forward_chunk(prompts, chunk) for chunk in _chunks(prompts, tokens)]
     return tuple(torch.cat(column).to(dtype) for column in zip(*parts, strict=True))  # type: ignore[return-value]
