@@ -308,6 +308,13 @@ def test_scaling_the_sigmoid_does_not_change_it() -> None:
     )
 
 
+def test_the_bits_do_not_depend_on_whether_prompts_are_learned() -> None:
+    prompts, tokens = make_inputs(5, 16, 196, 192, largest_score=3.0)
+    learned = torch.nn.Parameter(prompts[None].clone())
+    with torch.no_grad():
+        assert torch.equal(sigmoid_nmi(learned[0], tokens[:, 1:]), sigmoid_nmi(prompts, tokens[:, 1:]))
+
+
 def test_the_bits_do_not_depend_on_threads() -> None:
     prompts, tokens = make_inputs(20, 2, 196, 768, largest_score=3.0)
     before = torch.get_num_threads()

@@ -5,6 +5,7 @@ Limits: scores are held for a bounded number of images at a time; a device witho
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -26,6 +27,8 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def nmi_forward(prompts: Tensor, tokens: Tensor) -> Parts:
     """`Parts` of prompts [N_p, D] and tokens [B, N_e, D]; float64 for float64, else float32."""
     dtype = torch.promote_types(prompts.dtype, torch.float32)
+    # Whether an input is to be learned decides how matmul multiplies, and must not decide the last bit.
+    prompts, tokens = prompts.detach(), tokens.detach()
     with torch.autocast(tokens.device.type, enabled=False):
         parts = [_forward_chunk(prompts, chunk) for chunk in _chunks(prompts, tokens)]
     return tuple(torch.cat(column).to(dtype) for column in zip(*parts, strict=True))  # type: ignore[return-value]
@@ -84,6 +87,11 @@ class _Joint:
         # A score of infinity makes NaN, as one of NaN does.
         return terms.sum(dim=2).sum(dim=1).clamp_(min=0) + 0 * self.scores.sum(dim=2).sum(dim=1)
 
+    @functools.cached_property
+    def complement(self) -> Tensor:
+        """1 - sigmoid(scores)."""
+        return torch.sigmoid(-self.scores)
+
     def nmi(self) -> Tensor:
         """Eq. 8; 0 where all mass is on one pair, whose entropies are 0."""
         entropies = self.prompt_entropy + self.token_entropy
@@ -97,7 +105,7 @@ class _Joint:
         mean = mean + of_e * _wide(self.token_entropy)
         per_prompt = of_p * _log(self.r) + mean
         inner = (of_i * self.log_ratio).sub_(per_prompt).sub_(of_e * _log(self.c))
-        return inner.mul_(self.pi).mul_(torch.sigmoid(-self.scores))
+        return inner.mul_(self.pi).mul_(self.complement)
 
 
 def nmi_coefficients(nmi: Tensor, prompt_entropy: Tensor, token_entropy: Tensor) -> Tensor:
@@ -137,7 +145,7 @@ def _error_of_float32(prompts: Tensor, tokens: Tensor, joint: _Joint, parts: Par
     gradient = joint.gradient(nmi_coefficients(nmi, prompt_entropy, token_entropy))
     first = 4 * error * torch.linalg.vector_norm(gradient, dim=2).square().sum(dim=1).sqrt()
     entropies = (prompt_entropy + token_entropy).clamp(min=torch.finfo(torch.float64).tiny)
-    spread = (joint.pi * torch.sigmoid(-joint.scores).square()).sum(dim=2).sum(dim=1)
+    spread = (joint.pi * joint.complement.square()).sum(dim=2).sum(dim=1)
     total: Tensor = first + error.square() * spread / entropies
     return total
 

@@ -4,9 +4,9 @@ Limits: float32, float16 and bfloat16, all arithmetic in float32; the caller has
 devices. Where the largest score of an image leads all others by more than 80, the result is 0. These kernels
 have never run on a GPU.
 
-An image of up to 8,192 scores, padded, is one program that reads prompts and tokens once and writes only the
-results. Larger ones go through a buffer of scores of bounded size, small enough for a GPU's second-level
-cache, which a second kernel sweeps. How precision is kept: docs/nmi.md.
+An image of up to 64 prompts, 256 tokens and 8,192 scores, padded, is one program that reads prompts and
+tokens once and writes only the results. Larger ones go through a buffer of scores of bounded size, small
+enough for a GPU's second-level cache, which a second kernel sweeps. How precision is kept: docs/nmi.md.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -24,13 +24,15 @@ from torch import Tensor
 from spt_fast.ops.nmi_portable import Parts
 from spt_fast.ops.triton_support import Compiled, compile_ahead, interpreting
 
-FUSED_SCORES = 8192
+# The largest tiles that leave no register to memory on sm_80, sm_90 and sm_100.
+FUSED_PROMPTS, FUSED_TOKENS, FUSED_SCORES = 64, 256, 8192
 TILE_PROMPTS, TILE_TOKENS = 32, 64
+SWEEP_PROMPTS, SWEEP_TOKENS = 16, 64
 # 2 ** 23 float32 scores are 32 MiB.
 BUFFERED_SCORES = 2**23
 # Within so many channels a dot product is summed plainly, between them with the rounding errors kept.
-CHANNELS = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}
-FUSED_WARPS, TILE_WARPS, STAGES = 16, 8, 2
+CHANNELS = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
+TILE_WARPS, STAGES = 8, 2
 # A new batch size or number of prompts must not compile the kernels anew.
 _COUNTS = ["num_prompts", "num_tokens", "images"]
 
@@ -357,12 +359,12 @@ def launch_nmi_forward(prompts: Tensor, tokens: Tensor) -> Parts:
     c = tokens.new_empty((images, num_tokens), dtype=torch.float32)
     block_p, block_e = _padded(num_prompts), _padded(num_tokens)
     with _on(tokens):
-        if block_p * block_e <= FUSED_SCORES:
+        if _is_fused(block_p, block_e):
             nmi_fused_kernel[(images,)](
                 prompts, tokens, parts, r, c, prompts.stride(0), tokens.stride(0), tokens.stride(1),
                 num_prompts, num_tokens, images, width,
                 BLOCK_P=block_p, BLOCK_E=block_e, BLOCK_D=CHANNELS[tokens.dtype],
-                num_warps=FUSED_WARPS, num_stages=STAGES,
+                num_warps=_fused_warps(block_p, block_e), num_stages=STAGES,
             )  # fmt: skip
         else:
             for first, chunk in _chunks(prompts, tokens):
@@ -422,7 +424,7 @@ def _sweep(scores: Tensor, parts: Tensor, r: Tensor, c: Tensor, coefficients: Te
     nmi_sweep_kernel[(images,)](
         scores, parts, r, c, torch.empty_like(r), torch.empty_like(c),
         parts if coefficients is None else coefficients, num_prompts, num_tokens, images,
-        BLOCK_P=TILE_PROMPTS, BLOCK_E=TILE_TOKENS, ALL_P=_padded(num_prompts), ALL_E=_padded(num_tokens),
+        BLOCK_P=SWEEP_PROMPTS, BLOCK_E=SWEEP_TOKENS, ALL_P=_padded(num_prompts), ALL_E=_padded(num_tokens),
         GRADIENT=coefficients is not None, num_warps=TILE_WARPS, num_stages=STAGES,
     )  # fmt: skip
 
@@ -432,6 +434,15 @@ def _chunks(prompts: Tensor, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
     images = max(1, BUFFERED_SCORES // (prompts.shape[0] * tokens.shape[1]))
     for first in range(0, tokens.shape[0], images):
         yield first, tokens[first : first + images]
+
+
+def _is_fused(block_p: int, block_e: int) -> bool:
+    """Whether the scores of an image, padded to this size, stay in registers."""
+    return block_p <= FUSED_PROMPTS and block_e <= FUSED_TOKENS and block_p * block_e <= FUSED_SCORES
+
+
+def _fused_warps(block_p: int, block_e: int) -> int:
+    return min(16, max(2, block_p * block_e // 512))
 
 
 def _padded(count: int) -> int:
@@ -451,25 +462,33 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def compile_all(arch: int) -> Iterator[tuple[str, Compiled]]:
-    """What each kernel, in its usual and largest tiles, takes of a multiprocessor of capability `arch`."""
+def compile_all(arch: int, least_scores: int = 0) -> Iterator[tuple[str, Compiled]]:
+    """What each kernel takes of a multiprocessor of capability `arch`, by name; the fused one in all its
+    tiles of at least so many scores."""
     counts = {name: "i32" for name in _COUNTS}
     for dtype, channels in (("fp32", CHANNELS[torch.float32]), ("bf16", CHANNELS[torch.bfloat16])):
         inputs = {name: f"*{dtype}:16" for name in ("prompts", "tokens")}
         inputs |= {name: "i32:16" for name in ("p_row", "e_image", "e_row", "width")} | counts
         results = {name: "*fp32:16" for name in ("parts", "r", "c")}
-        for block_p, block_e in ((32, 256), (128, 64), (16, 512)):
+        for block_p, block_e in _fused_tiles(least_scores):
             blocks = {"BLOCK_P": block_p, "BLOCK_E": block_e, "BLOCK_D": channels}
-            compiled = compile_ahead(nmi_fused_kernel, inputs | results, blocks, arch, FUSED_WARPS, STAGES)
+            warps = _fused_warps(block_p, block_e)
+            compiled = compile_ahead(nmi_fused_kernel, inputs | results, blocks, arch, warps, STAGES)
             yield f"fused {dtype} {block_p} x {block_e}", compiled
         scored = {name: kind for name, kind in inputs.items() if name != "images"} | {"scores": "*fp32:16"}
         blocks = {"BLOCK_P": TILE_PROMPTS, "BLOCK_E": TILE_TOKENS, "BLOCK_D": channels}
-        yield f"scores {dtype}", compile_ahead(nmi_scores_kernel, scored, blocks, arch, TILE_WARPS, STAGES)
+        compiled = compile_ahead(nmi_scores_kernel, scored, blocks, arch, TILE_WARPS, STAGES)
+        yield f"scores {dtype} {TILE_PROMPTS} x {TILE_TOKENS}", compiled
     names = ("scores", "parts", "r", "c", "row_deviations", "column_deviations", "coefficients")
     swept = {name: "*fp32:16" for name in names} | counts
-    blocks = {"BLOCK_P": TILE_PROMPTS, "BLOCK_E": TILE_TOKENS, "ALL_P": 128, "ALL_E": 1024}
+    blocks = {"BLOCK_P": SWEEP_PROMPTS, "BLOCK_E": SWEEP_TOKENS, "ALL_P": 128, "ALL_E": 1024}
     for gradient in (False, True):
-        compiled = compile_ahead(
-            nmi_sweep_kernel, swept, blocks | {"GRADIENT": gradient}, arch, TILE_WARPS, STAGES
-        )
-        yield f"sweep{', gradient' if gradient else ''}", compiled
+        constants = blocks | {"GRADIENT": gradient}
+        compiled = compile_ahead(nmi_sweep_kernel, swept, constants, arch, TILE_WARPS, STAGES)
+        yield f"sweep{' gradient' if gradient else ''} {SWEEP_PROMPTS} x {SWEEP_TOKENS}", compiled
+
+
+def _fused_tiles(least_scores: int) -> list[tuple[int, int]]:
+    sides = [2**power for power in range(4, 9)]
+    tiles = [(block_p, block_e) for block_p in sides for block_e in sides if _is_fused(block_p, block_e)]
+    return [tile for tile in tiles if tile[0] * tile[1] >= least_scores]
