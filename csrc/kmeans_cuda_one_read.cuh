@@ -246,6 +246,8 @@ __device__ inline void flush_sums(const Problem& p, double* partial, int first_b
   for (int c = 0; c < kSumTiles; ++c) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
+      // One block's old totals at a time: all of them at once would spill.
+      keep_memory_order();
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int64_t center = 16 * c + lane / 4 + i / 2 % 2 * 8;
