@@ -81,7 +81,7 @@ def one_read_seconds(gpu: Gpu, element: int, centers: int, rows: int) -> float:
     clocks = max(tile_bytes / gpu.memory, multiply + product_bytes / 128 + BARRIERS + add_up)
     waves = ceil(num_runs(centers) / gpu.processors)  # one block a multiprocessor
     tiles_per_run = ceil(TOKENS / num_runs(centers) / rows)
-    return waves * tiles_per_run * clocks / gpu.clock + reduction_seconds(gpu, centers, 2048)
+    return waves * tiles_per_run * clocks / gpu.clock + reduction_seconds(gpu, centers, 2048 if element == 2 else 512)
 
 
 def assign_seconds(gpu: Gpu, element: int, centers: int) -> float:

@@ -23,8 +23,12 @@ constexpr int64_t kOneReadColumns = 1024;
 constexpr int kSumTiles = kOneReadCenters / 16;
 constexpr int kOneReadStages = 2;
 // Tensor cores cut off what does not fit float32: an add loses up to 2^-23 of the sum. Sums move to
-// float64 every 2048 tokens, after 128 such adds, which keeps the loss under 1e-5.
+// float64 after 128 such adds, which keeps the loss under 1e-5: float32 takes four adds to 16
+// tokens, half types take one.
 constexpr int kTokensPerFlush = 2048;
+constexpr int tokens_per_flush(int element_bytes) {
+  return element_bytes == 4 ? kTokensPerFlush / 4 : kTokensPerFlush;
+}
 
 // Where things are in the block's shared memory.
 struct OneReadShape {
@@ -323,7 +327,7 @@ __global__ void __launch_bounds__(kOneReadThreads, 1)
     copy_tile(row + kOneReadStages * kTileRows, stage);
     stage ^= 1;
     unflushed += kTileRows;
-    if (unflushed == kTokensPerFlush) {
+    if (unflushed == tokens_per_flush(sizeof(T))) {
       flush_sums(p, partial, first_block, num_blocks, first_flush, sums);
       first_flush = false;
       unflushed = 0;
