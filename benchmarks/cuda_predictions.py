@@ -81,7 +81,8 @@ def one_read_seconds(gpu: Gpu, element: int, centers: int, rows: int) -> float:
     clocks = max(tile_bytes / gpu.memory, multiply + product_bytes / 128 + BARRIERS + add_up)
     waves = ceil(num_runs(centers) / gpu.processors)  # one block a multiprocessor
     tiles_per_run = ceil(TOKENS / num_runs(centers) / rows)
-    return waves * tiles_per_run * clocks / gpu.clock + reduction_seconds(gpu, centers, 2048 if element == 2 else 512)
+    per_move = 2048 if element == 2 else 512
+    return waves * tiles_per_run * clocks / gpu.clock + reduction_seconds(gpu, centers, per_move)
 
 
 def assign_seconds(gpu: Gpu, element: int, centers: int) -> float:
