@@ -115,7 +115,4 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared
   return cudaGetLastError();
 }
 
-// The compiler moves no load or store across this; it costs no instruction.
-__device__ inline void keep_memory_order() { asm volatile("" ::: "memory"); }
-
 }  // namespace spt_fast

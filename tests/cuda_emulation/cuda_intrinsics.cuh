@@ -150,6 +150,4 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared
   return cudaSuccess;
 }
 
-inline void keep_memory_order() {}
-
 }  // namespace spt_fast
