@@ -1,9 +1,9 @@
-"""What nvcc makes of csrc/kmeans_cuda.cu: registers, spills, shared memory, and the instructions of each kernel.
+"""What nvcc makes of csrc/kmeans_cuda.cu: registers, spills and the instructions of each kernel.
 
     python -m benchmarks.cuda_sources [ARCH ...]      default: 80 90a 100 120
 
-Compiles with the flags of the build and needs no GPU. Instructions are counted where cuobjdump and nvdisasm are
-found: in PATH, or those that come with Triton. They are counts of the machine code, not of what is executed.
+Needs no GPU. Instructions are counted where nvdisasm is found: in PATH,
+or the one that comes with Triton. They are counts of the machine code, not of what is executed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def inspect(nvcc: str, arch: str, folder: Path) -> dict[str, Kernel]:
         symbol = part.partition("'")[0]
         registers, spilled = re.search(r"Used (\d+) registers", part), re.findall(r"(\d+) bytes spill", part)
         shared = re.search(r"(\d+) bytes smem", part)
-        assert registers is not None and spilled
+        assert registers is not None
+        assert spilled
         kernels[readable(symbol)] = Kernel(
             registers=int(registers[1]),
             spill_bytes=sum(map(int, spilled)),

@@ -227,7 +227,7 @@ OneRead choose_one_read(const Problem& p, int device) {
     return try_one_read<T, 1, 6>(p, shared_bytes);
   } else {
     const OneRead wide = try_one_read<T, 2, 6>(p, shared_bytes);
-    return wide.kernel ? wide : try_one_read<T, 1, 8>(p, shared_bytes);
+    return wide.kernel ? wide : try_one_read<T, 1, 6>(p, shared_bytes);
   }
 }
 
