@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import spt_fast
 from spt_fast.ops import prompt_attention_tiles as rules
 
 pytest.importorskip("triton")
@@ -23,6 +24,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    # The script lies in the checkout; the package is the one imported here, installed or not.
+    environment["PYTHONPATH"] = str(Path(spt_fast.__file__).resolve().parents[1])
     command = [
         sys.executable,
         str(SCRIPT),

@@ -21,14 +21,6 @@ class Tiles(NamedTuple):
     stages: int  # steps in flight
 
 
-# What `SPT_FAST_AUTOTUNE=1` tries for every kernel.
-CANDIDATES = [
-    Tiles(rows, step, warps, stages)
-    for rows, step, warps in ((32, 32, 4), (64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 8))
-    for stages in (2, 3)
-]
-
-
 def padded_width(width: int) -> int:
     """Head width as the kernels hold it: a power of two, at least 16."""
     return max(16, _power_of_two(width))

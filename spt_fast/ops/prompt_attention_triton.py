@@ -13,9 +13,7 @@ masked. Offsets of rows are 64-bit.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -377,28 +375,17 @@ def _sum_splits(partial: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
 def _launch(
     kernel: Any, programs: Callable[[int], int], tile: tiles.Tiles, q: Tensor, arguments: Sequence[Any]
 ) -> None:
-    """Run a kernel with the tile of the rule, or, where the user asked for it, with the fastest of some."""
-    if programs(tile.rows) == 0:
+    """Run a kernel with a tile, unless it has nothing to do."""
+    count = programs(tile.rows)
+    if count == 0:
         return
     width = q.shape[-1]
     precision = INTERPRETED if interpreting() else FLOAT32_PRODUCT
-    chosen = {"ROWS": tile.rows, "STEP": tile.step, "num_warps": tile.warps, "num_stages": tile.stages}
-    if os.environ.get("SPT_FAST_AUTOTUNE") == "1":
-        kernel, chosen = _tuned(kernel), {}
     with _on_device(q):
-        kernel[lambda meta: (programs(meta["ROWS"]),)](
-            *arguments, WIDTH=width, BLOCK_D=tiles.padded_width(width), PRECISION=precision, **chosen
-        )
-
-
-@cache
-def _tuned(kernel: Any) -> Any:
-    """The kernel with tiles found by timing, once for each number of tokens and prompts and head width."""
-    configs = [
-        triton.Config({"ROWS": tile.rows, "STEP": tile.step}, num_warps=tile.warps, num_stages=tile.stages)
-        for tile in tiles.CANDIDATES
-    ]
-    return triton.autotune(configs, key=["tokens", "prompts", "WIDTH"])(kernel)
+        kernel[(count,)](
+            *arguments, WIDTH=width, BLOCK_D=tiles.padded_width(width), PRECISION=precision,
+            ROWS=tile.rows, STEP=tile.step, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
 
 
 def _strides(*tensors: Tensor) -> list[int]:
