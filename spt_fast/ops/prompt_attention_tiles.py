@@ -30,7 +30,7 @@ def forward_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) 
     """Of the forward kernel: `tokens` queries over `keys` keys, those of the prompts counted."""
     wide = padded_width(width) > 64
     if itemsize > 2:
-        return _fit(Tiles(16, 32, 4, 1) if wide else Tiles(32, 32, 4, 2), tokens, keys)
+        return _fit(Tiles(16, 32, 4, 1) if wide else Tiles(32, 32, 4, 1 if arch < 90 else 2), tokens, keys)
     if wide:
         return _fit(Tiles(64, 64 if arch < 90 else 32, 4, 2), tokens, keys)
     return _fit(Tiles(128, 64, 8, 3) if arch == 90 else Tiles(64, 64, 4, 3), tokens, keys)
@@ -40,7 +40,7 @@ def query_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) ->
     """Of the kernel for the gradient of the queries."""
     wide = padded_width(width) > 64
     if itemsize > 2:
-        return _fit(Tiles(16, 16, 4, 1) if wide else Tiles(32, 32, 4, 1), tokens, keys)
+        return _fit(Tiles(16, 16, 4 if arch < 100 else 8, 1) if wide else Tiles(32, 16, 4, 1), tokens, keys)
     return _fit(Tiles(64, 32 if wide or arch < 90 else 64, 4, 2), tokens, keys)
 
 
@@ -48,7 +48,8 @@ def key_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) -> T
     """Of the kernel for the gradients of keys and values."""
     wide = padded_width(width) > 64
     if itemsize > 2:
-        return _fit(Tiles(16, 16, 4, 1) if wide else Tiles(32, 32 if arch < 100 else 16, 4, 1), keys, tokens)
+        small = wide or padded_width(width) <= 32
+        return _fit(Tiles(16, 16, 4, 1) if small else Tiles(32, 32 if arch < 90 else 16, 4, 1), keys, tokens)
     return _fit(Tiles(64, 32, 8 if wide else 4, 2), keys, tokens)
 
 
