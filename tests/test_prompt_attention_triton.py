@@ -34,6 +34,7 @@ def test_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
         str(arch),
         "--dtypes",
         "bf16",
+        "fp32",
         "--widths",
         "64",
     ]
