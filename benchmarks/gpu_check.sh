@@ -49,6 +49,7 @@ fi
 part benchmarks 200 "$python" -m pytest benchmarks --benchmark-only --benchmark-json "$report/benchmarks.json" \
   -p no:cacheprovider
 part report 30 "$python" -m benchmarks.report "$report/benchmarks.json" --out "$report" --overwrite
+part kmeans 90 "$python" -m benchmarks.bench_kmeans_cuda
 part step 90 "$python" -m benchmarks.bench_prompted_step --device cuda --dtype bf16 --batch 64 \
   --sides ours ours-cast concat plain linear-probe full
 part nmi 60 "$python" -m benchmarks.bench_nmi --tracker
