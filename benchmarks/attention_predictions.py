@@ -88,7 +88,7 @@ def joined(gpu: Gpu, shape: Shape) -> tuple[float, float]:
 
 
 def join(gpu: Gpu, shape: Shape) -> tuple[float, float]:
-    """The same with the copies: k and v joined in front, their gradients split and stacked on the way back."""
+    """The same with the copies: k and v joined in front, gradients split and stacked on the way back."""
     s, more = shape.share, shape.keys / shape.tokens
     forward, backward = joined(gpu, shape)
     return forward + (2 + 2 * more) * s / gpu.copy, backward + (4 + 2 * more) * s / gpu.copy
