@@ -12,14 +12,12 @@ once per iteration, over that rate. Limits: never run on a GPU yet.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.bench_kmeans import available, make_tokens
+from benchmarks.bench_kmeans import available, make_tokens, measure, one_pass
 from spt_fast.clustering.lloyd import lloyd
 from spt_fast.clustering.weighted import WeightedTokens, mean_of
 from spt_fast.ops.kmeans import assign_accumulate
@@ -28,13 +26,10 @@ Side = Callable[[], Tensor]
 ITERATIONS = 10
 
 
-def one_pass(tokens: Tensor, centers: Tensor, mean: Tensor) -> Tensor:
-    assigned = assign_accumulate(tokens[None], centers[None], shift=mean[None])
-    return (assigned.sums[0] / assigned.counts[0][:, None]).float()
-
-
-def ten_iterations(tokens: Tensor, starts: Tensor, mean: Tensor) -> Tensor:
-    return lloyd(WeightedTokens(tokens, None, mean), starts, max_iter=ITERATIONS).centers
+def ours(tokens: Tensor, starts: Tensor, iterations: int, mean: Tensor) -> Tensor:
+    if iterations == 1:
+        return one_pass(tokens, starts, mean)[0]
+    return lloyd(WeightedTokens(tokens, None, mean), starts, max_iter=iterations).centers
 
 
 def pytorch(tokens: Tensor, starts: Tensor, iterations: int) -> Tensor:
@@ -59,9 +54,8 @@ def flash_kmeans(tokens: Tensor, starts: Tensor, iterations: int) -> Tensor:
 
 def make_sides(tokens: Tensor, starts: Tensor, iterations: int) -> dict[str, Side]:
     mean = mean_of(tokens, None)
-    our = one_pass if iterations == 1 else ten_iterations
     sides: dict[str, Side] = {
-        "spt_fast": lambda: our(tokens, starts, mean),
+        "spt_fast": lambda: ours(tokens, starts, iterations, mean),
         "pytorch": lambda: pytorch(tokens, starts, iterations),
     }
     if tokens.is_cuda and available("flash_kmeans"):
@@ -82,12 +76,15 @@ def check(sides: dict[str, Side], tokens: Tensor) -> None:
             raise AssertionError(f"{name} ends at {inertia(run) / ours:.4f} of the inertia of spt_fast")
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    started = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+def finished(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """`run`, and the wait until the device has done it."""
+
+    def wait() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return wait
 
 
 def report(tokens: Tensor, clusters: int, iterations: int, rounds: int) -> None:
@@ -96,11 +93,7 @@ def report(tokens: Tensor, clusters: int, iterations: int, rounds: int) -> None:
     check(sides, tokens)
     target = torch.empty_like(tokens)
     timed: dict[str, Callable[[], object]] = {**sides, "copy": lambda: target.copy_(tokens)}
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(rounds):
-        for name, run in timed.items():
-            times[name].append(seconds(run, tokens.device))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    medians = measure({name: finished(run, tokens.device) for name, run in timed.items()}, rounds)
     size = tokens.numel() * tokens.element_size()
     copy_rate = 2 * size / medians["copy"]
     title = str(tokens.dtype).removeprefix("torch.")

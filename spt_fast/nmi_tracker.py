@@ -5,9 +5,7 @@ Limits: a step is a call of the module in training mode; with `torch.compile`, a
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import itertools
 import os
 from array import array
@@ -16,14 +14,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spt_fast.backbone import get_blocks
+from spt_fast.distributed import Processes, find_processes
 from spt_fast.errors import NonFiniteError
 from spt_fast.files import check_output_path, write_bytes
 from spt_fast.prompted_vit import PromptedViT
+from spt_fast.tables import csv_bytes
 
 Callback = Callable[[int, Mapping[str, float]], None]
 
@@ -144,8 +143,8 @@ class NMITracker:
         # A copy: an array whose memory is shared cannot grow.
         values = torch.tensor(self._values, dtype=torch.float32).reshape(-1, self._num_blocks)
         steps = list(self._steps)
-        if not local and _num_processes() > 1:
-            values = _average_over_processes(steps, values)
+        if not local:
+            values = _average_over_processes(find_processes(None), steps, values)
         if not allow_nonfinite:
             _check_finite(steps, values)
         return NMIHistory(steps, values)
@@ -161,19 +160,20 @@ class NMITracker:
             FileExistsError: there is such a file, and not `overwrite`.
             FileNotFoundError: the folder does not exist.
         """
-        writes = _num_processes() == 1 or dist.get_rank() == 0
+        writes = find_processes(None).rank == 0
         if writes:
             check_output_path(path, overwrite=overwrite)
         steps, values = self.history()
         if not writes:
             return
         label = [] if run is None else [run]
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["step", "layer", "nmi", *(["run"] if label else [])])
-        for step, row in zip(steps, values.tolist(), strict=True):
-            table.writerows([step, layer, f"{value:.9g}", *label] for layer, value in enumerate(row, start=1))
-        write_bytes(path, text.getvalue().encode(), overwrite=overwrite)
+        rows = [
+            (step, layer, f"{value:.9g}", *label)
+            for step, row in zip(steps, values.tolist(), strict=True)
+            for layer, value in enumerate(row, start=1)
+        ]
+        header = ["step", "layer", "nmi", *(["run"] if label else [])]
+        write_bytes(path, csv_bytes(header, rows), overwrite=overwrite)
 
     def to_tensorboard(self, writer: Any) -> None:
         """Add all records to a `torch.utils.tensorboard.SummaryWriter` (extra: train), or one like it.
@@ -181,7 +181,7 @@ class NMITracker:
         A collective like `history`, and raises what that raises; process 0 writes, others may pass None.
         To watch while training, give `callback` a function that calls `writer.add_scalar`.
         """
-        writes = _num_processes() == 1 or dist.get_rank() == 0
+        writes = find_processes(None).rank == 0
         if writes and not callable(getattr(writer, "add_scalar", None)):
             raise TypeError(
                 f"writer must have `add_scalar`, as a SummaryWriter has, got {type(writer).__name__}"
@@ -275,17 +275,12 @@ def _named(row: list[float]) -> dict[str, float]:
     return {**named, "nmi/mean": sum(row) / len(row)}
 
 
-def _num_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _average_over_processes(steps: list[int], values: Tensor) -> Tensor:
-    gathered: list[Any] = [None] * _num_processes()
-    dist.all_gather_object(gathered, (steps, values))
+def _average_over_processes(processes: Processes, steps: list[int], values: Tensor) -> Tensor:
+    gathered = processes.gather((steps, values))
     for rank, (theirs, _) in enumerate(gathered):
         if theirs != steps:
             raise ValueError(
-                f"processes have recorded different steps: {len(steps)} in process {dist.get_rank()}, "
+                f"processes have recorded different steps: {len(steps)} in process {processes.rank}, "
                 f"{len(theirs)} in process {rank}"
             )
     return torch.stack([theirs for _, theirs in gathered]).mean(dim=0)

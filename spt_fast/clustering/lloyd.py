@@ -116,7 +116,7 @@ class _Run:
             return
         self.previous = inertia
         moved = move_centers(self.passes.problem, self.centers, self.assigned)
-        shift = _squared_movement(self.centers, moved)
+        shift = float(squared_movement(self.centers, moved))
         if shift == 0.0:
             self.stopped = True
             self.n_iter += 1  # it moved nothing, which took an iteration to see
@@ -153,7 +153,7 @@ def _step_unseen(run: _Run, previous: Tensor, flags: Tensor) -> tuple[Tensor, Te
     stalled = previous - inertia < run.gain_tolerance * inertia
     running = (stopped == 0) & (halted == 0)
     empty = running & ~stalled & (counts <= 0).any()
-    moved = _means(run.centers, run.assigned.sums[0], counts)
+    moved = center_means(run.centers, run.assigned.sums[0], counts)
     shift = (moved - run.centers).double().square().sum()
     stepping = running & ~stalled & ~empty
     going = stepping & (shift != 0)
@@ -171,17 +171,19 @@ def move_centers(problem: WeightedTokens, centers: Tensor, assigned: Assigned) -
     empty = counts <= 0
     if bool(empty.any()):
         sums, counts = _relocate_empty(problem, centers, sums, counts, empty)
-    return _means(centers, sums, counts)
+    return center_means(centers, sums, counts)
 
 
-def _means(centers: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    means = (sums / counts.clamp_min(torch.finfo(torch.float64).tiny)[:, None]).float()
-    return torch.where((counts > 0)[:, None], means, centers)
+def center_means(centers: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """Means [..., K, D] of the tokens of each centre; centres without tokens stay."""
+    means = (sums / counts.clamp_min(torch.finfo(torch.float64).tiny)[..., None]).float()
+    return torch.where((counts > 0)[..., None], means, centers)
 
 
-def _squared_movement(before: Tensor, after: Tensor) -> float:
+def squared_movement(before: Tensor, after: Tensor) -> np.ndarray:
+    """Squared distances between centres [..., K, D], summed over each set of centres."""
     # Summed by NumPy, in one thread: when to stop must not depend on the number of threads.
-    return float(np.square((after - before).double().cpu().numpy()).sum())
+    return np.asarray(np.square((after - before).double().cpu().numpy()).sum((-2, -1)))
 
 
 def _relocate_empty(

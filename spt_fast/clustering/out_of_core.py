@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.clustering.kmeans import SEEDING_TOKENS, SEEDING_TOKENS_PER_CLUSTER
-from spt_fast.clustering.lloyd import LloydResult
+from spt_fast.clustering.lloyd import LloydResult, center_means, squared_movement
 from spt_fast.clustering.seeding import kmeans_plus_plus
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.distributed import ALONE, Processes
@@ -110,7 +110,7 @@ class OutOfCoreKMeans:
         """One iteration of some of the restarts."""
         before = self._centers[runs]
         moved = self._move(before, runs)
-        shift = _squared_movement(before, moved)
+        shift = squared_movement(before, moved)
         self._shift[runs.cpu().numpy()] = shift
         self._n_iter[runs.cpu().numpy()] += 1
         changed = torch.from_numpy(shift > 0).to(runs.device)
@@ -140,8 +140,7 @@ class OutOfCoreKMeans:
         sums, counts, _ = (values[runs] for values in self._totals())
         if bool((counts <= 0).any()):
             sums, counts = self._relocate(before, sums, counts)
-        means = (sums / counts.clamp_min(1)[:, :, None]).float()
-        return torch.where((counts > 0)[:, :, None], means, before)
+        return center_means(before, sums, counts)
 
     def _assign(self, centers: Tensor) -> Assigned:
         """Sums, counts and inertia over the tokens of all ranks, for each restart's centres [R, K, D]."""
@@ -265,9 +264,3 @@ def _largest(candidates: list[_Candidate], number: int) -> list[_Candidate]:
     """The farthest, in order; of equals the first. Tokens on their centre are left there."""
     ordered = sorted(candidates, key=lambda candidate: -candidate[0])
     return [candidate for candidate in ordered[:number] if candidate[0] > 0]
-
-
-def _squared_movement(before: Tensor, after: Tensor) -> np.ndarray:
-    # Summed by NumPy, in one thread: when to stop must not depend on the number of threads.
-    gaps = (after - before).double().cpu().numpy()
-    return np.asarray(np.square(gaps).reshape(len(gaps), -1).sum(1))

@@ -13,7 +13,6 @@ enough for a GPU's second-level cache, which a second kernel sweeps. How precisi
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spt_fast.ops.nmi_portable import Parts
-from spt_fast.ops.triton_support import Compiled, compile_ahead, interpreting
+from spt_fast.ops.triton_support import Compiled, compile_ahead, interpreting, on_device
 
 # The largest tiles that leave no register to memory on sm_80, sm_90 and sm_100.
 FUSED_PROMPTS, FUSED_TOKENS, FUSED_SCORES = 64, 256, 8192
@@ -358,7 +357,7 @@ def launch_nmi_forward(prompts: Tensor, tokens: Tensor) -> Parts:
     r = tokens.new_empty((images, num_prompts), dtype=torch.float32)
     c = tokens.new_empty((images, num_tokens), dtype=torch.float32)
     block_p, block_e = _padded(num_prompts), _padded(num_tokens)
-    with _on(tokens):
+    with on_device(tokens):
         if _is_fused(block_p, block_e):
             nmi_fused_kernel[(images,)](
                 prompts, tokens, parts, r, c, prompts.stride(0), tokens.stride(0), tokens.stride(1),
@@ -391,7 +390,7 @@ def launch_nmi_backward(
     parts = torch.stack((information, information, prompt_entropy, token_entropy))
     wide = prompts.float()
     grad_prompts = torch.zeros_like(wide)
-    with _on(tokens), torch.autocast(tokens.device.type, enabled=False):
+    with on_device(tokens), torch.autocast(tokens.device.type, enabled=False):
         for first, chunk in _chunks(prompts, tokens):
             last = first + len(chunk)
             slopes = _scores(rows, chunk)
@@ -455,11 +454,6 @@ def _rows_contiguous(tensor: Tensor) -> Tensor:
         # The interpreter multiplies the bits of bfloat16 as if they were integers; float32 holds the numbers.
         tensor = tensor.float()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def compile_all(arch: int, least_scores: int = 0) -> Iterator[tuple[str, Compiled]]:

@@ -12,7 +12,6 @@ masked. Offsets of rows are 64-bit.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from spt_fast.ops import prompt_attention_tiles as tiles
 from spt_fast.ops.prompt_attention_ops import empty_gradients
-from spt_fast.ops.triton_support import architecture, interpreting
+from spt_fast.ops.triton_support import architecture, interpreting, on_device
 
 _LOG2_E = 1.4426950408889634
 # Three products of TensorFloat-32 give float32's precision but for the last two bits or so.
@@ -367,7 +366,7 @@ def _key_gradients(
 
 def _sum_splits(partial: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
     _, splits, size = partial.shape
-    with _on_device(partial):
+    with on_device(partial):
         grid = (-(-size // SUM_BLOCK), 2)
         prompt_attention_sum_kernel[grid](partial, grad_k, grad_v, splits, size, BLOCK=SUM_BLOCK)
 
@@ -381,7 +380,7 @@ def _launch(
         return
     width = q.shape[-1]
     precision = INTERPRETED if interpreting() else FLOAT32_PRODUCT
-    with _on_device(q):
+    with on_device(q):
         kernel[(count,)](
             *arguments, WIDTH=width, BLOCK_D=tiles.padded_width(width), PRECISION=precision,
             ROWS=tile.rows, STEP=tile.step, num_warps=tile.warps, num_stages=tile.stages,
@@ -399,8 +398,3 @@ def _aligned(tensor: Tensor) -> Tensor:
     if tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels start on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -10,11 +10,13 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 INSTALLED = find_spec("triton") is not None
 MINIMUM_CAPABILITY = 8
@@ -54,6 +56,11 @@ def interpreting() -> bool:
     Triton looks at the variable when it is imported, so it must be set before.
     """
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def compile_ahead(
