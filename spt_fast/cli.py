@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from spt_fast.distributed import Processes
+    from spt_fast.prompted_vit import PromptedViT
     from spt_fast.prototypes import Prototypes
+    from spt_fast.sources import LabelledImages
+    from spt_fast.trainer import History
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 INTERRUPTED = 130
 BAD_INPUT = 2
+TUNED_NAME = "tuned.safetensors"
+TRAINED_NAMES = (TUNED_NAME, "train.csv", "train.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_prototypes(commands)
+    _add_train(commands)
+    _add_eval(commands)
     _add_nmi(commands)
     _add_doctor(commands)
     return parser
@@ -78,7 +84,7 @@ def _add_prototypes(commands: Commands) -> None:
         epilog="example: spt-fast prototypes --model vit_small_patch16_224 --data photos --out p.safetensors "
         "(several processes share the images: torchrun --nproc-per-node 4 -m spt_fast prototypes ...)",
     )
-    _add_model_and_data(parser)
+    _add_limit(_add_model_and_data(parser))
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--overwrite", action="store_true", help="write over FILE if it is there")
     prompts = parser.add_argument_group("prompts")
@@ -96,6 +102,64 @@ def _add_prototypes(commands: Commands) -> None:
     parser.set_defaults(run=_prototypes)
 
 
+def _add_train(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="tune prompts and a head on labelled images",
+        description="Prompts and a new head, learned on images in one folder per class (Sec. 4.1: AdamW, "
+        "linear warm-up, cosine; random crops and flips, but for the digits). Writes "
+        f"{', '.join(TRAINED_NAMES)}; the first two after every epoch.",
+        epilog="example: spt-fast train --model shipped --data digits --val-split val --epochs 20 "
+        "--warmup-epochs 2 --out folder",
+    )
+    _add_model_and_data(parser, batch_size=32)
+    images = parser.add_argument_group("validation")
+    images.add_argument("--val-data", help="as --data; default: that, if --val-split is given")
+    images.add_argument("--val-split", help="as --split")
+    prompts = parser.add_argument_group("prompts")
+    source = prompts.add_mutually_exclusive_group()
+    source.add_argument("--prompts", type=Path, metavar="FILE", help="of `spt-fast prototypes`")
+    source.add_argument("--random", type=int, metavar="N_P", help="as many random ones, as VPT starts from")
+    source.add_argument(
+        "--num-prompts", type=int, help="of prototypes built first (default: 20 deep, 100 shallow)"
+    )
+    prompts.add_argument("--depth", choices=("deep", "shallow"), default="deep")
+    prompts.add_argument("--freeze-prompts", action="store_true", help="learn the head only (Table 4a)")
+    _add_recipe(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write")
+    parser.add_argument("--overwrite", action="store_true", help="write over these files if they are there")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_train)
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=int, default=100)
+    recipe.add_argument("--warmup-epochs", type=float, default=10)
+    recipe.add_argument("--lr", type=float, default=1e-2, help="highest, of the head (default: 0.01)")
+    recipe.add_argument("--prompt-lr", type=float, help="highest, of the prompts (default: as --lr)")
+    recipe.add_argument("--weight-decay", type=float, default=1e-4)
+    recipe.add_argument("--weight-dtype", choices=("bf16", "fp16"), help="run the frozen backbone in it")
+
+
+def _add_eval(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="accuracy of tuned prompts on labelled images",
+        description="Share of images whose largest logit is their label.",
+        epilog="example: spt-fast eval --model shipped --tuned folder/tuned.safetensors --data digits "
+        "--split test",
+    )
+    _add_model_and_data(parser)
+    parser.add_argument(
+        "--tuned", type=Path, required=True, metavar="FILE", help="of `spt-fast train`, or PromptedViT.save"
+    )
+    parser.add_argument("--weight-dtype", choices=("bf16", "fp16"), help="run the backbone in it")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.set_defaults(run=_eval)
+
+
 def _add_nmi(commands: Commands) -> None:
     parser = commands.add_parser(
         "nmi",
@@ -104,7 +168,7 @@ def _add_nmi(commands: Commands) -> None:
         "table, writes nmi.csv, cka.csv and nmi.png.",
         epilog="example: spt-fast nmi --model shipped --data digits --random 20 --out folder",
     )
-    _add_model_and_data(parser, max_images=512)
+    _add_limit(_add_model_and_data(parser), default=512)
     prompts = parser.add_argument_group("prompts")
     source = prompts.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -130,7 +194,8 @@ def _add_doctor(commands: Commands) -> None:
     parser.set_defaults(run=_doctor)
 
 
-def _add_model_and_data(parser: argparse.ArgumentParser, max_images: int | None = None) -> None:
+def _add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) -> argparse._ArgumentGroup:
+    """Options that name them; the group of those about images."""
     parser.add_argument(
         "--model",
         required=True,
@@ -149,12 +214,16 @@ def _add_model_and_data(parser: argparse.ArgumentParser, max_images: int | None 
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file instead")
     images = parser.add_argument_group("images")
     images.add_argument("--root", type=Path, metavar="FOLDER", help="where a timm data set lies")
-    images.add_argument("--split", default="train", help="of a timm data set (default: train)")
+    images.add_argument("--split", default="train", help="of a timm data set or the digits (default: train)")
     images.add_argument("--download", action="store_true", help="let timm download the data set")
-    limit = "stop after M images, drawn at random" + (f" (default: {max_images})" if max_images else "")
-    images.add_argument("--max-images", type=int, metavar="M", default=max_images, help=limit)
-    images.add_argument("--batch-size", type=int, default=64)
+    images.add_argument("--batch-size", type=int, default=batch_size)
     images.add_argument("--workers", type=int, default=4)
+    return images
+
+
+def _add_limit(images: argparse._ArgumentGroup, default: int | None = None) -> None:
+    limit = "stop after M images, drawn at random" + (f" (default: {default})" if default else "")
+    images.add_argument("--max-images", type=int, metavar="M", default=default, help=limit)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -172,10 +241,10 @@ def _prototypes(args: argparse.Namespace) -> None:
 
     device = device_of_this_process(args.device)
     with joined_by_environment(device) as processes:
-        _build_and_save(args, device, processes)
+        _build_and_save(args, processes)
 
 
-def _build_and_save(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
+def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
     import time
 
     from spt_fast.build import build_prototypes
@@ -184,7 +253,8 @@ def _build_and_save(args: argparse.Namespace, device: torch.device, processes: P
     def open_both() -> tuple[nn.Module, Iterable[Any]]:
         if processes.rank == 0:
             check_output_path(args.out, overwrite=args.overwrite)
-        return _open(args, device, max_images=args.max_images, processes=processes)
+        model = _open_model(args)
+        return model, _open_images(args, model, max_images=args.max_images, processes=processes)
 
     model, images = processes.rank_0_first(open_both)
     started = time.perf_counter()
@@ -216,13 +286,100 @@ def _print_prototypes(out: Path, prototypes: Prototypes, seconds: float) -> None
         print(f"block {layer:2d}: mean squared distance per token {inertia:.4g}")
 
 
+def _train(args: argparse.Namespace) -> None:
+    from spt_fast.plots import training_curves
+    from spt_fast.results import png, result_paths, write_results
+    from spt_fast.trainer import fit
+
+    paths = result_paths(args.out, TRAINED_NAMES, overwrite=args.overwrite)
+    model = _open_model(args)
+    train = _open_labelled(args, model, training=True, seed=args.seed)
+    val = _open_validation(args, model, train.class_names)
+    tuned = _prompted(args, model, train.class_names)
+
+    def keep(epoch: int, history: History) -> None:
+        # After the first epoch the files there are this run's own.
+        overwrite = args.overwrite or epoch > 1
+        tuned.save(paths[TUNED_NAME], overwrite=overwrite)
+        write_results(paths, {"train.csv": history.to_csv()}, overwrite=overwrite)
+
+    history = fit(
+        tuned,
+        train.loader,
+        None if val is None else val.loader,
+        epochs=args.epochs,
+        lr=args.lr,
+        prompt_lr=args.prompt_lr,
+        weight_decay=args.weight_decay,
+        warmup_epochs=args.warmup_epochs,
+        seed=args.seed,
+        on_epoch=keep,
+    )
+    if "train.png" in paths:
+        figure = training_curves(paths["train.csv"], title=f"{args.data}, {tuned.num_prompts} prompts")
+        write_results(paths, {"train.png": png(figure)}, overwrite=args.overwrite)
+    print(f"{history.epochs} epochs in {history.train_seconds:.1f} s, loss {history.loss[-1]:.4g}")
+    if history.val_accuracy:
+        print(f"validation accuracy {history.val_accuracy[-1]:.2%}")
+    for path in paths.values():
+        print(f"wrote {path}")
+
+
+def _prompted(args: argparse.Namespace, model: nn.Module, class_names: tuple[str, ...]) -> PromptedViT:
+    """The model with the prompts that the arguments name, and a new head."""
+    import torch
+
+    from spt_fast.prompted_vit import PromptedViT
+    from spt_fast.prototypes import Prototypes
+
+    start: Prototypes | int
+    if args.prompts is not None:
+        start = Prototypes.load(args.prompts)
+    elif args.random is not None:
+        start = args.random
+    else:
+        start = _prototypes_of(args, model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        tuned = PromptedViT(
+            model,
+            start,
+            depth=args.depth,
+            num_classes=len(class_names),
+            freeze_prompts=args.freeze_prompts,
+            weight_dtype=args.weight_dtype,
+        )
+    tuned.class_names = class_names
+    return tuned
+
+
+def _prototypes_of(args: argparse.Namespace, model: nn.Module) -> Prototypes:
+    from spt_fast.build import build_prototypes
+
+    return build_prototypes(
+        model, _open_images(args, model), num_prompts=args.num_prompts, depth=args.depth, seed=args.seed
+    )
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from spt_fast.prompted_vit import PromptedViT
+    from spt_fast.trainer import evaluate
+
+    tuned = PromptedViT.from_file(args.tuned, _open_model(args), weight_dtype=args.weight_dtype)
+    images = _open_labelled(args, tuned.model, class_names=tuned.class_names)
+    accuracy = evaluate(tuned, tqdm(images.loader, unit="batch"))
+    print(f"accuracy {accuracy:.2%} of {images.num_images} images")
+
+
 def _nmi(args: argparse.Namespace) -> None:
     from spt_fast import analysis
-    from spt_fast.distributed import device_of_this_process
     from spt_fast.results import result_paths, write_results
 
     paths = result_paths(args.out, analysis.FILE_NAMES, overwrite=args.overwrite)
-    model, images = _open(args, device_of_this_process(args.device))
+    model = _open_model(args)
+    images = _open_images(args, model)
     if args.prompts is not None:
         tuned = analysis.load_prompts(args.prompts, model)
     else:
@@ -243,23 +400,42 @@ def _doctor(_: argparse.Namespace) -> None:
     print(doctor.report())
 
 
-def _open(args: argparse.Namespace, device: torch.device, **share: Any) -> tuple[nn.Module, Iterable[Any]]:
-    """The model, on `device`, and the images that the arguments name; `share` is for `open_images`."""
-    from spt_fast.sources import open_images, open_model
+def _open_model(args: argparse.Namespace) -> nn.Module:
+    """The model that the arguments name, on their device."""
+    from spt_fast.distributed import device_of_this_process
+    from spt_fast.sources import open_model
 
-    model = open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint).to(device)
-    images = open_images(
-        args.data,
-        model,
-        root=args.root,
-        split=args.split,
-        download=args.download,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        seed=args.seed,
-        **share,
-    )
-    return model, images
+    device = device_of_this_process(args.device)
+    return open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint).to(device)
+
+
+def _open_images(args: argparse.Namespace, model: nn.Module, **share: Any) -> Iterable[Any]:
+    from spt_fast.sources import open_images
+
+    return open_images(args.data, model, seed=args.seed, **_image_options(args), **share)
+
+
+def _open_labelled(args: argparse.Namespace, model: nn.Module, **use: Any) -> LabelledImages:
+    from spt_fast.sources import open_labelled_images
+
+    return open_labelled_images(args.data, model, **_image_options(args), **use)
+
+
+def _open_validation(
+    args: argparse.Namespace, model: nn.Module, class_names: tuple[str, ...]
+) -> LabelledImages | None:
+    if args.val_data is None and args.val_split is None:
+        return None
+    data, split = args.val_data or args.data, args.val_split or args.split
+    if (data, split) == (args.data, args.split):
+        raise ValueError(f"--val-data and --val-split name the images of training, {data}, split {split}")
+    chosen = argparse.Namespace(**{**vars(args), "data": data, "split": split})
+    return _open_labelled(chosen, model, class_names=class_names)
+
+
+def _image_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("root", "split", "download", "batch_size", "workers")
+    return {name: getattr(args, name) for name in names}
 
 
 def _one_line(error: BaseException) -> str:

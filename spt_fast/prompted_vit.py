@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,6 +94,7 @@ class PromptedViT(nn.Module):
         engine_reason: why "kv" could not be chosen, or why it was; one sentence.
         depth: "deep" or "shallow".
         model: the model taken over.
+        class_names: what the logits stand for, in their order, or None; yours to set, saved with the head.
 
     Raises:
         TypeError: `model` has no blocks to prompt, or an argument is of the wrong type.
@@ -101,6 +103,7 @@ class PromptedViT(nn.Module):
 
     prompts: nn.Parameter
     model: nn.Module
+    class_names: Sequence[str] | None
 
     def __init__(
         self,
@@ -128,6 +131,7 @@ class PromptedViT(nn.Module):
         self.depth = depth
         self.engine, self.engine_reason = _choose_engine(blocks, depth, engine)
         self.pool_prompts = bool(pool_prompts)
+        self.class_names = None
         self._num_blocks = len(blocks)
         self._num_prefix_tokens = num_prefix_tokens(model)
         was_training = model.training
@@ -145,6 +149,40 @@ class PromptedViT(nn.Module):
         learn_prompts = not freeze_prompts and values.numel() > 0
         self.prompts = nn.Parameter(values, requires_grad=learn_prompts)
         self.train(was_training)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        engine: Literal["auto", "kv", "concat"] = "auto",
+        weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
+    ) -> PromptedViT:
+        """`model` with the prompts and the head of a file that `save` wrote, built as they were.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError, ValueError: as the constructor and `load`; the model is then left as it was.
+        """
+        tensors, facts = read_safetensors(path, kind=_FILE_KIND)
+        # A head of the size that the model has already is read into a copy of the model's own.
+        saved, own = facts.get("num_classes"), getattr(model, "num_classes", None)
+        tuned = cls(
+            model,
+            tensors["prompts"],
+            depth="shallow" if facts["prompt_depth"] == "shallow" else "deep",
+            num_classes=None if saved is None or saved == str(own) else int(saved),
+            engine=engine,
+            pool_prompts=facts["pool_prompts"] == "True",
+            weight_dtype=weight_dtype,
+        )
+        try:
+            tuned._take_values(path, tensors, facts)
+        except ValueError:
+            tuned.release()
+            raise
+        return tuned
 
     @property
     def head(self) -> nn.Module:
@@ -230,13 +268,15 @@ class PromptedViT(nn.Module):
         return self
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write prompts and head, nothing else, to a safetensors file.
+        """Write prompts and head, and nothing else of the model, to a safetensors file; see `from_file`.
 
         Raises:
+            ValueError: `class_names` is set, but not one name for each logit.
             FileExistsError: there is such a file, and not `overwrite`.
             FileNotFoundError: the folder does not exist.
         """
         self._check_held()
+        _check_class_names(self.class_names, getattr(self.model, "num_classes", None))
         write_safetensors(path, self._tuned_tensors(), self._metadata(), kind=_FILE_KIND, overwrite=overwrite)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -248,13 +288,7 @@ class PromptedViT(nn.Module):
             FileNotFoundError: there is no such file.
         """
         self._check_held()
-        tensors, metadata = read_safetensors(path, kind=_FILE_KIND)
-        mine = self._tuned_tensors()
-        _check_shapes(path, tensors, mine)
-        _check_metadata(path, metadata, self._metadata())
-        with torch.no_grad():
-            for name, tensor in mine.items():
-                tensor.copy_(tensors[name])
+        self._take_values(path, *read_safetensors(path, kind=_FILE_KIND))
 
     def release(self) -> nn.Module:
         """Give the model back as it was taken over: head, grad flags, training modes, forward of the blocks.
@@ -272,6 +306,19 @@ class PromptedViT(nn.Module):
     def extra_repr(self) -> str:
         layers, num_prompts, width = self.prompts.shape
         return f"prompts=[{layers}, {num_prompts}, {width}], depth={self.depth!r}, engine={self.engine!r}"
+
+    def _take_values(
+        self, path: str | os.PathLike[str], tensors: dict[str, Tensor], facts: dict[str, str]
+    ) -> None:
+        """Prompts, head and names of a file; nothing changes where they do not fit."""
+        mine = self._tuned_tensors()
+        _check_shapes(path, tensors, mine)
+        _check_metadata(path, facts, self._metadata())
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(tensors[name])
+        names = facts.get("class_names")
+        self.class_names = None if names is None else tuple(json.loads(names))
 
     def _take_over(self, blocks: nn.ModuleList | nn.Sequential, num_classes: int | None) -> None:
         self.model.requires_grad_(False)
@@ -355,7 +402,11 @@ class PromptedViT(nn.Module):
         }
 
     def _metadata(self) -> dict[str, str]:
+        facts = {"num_classes": getattr(self.model, "num_classes", None)}
+        if self.class_names is not None:
+            facts["class_names"] = json.dumps(list(self.class_names))
         return {
+            **{name: str(fact) for name, fact in facts.items() if fact is not None},
             **describe(self.model),
             "prompt_depth": self.depth,
             "pool_prompts": str(self.pool_prompts),
@@ -523,6 +574,17 @@ def _check_block_call(
     ]
     if extra:
         raise TypeError(f"{type(block).__name__} cannot be prompted when it is also given {', '.join(extra)}")
+
+
+def _check_class_names(names: Sequence[str] | None, num_classes: int | None) -> None:
+    if names is None:
+        return
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names must be a sequence of strings or None, got {names!r}")
+    if num_classes is not None and len(names) != num_classes:
+        raise ValueError(
+            f"class_names must hold one name for each of {num_classes} classes, got {len(names)}"
+        )
 
 
 def _check_finite_nmi(values: Tensor) -> None:

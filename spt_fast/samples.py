@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BACKBONE_NAME = "spt_fast_mae_tiny_patch4_32"
 DIGITS_MAX = 16
+DIGITS_CLASSES = tuple(map(str, range(10)))
 # Rows of the file, which keeps the order of the collection: neighbours are alike (same writers), and
 # contiguous splits mix them less than a shuffled split would.
 DIGITS_SPLITS = {"train": (0, 897), "val": (897, 1197), "test": (1197, 1797)}

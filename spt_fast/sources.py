@@ -6,7 +6,8 @@ Both come from timm: any model and any data set it can make; besides, what ships
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spt_fast.distributed import ALONE, Processes
-from spt_fast.samples import load_backbone, load_digits
+from spt_fast.samples import DIGITS_CLASSES, load_backbone, load_digits
 
 SHIPPED_MODEL = "shipped"
 SHIPPED_IMAGES = "digits"
@@ -66,31 +67,104 @@ def open_images(
 
     Args:
         data: a folder of images (sub-folders welcome), a timm data set name ("torch/cifar10", "hfds/...";
-            see `timm.data.create_dataset`), or "digits", the shipped training images.
-        root, split, download: where a timm data set lies, its split, and whether timm may fetch it.
+            see `timm.data.create_dataset`), or "digits", the shipped images.
+        root, download: where a timm data set lies, and whether timm may fetch it.
+        split: of a timm data set or the digits ("train", "val", "test"); a folder has none.
         max_images: of all processes together; a data set that can only be iterated is not cut here.
 
     Raises:
         FileNotFoundError: neither a folder nor the name of a data set.
         ValueError: the folder holds no image, or an argument is out of range.
     """
+    dataset = _open_dataset(data, model, root, split, download)
+    order = _order(dataset, seed, max_images, processes)
+    return _loader(dataset, batch_size, workers, seed, sampler=order)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Batches of (images, labels), their number, and the names of the classes in the order of the labels."""
+
+    loader: DataLoader[Any]
+    num_images: int
+    class_names: tuple[str, ...]
+
+
+def open_labelled_images(
+    data: str,
+    model: nn.Module,
+    *,
+    root: str | Path | None = None,
+    split: str = "train",
+    download: bool = False,
+    batch_size: int = 64,
+    workers: int = 4,
+    seed: int = 0,
+    training: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> LabelledImages:
+    """Images with labels, in the size and scale `model` expects; of a folder, one class for each sub-folder.
+
+    Args:
+        data, root, split, download: as in `open_images`.
+        training: every epoch in a new order, which depends on `seed` alone, with timm's random resized crops
+            and horizontal flips (Sec. 4.1, FGVC), but for the digits; else in the order of the data set, with
+            timm's transform of evaluation.
+        class_names: classes of the model; labels are then places in it. None takes those of the data.
+
+    Raises:
+        FileNotFoundError: neither a folder nor the name of a data set.
+        ValueError: the data set does not name its classes or can only be iterated, has a class that is not
+            in `class_names`, has fewer than two to train on, or an argument is out of range.
+    """
+    dataset = _open_dataset(data, model, root, split, download, training=training)
+    found = _class_names(dataset, data)
+    if training and len(found) < 2:
+        raise ValueError(f"data: {data} must hold images of two classes or more, got {list(found)}")
+    if class_names is not None and tuple(class_names) != found:
+        _renumber(dataset, data, found, class_names)
+        found = tuple(class_names)
+    loader = _loader(dataset, batch_size, workers, seed, shuffle=training)
+    return LabelledImages(loader, len(dataset), found)
+
+
+def _loader(dataset: Any, batch_size: int, workers: int, seed: int, **order: Any) -> DataLoader[Any]:
     if batch_size < 1:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size}")
     if workers < 0:
         raise ValueError(f"workers must be an integer >= 0, got {workers}")
-    dataset = (
-        _shipped_images() if data == SHIPPED_IMAGES else _timm_images(data, model, root, split, download)
-    )
-    if isinstance(dataset, TensorDataset):
-        workers = 0
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=_order(dataset, seed, max_images, processes),
         generator=torch.Generator().manual_seed(seed),
-        num_workers=workers,
+        num_workers=0 if isinstance(dataset, TensorDataset) else workers,
         pin_memory=torch.cuda.is_available(),
+        **order,
     )
+
+
+def _class_names(dataset: Any, data: str) -> tuple[str, ...]:
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"data: {data} can only be iterated; train and eval need a folder, torch/ or hfds/")
+    if isinstance(dataset, TensorDataset):
+        return DIGITS_CLASSES
+    numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    names = sorted(numbers, key=numbers.get) if numbers else getattr(dataset, "classes", None)
+    if not names:
+        raise ValueError(f"data: {data} does not name its classes; give a folder with one folder per class")
+    return tuple(map(str, names))
+
+
+def _renumber(dataset: Any, data: str, found: Sequence[str], class_names: Sequence[str]) -> None:
+    """Make labels places in `class_names`."""
+    foreign = [name for name in found if name not in class_names]
+    if foreign:
+        raise ValueError(
+            f"data: {data} has {len(foreign)} classes that the model has not ({', '.join(foreign[:3])}); "
+            f"it has {len(class_names)} ({', '.join(class_names[:3])}, ...)"
+        )
+    places = [class_names.index(name) for name in found]
+    dataset.target_transform = places.__getitem__
 
 
 def _order(dataset: Any, seed: int, max_images: int | None, processes: Processes) -> list[int] | None:
@@ -158,17 +232,23 @@ def _of_head(name: str) -> bool:
     return name.startswith(("head.", "head_dist."))
 
 
-def _shipped_images() -> TensorDataset:
-    return TensorDataset(*load_digits("train"))
-
-
-def _timm_images(data: str, model: nn.Module, root: str | Path | None, split: str, download: bool) -> Any:
+def _open_dataset(
+    data: str,
+    model: nn.Module,
+    root: str | Path | None,
+    split: str,
+    download: bool,
+    *,
+    training: bool = False,
+) -> Any:
+    if data == SHIPPED_IMAGES:
+        return TensorDataset(*load_digits(split))
     from timm.data.config import resolve_model_data_config
     from timm.data.dataset_factory import create_dataset
     from timm.data.transforms_factory import create_transform
 
     config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    transform = create_transform(**config, is_training=False)
+    transform = create_transform(**config, is_training=training, color_jitter=0.0)
     if data.lower().startswith(_DATASET_PREFIXES):
         where = None if root is None else str(root)
         dataset = create_dataset(data, root=where, split=split, download=download)

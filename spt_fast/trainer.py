@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from spt_fast.prompted_vit import PromptedViT
+from spt_fast.tables import csv_bytes
 
 FINAL_LR = 1e-8
+HISTORY_COLUMNS = ("epoch", "loss", "val_accuracy", "lr", "seconds")
 
 Batch = tuple[Tensor, Tensor]
 
@@ -56,6 +58,17 @@ class History:
     @property
     def train_seconds(self) -> float:
         return sum(self.seconds)
+
+    def to_csv(self) -> bytes:
+        """A row per epoch: epoch, loss, val_accuracy (empty where not evaluated), lr, seconds."""
+        accuracy = dict(zip(self.val_epochs, self.val_accuracy, strict=True))
+        rows = [
+            (epoch, loss, accuracy.get(epoch, ""), lr, seconds)
+            for epoch, (loss, lr, seconds) in enumerate(
+                zip(self.loss, self.lr, self.seconds, strict=True), start=1
+            )
+        ]
+        return csv_bytes(HISTORY_COLUMNS, rows)
 
 
 def fit(

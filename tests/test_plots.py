@@ -11,6 +11,7 @@ import torch
 
 from spt_fast import plots
 from spt_fast.tables import csv_bytes, format_table, read_csv
+from spt_fast.trainer import History
 
 EPOCHS = np.arange(4)
 
@@ -280,3 +281,23 @@ def test_tables_align_and_come_back_from_csv(tmp_path):
     assert format_table([("a", "b"), ("long", "1")]) == "a     b\n----  -\nlong  1"
     path = write(tmp_path / "t.csv", ("name", "x"), [("a, b", 0.1), ("", 1e-30)])
     assert read_csv(path, ("x",), ("name", "absent")) == [(("a, b", ""), (0.1,)), (("", ""), (1e-30,))]
+
+
+def test_training_curves_show_what_the_trainer_wrote(tmp_path):
+    history = History([2.0, 1.5, 1.25], [0.5, 0.75], [2, 3], [1e-3, 2e-3, 1e-3], [1.0, 1.0, 1.0])
+    path = tmp_path / "train.csv"
+    path.write_bytes(history.to_csv())
+    figure = plots.training_curves(path, title="digits")
+    loss, accuracy = (axes.lines[0].get_xydata() for axes in figure.axes)
+    np.testing.assert_array_equal(loss, [[1, 2.0], [2, 1.5], [3, 1.25]])
+    np.testing.assert_array_equal(accuracy, [[2, 50.0], [3, 75.0]])
+    assert png_of(figure).startswith(b"\x89PNG")
+
+
+def test_training_curves_without_validation_have_one_panel(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_bytes(History([2.0], [], [], [1e-3], [1.0]).to_csv())
+    assert len(plots.training_curves(path).axes) == 1
+    path.write_text("epoch,loss\n1,2\n")
+    with pytest.raises(ValueError, match="must have the columns epoch, loss, val_accuracy"):
+        plots.training_curves(path)

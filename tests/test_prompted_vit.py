@@ -540,6 +540,53 @@ class TestFiles:
         assert relative_difference(other(make_images()).detach(), expected) <= 1e-5
         assert [id(parameter) for parameter in other.trainable_parameters()] == learned
 
+    @pytest.mark.parametrize(
+        ("options", "prompts"),
+        [
+            ({"num_classes": 4}, 3),
+            ({}, 3),
+            ({"num_classes": 4, "depth": "shallow"}, 1),
+            ({"num_classes": 4, "pool_prompts": True}, 3),
+        ],
+    )
+    def test_from_file_builds_what_was_saved(
+        self, options: dict[str, Any], prompts: int, tmp_path: Path
+    ) -> None:
+        def make_model() -> nn.Module:
+            return make_vit(global_pool="avg" if "pool_prompts" in options else "token")
+
+        tuned = PromptedViT(make_model(), make_prompts(prompts), **options)
+        tuned.class_names = [f"class {index}" for index in range(tuned.model.num_classes)]
+        with torch.no_grad():
+            tuned.head.weight.mul_(1.5)
+        tuned.save(tmp_path / "tuned.safetensors")
+        found = PromptedViT.from_file(tmp_path / "tuned.safetensors", make_model())
+        assert torch.equal(found(make_images()), tuned(make_images()))
+        assert found.class_names == tuple(tuned.class_names)
+        assert found.head.weight.requires_grad
+
+    def test_from_file_refuses_another_model_and_leaves_it_alone(
+        self, tuned: PromptedViT, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "tuned.safetensors"
+        tuned.save(path)
+        other = make_vit(reg_tokens=1)
+        before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        with pytest.raises(ValueError, match="saved with num_prefix_tokens '1'"):
+            PromptedViT.from_file(path, other)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+        assert all(parameter.requires_grad for parameter in other.parameters())
+        assert other(make_images()).shape == (3, other.num_classes)
+
+    @pytest.mark.parametrize("names", ["abcd", ["a", "b"], ["a", "b", "c", 4]])
+    def test_class_names_that_do_not_fit_are_refused(
+        self, names: Any, tuned: PromptedViT, tmp_path: Path
+    ) -> None:
+        tuned.class_names = names
+        with pytest.raises(ValueError, match="class_names must"):
+            tuned.save(tmp_path / "tuned.safetensors")
+        assert list(tmp_path.iterdir()) == []
+
     def test_file_holds_prompts_and_head_only(self, tuned: PromptedViT, tmp_path: Path) -> None:
         tuned.save(tmp_path / "tuned.safetensors")
         numbers = sum(parameter.numel() for parameter in tuned.trainable_parameters())

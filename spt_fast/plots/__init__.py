@@ -12,6 +12,7 @@ from spt_fast.plots.figures import (
     demo_figure,
     nmi_over_epochs,
     nmi_per_layer,
+    training_curves,
 )
 from spt_fast.plots.parts import matplotlib_missing
 
@@ -25,4 +26,5 @@ __all__ = [
     "matplotlib_missing",
     "nmi_over_epochs",
     "nmi_per_layer",
+    "training_curves",
 ]

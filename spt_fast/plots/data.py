@@ -98,6 +98,14 @@ def times_of_shares(source: Any) -> tuple[dict[str, tuple[Values, Values]], dict
     return measured, published
 
 
+def training_of_epochs(source: PathLike) -> tuple[Values, Values]:
+    """Pairs [T, 2] of epoch and loss, and of epoch and validation accuracy where the file holds one."""
+    rows = [numbers for _, numbers in read_csv(source, ("epoch", "loss", "val_accuracy"))]
+    loss = [_no_blank(source, (epoch, value)) for epoch, value, _ in rows]
+    accuracy = [_no_blank(source, (epoch, value)) for epoch, _, value in rows if value is not None]
+    return np.array(loss), np.array(accuracy).reshape(-1, 2)
+
+
 def check_array(name: str, values: Any, layout: str, ranks: tuple[int, ...]) -> Values:
     """`values` as float64, of an allowed rank, not empty, and finite.
 

@@ -227,6 +227,29 @@ def demo_figure(methods: Mapping[str, MethodCurves], *, subtitle: str = "") -> F
     return figure
 
 
+def training_curves(source: Any, *, title: str = "") -> Figure:
+    """Training loss and, where there is any, validation accuracy per epoch.
+
+    Args:
+        source: a CSV file with the columns epoch, loss, val_accuracy, as `spt-fast train` writes it.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: as `nmi_over_epochs`.
+    """
+    loss, accuracy = data.training_of_epochs(source)
+    shown = [(loss, 1.0, "training loss"), (accuracy, 100.0, "validation accuracy (%)")]
+    shown = [curve for curve in shown if len(curve[0])]
+    figure, all_axes = panels(len(shown), width=4.2, height=2.9)
+    look = styles(["SPT-Deep"])["SPT-Deep"]
+    for axes, (points, scale, label) in zip(all_axes, shown, strict=True):
+        draw_line(axes, points[:, 0], scale * points[:, 1][None], look)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+    tidy(*all_axes)
+    _add_title(figure, title)
+    return figure
+
+
 def _draw_accuracy(axes: Axes, methods: Mapping[str, MethodCurves]) -> None:
     looks = styles(list(methods))
     for name, curves in methods.items():
