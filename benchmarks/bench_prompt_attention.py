@@ -1,11 +1,14 @@
 """prompt_attention against joining and PyTorch's attention, attention on joined tensors, and FlexAttention.
 
 `pytest benchmarks/bench_prompt_attention.py --benchmark-only`: ViT-B/16 at full size in bfloat16 on a GPU,
-small and in float32 on the CPU. Results are checked before anything is timed.
+small and in float32 on the CPU. Results are checked before anything is timed. The ratios to quote are those
+of `python -m benchmarks.bench_prompt_attention`, which alternates the sides within one process.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from benchmarks.bench_prompted_step import interleaved_medians
 from spt_fast.ops.prompt_attention import packed_prompt_attention
 
 GPU = torch.cuda.is_available()
@@ -61,13 +65,29 @@ if GPU:
     SIDES["join + flex"] = flex
 
 
-def make_inputs(batch: int, tokens: int, prompts: int) -> list[Tensor]:
+def make_inputs(
+    batch: int, tokens: int, prompts: int, heads: int = HEADS, width: int = WIDTH
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((batch, tokens, 3, HEADS, WIDTH), (HEADS, prompts, WIDTH), (HEADS, prompts, WIDTH))
+    shapes = ((batch, tokens, 3, heads, width), (heads, prompts, width), (heads, prompts, width))
     qkv, *shared = (torch.randn(shape, generator=generator).to(DEVICE, DTYPE) for shape in shapes)
     images = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
     joined = [torch.cat((p.expand(batch, -1, -1, -1), x), dim=2) for p, x in zip(shared, images, strict=True)]
     return [tensor.requires_grad_() for tensor in (qkv, *shared, *joined)]
+
+
+def check(side: str, inputs: list[Tensor]) -> None:
+    tolerance = 0.03 if GPU else 1e-5
+    torch.testing.assert_close(SIDES[side](*inputs), ours(*inputs), atol=tolerance, rtol=tolerance)
+
+
+def run(side: str, inputs: list[Tensor], cotangent: Tensor, backward: bool) -> None:
+    with torch.set_grad_enabled(backward):
+        out = SIDES[side](*inputs)
+    if backward:
+        torch.autograd.grad(out, inputs, cotangent, allow_unused=True)
+    if GPU:
+        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
@@ -78,16 +98,41 @@ def test_prompt_attention(benchmark: Any, case: tuple[int, int, int], side: str,
     kind = "forward and backward" if backward else "forward"
     benchmark.group = f"prompt_attention {kind} B{case[0]} N{case[1]} P{case[2]} {DEVICE} {DTYPE}"
     benchmark.extra_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    tolerance = 0.03 if GPU else 1e-5
-    torch.testing.assert_close(SIDES[side](*inputs), ours(*inputs), atol=tolerance, rtol=tolerance)
-    cotangent = torch.randn_like(SIDES[side](*inputs))
+    check(side, inputs)
+    cotangent = torch.randn_like(ours(*inputs))
+    benchmark.pedantic(run, args=(side, inputs, cotangent, backward), rounds=10, warmup_rounds=3)
 
-    def run() -> None:
-        with torch.set_grad_enabled(backward):
-            out = SIDES[side](*inputs)
-        if backward:
-            torch.autograd.grad(out, inputs, cotangent, allow_unused=True)
-        if GPU:
-            torch.cuda.synchronize()
 
-    benchmark.pedantic(run, rounds=10, warmup_rounds=3)
+def report(case: tuple[int, ...], rounds: int) -> None:
+    """One line for each side, forward alone and with backward; `case` is what `make_inputs` takes."""
+    inputs = make_inputs(*case)
+    cotangent = torch.randn_like(ours(*inputs)).detach()
+    for side in SIDES:
+        check(side, inputs)
+    for backward in (False, True):
+        steps = {side: functools.partial(run, side, inputs, cotangent, backward) for side in SIDES}
+        medians = interleaved_medians(steps, rounds, warmup=3)
+        kind = "forward-backward" if backward else "forward"
+        for side, median in medians.items():
+            sizes = "B{} N{} P{} H{} d{}".format(*case)
+            ratio = median / medians["ours"]
+            print(
+                f"{sizes:24s} {kind:17s} {side:15s} {1e3 * median:8.3f} ms  {ratio:6.3f} x ours", flush=True
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=60, help="counted runs of each side (default: 60)")
+    options = parser.parse_args()
+    print(f"{DEVICE}, {DTYPE}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for batch in (4, 8):
+        for prompts in (20, 100):
+            report((batch, 197, prompts, HEADS, WIDTH), options.rounds)
+    report((2, 17, 5, 2, 16), 10 * options.rounds)
+
+
+if __name__ == "__main__":
+    main()

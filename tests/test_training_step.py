@@ -300,15 +300,30 @@ def learn(run, images):
         optimizer.step()
 
 
+def shard(tuned):
+    mesh = init_device_mesh("cpu", (2,))
+    for block in tuned.model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(tuned, mesh=mesh)
+
+
 alone, parallel, sharded = (t.make_tuned() for _ in range(3))
 learn(alone, t.make_images())
 assert not torch.equal(alone.prompts, t.make_tuned().prompts)
 learn(nn.parallel.DistributedDataParallel(parallel), half)
 torch.testing.assert_close(parallel.prompts, alone.prompts, rtol=1e-4, atol=1e-6)
-for block in sharded.model.blocks:
-    fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
-learn(fully_shard(sharded, mesh=init_device_mesh("cpu", (2,))), half)
+shard(sharded)
+learn(sharded, half)
 torch.testing.assert_close(sharded.prompts.full_tensor(), alone.prompts, rtol=1e-4, atol=1e-6)
+cast_alone, cast_sharded = (t.make_tuned(weight_dtype="bf16") for _ in range(2))
+start = cast_alone.prompts.detach().clone()
+learn(cast_alone, t.make_images())
+shard(cast_sharded)
+learn(cast_sharded, half)
+# Prompts' gradients are in bfloat16 before they are averaged: compared with how far the prompts have moved.
+moved = cast_alone.prompts - start
+error = (cast_sharded.prompts.full_tensor() - cast_alone.prompts).abs().max()
+assert error <= 0.02 * moved.abs().max(), (error, moved.abs().max())
 dist.barrier()
 # Threads of the group that still run would abort a process that ends the usual way.
 os._exit(0)
@@ -316,7 +331,7 @@ os._exit(0)
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
-    """DistributedDataParallel and FSDP2, half of the images each."""
+    """DistributedDataParallel and FSDP2, with `weight_dtype` too, half of the images each."""
     environment = {**os.environ, "TEST_FOLDER": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PROCESS]
     processes = [
