@@ -26,6 +26,7 @@ constexpr int kRows = 4;  // 4 x 3 accumulators + 3 panel vectors of 16 register
 constexpr int kLanes = 4;  // SSE2, NEON
 constexpr int kRows = 4;
 #endif
+constexpr int kCacheLine = 64;
 constexpr int kMaxVectors = 3;  // vectors of a panel
 
 // Centres that share a lower bound: 16, or 12 where a panel holds no more.
@@ -121,16 +122,44 @@ float squared_norm(const float* row, int64_t width) {
   return total;
 }
 
+int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Tokens as they lie in memory, fetched into the cache while others are scored. Left to itself the
+// processor waits for each block anew: a pass takes 1.1 (K = 100) to 1.4 times (K = 5) as long.
+struct Upcoming {
+  const char* rows[kRows];
+  int64_t element_bytes;
+
+  // Asks for the cache lines that start at column d; to be called for every d.
+  void prefetch(int64_t d) const {
+    if (d * element_bytes % kCacheLine != 0) return;
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows[r] + d * element_bytes);
+  }
+};
+
+Upcoming upcoming_tokens(const GroupTokens& tokens, int64_t begin, int64_t end) {
+  Upcoming upcoming;
+  upcoming.element_bytes = element_bytes(tokens.dtype);
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t m = begin + r < end ? begin + r : end - 1;
+    upcoming.rows[r] =
+        static_cast<const char*>(tokens.base) + token_offset(tokens, m) * upcoming.element_bytes;
+  }
+  return upcoming;
+}
+
 // A block of up to kRows widened tokens; rows past `count` repeat the last one.
 struct Block {
   const float* rows[kRows];
   float norms[kRows];
   int count;
+  Upcoming upcoming;  // the next block
 };
 
 Block load_block(const GroupTokens& tokens, int64_t begin, int64_t end, float* scratch) {
   Block block;
   block.count = end - begin < kRows ? static_cast<int>(end - begin) : kRows;
+  block.upcoming = upcoming_tokens(tokens, begin + kRows, end);
   for (int r = 0; r < kRows; ++r) {
     if (r >= block.count) {
       block.rows[r] = block.rows[r - 1];
@@ -210,9 +239,11 @@ int64_t scratch_floats(int64_t width, int64_t num_centers) {
 // scores[r][v] = |c|^2 / 2 - x.c: half of the squared distance, less |x|^2 / 2.
 template <int kVectors>
 void score_panel(const float* const (&rows)[kRows], int64_t width, const float* panel,
-                 const float* half_norms, Vec (&scores)[kRows][kMaxVectors]) {
+                 const float* half_norms, Vec (&scores)[kRows][kMaxVectors],
+                 const Upcoming* upcoming = nullptr) {
   Vec dots[kRows][kVectors] = {};
   for (int64_t d = 0; d < width; ++d) {
+    if (upcoming != nullptr) upcoming->prefetch(d);
     Vec c[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) c[v] = load(panel + (d * kVectors + v) * kLanes);
@@ -233,16 +264,17 @@ void for_each_score_panel(const Block& block, int64_t width, const PackedCenters
   for_each_panel(centers.num_centers, [&](int64_t first, int count) {
     const float* panel = centers.panels + first * width;
     const float* half_norms = centers.half_norms + first;
+    const Upcoming* upcoming = first == 0 ? &block.upcoming : nullptr;
     Vec scores[kRows][kMaxVectors];
     switch (count) {
       case 1:
-        score_panel<1>(block.rows, width, panel, half_norms, scores);
+        score_panel<1>(block.rows, width, panel, half_norms, scores, upcoming);
         break;
       case 2:
-        score_panel<2>(block.rows, width, panel, half_norms, scores);
+        score_panel<2>(block.rows, width, panel, half_norms, scores, upcoming);
         break;
       default:
-        score_panel<3>(block.rows, width, panel, half_norms, scores);
+        score_panel<3>(block.rows, width, panel, half_norms, scores, upcoming);
     }
     fn(first, count, scores);
   });
