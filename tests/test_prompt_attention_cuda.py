@@ -1,6 +1,6 @@
 """What of prompt_attention only a GPU can show: capture into a CUDA graph, and tensors on a second device.
 
-These tests have never run. Values, gradients and repeated bits: tests/test_prompt_attention.py, whose cases of
+These tests have never run. Values, gradients, repeated bits: tests/test_prompt_attention.py, whose cases of
 Triton's kernels run on a GPU where there is one.
 """
 
