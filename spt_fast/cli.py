@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input (one line on stderr says what), 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -140,7 +141,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--lr", type=float, default=1e-2, help="highest, of the head (default: 0.01)")
     recipe.add_argument("--prompt-lr", type=float, help="highest, of the prompts (default: as --lr)")
     recipe.add_argument("--weight-decay", type=float, default=1e-4)
-    recipe.add_argument("--weight-dtype", choices=("bf16", "fp16"), help="run the frozen backbone in it")
+    # float16 would need its gradients scaled.
+    recipe.add_argument("--weight-dtype", choices=("bf16",), help="run the frozen backbone in it")
 
 
 def _add_eval(commands: Commands) -> None:
@@ -291,6 +293,7 @@ def _train(args: argparse.Namespace) -> None:
     from spt_fast.results import png, result_paths, write_results
     from spt_fast.trainer import fit
 
+    _check_alone()
     paths = result_paths(args.out, TRAINED_NAMES, overwrite=args.overwrite)
     model = _open_model(args)
     train = _open_labelled(args, model, training=True, seed=args.seed)
@@ -323,6 +326,12 @@ def _train(args: argparse.Namespace) -> None:
         print(f"validation accuracy {history.val_accuracy[-1]:.2%}")
     for path in paths.values():
         print(f"wrote {path}")
+
+
+def _check_alone() -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        raise ValueError(f"train runs in one process, got WORLD_SIZE={processes}; start it without torchrun")
 
 
 def _prompted(args: argparse.Namespace, model: nn.Module, class_names: tuple[str, ...]) -> PromptedViT:
@@ -426,6 +435,10 @@ def _open_validation(
 ) -> LabelledImages | None:
     if args.val_data is None and args.val_split is None:
         return None
+    from spt_fast.sources import has_splits
+
+    if args.val_data is None and not has_splits(args.data):
+        raise ValueError(f"--val-split is for data sets with splits, not for the folder {args.data}")
     data, split = args.val_data or args.data, args.val_split or args.split
     if (data, split) == (args.data, args.split):
         raise ValueError(f"--val-data and --val-split name the images of training, {data}, split {split}")

@@ -128,6 +128,11 @@ def open_labelled_images(
     return LabelledImages(loader, len(dataset), found)
 
 
+def has_splits(data: str) -> bool:
+    """Whether `split` means something for `data`, as it does not for a folder."""
+    return data == SHIPPED_IMAGES or data.lower().startswith(_DATASET_PREFIXES)
+
+
 def _loader(dataset: Any, batch_size: int, workers: int, seed: int, **order: Any) -> DataLoader[Any]:
     if batch_size < 1:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size}")
@@ -145,7 +150,7 @@ def _loader(dataset: Any, batch_size: int, workers: int, seed: int, **order: Any
 
 def _class_names(dataset: Any, data: str) -> tuple[str, ...]:
     if isinstance(dataset, IterableDataset):
-        raise ValueError(f"data: {data} can only be iterated; train and eval need a folder, torch/ or hfds/")
+        raise ValueError(f"data: {data} can only be iterated; give a folder or a torch/ data set")
     if isinstance(dataset, TensorDataset):
         return DIGITS_CLASSES
     numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
@@ -164,7 +169,11 @@ def _renumber(dataset: Any, data: str, found: Sequence[str], class_names: Sequen
             f"it has {len(class_names)} ({', '.join(class_names[:3])}, ...)"
         )
     places = [class_names.index(name) for name in found]
-    dataset.target_transform = places.__getitem__
+    if isinstance(dataset, TensorDataset):
+        images, labels = dataset.tensors
+        dataset.tensors = (images, torch.tensor(places)[labels])
+    else:
+        dataset.target_transform = places.__getitem__
 
 
 def _order(dataset: Any, seed: int, max_images: int | None, processes: Processes) -> list[int] | None:
@@ -249,7 +258,7 @@ def _open_dataset(
 
     config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     transform = create_transform(**config, is_training=training, color_jitter=0.0)
-    if data.lower().startswith(_DATASET_PREFIXES):
+    if has_splits(data):
         where = None if root is None else str(root)
         dataset = create_dataset(data, root=where, split=split, download=download)
     else:

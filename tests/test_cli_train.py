@@ -151,6 +151,7 @@ def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, capsys
         (("--data", "no_such_folder"), "there is no folder no_such_folder"),
         (("--data", "digits", "--split", "tset"), "split must be one of"),
         (("--val-data", "{train}"), "name the images of training"),
+        (("--val-split", "val"), "--val-split is for data sets with splits"),
         (("--val-data", "{foreign}"), "1 classes that the model has not (prime)"),
         (("--epochs", "0"), "epochs must be an integer >= 1, got 0"),
         (("--lr", "nan"), "lr must be a finite number"),
@@ -171,6 +172,20 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, ca
         arguments = [argument.replace(name, str(path)) for argument in arguments]
     assert expected in only_error(capsys, train(*arguments), "train")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_train_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code = train("--data", "digits", "--random", 1, "--out", tmp_path)
+    assert "train runs in one process, got WORLD_SIZE=2" in only_error(capsys, code, "train")
+
+
+def test_labels_of_the_digits_are_places_in_the_models_classes():
+    model = samples.load_backbone()
+    names = tuple("9876543210") + ("ten",)
+    loader = open_labelled_images("digits", model, split="val", class_names=names).loader
+    labels = torch.cat([labels for _, labels in loader])
+    assert torch.equal(labels, 9 - samples.load_digits("val")[1])
 
 
 def test_bad_input_of_eval_is_one_line(folders, tmp_path, capsys):
