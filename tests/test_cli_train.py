@@ -182,7 +182,7 @@ def test_train_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):
 
 def test_labels_of_the_digits_are_places_in_the_models_classes():
     model = samples.load_backbone()
-    names = tuple("9876543210") + ("ten",)
+    names = (*"9876543210", "ten")
     loader = open_labelled_images("digits", model, split="val", class_names=names).loader
     labels = torch.cat([labels for _, labels in loader])
     assert torch.equal(labels, 9 - samples.load_digits("val")[1])
