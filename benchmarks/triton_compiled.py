@@ -16,7 +16,7 @@ from spt_fast.ops.triton_support import Compiled, compile_ahead
 ARCHITECTURES = (80, 90, 100)
 WIDTHS = (32, 64, 80, 128)
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-KERNELS = ("forward", "forward-tasks", "query", "key", "key-prompts-only", "sum")
+KERNELS = ("forward", "forward-tasks", "backward", "backward-prompts-only", "sum")
 TOKENS, PROMPTS = 577, 100
 
 
@@ -47,22 +47,22 @@ def tile_of(case: Case) -> rules.Tiles:
     size = ITEMSIZES[case.dtype]
     if case.kernel.startswith("forward"):
         return rules.forward_tiles(case.arch, case.width, size, TOKENS, TOKENS + PROMPTS)
-    if case.kernel == "query":
-        return rules.query_tiles(case.arch, case.width, size, TOKENS, TOKENS + PROMPTS)
-    keys = PROMPTS if case.kernel == "key-prompts-only" else TOKENS
-    return rules.key_tiles(case.arch, case.width, size, TOKENS, keys)
+    keys = PROMPTS if case.kernel == "backward-prompts-only" else TOKENS + PROMPTS
+    return rules.backward_tiles(case.arch, case.width, size, TOKENS, keys)
 
 
 def compile_case(case: Case) -> Compiled:
     """Compile one case as its launcher would."""
     from spt_fast.ops import prompt_attention_triton as module
 
-    name = "forward" if case.kernel.startswith("forward") else case.kernel.split("-")[0]
+    name = case.kernel.split("-")[0]
     kernel: Any = getattr(module, f"prompt_attention_{name}_kernel")
     tile = tile_of(case)
     constexprs: dict[str, Any] = {
         "HAS_TASK": case.kernel == "forward-tasks",
-        "HAS_DELTA": case.kernel == "key",
+        "IMAGES": case.kernel != "backward-prompts-only",
+        "PROMPTS": True,
+        "TRANSPOSED": tile.transposed,
         "WIDTH": case.width,
         "BLOCK_D": rules.padded_width(case.width),
         "ROWS": tile.rows,
@@ -77,7 +77,7 @@ def compile_case(case: Case) -> Compiled:
 
 def _argument_type(name: str, case: Case) -> str:
     """Types as a launch has them: pointers aligned, steps between rows multiples of 16, counts any number."""
-    if name in ("lse", "delta", "partial"):
+    if name in ("lse", "running", "partial"):
         return "*fp32:16"
     if name == "task":
         return "*i64:16"
@@ -108,7 +108,7 @@ def main() -> None:
             print(json.dumps(case._asdict() | tile._asdict() | found._asdict()), flush=True)
         else:
             print(
-                f"{case.kernel:17s} sm_{case.arch:<4d}{case.dtype:5s} d={case.width:<4d}"
+                f"{case.kernel:22s} sm_{case.arch:<4d}{case.dtype:5s} d={case.width:<4d}"
                 f"{tile.rows:4d} x {tile.step:<3d}{tile.warps} warps {tile.stages} stages"
                 f"{found.registers:5d} registers{found.spills:5d} B spilled{found.shared:8d} B shared",
                 flush=True,

@@ -7,7 +7,7 @@ there is no GPU.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from spt_fast.ops import prompt_attention_tiles as tiles
 from spt_fast.ops import triton_support
 from spt_fast.ops.prompt_attention import explain_backend, packed_prompt_attention, prompt_attention
 from spt_fast.ops.prompt_attention_reference import prompt_attention_reference
@@ -253,6 +254,44 @@ def test_each_image_gets_the_prompts_of_its_task(backend: str, per_image: bool) 
     qkv = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4)
     packed = packed_prompt_attention(qkv, prompt_k, prompt_v, task=task)
     torch.testing.assert_close(packed, together.transpose(1, 2).flatten(2))
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """New tensors start as NaN: whatever is not written, or is read before, shows."""
+    # Without it, the reference's products raise on a GPU.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(was)
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("prompts", [0, 20])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [16, 32, 64], ids=["four-tiles", "two-tiles", "one-tile"])
+def test_backward_kernel_for_any_number_of_key_tiles(
+    rows: int, transposed: bool, prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = device_of(use("triton", monkeypatch))
+    monkeypatch.setattr(tiles, "backward_tiles", lambda *_: tiles.Tiles(rows, 16, 4, 1, transposed))
+    assert torch.randn(2, device=device).new_empty(2).isnan().all()
+    shape = (2, 2, 61 - prompts, prompts, 24)
+    assert_matches_reference(shape, torch.float32, None, device)
+    inputs = make_inputs(shape, torch.float32, device=device)
+    first, second = (value_and_gradients(prompt_attention, inputs, None)[1:] for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    for needed in (range(3), range(3, 5)):
+        inputs = make_inputs(shape, torch.float32, device=device)
+        for index, tensor in enumerate(inputs):
+            tensor.requires_grad_(index in needed)
+        prompt_attention(*inputs).square().sum().backward()
+        exact = in_float64(inputs)
+        prompt_attention_reference(*exact).square().sum().backward()
+        for index in needed:
+            assert worst_error(inputs[index].grad, exact[index].grad) <= 1e-5
 
 
 @needs_triton

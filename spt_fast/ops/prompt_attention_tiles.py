@@ -15,10 +15,11 @@ _MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148}
 class Tiles(NamedTuple):
     """Rows that a program keeps, rows that it takes per step, and how it is run."""
 
-    rows: int  # queries in the forward and query kernels, keys in the key kernel
-    step: int  # keys in the forward and query kernels, queries in the key kernel
+    rows: int  # queries in the forward kernel, keys in the backward one
+    step: int  # keys in the forward kernel, queries in the backward one
     warps: int
     stages: int  # steps in flight
+    transposed: bool = False  # backward: the product that gives the queries' gradients has the width down
 
 
 def padded_width(width: int) -> int:
@@ -36,27 +37,23 @@ def forward_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) 
     return _fit(Tiles(128, 64, 8, 3) if arch == 90 else Tiles(64, 64, 4, 3), tokens, keys)
 
 
-def query_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) -> Tiles:
-    """Of the kernel for the gradient of the queries."""
-    wide = padded_width(width) > 64
+def backward_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) -> Tiles:
+    """Of the backward kernel: `keys` keys, those of the prompts counted, over `tokens` queries."""
+    padded = padded_width(width)
+    # Masks of a width that is no power of two are what spills on sm_80.
+    tight = arch < 90 and width != padded
+    if padded > 64:
+        return _fit(Tiles(16, 16, 8, 1) if itemsize > 2 else Tiles(32, 32, 8, 2), keys, tokens)
     if itemsize > 2:
-        return _fit(Tiles(16, 16, 4 if arch < 100 else 8, 1) if wide else Tiles(32, 16, 4, 1), tokens, keys)
-    return _fit(Tiles(64, 32 if wide or arch < 90 else 64, 4, 2), tokens, keys)
+        return _fit(Tiles(32, 16, 8 if tight else 4, 1), keys, tokens)
+    stages = 1 if tight else 2
+    # A warp group of sm_90 multiplies 64 rows: a step of queries is too few, the width is not.
+    return _fit(Tiles(128, 32, 8, stages, transposed=arch == 90 and padded == 64), keys, tokens)
 
 
-def key_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) -> Tiles:
-    """Of the kernel for the gradients of keys and values."""
-    wide = padded_width(width) > 64
-    if itemsize > 2:
-        small = wide or padded_width(width) <= 32
-        return _fit(Tiles(16, 16, 4, 1) if small else Tiles(32, 32 if arch < 90 else 16, 4, 1), keys, tokens)
-    return _fit(Tiles(64, 32, 8 if wide else 4, 2), keys, tokens)
-
-
-def images_per_split(arch: int, images: int, heads: int, prompts: int, rows: int) -> int:
+def images_per_split(arch: int, images: int, heads: int) -> int:
     """Images whose prompt gradients one program sums: as many as leave two programs a multiprocessor."""
-    tiles = heads * -(-prompts // rows)
-    splits = max(1, min(images, 2 * _MULTIPROCESSORS.get(arch, 132) // max(tiles, 1)))
+    splits = max(1, min(images, 2 * _MULTIPROCESSORS.get(arch, 132) // max(heads, 1)))
     return -(-images // splits)
 
 

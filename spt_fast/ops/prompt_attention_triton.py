@@ -12,7 +12,7 @@ masked. Offsets of rows are 64-bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,14 @@ def _key_rows(index, prompts, prompt_base, prompt_stride, image_base, image_stri
     return tl.where(index < prompts, from_prompt, from_image)
 
 
+@triton.jit
+def _tile_head_image(tiles, heads):
+    """Tile, head and image of this program; the tiles of a head lie side by side."""
+    program = tl.program_id(0)
+    head = ((program // tiles) % heads).to(tl.int64)
+    return program % tiles, head, (program // tiles // heads).to(tl.int64)
+
+
 @triton.jit(do_not_specialize=_COUNTS)
 def prompt_attention_forward_kernel(
     q, k, v, prompt_k, prompt_v, task, out, lse,
@@ -87,10 +95,7 @@ def prompt_attention_forward_kernel(
     ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output of ROWS queries of one head of one image, and the logarithm of their softmax sums."""
-    row_tiles = tl.cdiv(tokens, ROWS)
-    tile = tl.program_id(0) % row_tiles
-    head = ((tl.program_id(0) // row_tiles) % heads).to(tl.int64)
-    image = (tl.program_id(0) // row_tiles // heads).to(tl.int64)
+    tile, head, image = _tile_head_image(tl.cdiv(tokens, ROWS), heads)
     known = True
     if HAS_TASK:
         chosen = tl.load(task + image)
@@ -134,132 +139,88 @@ def prompt_attention_forward_kernel(
 
 
 @triton.jit(do_not_specialize=_COUNTS)
-def prompt_attention_query_kernel(
-    grad, q, k, v, prompt_k, prompt_v, out, lse, delta, grad_q,
-    grad_image, grad_head, grad_row, q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,
-    pk_head, pk_row, pv_head, pv_row, out_image, out_head, out_row,
-    tokens, prompts, heads, scale,
-    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradient of ROWS queries of one head of one image; and delta, their sums of output times gradient."""
-    row_tiles = tl.cdiv(tokens, ROWS)
-    tile = tl.program_id(0) % row_tiles
-    head = ((tl.program_id(0) // row_tiles) % heads).to(tl.int64)
-    image = (tl.program_id(0) // row_tiles // heads).to(tl.int64)
-    prompt_k += head * pk_head
-    prompt_v += head * pv_head
-    k += image * k_image + head * k_head
-    v += image * v_image + head * v_head
-
-    row = tile * ROWS + tl.arange(0, ROWS)
-    wide_row = row.to(tl.int64)
-    row_valid = row < tokens
-    queries = _load_rows(q + image * q_image + head * q_head + wide_row * q_row, row_valid, WIDTH, BLOCK_D)
-    grads = _load_rows(
-        grad + image * grad_image + head * grad_head + wide_row * grad_row, row_valid, WIDTH, BLOCK_D
-    )
-    outs = _load_rows(
-        out + image * out_image + head * out_head + wide_row * out_row, row_valid, WIDTH, BLOCK_D
-    )
-    dots = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
-    statistic = (image * heads + head) * tokens + row
-    tl.store(delta + statistic, dots, mask=row_valid)
-    sums = tl.load(lse + statistic, mask=row_valid, other=float("inf")) * 1.4426950408889634
-    result = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for start in range(0, prompts + tokens, STEP):
-        index = start + tl.arange(0, STEP)
-        valid = index < prompts + tokens
-        keys = _load_rows(_key_rows(index, prompts, prompt_k, pk_row, k, k_row), valid, WIDTH, BLOCK_D)
-        values = _load_rows(_key_rows(index, prompts, prompt_v, pv_row, v, v_row), valid, WIDTH, BLOCK_D)
-        scores = _product(queries, keys.T, None, PRECISION) * (scale * 1.4426950408889634)
-        scores = scores + tl.where(valid, 0.0, float("-inf"))[None, :]
-        weights = tl.exp2(scores - sums[:, None])
-        grad_weights = _product(grads, values.T, None, PRECISION)
-        grad_scores = weights * (grad_weights - dots[:, None])
-        result = _product(grad_scores.to(keys.dtype), keys, result, PRECISION)
-    line = ((image * tokens + row) * 3) * heads + head
-    _store_rows(grad_q + line * WIDTH, row_valid, result * scale, WIDTH, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def prompt_attention_key_kernel(
-    grad, q, k, v, prompt_k, prompt_v, out, lse, delta, packed, partial,
+def prompt_attention_backward_kernel(
+    grad, q, k, v, prompt_k, prompt_v, out, lse, running, packed, partial,
     grad_image, grad_head, grad_row, q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,
     pk_head, pk_row, pv_head, pv_row, out_image, out_head, out_row,
     images, tokens, prompts, heads, splits, per_split, scale,
-    HAS_DELTA: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    IMAGES: tl.constexpr, PROMPTS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of ROWS keys and values of one head: of prompts, over some images, or of one image's tokens.
+    """All gradients of one head of one image; or, without IMAGES, of its prompts alone over some images.
 
-    Both go through the same queries one after the other, counted across the images that are summed; they
-    differ in where keys come from and results go. Prompts come first: their programs are the long ones.
+    A program owns all keys and all queries, so that it adds up the gradients of the queries by itself: tile
+    of keys by tile of keys, in `running`, the last one into `packed`. Sums of prompts go to `partial`.
     """
-    prompt_tiles = tl.cdiv(prompts, ROWS)
-    prompt_programs = splits * heads * prompt_tiles
-    if tl.program_id(0) < prompt_programs:
-        tile = tl.program_id(0) % prompt_tiles
-        head = ((tl.program_id(0) // prompt_tiles) % heads).to(tl.int64)
-        split = (tl.program_id(0) // prompt_tiles // heads).to(tl.int64)
-        first = (split * per_split).to(tl.int32)
-        last = tl.minimum(first + per_split, images)
-        row = tile * ROWS + tl.arange(0, ROWS)
-        row_valid = row < prompts
-        key_pointers = prompt_k + head * pk_head + row.to(tl.int64) * pk_row
-        value_pointers = prompt_v + head * pv_head + row.to(tl.int64) * pv_row
-    else:
-        image_tiles = tl.cdiv(tokens, ROWS)
-        program = tl.program_id(0) - prompt_programs
-        tile = program % image_tiles
-        head = ((program // image_tiles) % heads).to(tl.int64)
-        split = (program // image_tiles // heads).to(tl.int64)
-        first = split.to(tl.int32)
-        last = first + 1
-        row = tile * ROWS + tl.arange(0, ROWS)
-        row_valid = row < tokens
-        key_pointers = k + split * k_image + head * k_head + row.to(tl.int64) * k_row
-        value_pointers = v + split * v_image + head * v_head + row.to(tl.int64) * v_row
-
-    keys = _load_rows(key_pointers, row_valid, WIDTH, BLOCK_D)
-    values = _load_rows(value_pointers, row_valid, WIDTH, BLOCK_D)
-    grad_keys = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    grad_values = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for start in range(first * tokens, last * tokens, STEP):
-        query = start + tl.arange(0, STEP)
-        valid = query < last * tokens
-        image = (query // tokens).to(tl.int64)
-        token = (query % tokens).to(tl.int64)
-        queries = _load_rows(q + image * q_image + head * q_head + token * q_row, valid, WIDTH, BLOCK_D)
-        grads = _load_rows(
-            grad + image * grad_image + head * grad_head + token * grad_row, valid, WIDTH, BLOCK_D
-        )
-        statistic = (image * heads + head) * tokens + token
-        sums = tl.load(lse + statistic, mask=valid, other=float("inf")) * 1.4426950408889634
-        if HAS_DELTA:
-            dots = tl.load(delta + statistic, mask=valid, other=0.0)
-        else:
+    _tile, head, split = _tile_head_image(1, heads)
+    first_image = split * per_split
+    queries_end = tl.minimum(per_split, images - first_image).to(tl.int32) * tokens
+    prompt_k += head * pk_head
+    prompt_v += head * pv_head
+    k += split * k_image + head * k_head
+    v += split * v_image + head * v_head
+    keys_end = prompts
+    if IMAGES:
+        keys_end += tokens
+    for first in range(0, keys_end, ROWS):
+        index = first + tl.arange(0, ROWS)
+        key_valid = index < keys_end
+        # Vectors, because the interpreter takes no Python number for a part of a mask.
+        carried = tl.full([STEP], first, tl.int32) > 0
+        last = tl.full([STEP], first + ROWS, tl.int32) >= keys_end
+        keys = _load_rows(_key_rows(index, prompts, prompt_k, pk_row, k, k_row), key_valid, WIDTH, BLOCK_D)
+        values = _load_rows(_key_rows(index, prompts, prompt_v, pv_row, v, v_row), key_valid, WIDTH, BLOCK_D)
+        # A key beyond the end is zero, but its weight may be infinite.
+        bias = tl.where(key_valid, 0.0, float("-inf"))
+        grad_keys = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        grad_values = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for start in range(0, queries_end, STEP):
+            query = start + tl.arange(0, STEP)
+            valid = query < queries_end
+            image, token = first_image, query.to(tl.int64)
+            if not IMAGES:
+                image, token = first_image + query // tokens, token % tokens
+            queries = _load_rows(q + image * q_image + head * q_head + token * q_row, valid, WIDTH, BLOCK_D)
+            grads = _load_rows(
+                grad + image * grad_image + head * grad_head + token * grad_row, valid, WIDTH, BLOCK_D
+            )
             outs = _load_rows(
                 out + image * out_image + head * out_head + token * out_row, valid, WIDTH, BLOCK_D
             )
             dots = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
-        # Transposed: keys down, queries across.
-        scores = _product(keys, queries.T, None, PRECISION) * (scale * 1.4426950408889634)
-        weights = tl.exp2(scores - sums[None, :])
-        grad_values = _product(weights.to(grads.dtype), grads, grad_values, PRECISION)
-        grad_weights = _product(values, grads.T, None, PRECISION)
-        grad_scores = weights * (grad_weights - dots[None, :])
-        grad_keys = _product(grad_scores.to(queries.dtype), queries, grad_keys, PRECISION)
-    grad_keys *= scale
-    if tl.program_id(0) < prompt_programs:
-        line = (split * heads + head) * prompts + row
-        _store_rows(partial + line * WIDTH, row_valid, grad_keys, WIDTH, BLOCK_D)
-        line += splits * heads * prompts
-        _store_rows(partial + line * WIDTH, row_valid, grad_values, WIDTH, BLOCK_D)
-    else:
-        line = ((split * tokens + row) * 3 + 1) * heads + head
-        _store_rows(packed + line * WIDTH, row_valid, grad_keys, WIDTH, BLOCK_D)
-        _store_rows(packed + (line + heads) * WIDTH, row_valid, grad_values, WIDTH, BLOCK_D)
+            statistic = (image * heads + head) * tokens + token
+            sums = tl.load(lse + statistic, mask=valid, other=float("inf")) * 1.4426950408889634
+            # Transposed: keys down, queries across.
+            scores = _product(keys, queries.T, None, PRECISION) * (scale * 1.4426950408889634)
+            weights = tl.exp2(scores - sums[None, :] + bias[:, None])
+            grad_values = _product(weights.to(grads.dtype), grads, grad_values, PRECISION)
+            grad_weights = _product(values, grads.T, None, PRECISION)
+            grad_scores = (weights * (grad_weights - dots[None, :])).to(queries.dtype)
+            grad_keys = _product(grad_scores, queries, grad_keys, PRECISION)
+            if IMAGES:
+                if TRANSPOSED:
+                    grad_queries = _product(keys.T, grad_scores, None, PRECISION).T
+                else:
+                    grad_queries = _product(grad_scores.T, keys, None, PRECISION)
+                pointers = running + statistic * WIDTH
+                grad_queries += _load_rows(pointers, valid & carried, WIDTH, BLOCK_D)
+                _store_rows(pointers, valid & ~last, grad_queries, WIDTH, BLOCK_D)
+                line = (image * tokens + token) * 3 * heads + head
+                _store_rows(packed + line * WIDTH, valid & last, grad_queries * scale, WIDTH, BLOCK_D)
+        grad_keys *= scale
+        if PROMPTS:
+            of_prompts = index < prompts
+            line = (split * heads + head) * prompts + index
+            _store_rows(partial + line * WIDTH, of_prompts, grad_keys, WIDTH, BLOCK_D)
+            line += splits * heads * prompts
+            _store_rows(partial + line * WIDTH, of_prompts, grad_values, WIDTH, BLOCK_D)
+        if IMAGES:
+            of_image = key_valid & (index >= prompts)
+            line = ((split * tokens + index - prompts) * 3 + 1) * heads + head
+            _store_rows(packed + line * WIDTH, of_image, grad_keys, WIDTH, BLOCK_D)
+            _store_rows(packed + (line + heads) * WIDTH, of_image, grad_values, WIDTH, BLOCK_D)
+            # Another thread may read what this one has added up; a barrier orders global memory in a block.
+            tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["splits", "size"])
@@ -297,9 +258,8 @@ def attend(
         tokens, prompts, heads, prompt_k.shape[0], scale * _LOG2_E, task is not None,
     ]  # fmt: skip
     tile = tiles.forward_tiles(architecture(q.device), width, q.element_size(), tokens, tokens + prompts)
-    _launch(
-        prompt_attention_forward_kernel, lambda rows: batch * heads * -(-tokens // rows), tile, q, arguments
-    )
+    programs = batch * heads * -(-tokens // tile.rows)
+    _launch(prompt_attention_forward_kernel, programs, tile, q, arguments)
     return out, lse
 
 
@@ -315,53 +275,28 @@ def gradients(
     # Batch, head and row in this order, whatever the order in memory.
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
     saved = [*(_aligned(tensor) for tensor in (grad, q, k, v, prompt_k, prompt_v, out)), lse]
-    delta = torch.empty_like(lse) if images else lse
-    if images:
-        _query_gradients(saved, delta, results[0], scale)
-    _key_gradients(saved, delta, results, scale, images, prompts)
-    return results
-
-
-def _query_gradients(saved: list[Tensor], delta: Tensor, packed: Tensor, scale: float) -> None:
-    grad, q, k, v, prompt_k, prompt_v, out, _ = saved
+    _, q, _, _, prompt_k, prompt_v, _, _ = saved
     batch, heads, tokens, width = q.shape
-    prompts = prompt_k.shape[1]
-    arguments = [
-        *saved, delta, packed,
-        *_strides(grad, q, k, v), *_strides(prompt_k, prompt_v), *_strides(out),
-        tokens, prompts, heads, scale,
-    ]  # fmt: skip
-    tile = tiles.query_tiles(architecture(q.device), width, q.element_size(), tokens, tokens + prompts)
-    _launch(
-        prompt_attention_query_kernel, lambda rows: batch * heads * -(-tokens // rows), tile, q, arguments
-    )
-
-
-def _key_gradients(
-    saved: list[Tensor], delta: Tensor, results: tuple[Tensor, Tensor, Tensor], scale: float, images: bool,
-    prompts: bool,
-) -> None:  # fmt: skip
-    grad, q, k, v, prompt_k, prompt_v, out, _ = saved
-    batch, heads, tokens, width = q.shape
-    count = prompt_k.shape[1] if prompts else 0
+    count = prompt_k.shape[1]
+    keys = count + tokens if images else count
     arch = architecture(q.device)
-    tile = tiles.key_tiles(arch, width, q.element_size(), tokens, tokens if images else count)
-    per_split = tiles.images_per_split(arch, batch, heads, count, tile.rows)
+    tile = tiles.backward_tiles(arch, width, q.element_size(), tokens, keys)
+    per_split = 1 if images else tiles.images_per_split(arch, batch, heads)
     splits = -(-batch // per_split)
-    partial = q.new_empty(2, splits, heads * count * width, dtype=torch.float32)
+    partial = q.new_empty((2, splits, heads * count * width) if prompts else (0,), dtype=torch.float32)
+    # One tile of all keys has no sum to carry on.
+    running = q.new_empty(q.shape if images and keys > tile.rows else (0,), dtype=torch.float32)
     arguments = [
-        *saved, delta, results[0], partial,
-        *_strides(grad, q, k, v), *_strides(prompt_k, prompt_v), *_strides(out),
-        batch, tokens, count, heads, splits, per_split, scale, images,
+        *saved, running, results[0], partial,
+        *_strides(*saved[:4]), *_strides(prompt_k, prompt_v), *_strides(saved[6]),
+        batch, tokens, count, heads, splits, per_split, scale,
+        images, prompts, tile.transposed,
     ]  # fmt: skip
-
-    def programs(rows: int) -> int:
-        of_prompts = splits * heads * -(-count // rows)
-        return of_prompts + (batch * heads * -(-tokens // rows) if images else 0)
-
-    _launch(prompt_attention_key_kernel, programs, tile, q, arguments)
-    if count:
+    if keys:
+        _launch(prompt_attention_backward_kernel, splits * heads, tile, q, arguments)
+    if prompts and count:
         _sum_splits(partial, results[1], results[2])
+    return results
 
 
 def _sum_splits(partial: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
@@ -371,17 +306,11 @@ def _sum_splits(partial: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
         prompt_attention_sum_kernel[grid](partial, grad_k, grad_v, splits, size, BLOCK=SUM_BLOCK)
 
 
-def _launch(
-    kernel: Any, programs: Callable[[int], int], tile: tiles.Tiles, q: Tensor, arguments: Sequence[Any]
-) -> None:
-    """Run a kernel with a tile, unless it has nothing to do."""
-    count = programs(tile.rows)
-    if count == 0:
-        return
+def _launch(kernel: Any, programs: int, tile: tiles.Tiles, q: Tensor, arguments: Sequence[Any]) -> None:
     width = q.shape[-1]
     precision = INTERPRETED if interpreting() else FLOAT32_PRODUCT
     with on_device(q):
-        kernel[(count,)](
+        kernel[(programs,)](
             *arguments, WIDTH=width, BLOCK_D=tiles.padded_width(width), PRECISION=precision,
             ROWS=tile.rows, STEP=tile.step, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
