@@ -41,7 +41,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 part build 180 "$python" setup.py build_ext --inplace
 part doctor 30 "$python" -m spt_fast doctor
 part tests 240 "$python" -m pytest -m gpu -p no:cacheprovider
-part attention 120 "$python" -m pytest tests/test_prompt_attention.py -k triton -p no:cacheprovider
+part attention 120 "$python" -m pytest tests/test_prompt_attention.py -k "triton or kernel" -p no:cacheprovider
 if command -v compute-sanitizer >/dev/null; then
   part memcheck 90 compute-sanitizer --error-exitcode 9 "$python" -m pytest -x -m gpu tests/test_cuda_source.py \
     -p no:cacheprovider
