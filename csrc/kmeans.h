@@ -13,6 +13,9 @@ namespace spt_fast {
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// Internal linkage: objects built for different instruction sets must not share its code.
+static constexpr int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 // Tokens of G groups. Token m = i * inner + j of group g starts at element
 // g * group_stride + i * outer_stride + j * inner_stride; its D elements are adjacent. The two
 // inner levels let a [B, N, D] activation be read in place with its prefix tokens skipped.

@@ -145,7 +145,7 @@ const CpuKernels& choose_kernels(const std::string& isa) {
 }
 
 GroupTokens tokens_of_group(const TokenView& view, const float* shift, int64_t group) {
-  const int64_t bytes = view.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t bytes = element_bytes(view.dtype);
   const char* base = static_cast<const char*>(view.data) + group * view.group_stride * bytes;
   return {base,
           view.dtype,

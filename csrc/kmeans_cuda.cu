@@ -115,8 +115,6 @@ Problem make_problem(const TokenView& tokens, int64_t rows, int64_t num_centers)
   return p;
 }
 
-int64_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 Granule widest_granule(const TokenView& tokens) {
   const int64_t bytes = element_bytes(tokens.dtype);
   const auto fits = [&](int64_t granule) {

@@ -68,10 +68,7 @@ def _add_demo(commands: Commands) -> None:
         "prints a table, writes figures (spt_fast_demo.png, spt_fast_demo_nmi.png) and numbers "
         "(spt_fast_demo.json, spt_fast_demo_nmi.csv). Minutes on two cores.",
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="FOLDER", help="where to write (default: here)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="write over these files if they are there")
+    _add_folder(parser, default=Path())
     parser.add_argument("--epochs", type=int, help="of tuning, instead of the documented budget")
     parser.add_argument("--seeds", type=int, help="number of seeds, instead of the documented budget")
     parser.set_defaults(run=_demo)
@@ -120,16 +117,15 @@ def _add_train(commands: Commands) -> None:
     prompts = parser.add_argument_group("prompts")
     source = prompts.add_mutually_exclusive_group()
     source.add_argument("--prompts", type=Path, metavar="FILE", help="of `spt-fast prototypes`")
-    source.add_argument("--random", type=int, metavar="N_P", help="as many random ones, as VPT starts from")
+    _add_random(source)
     source.add_argument(
         "--num-prompts", type=int, help="of prototypes built first (default: 20 deep, 100 shallow)"
     )
     prompts.add_argument("--depth", choices=("deep", "shallow"), default="deep")
     prompts.add_argument("--freeze-prompts", action="store_true", help="learn the head only (Table 4a)")
     _add_recipe(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write")
-    parser.add_argument("--overwrite", action="store_true", help="write over these files if they are there")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    _add_folder(parser)
+    _add_device(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_train)
 
@@ -158,7 +154,7 @@ def _add_eval(commands: Commands) -> None:
         "--tuned", type=Path, required=True, metavar="FILE", help="of `spt-fast train`, or PromptedViT.save"
     )
     parser.add_argument("--weight-dtype", choices=("bf16", "fp16"), help="run the backbone in it")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    _add_device(parser)
     parser.set_defaults(run=_eval)
 
 
@@ -176,15 +172,12 @@ def _add_nmi(commands: Commands) -> None:
     source.add_argument(
         "--prompts", type=Path, metavar="FILE", help="of `spt-fast prototypes`, or of a tuned PromptedViT"
     )
-    source.add_argument("--random", type=int, metavar="N_P", help="as many random ones, as VPT starts from")
+    _add_random(source)
     prompts.add_argument(
         "--depth", choices=("deep", "shallow"), default="deep", help="of --random (default: deep)"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(), metavar="FOLDER", help="where to write (default: here)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="write over these files if they are there")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    _add_folder(parser, default=Path())
+    _add_device(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_nmi)
 
@@ -226,6 +219,23 @@ def _add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) -
 def _add_limit(images: argparse._ArgumentGroup, default: int | None = None) -> None:
     limit = "stop after M images, drawn at random" + (f" (default: {default})" if default else "")
     images.add_argument("--max-images", type=int, metavar="M", default=default, help=limit)
+
+
+def _add_random(source: argparse._MutuallyExclusiveGroup) -> None:
+    source.add_argument("--random", type=int, metavar="N_P", help="as many random ones, as VPT starts from")
+
+
+def _add_folder(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
+    """Where a command writes its files; without a default it has to be given."""
+    where = "where to write" + (" (default: here)" if default else "")
+    parser.add_argument(
+        "--out", type=Path, required=default is None, default=default, metavar="FOLDER", help=where
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write over these files if they are there")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -421,13 +431,13 @@ def _open_model(args: argparse.Namespace) -> nn.Module:
 def _open_images(args: argparse.Namespace, model: nn.Module, **share: Any) -> Iterable[Any]:
     from spt_fast.sources import open_images
 
-    return open_images(args.data, model, seed=args.seed, **_image_options(args), **share)
+    return open_images(model=model, seed=args.seed, **_image_options(args), **share)
 
 
 def _open_labelled(args: argparse.Namespace, model: nn.Module, **use: Any) -> LabelledImages:
     from spt_fast.sources import open_labelled_images
 
-    return open_labelled_images(args.data, model, **_image_options(args), **use)
+    return open_labelled_images(model=model, **(_image_options(args) | use))
 
 
 def _open_validation(
@@ -442,12 +452,11 @@ def _open_validation(
     data, split = args.val_data or args.data, args.val_split or args.split
     if (data, split) == (args.data, args.split):
         raise ValueError(f"--val-data and --val-split name the images of training, {data}, split {split}")
-    chosen = argparse.Namespace(**{**vars(args), "data": data, "split": split})
-    return _open_labelled(chosen, model, class_names=class_names)
+    return _open_labelled(args, model, data=data, split=split, class_names=class_names)
 
 
 def _image_options(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("root", "split", "download", "batch_size", "workers")
+    names = ("data", "root", "split", "download", "batch_size", "workers")
     return {name: getattr(args, name) for name in names}
 
 

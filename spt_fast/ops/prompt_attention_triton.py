@@ -274,8 +274,7 @@ def gradients(
     results = empty_gradients(q, prompt_k, images, prompts)
     # Batch, head and row in this order, whatever the order in memory.
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
-    saved = [*(_aligned(tensor) for tensor in (grad, q, k, v, prompt_k, prompt_v, out)), lse]
-    _, q, _, _, prompt_k, prompt_v, _, _ = saved
+    tensors = [_aligned(tensor) for tensor in (grad, q, k, v, prompt_k, prompt_v, out)]
     batch, heads, tokens, width = q.shape
     count = prompt_k.shape[1]
     keys = count + tokens if images else count
@@ -287,10 +286,8 @@ def gradients(
     # One tile of all keys has no sum to carry on.
     running = q.new_empty(q.shape if images and keys > tile.rows else (0,), dtype=torch.float32)
     arguments = [
-        *saved, running, results[0], partial,
-        *_strides(*saved[:4]), *_strides(prompt_k, prompt_v), *_strides(saved[6]),
-        batch, tokens, count, heads, splits, per_split, scale,
-        images, prompts, tile.transposed,
+        *tensors, lse, running, results[0], partial, *_strides(*tensors),
+        batch, tokens, count, heads, splits, per_split, scale, images, prompts, tile.transposed,
     ]  # fmt: skip
     if keys:
         _launch(prompt_attention_backward_kernel, splits * heads, tile, q, arguments)

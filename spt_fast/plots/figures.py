@@ -227,7 +227,7 @@ def demo_figure(methods: Mapping[str, MethodCurves], *, subtitle: str = "") -> F
     return figure
 
 
-def training_curves(source: Any, *, title: str = "") -> Figure:
+def training_curves(source: data.PathLike, *, title: str = "") -> Figure:
     """Training loss and, where there is any, validation accuracy per epoch.
 
     Args:
