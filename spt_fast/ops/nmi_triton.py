@@ -32,6 +32,8 @@ BUFFERED_SCORES = 2**23
 # Within so many channels a dot product is summed plainly, between them with the rounding errors kept.
 CHANNELS = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
 TILE_WARPS, STAGES = 8, 2
+# Of the sweep: for two programs a multiprocessor. Triton 3.8 aims at three, and spills.
+SWEEP_REGISTERS = 128
 # A new batch size or number of prompts must not compile the kernels anew.
 _COUNTS = ["num_prompts", "num_tokens", "images"]
 
@@ -51,7 +53,10 @@ def _expm1(x):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x); -87 where that is below -87, which no result notices."""
+    """log(1 + x); -87 where that is below -87, which no result notices.
+
+    The least normal float32 is 1.18e-38: Triton up to 3.8 takes a smaller constant for float64.
+    """
     series = 0.11111111 - 0.1 * x
     series = 0.125 - x * series
     series = 0.14285715 - x * series
@@ -60,7 +65,7 @@ def _log1p(x):
     series = 0.25 - x * series
     series = 0.33333334 - x * series
     series = 0.5 - x * series
-    return tl.where(tl.abs(x) < 0.25, x * (1.0 - x * series), tl.log(tl.maximum(1.0 + x, 1e-38)))
+    return tl.where(tl.abs(x) < 0.25, x * (1.0 - x * series), tl.log(tl.maximum(1.0 + x, 1.2e-38)))
 
 
 @triton.jit
@@ -327,8 +332,8 @@ def nmi_sweep_kernel(
             )  # fmt: skip
             if GRADIENT:
                 inner = of_information * _log1p(excess) - average
-                inner -= of_prompts * tl.log(tl.maximum(row, 1e-38))[:, None]
-                inner -= of_tokens * tl.log(tl.maximum(column, 1e-38))[None, :]
+                inner -= of_prompts * tl.log(tl.maximum(row, 1.2e-38))[:, None]
+                inner -= of_tokens * tl.log(tl.maximum(column, 1.2e-38))[None, :]
                 slope = share / (1.0 + tl.exp(x)) * inner + poison
                 tl.store(places, slope, mask=valid)
             else:
@@ -424,7 +429,8 @@ def _sweep(scores: Tensor, parts: Tensor, r: Tensor, c: Tensor, coefficients: Te
         scores, parts, r, c, torch.empty_like(r), torch.empty_like(c),
         parts if coefficients is None else coefficients, num_prompts, num_tokens, images,
         BLOCK_P=SWEEP_PROMPTS, BLOCK_E=SWEEP_TOKENS, ALL_P=_padded(num_prompts), ALL_E=_padded(num_tokens),
-        GRADIENT=coefficients is not None, num_warps=TILE_WARPS, num_stages=STAGES,
+        GRADIENT=coefficients is not None,
+        num_warps=TILE_WARPS, num_stages=STAGES, maxnreg=SWEEP_REGISTERS,
     )  # fmt: skip
 
 
@@ -478,7 +484,9 @@ def compile_all(arch: int, least_scores: int = 0) -> Iterator[tuple[str, Compile
     blocks = {"BLOCK_P": SWEEP_PROMPTS, "BLOCK_E": SWEEP_TOKENS, "ALL_P": 128, "ALL_E": 1024}
     for gradient in (False, True):
         constants = blocks | {"GRADIENT": gradient}
-        compiled = compile_ahead(nmi_sweep_kernel, swept, constants, arch, TILE_WARPS, STAGES)
+        compiled = compile_ahead(
+            nmi_sweep_kernel, swept, constants, arch, TILE_WARPS, STAGES, maxnreg=SWEEP_REGISTERS
+        )
         yield f"sweep{' gradient' if gradient else ''} {SWEEP_PROMPTS} x {SWEEP_TOKENS}", compiled
 
 

@@ -70,6 +70,7 @@ def compile_ahead(
     arch: int,
     num_warps: int,
     num_stages: int,
+    maxnreg: int | None = None,
 ) -> Compiled:
     """Compile a kernel for compute capability `arch` (80, 90, 100), on any machine.
 
@@ -89,7 +90,7 @@ def compile_ahead(
     compiled = triton.compile(
         ASTSource(kernel, types, constexprs=values, attrs=divisible),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
     )
     registers, stack = _resources(compiled.asm["cubin"])
     return Compiled(registers, stack, int(compiled.metadata.shared))
