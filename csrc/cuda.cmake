@@ -1,12 +1,14 @@
 # Decides whether the CUDA sources are compiled, and for which architectures.
-# In: SPT_FAST_CUDA, SPT_FAST_CUDA_ARCHS. Out: SPT_CUDA_ARCHITECTURES (CMake's notation; empty = CPU-only) and
-# SPT_CUDA_ARCHS_TEXT (for build_info). Looks at the compiler only, never at the GPU of the building machine.
+# In: SPT_FAST_CUDA, SPT_FAST_CUDA_ARCHS. Out: SPT_CUDA_ARCHITECTURES (CMake's notation; empty = CPU-only),
+# SPT_CUDA_ARCHS_TEXT (for build_info) and SPT_HAVE_SM90A (whether Hopper's own kernel is there). Looks at the compiler
+# only, never at the GPU of the building machine.
 include(CheckLanguage)
 
 set(SPT_CUDA_ARCHITECTURES "")
 set(SPT_CUDA_ARCHS_TEXT "")
+set(SPT_HAVE_SM90A OFF)
 set(minimum_nvcc 12.0)
-set(default_archs 80 90 100)
+set(default_archs 80 90a 100)
 
 # An obstacle is fatal when CUDA was asked for; otherwise one line says that the build is CPU-only.
 macro(spt_no_cuda reason)
@@ -21,9 +23,9 @@ if(NOT SPT_FAST_CUDA MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "SPT_FAST_CUDA must be auto, on or off, got '${SPT_FAST_CUDA}'")
 endif()
 foreach(arch IN LISTS SPT_FAST_CUDA_ARCHS)
-  if(NOT arch MATCHES "^[0-9]+$")
+  if(NOT arch MATCHES "^[0-9]+a?$")
     message(FATAL_ERROR
-      "SPT_FAST_CUDA_ARCHS must be a list of compute capabilities such as '80;90', got '${SPT_FAST_CUDA_ARCHS}'")
+      "SPT_FAST_CUDA_ARCHS must be a list of compute capabilities such as '80;90a', got '${SPT_FAST_CUDA_ARCHS}'")
   endif()
 endforeach()
 if(SPT_FAST_CUDA STREQUAL off)
@@ -60,16 +62,21 @@ if(NOT archs)
   set(archs ${default_archs})
 endif()
 foreach(arch IN LISTS archs)
-  if(NOT known MATCHES "compute_${arch}\n")
+  string(REGEX REPLACE "a$" "" generation ${arch})  # nvcc lists 90, not 90a
+  if(NOT known MATCHES "compute_${generation}\n")
     if(SPT_FAST_CUDA_ARCHS)
       message(FATAL_ERROR "SPT_FAST_CUDA_ARCHS: nvcc ${CMAKE_CUDA_COMPILER_VERSION} does not know ${arch}")
     endif()
     list(REMOVE_ITEM archs ${arch})
   endif()
 endforeach()
-# Machine code for every entry; the last also as PTX, which later GPUs compile for themselves.
+# Machine code for every entry; the last also as PTX, which later GPUs compile for themselves (that of 90a they cannot).
 list(TRANSFORM archs APPEND "-real" OUTPUT_VARIABLE SPT_CUDA_ARCHITECTURES)
 list(GET archs -1 newest)
+string(REGEX REPLACE "a$" "" newest ${newest})
 list(APPEND SPT_CUDA_ARCHITECTURES "${newest}-virtual")
+if("90a" IN_LIST archs)
+  set(SPT_HAVE_SM90A ON)
+endif()
 string(REPLACE ";" " " SPT_CUDA_ARCHS_TEXT "${archs}+PTX")
 message(STATUS "spt_fast: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${SPT_CUDA_ARCHS_TEXT}")

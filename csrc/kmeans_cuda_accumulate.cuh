@@ -12,7 +12,8 @@ namespace spt_fast {
 constexpr int kColumnsPerThread = 4;
 constexpr int kAccumulateThreads = 64;
 constexpr int kAccumulateColumns = kColumnsPerThread * kAccumulateThreads;
-constexpr int kRowsInFlight = 16;
+// Loads that are under way at a time: 128 bytes a thread keep the memory busy.
+__host__ __device__ constexpr int rows_in_flight(int element_bytes) { return 64 / element_bytes; }
 constexpr int kMaxSlab = 110;
 constexpr int kRowsPerMove = 4096;
 
@@ -44,9 +45,10 @@ __device__ inline void move_totals(float4* totals, double* partial, int64_t stri
   }
 }
 
-// The tokens of a run, [begin, end) of a group, and where its partial sums go.
+// The tokens of a run, numbers [begin, end) of the group's rows, and where its partial sums go.
 struct Run {
   int64_t group;
+  RowList rows;
   int64_t begin;
   int64_t end;
   double* partial;
@@ -57,6 +59,7 @@ template <typename T>
 __device__ inline void accumulate_columns(const Problem& p, const Run& run, int64_t first_column,
                                           int64_t first_center, int slab) {
   const int64_t stride = p.tokens.width + kExtraColumns;
+  constexpr int kRowsInFlight = rows_in_flight(sizeof(T));
   const int columns = static_cast<int>(
       max(min(p.tokens.width - first_column, int64_t{kColumnsPerThread}), int64_t{0}));
   if (columns == 0) return;
@@ -67,8 +70,6 @@ __device__ inline void accumulate_columns(const Problem& p, const Run& run, int6
   for (int k = 0; k < slab; ++k) totals[k * kAccumulateThreads] = {0.0f, 0.0f, 0.0f, 0.0f};
 
   double* partial = run.partial + first_center * stride + first_column;
-  int64_t i = run.begin / p.tokens.inner;
-  int64_t j = run.begin - i * p.tokens.inner;
   bool first = true;
   int unmoved = 0;
   for (int64_t first_row = run.begin; first_row < run.end; first_row += kRowsInFlight) {
@@ -77,17 +78,13 @@ __device__ inline void accumulate_columns(const Problem& p, const Run& run, int6
     Quad<T> quads[kRowsInFlight];
 #pragma unroll
     for (int u = 0; u < kRowsInFlight; ++u) {
-      const int64_t row = first_row + u;
-      const int64_t label = row < run.end ? labels[row] - first_center : -1;
+      const int64_t row = run.rows.row(min(first_row + u, run.end - 1));
+      const int64_t label = first_row + u < run.end ? labels[row] - first_center : -1;
       center[u] = label < slab ? static_cast<int>(label) : -1;
       if (center[u] >= 0) {
         weight[u] = weights ? weights[row] : 1.0f;
-        quads[u] = load_quad(tokens + i * p.tokens.outer_stride + j * p.tokens.inner_stride,
-                             columns, p.granule == Granule::k16);
-      }
-      if (++j == p.tokens.inner) {
-        j = 0;
-        ++i;
+        quads[u] =
+            load_quad(tokens + token_offset(p.tokens, row), columns, p.granule == Granule::k16);
       }
     }
 #pragma unroll
@@ -118,7 +115,8 @@ __device__ inline void accumulate_counts(const Problem& p, const Run& run) {
   for (int64_t k = threadIdx.x; k < p.num_centers; k += kAccumulateThreads) {
     double count = 0.0;
 #pragma unroll 8
-    for (int64_t row = run.begin; row < run.end; ++row) {
+    for (int64_t i = run.begin; i < run.end; ++i) {
+      const int64_t row = run.rows.row(i);
       const float weight = p.weights ? p.weights[first_token + row] : 1.0f;
       if (p.labels[first_token + row] == k) count += weight;
     }
@@ -126,7 +124,8 @@ __device__ inline void accumulate_counts(const Problem& p, const Run& run) {
   }
 
   double inertia = 0.0;
-  for (int64_t row = run.begin + threadIdx.x; row < run.end; row += kAccumulateThreads) {
+  for (int64_t i = run.begin + threadIdx.x; i < run.end; i += kAccumulateThreads) {
+    const int64_t row = run.rows.row(i);
     const double weight = p.weights ? p.weights[first_token + row] : 1.0f;
     inertia += weight * p.distances[first_token + row];
   }
@@ -138,15 +137,17 @@ __device__ inline void accumulate_counts(const Problem& p, const Run& run) {
   run.partial[p.tokens.width + 1] = total;
 }
 
-// grid = (tiles of columns x slabs of centres + 1, runs, groups); the extra block counts.
+// grid = (tiles of columns x slabs of centres + 1, runs, groups); the extra block counts. The runs
+// are those from p.first_run on.
 template <typename T>
 __global__ void __launch_bounds__(kAccumulateThreads) accumulate_kernel(Problem p, int slab) {
-  const int64_t run_rows = ceil_div(p.rows, p.runs);
   Run run;
   run.group = blockIdx.z;
-  run.begin = min(blockIdx.y * run_rows, p.rows);
-  run.end = min(run.begin + run_rows, p.rows);
-  run.partial = run_partial(p, run.group, blockIdx.y);
+  run.rows = rows_of(p, run.group);
+  const int64_t run_rows = ceil_div(run.rows.count, gridDim.y);
+  run.begin = min(blockIdx.y * run_rows, run.rows.count);
+  run.end = min(run.begin + run_rows, run.rows.count);
+  run.partial = run_partial(p, run.group, p.first_run + blockIdx.y);
   if (blockIdx.x + 1 == gridDim.x) {
     accumulate_counts(p, run);
     return;

@@ -33,19 +33,22 @@ __global__ void __launch_bounds__(kCenterThreads)
 struct Split {
   uint32_t high;
   uint32_t low;
+  float high_value;
   float kept;
 };
 
 __device__ inline Split split(float x, __nv_bfloat16) {
   const __nv_bfloat16 high = __float2bfloat16_rn(x);
   const __nv_bfloat16 low = __float2bfloat16_rn(x - to_float(high));
-  return {__bfloat16_as_ushort(high), __bfloat16_as_ushort(low), to_float(high) + to_float(low)};
+  return {__bfloat16_as_ushort(high), __bfloat16_as_ushort(low), to_float(high),
+          to_float(high) + to_float(low)};
 }
 
 __device__ inline Split split(float x, __half) {
   const __half high = __float2half_rn(x);
   const __half low = __float2half_rn(x - to_float(high));
-  return {__half_as_ushort(high), __half_as_ushort(low), to_float(high) + to_float(low)};
+  return {__half_as_ushort(high), __half_as_ushort(low), to_float(high),
+          to_float(high) + to_float(low)};
 }
 
 // A power of two that brings `largest` to [2^13, 2^14); one for the types with float32's exponents.
@@ -57,6 +60,18 @@ template <>
 __device__ inline float split_scale<__half>(float largest) {
   if (!(largest > 0.0f) || isinf(largest)) return 1.0f;
   return ldexpf(1.0f, min(13 - ilogbf(largest), 126));
+}
+
+// The largest |c'| of a centre; one warp.
+__device__ inline float largest_difference(const float* center, const float* shift, int64_t width) {
+  float largest = 0.0f;
+  for (int64_t d = threadIdx.x % kWarp; d < width; d += kWarp) {
+    largest = fmaxf(largest, fabsf(center[d] - shift[d]));
+  }
+  for (int other = kWarp / 2; other > 0; other /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, other));
+  }
+  return largest;
 }
 
 // One warp per centre, padding included: a padding centre is zero, at an infinite distance.
@@ -78,17 +93,12 @@ __global__ void __launch_bounds__(kCenterThreads) pack_centers_kernel(Problem p)
   const float* center = p.centers + (group * p.num_centers + (is_center ? k : 0)) * width;
   const float* shift = p.shift + group * width;
 
-  float largest = 0.0f;
   double norm = 0.0;
   for (int64_t d = lane; d < width; d += kWarp) {
     const float difference = center[d] - shift[d];
-    largest = fmaxf(largest, fabsf(difference));
     norm += static_cast<double>(difference) * difference;
   }
-  for (int other = kWarp / 2; other > 0; other /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, other));
-  }
-  const float scale = split_scale<T>(largest);
+  const float scale = split_scale<T>(largest_difference(center, shift, width));
 
   // Four lanes write the 64 bytes of a centre in a block of 16 columns.
   double correction = 0.0;
