@@ -1,8 +1,9 @@
 """Predicted times of the CUDA k-means pass, from the stated constants: python -m benchmarks.cuda_predictions.
 
 Arithmetic, not measurement: these kernels have never run on a GPU. Bandwidths and rates of tensor cores are
-assumptions; a phase takes the longest of its shared-memory, tensor-core and memory time. No weights, and
-rows of whole 16 bytes, one group.
+assumptions; a phase takes the longest of its shared-memory, tensor-core and memory time, and for the screen
+also of the time to issue its instructions and to send to other blocks. No weights, and rows of whole 16
+bytes, one group.
 """
 
 from __future__ import annotations
@@ -14,6 +15,13 @@ TOKENS, WIDTH = 1_060_000, 768
 LATENCY = 700  # clocks of a read of device memory
 BARRIERS = 400  # clocks a tile of the one-read kernel waits for barriers, shuffles and labels
 ADD = 30  # clocks of one dependent addition in shared memory
+LAUNCH = 3e-6  # seconds between two kernels
+# The screen: instructions that a warp issues for a tile of 64 tokens in four blocks, counted in the machine
+# code of screen_kernel<bf16, 56> for sm_90a (copies of whole tiles); bytes a clock that a multiprocessor
+# sends to others of its cluster; tokens without a decision (benchmarks.screen_share, K = 100: up to 2.6 %).
+SCREEN_INSTRUCTIONS = 1220
+REMOTE_BYTES = 11
+UNDECIDED = 0.026
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Gpu:
     clock: float
     shared: int  # bytes of a block at most
     product_clocks: float  # per m16n8k16 of half types, or m16n8k8 of tf32, and multiprocessor
+    wgmma: bool  # 4096 products and additions of half types a clock and multiprocessor
 
     @property
     def memory(self) -> float:
@@ -34,9 +43,9 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("H200", 4.3e12, 132, 1.83e9, 232448, 1.6),
-    Gpu("H100", 2.9e12, 132, 1.83e9, 232448, 1.6),
-    Gpu("A100 80 GB", 1.6e12, 108, 1.41e9, 166912, 2.2),
+    Gpu("H200", 4.3e12, 132, 1.83e9, 232448, 1.6, True),
+    Gpu("H100", 2.9e12, 132, 1.83e9, 232448, 1.6, True),
+    Gpu("A100 80 GB", 1.6e12, 108, 1.41e9, 166912, 2.2, False),
 )
 
 
@@ -98,21 +107,43 @@ def assign_seconds(gpu: Gpu, element: int, centers: int) -> float:
 
 
 def accumulate_seconds(gpu: Gpu, element: int, centers: int) -> float:
-    """Blocks of 64 threads, 16 rows of 4 columns in flight each: waits, then adds."""
+    """Blocks of 64 threads, 128 bytes in flight each: waits, then adds."""
     shared = min(centers, 110) * 1024
     blocks = min(gpu.shared // (shared + 1024), 16)
-    in_flight = blocks * 64 * 16 * 4 * element
-    rate = min(gpu.memory, in_flight / (LATENCY + 16 * ADD))
+    in_flight, rows = blocks * 64 * 128 * 2, 64 // element
+    rate = min(gpu.memory, in_flight / (LATENCY + rows * ADD))
     read = TOKENS * WIDTH * element / gpu.processors / rate / gpu.clock
     return read + reduction_seconds(gpu, centers, 4096)
 
 
-def predict(gpu: Gpu, element: int, centers: int) -> tuple[str, float]:
-    """The path taken and its seconds."""
+def screen_seconds(gpu: Gpu, centers: int) -> float:
+    """Half types, clusters of four blocks, 64 runs; and two reads of the tokens without a decision."""
+    half = 32 if centers <= 64 else 56 if centers <= 112 else 64
+    rows, columns, runs, blocks = 64, WIDTH // 4, 64, 4
+    tile_bytes, share_bytes = rows * columns * 2, rows * 256
+    # A wgmma of 64 x n x 16 takes n / 2 clocks: 12 steps for the products, 12 of n = 64 for the sums.
+    tensor = 2 * 12 * half / 2 + 2 * 12 * 64 / 2
+    # The tile: written, read by both warpgroups for products and sums, once for norms, with the shift.
+    shared = (8 * tile_bytes + 2 * half * columns * 2 + 2 * share_bytes) / 128
+    issue = SCREEN_INSTRUCTIONS * 8 / 4
+    remote = share_bytes * 3 / 4 / REMOTE_BYTES
+    clocks = max(tile_bytes / gpu.memory, tensor, shared, issue, remote) + BARRIERS / 2
+    waves = ceil(runs / (gpu.processors // blocks))
+    rounds = ceil(TOKENS / runs / rows) + 2
+    rest = UNDECIDED * (assign_seconds(gpu, 2, centers) + accumulate_seconds(gpu, 2, centers))
+    partials = 2 * 2 * runs * centers * (WIDTH + 2) * 8 / gpu.copy
+    return waves * rounds * clocks / gpu.clock + rest + partials + 7 * LAUNCH
+
+
+def predict(gpu: Gpu, element: int, centers: int) -> dict[str, float]:
+    """Seconds by path; the first is taken by itself."""
     rows = one_read_rows(gpu, element, centers)
     if rows:
-        return f"one read, {rows} rows", one_read_seconds(gpu, element, centers, rows)
-    return "two reads", assign_seconds(gpu, element, centers) + accumulate_seconds(gpu, element, centers)
+        return {f"one read, {rows} rows": one_read_seconds(gpu, element, centers, rows)}
+    paths = {"two reads": assign_seconds(gpu, element, centers) + accumulate_seconds(gpu, element, centers)}
+    if gpu.wgmma and element == 2 and 32 < centers <= 128:
+        paths["screen, one read"] = screen_seconds(gpu, centers)
+    return paths
 
 
 def main() -> None:
@@ -121,10 +152,10 @@ def main() -> None:
     for gpu in GPUS:
         for dtype, element in (("bf16", 2), ("fp32", 4)):
             for centers in (20, 100):
-                path, seconds = predict(gpu, element, centers)
                 once = TOKENS * WIDTH * element / gpu.copy
-                cells = f"{once * 1e3:9.2f} ms{seconds * 1e3:9.2f} ms{once / seconds:14.0%}"
-                print(f"{gpu.name:12}{dtype:>6}{centers:>5}{path:>19}{cells}")
+                for path, seconds in predict(gpu, element, centers).items():
+                    cells = f"{once * 1e3:9.2f} ms{seconds * 1e3:9.2f} ms{once / seconds:14.0%}"
+                    print(f"{gpu.name:12}{dtype:>6}{centers:>5}{path:>19}{cells}")
 
 
 if __name__ == "__main__":

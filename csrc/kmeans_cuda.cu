@@ -2,14 +2,15 @@
 //
 // Chooses between three paths, lays the workspace out and enqueues the kernels. Up to 32 centres,
 // without weights, take one read of the tokens, and so do up to 128 on Hopper, but for a few
-// tokens; anything else takes a read for the labels and one for the sums. No atomics and a fixed
-// order of every sum: results repeat to the bit. Neither path nor order depend on the number of
-// multiprocessors, but the path does on the kind of GPU and its shared memory.
-// A token that is not finite goes to centre 0 at an infinite distance, so that the inertia shows
-// it; the sums are not to be used then. Limits: 65535 groups, 2^31 - 1 centres.
+// tokens, where SPT_FAST_CUDA_SCREEN=1 asks for it; anything else takes a read for the labels and
+// one for the sums. No atomics and a fixed order of every sum: results repeat to the bit. Neither
+// path nor order depend on the number of multiprocessors, but the path does on the kind of GPU and
+// its shared memory. A token that is not finite goes to centre 0 at an infinite distance, so that
+// the inertia shows it; the sums are not to be used then. Limits: 65535 groups, 2^31 - 1 centres.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cuda_intrinsics.cuh>
 #include <stdexcept>
 #include <string>
@@ -70,6 +71,12 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
 // What a block may have at most.
 int shared_memory(int device) {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+// Not by itself until a GPU has run it: it is the one path that could wait for ever.
+bool screen_is_wanted() {
+  const char* value = std::getenv("SPT_FAST_CUDA_SCREEN");
+  return value != nullptr && std::string(value) == "1";
 }
 
 // Whether the kernels for sm_90a were compiled and can run.
@@ -306,8 +313,8 @@ template <typename T>
 bool choose_screen(Screen& screen, const AssignArgs& args, int device) {
   const int half = screen.centers.half;
   screen.shape = screen_shape(half);
-  if (!screen.centers.blocks || args.weights || args.distances || !has_warpgroups(device) ||
-      screen.shape.bytes > shared_memory(device)) {
+  if (!screen.centers.blocks || args.weights || args.distances || !screen_is_wanted() ||
+      !has_warpgroups(device) || screen.shape.bytes > shared_memory(device)) {
     return false;
   }
   screen.kernel = half == 32   ? screen_kernel<T, 32>

@@ -108,6 +108,11 @@ def build_emulated(folder: Path, changes: dict[str, str]) -> ctypes.CDLL:
     return library
 
 
+@pytest.fixture(autouse=True)
+def screen_wanted(monkeypatch) -> None:
+    monkeypatch.setenv("SPT_FAST_CUDA_SCREEN", "1")
+
+
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory) -> ctypes.CDLL:
     return build_emulated(tmp_path_factory.mktemp("emulated"), SHORTER)
@@ -333,6 +338,17 @@ def test_emulated_screen_keeps_its_accuracy_beside_an_outlier_dimension(emulated
     exact = assign_accumulate_reference(problem[0][0].double(), problem[1].double())
     # Coordinates of 500 would cost float32 3e-5 of the inertia for each without the shift.
     torch.testing.assert_close(given[2], exact[2], rtol=1e-5, atol=0)
+
+
+def test_emulated_screen_is_used_only_where_it_is_asked_for(emulated, monkeypatch):
+    problem = make_problem(1, 1, 300, 0, 100, 40, BF16, False)
+    screened = run_emulated(emulated, *problem, rows=())
+    monkeypatch.delenv("SPT_FAST_CUDA_SCREEN")
+    plain = run_emulated(emulated, *problem, rows=())
+    assert not torch.equal(screened[2], plain[2])
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain[:3], run_emulated(emulated, *problem)[:3], strict=True)
+    )
 
 
 def test_screen_decides_on_most_tokens_and_leaves_the_rest(tmp_path):

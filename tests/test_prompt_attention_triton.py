@@ -9,15 +9,19 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from torch.torch_version import TorchVersion as Version
 
 import spt_fast
 from spt_fast.ops import prompt_attention_tiles as rules
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "triton_compiled.py"
+# The tiles are chosen for Triton 3.8 and later. What 3.5 and 3.6 spill at most: docs/prompt-attention.md.
+MOST_SPILLED = 0 if Version(version("triton")) >= Version("3.8") else 264
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
@@ -44,7 +48,7 @@ def test_kernels_compile_without_spills(arch: int, tmp_path: Path) -> None:
     assert {case["kernel"] for case in found} >= {"forward", "backward", "backward-prompts-only", "sum"}
     for case in found:
         print(case)
-        assert case["spills"] == 0
+        assert case["spills"] <= MOST_SPILLED
         assert case["shared"] <= SHARED_LIMIT[arch]
 
 
