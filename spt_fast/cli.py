@@ -1,6 +1,7 @@
 """The command `spt-fast`: arguments to functions, no logic of its own.
 
-Exit codes: 0 done, 2 bad input (one line on stderr says what), 130 interrupted.
+Exit codes: 0 done, 1 `doctor --check` found something wrong, 2 bad input (one line on stderr says what),
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+WRONG = 1
 INTERRUPTED = 130
 BAD_INPUT = 2
 TUNED_NAME = "tuned.safetensors"
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        code: int | None = args.run(args)
     except KeyboardInterrupt:
         print("spt-fast: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"spt-fast {args.command}: error: {_one_line(error)}", file=sys.stderr)
         return BAD_INPUT
-    return 0
+    return code or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -184,7 +186,15 @@ def _add_nmi(commands: Commands) -> None:
 
 def _add_doctor(commands: Commands) -> None:
     parser = commands.add_parser(
-        "doctor", help="what is installed, which code each operation runs here, and why"
+        "doctor",
+        help="what is installed, which code each operation runs here, and why",
+        description="What is installed, which code each operation runs here, and why; "
+        "or, with --check, whether the results are right.",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="run every operation on every device and compare it with float64; exit code 1 if one is wrong",
     )
     parser.set_defaults(run=_doctor)
 
@@ -413,10 +423,13 @@ def _nmi(args: argparse.Namespace) -> None:
         print(f"wrote {path}")
 
 
-def _doctor(_: argparse.Namespace) -> None:
-    from spt_fast import doctor
+def _doctor(args: argparse.Namespace) -> int:
+    from spt_fast import doctor, self_check
 
+    if args.check:
+        return 0 if self_check.report() else WRONG
     print(doctor.report())
+    return 0
 
 
 def _open_model(args: argparse.Namespace) -> nn.Module:

@@ -14,6 +14,7 @@ from spt_fast.clustering import faiss_backend
 from spt_fast.engines import known_blocks
 from spt_fast.ops import kmeans, kmeans_native, nmi, prompt_attention
 from spt_fast.samples import backbone_facts
+from spt_fast.self_check import devices
 
 _REQUIRED = ("torch", "timm", "safetensors", "numpy", "tqdm")
 _OPTIONAL = {
@@ -82,26 +83,20 @@ def _extension() -> Iterator[Line]:
 
 
 def _backends() -> Iterator[Line]:
-    for device in _devices():
+    for device in devices():
         name, reason = kmeans.explain_backend(device)
-        yield f"k-means on {device.type}", f"{name}: {reason}" if reason else name
+        yield f"k-means on {device}", f"{name}: {reason}" if reason else name
     yield "k-means by faiss", faiss_backend.explain()
-    for device in _devices():
+    for device in devices():
         name, reason = prompt_attention.explain_backend(device, torch.float32, 64)
-        yield f"prompt_attention on {device.type}", f"{name}: {reason}"
+        yield f"prompt_attention on {device}", f"{name}: {reason}"
         name, reason = nmi.explain_backend(device)
-        yield f"sigmoid_nmi on {device.type}", f"{name}: {reason}"
+        yield f"sigmoid_nmi on {device}", f"{name}: {reason}"
 
 
 def _engines() -> Iterator[Line]:
     yield "kv", f"deep prompts in timm's {', '.join(known_blocks())}: the prompts' outputs are discarded"
     yield "concat", "shallow prompts, whose outputs go on to the next block, and all other blocks"
-
-
-def _devices() -> Iterator[torch.device]:
-    yield torch.device("cpu")
-    if torch.cuda.is_available():
-        yield torch.device("cuda")
 
 
 def _backbone() -> Iterator[Line]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import math
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spt_fast.accuracy import assigned_deviations, rounding_band
+from spt_fast.accuracy import kmeans_problem as make_problem
 from spt_fast.ops import kmeans_native
 from spt_fast.ops.kmeans import assign_accumulate, squared_distances
 from spt_fast.ops.kmeans_reference import assign_accumulate_reference, distances_reference
@@ -173,72 +174,17 @@ def run_emulated_distances(library, tokens, centers, shift=None):
     return distances
 
 
-def make_problem(groups, images, patches, prefix, width, num_centers, dtype, weighted, seed=0):
-    """Tokens [G, B, N, D], a view that skips prefix tokens; centres [G, K, D]; shift; weights or None."""
-    generator = torch.Generator().manual_seed(seed)
-    activations = torch.randn(groups, images, prefix + patches, width, generator=generator).add(3).to(dtype)
-    centers = torch.randn(groups, num_centers, width, generator=generator).add(3)
-    shift = torch.full((groups, width), 3.0) if num_centers % 2 else None
-    weights = torch.rand(groups, images * patches, generator=generator) if weighted else None
-    return activations[:, :, prefix:], centers, shift, weights
-
-
-def rounding_band(tokens, centers, shift):
-    """The bound of docs/kmeans-cuda.md on a squared distance's error, [G, M, K] float64, tokens flat."""
-    width = tokens.shape[-1]
-    shift = centers.mean(1) if shift is None else shift
-    x, c, s = tokens.double(), centers.double() - shift.double()[:, None], shift.double()[:, None]
-    near = x - s
-    lengths = near.square().sum(2)[:, :, None] + c.square().sum(2)[:, None]
-    if tokens.dtype == torch.float32:
-        products = near.abs() @ c.abs().mT
-        kept = 2.0**-21 * products
-    else:
-        products = (x.abs() + s.abs()) @ c.abs().mT
-        kept = 2.0**-16 * (near.abs() @ c.abs().mT)
-    return (width / 4 + 16) * 2.0**-23 * (lengths + 2 * products) + kept + 1e-30
-
-
-def exchange_band(tokens, centers, shift):
-    """The bound of docs/kmeans-cuda.md on what the exchange of a screen adds to an error, [G, M] float64."""
-    blocks = 1
-    while 192 * blocks < tokens.shape[-1]:
-        blocks *= 2
-    shift = centers.mean(1) if shift is None else shift
-    lengths = (tokens.double() - shift.double()[:, None]).norm(dim=2)
-    lengths = lengths + 2.0**-14 * shift.double().norm(dim=1, keepdim=True)
-    longest = (centers.double() - shift.double()[:, None]).norm(dim=2).amax(1, keepdim=True)
-    return 2.0**-15 * 1.01 * math.sqrt(blocks) * longest * lengths
-
-
 def assert_matches_reference(given, tokens, centers, shift, weights):
     """`given` against float64: labels and distances within the rounding band, the rest by our own labels.
 
     Without distances the tokens may have been screened.
     """
-    sums, counts, inertia, labels, distances = given
-    groups, width = tokens.shape[0], tokens.shape[-1]
-    flat = tokens.reshape(groups, -1, width)
-    exact = distances_reference(flat.double(), centers.double())
-    band = rounding_band(flat, centers, shift)
-    index = labels.long()[:, :, None]
-    chosen, chosen_band = exact.gather(2, index)[:, :, 0], band.gather(2, index)[:, :, 0]
-    assert (chosen <= exact.amin(2) + 2 * band.amax(2)).all(), "a label outside the rounding band"
-    if distances is None:
-        chosen_band = chosen_band + exchange_band(flat, centers, shift)
-    else:
-        assert ((distances.double() - chosen).abs() <= chosen_band).all()
-
-    ones = torch.ones(flat.shape[:2], dtype=torch.float64)
-    weights = ones if weights is None else weights.double()
-    members = torch.nn.functional.one_hot(labels.long(), centers.shape[1]).double() * weights[:, :, None]
-    torch.testing.assert_close(counts, members.sum(1), rtol=1e-12, atol=0)
-    slack = 1e-5 * (members.mT @ flat.double().abs()) + 1e-30
-    assert ((sums - members.mT @ flat.double()).abs() <= slack).all()
-    assert ((inertia - (weights * chosen).sum(1)).abs() <= (weights * chosen_band).sum(1)).all()
+    found = assigned_deviations(given, tokens, centers, shift, weights)
+    assert all(deviation.ok for deviation in found.values()), found
     # Labels are the reference's where nothing is close, which is nearly everywhere.
-    expected = assign_accumulate_reference(flat.double(), centers.double(), weights=weights)
-    assert (labels == expected[3]).double().mean() > 0.98
+    flat = tokens.reshape(len(tokens), -1, tokens.shape[-1]).double()
+    expected = assign_accumulate_reference(flat, centers.double())
+    assert (given[3] == expected[3]).double().mean() > 0.98
 
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -550,15 +496,21 @@ def skip_without_gpu() -> None:
         pytest.skip(reason)
 
 
+def on_cpu(tensors):
+    return [None if tensor is None else tensor.cpu() for tensor in tensors]
+
+
 @pytest.mark.gpu
 @PROBLEMS
 def test_cuda_matches_reference(groups, images, patches, prefix, width, num_centers, dtype, weighted):
     skip_without_gpu()
-    problem = make_problem(groups, images, patches, prefix, width, num_centers, dtype, weighted)
-    tokens, centers, shift, weights = (None if tensor is None else tensor.cuda() for tensor in problem)
+    problem = make_problem(
+        groups, images, patches, prefix, width, num_centers, dtype, weighted, device="cuda"
+    )
+    tokens, centers, shift, weights = problem
     arguments = {"shift": shift, "weights": weights, "with_labels": True, "with_distances": True}
     given = assign_accumulate(tokens, centers, backend="native", **arguments)
-    assert_matches_reference([tensor.cpu() for tensor in given], *problem)
+    assert_matches_reference(on_cpu(given), *on_cpu(problem))
     again = assign_accumulate(tokens, centers, backend="native", **arguments)
     assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
 
@@ -568,12 +520,12 @@ def test_cuda_matches_reference(groups, images, patches, prefix, width, num_cent
 @pytest.mark.parametrize(("width", "num_centers"), [(768, 20), (768, 100), (1024, 32), (384, 300), (63, 5)])
 def test_cuda_matches_reference_at_full_size(dtype, width, num_centers):
     skip_without_gpu()
-    problem = make_problem(2, 64, 197, 1, width, num_centers, dtype, False)
-    tokens, centers, shift, _ = (None if tensor is None else tensor.cuda() for tensor in problem)
+    problem = make_problem(2, 64, 197, 1, width, num_centers, dtype, False, device="cuda")
+    tokens, centers, shift, _ = problem
     given = assign_accumulate(
         tokens, centers, shift=shift, with_labels=True, with_distances=True, backend="native"
     )
-    assert_matches_reference([tensor.cpu() for tensor in given], *problem)
+    assert_matches_reference(on_cpu(given), *on_cpu(problem))
 
 
 @pytest.mark.gpu
@@ -594,11 +546,12 @@ def test_cuda_matches_reference_without_distances_at_full_size(dtype, width, num
 @PROBLEMS
 def test_cuda_distances_match_reference(groups, images, patches, prefix, width, num_centers, dtype, weighted):
     skip_without_gpu()
-    tokens, centers, shift, _ = make_problem(
-        groups, images, patches, prefix, width, num_centers, dtype, weighted
+    problem = make_problem(
+        groups, images, patches, prefix, width, num_centers, dtype, weighted, device="cuda"
     )
-    on_gpu = None if shift is None else shift.cuda()
-    distances = squared_distances(tokens.cuda(), centers.cuda(), shift=on_gpu, backend="native")
+    tokens, centers, shift, _ = problem
+    distances = squared_distances(tokens, centers, shift=shift, backend="native")
+    tokens, centers, shift, _ = on_cpu(problem)
     flat = tokens.flatten(1, 2)
     error = (distances.cpu().double() - distances_reference(flat.double(), centers.double())).abs()
     assert (error <= rounding_band(flat, centers, shift)).all()

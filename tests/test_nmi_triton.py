@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 import spt_fast
+from spt_fast.accuracy import NMI_SHARE, nmi_gradient_bound, nmi_inputs
 from spt_fast.ops import nmi_triton
 from spt_fast.ops.nmi import explain_backend, sigmoid_nmi
 from spt_fast.ops.nmi_portable import nmi_backward, nmi_coefficients, nmi_forward
@@ -33,13 +34,7 @@ SHAPES = [(3, 2, 5, 7), (20, 2, 196, 40), (40, 1, 300, 33)]
 def make_inputs(
     shape: tuple[int, int, int, int], largest_score: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_prompts, batch, num_tokens, width = shape
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randn(num_prompts, width, generator=generator)
-    # A prefix token is skipped without a copy.
-    tokens = torch.randn(batch, 1 + num_tokens, width, generator=generator)
-    factor = (largest_score / float((tokens @ prompts.T).abs().max())) ** 0.5
-    return (prompts * factor).to(DEVICE, dtype), (tokens * factor).to(DEVICE, dtype)[:, 1:]
+    return nmi_inputs(shape, largest_score, dtype, DEVICE)
 
 
 def inputs_with_scores(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +53,7 @@ def test_forward_matches_float64(
     expected = nmi_forward(prompts.double(), tokens.double())
     for mine, theirs in zip(got[:4], expected[:4], strict=True):
         assert mine.dtype == torch.float32
-        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=0)
+        torch.testing.assert_close(mine.double(), theirs, rtol=NMI_SHARE, atol=0)
     for mine, theirs in zip(got[4:], expected[4:], strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-9)
 
@@ -74,11 +69,9 @@ def test_backward_matches_float64(
     coefficients = nmi_coefficients(parts[0], parts[2], parts[3])
     expected = nmi_backward(prompts.double(), tokens.double(), coefficients)
     got = launch_nmi_backward(prompts, tokens, coefficients, *(part.float() for part in parts[1:4]))
-    # Rounding a score of 1e3 moves its share by 3e-5; rounding the gradient to its dtype comes on top.
-    tolerance = 1e-4 + torch.finfo(dtype).eps
     for mine, theirs in zip(got, expected, strict=True):
         assert mine.dtype == dtype
-        assert (mine.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+        assert (mine.double() - theirs).abs().max() <= nmi_gradient_bound(theirs, dtype)
 
 
 @pytest.mark.parametrize("offset", [-1000.0, 0.0, 1000.0])

@@ -36,6 +36,9 @@ TILE_WARPS, STAGES = 8, 2
 SWEEP_REGISTERS = 128
 # A new batch size or number of prompts must not compile the kernels anew.
 _COUNTS = ["num_prompts", "num_tokens", "images"]
+# The least that logarithms are taken of. Triton makes float64 of a constant below float32's 2 ** -126, and of
+# whatever meets it.
+_LEAST = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -53,10 +56,7 @@ def _expm1(x):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x); -87 where that is below -87, which no result notices.
-
-    The least normal float32 is 1.18e-38: Triton up to 3.8 takes a smaller constant for float64.
-    """
+    """log(1 + x); -87 where that is below -87, which no result notices."""
     series = 0.11111111 - 0.1 * x
     series = 0.125 - x * series
     series = 0.14285715 - x * series
@@ -65,7 +65,7 @@ def _log1p(x):
     series = 0.25 - x * series
     series = 0.33333334 - x * series
     series = 0.5 - x * series
-    return tl.where(tl.abs(x) < 0.25, x * (1.0 - x * series), tl.log(tl.maximum(1.0 + x, 1.2e-38)))
+    return tl.where(tl.abs(x) < 0.25, x * (1.0 - x * series), tl.log(tl.maximum(1.0 + x, _LEAST)))
 
 
 @triton.jit
@@ -332,8 +332,8 @@ def nmi_sweep_kernel(
             )  # fmt: skip
             if GRADIENT:
                 inner = of_information * _log1p(excess) - average
-                inner -= of_prompts * tl.log(tl.maximum(row, 1.2e-38))[:, None]
-                inner -= of_tokens * tl.log(tl.maximum(column, 1.2e-38))[None, :]
+                inner -= of_prompts * tl.log(tl.maximum(row, _LEAST))[:, None]
+                inner -= of_tokens * tl.log(tl.maximum(column, _LEAST))[None, :]
                 slope = share / (1.0 + tl.exp(x)) * inner + poison
                 tl.store(places, slope, mask=valid)
             else:
