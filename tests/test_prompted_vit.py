@@ -341,6 +341,13 @@ class TestTraining:
             assert len(recomputed) == 2
             assert all(torch.equal(a, b) for a, b in zip(plain, saved, strict=True))
 
+    # What PyTorch loads for forward mode is compiled by its own deprecated means.
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script")
+    def test_forward_mode_is_refused(self) -> None:
+        tuned, images = PromptedViT(make_vit(), make_prompts(), engine="kv"), make_images()
+        with pytest.raises(ValueError, match="qkv must carry no tangent, got one: prompt_attention has no"):
+            torch.func.jvp(tuned, (images,), (images,))
+
     def test_autocast_in_bfloat16_is_close(self) -> None:
         for engine in ("kv", "concat"):
             tuned = PromptedViT(make_vit(qk_norm=True), make_prompts(), engine=engine)
@@ -370,6 +377,22 @@ class TestTraining:
             tuned.prompts.copy_(tuned.prompts.flip(-1))
         torch.testing.assert_close(other(make_images()).detach(), expected)
         assert not torch.allclose(tuned(make_images()), expected)
+
+
+@pytest.mark.parametrize("engine", ["kv", "concat"])
+class TestUnusualInputs:
+    def test_no_image_gives_no_logits(self, engine: Any) -> None:
+        tuned = PromptedViT(make_vit(), make_prompts(), engine=engine)
+        logits, gradient = logits_and_gradient(tuned, make_images()[:0])
+        assert logits.shape == (0, 5)
+        assert not gradient.any()
+
+    def test_meta_device_gives_shapes(self, engine: Any) -> None:
+        tuned = PromptedViT(make_vit().to("meta"), make_prompts(), engine=engine).eval()
+        logits, gradient = logits_and_gradient(tuned, make_images().to("meta"))
+        assert (logits.shape, gradient.shape) == ((3, 5), (DEPTH, NUM_PROMPTS, WIDTH))
+        with torch.no_grad(), tuned.fixed_prompts():
+            assert tuned(make_images().to("meta")).is_meta
 
 
 class TestTracing:
