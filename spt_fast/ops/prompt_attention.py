@@ -55,7 +55,7 @@ def prompt_attention(
     _check_prompts(q.shape[1], q.shape[3], prompt_k, prompt_v, task)
     _check_together(tensors, task)
     refuse_tangents("prompt_attention", tensors)
-    q, k, v, prompt_k, prompt_v = (_autocast(tensor) for tensor in tensors.values())
+    q, k, v, prompt_k, prompt_v = _autocast(tensors)
     if _joins(q):
         return _join_and_attend(q, k, v, prompt_k, prompt_v, scale, task)
     out, _ = torch.ops.spt_fast.prompt_attention(q, k, v, prompt_k, prompt_v, task, _scale(scale, q.shape[3]))
@@ -81,7 +81,7 @@ def packed_prompt_attention(
     _check_prompts(qkv.shape[3], qkv.shape[4], prompt_k, prompt_v, task)
     _check_together(tensors, task)
     refuse_tangents("prompt_attention", tensors)
-    qkv, prompt_k, prompt_v = (_autocast(tensor) for tensor in tensors.values())
+    qkv, prompt_k, prompt_v = _autocast(tensors)
     if _joins(qkv):
         parts = prompt_attention_ops.split_packed(qkv)
         out = _join_and_attend(*parts, prompt_k, prompt_v, scale, task).transpose(1, 2)
@@ -137,10 +137,13 @@ def _scale(scale: float | None, width: int) -> float:
     return width**-0.5 if scale is None else float(scale)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def _autocast(tensors: dict[str, Tensor]) -> list[Tensor]:
     """What autocast does to the arguments of PyTorch's own attention: everything narrow in one dtype."""
-    dtype = autocast_dtype(tensor.device.type)
-    return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+    given = list(tensors.values())
+    dtype = autocast_dtype(given[0].device.type)
+    if dtype is None:
+        return given
+    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in given]
 
 
 _HEADS_FIRST, _PACKED = "[B, H, N, d]", "[B, N, 3, H, d]"
