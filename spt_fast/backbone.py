@@ -28,6 +28,10 @@ def get_blocks(model: nn.Module, argument: str = "model") -> nn.ModuleList | nn.
         raise TypeError(_needs_blocks(model, argument) + f": it has {_layout_found(model)}")
     if len(blocks) == 0:
         raise TypeError(_needs_blocks(model, argument) + ": its `.blocks` is empty")
+    if any(isinstance(block, nn.ModuleList) for block in blocks):
+        raise TypeError(
+            _needs_blocks(model, argument) + ": its `.blocks` are lists of blocks, stage by stage"
+        )
     if _is_convolutional(blocks):
         raise TypeError(
             _needs_blocks(model, argument)
@@ -62,6 +66,23 @@ def embed_dim(model: nn.Module) -> int:
         return widths[0]
     raise TypeError(
         f"model must state its token width as an integer `.embed_dim`, but {type(model).__name__} has none"
+    )
+
+
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of a patch in pixels.
+
+    Raises:
+        TypeError: the model states none.
+    """
+    # NaFlexViT has `embeds`.
+    for name in ("patch_embed", "embeds"):
+        size = getattr(getattr(model, name, None), "patch_size", None)
+        if size is not None:
+            return (size, size) if isinstance(size, int) else tuple(size)
+    raise TypeError(
+        "prompts given as an integer need a model that states `.patch_embed.patch_size`, "
+        f"got {type(model).__name__}"
     )
 
 

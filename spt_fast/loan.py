@@ -86,8 +86,18 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
 
 
 def separate_head(model: nn.Module) -> None:
-    """Put a copy in the place of each child that holds a classifier: the original is never trained."""
+    """Put a copy in the place of each child that holds a classifier: the original is never trained.
+
+    Raises:
+        TypeError: a child holds the blocks too, so that the copy would run blocks of its own.
+    """
+    blocks = get_blocks(model)
     for classifier in classifiers(model):
         for name, child in list(model.named_children()):
             if any(module is classifier for module in child.modules()):
+                if any(module is blocks for module in child.modules()):
+                    raise TypeError(
+                        "model must hold its blocks and its head in children of its own, got "
+                        f"{type(model).__name__} with both in `{name}`; give that child instead"
+                    )
                 setattr(model, name, copy.deepcopy(child))

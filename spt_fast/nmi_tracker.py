@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from spt_fast.backbone import get_blocks
+from spt_fast.clustering.inputs import check_int
 from spt_fast.distributed import Processes, find_processes
 from spt_fast.errors import NonFiniteError
 from spt_fast.files import check_output_path, write_bytes
@@ -48,9 +49,10 @@ class NMITracker:
     >>> steps, values = tracker.history()  # values [S, L]
 
     It measures what the training forward computes anyway, without gradients, and never waits for a GPU:
-    values travel to the host on their own and are read when asked for. Calls in evaluation mode and the
-    recomputations of gradient checkpointing are not steps. With `torch.compile` the measuring is an op of the
-    compiled graph: attach before the first compiled call (or call `torch.compiler.reset()`).
+    values travel to the host on their own and are read when asked for. Calls in evaluation mode, calls of
+    copies of the module (such as moving averages) and the recomputations of gradient checkpointing are not
+    steps. With `torch.compile` the measuring is an op of the compiled graph: attach before the first compiled
+    call (or call `torch.compiler.reset()`).
 
     A record takes 4 L + 8 bytes of host memory, and no device memory once it has travelled.
 
@@ -76,8 +78,8 @@ class NMITracker:
         max_images: int | None = None,
     ) -> None:
         self._tuned = _prompted_vit(module)
-        self._every = _at_least_one("every", every)
-        self._max_images = None if max_images is None else _at_least_one("max_images", max_images)
+        self._every = check_int("every", every, 1)
+        self._max_images = None if max_images is None else check_int("max_images", max_images, 1, "or None")
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
         self._callback = callback
@@ -102,9 +104,9 @@ class NMITracker:
         # Mutated by the op, so that a compiler neither drops nor reorders its calls.
         order = torch.zeros(1, dtype=torch.int64)
 
-        def hook(function: Callable[..., None], layer: int) -> Callable[..., None]:
+        def hook(function: Callable[..., None], layer: int) -> _Hook:
             # A tensor, because a compiler makes another graph for every integer.
-            return functools.partial(function, order, torch.tensor([self._key, layer]))
+            return _Hook(function, order, torch.tensor([self._key, layer]))
 
         self._hooks = [self._tuned.register_forward_pre_hook(hook(_mark, _BEGIN))]
         for index, block in enumerate(get_blocks(self._tuned.model)):
@@ -224,6 +226,17 @@ class NMITracker:
                 self._callback(record.step, _named(row))
 
 
+class _Hook(functools.partial[None]):
+    """A hook that stays behind where its module is copied or pickled: a moving average takes no steps."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (_ignore,)
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
 class _Record:
     """One step's values on their way from the device to the host."""
 
@@ -309,11 +322,3 @@ def _prompted_vit(module: nn.Module) -> PromptedViT:
     if inner.num_prompts == 0:
         raise ValueError("module must have prompts to track, got a PromptedViT with none")
     return inner
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value}")
-    return value

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spt_fast.backbone import describe, embed_dim, get_blocks, num_prefix_tokens
+from spt_fast.backbone import describe, embed_dim, get_blocks, num_prefix_tokens, patch_size
+from spt_fast.clustering.inputs import check_int
 from spt_fast.engines import (
     KeysValues,
     KeysValuesCache,
@@ -31,6 +33,7 @@ from spt_fast.errors import NonFiniteError
 from spt_fast.files import read_safetensors, write_safetensors
 from spt_fast.loan import Loan, classifiers, placement, separate_head
 from spt_fast.ops.nmi import sigmoid_nmi
+from spt_fast.tokens import unwrap
 
 if TYPE_CHECKING:
     import os
@@ -71,7 +74,8 @@ class PromptedViT(nn.Module):
     Shallow (eq. 4-5, 11-12): block 1 sees P_0, and later blocks see what became of them.
 
     Args:
-        model: a timm Vision Transformer, or a module whose `.blocks` map [B, N, D] to [B, N, D].
+        model: a timm Vision Transformer, or a module whose `.blocks` map [B, N, D] to [B, N, D]; by itself,
+            for `torch.compile` and data-parallel wrappers go around the `PromptedViT`.
         prompts: `Prototypes`; a floating-point tensor [L, N_p, D] (deep) or [1, N_p, D] (shallow), which is
             copied; or an int, that many prompts from VPT's uniform initialisation by torch's global random
             generator. N_p = 0 is the model without prompts.
@@ -97,7 +101,7 @@ class PromptedViT(nn.Module):
         class_names: what the logits stand for, in their order, or None; yours to set, saved with the head.
 
     Raises:
-        TypeError: `model` has no blocks to prompt, or an argument is of the wrong type.
+        TypeError: `model` has no blocks to prompt or is wrapped, or an argument is of the wrong type.
         ValueError: prompts of another depth or width, an unknown option, or one this model cannot honour.
     """
 
@@ -120,16 +124,17 @@ class PromptedViT(nn.Module):
         super().__init__()
         _check_choice("depth", depth, ("deep", "shallow"))
         _check_choice("engine", engine, ("auto", "kv", "concat"))
+        _check_not_wrapped(model)
         blocks = get_blocks(model)
         _check_not_taken(blocks)
-        _check_num_classes(model, num_classes)
+        num_classes = _check_num_classes(model, num_classes)
         if pool_prompts:
             _check_pools_patches(model, blocks)
         self.weight_dtype = _check_weight_dtype(weight_dtype)
+        self.engine, self.engine_reason = _choose_engine(model, blocks, depth, engine)
         values = _initial_prompts(model, prompts, depth)
 
         self.depth = depth
-        self.engine, self.engine_reason = _choose_engine(blocks, depth, engine)
         self.pool_prompts = bool(pool_prompts)
         self.class_names = None
         self._num_blocks = len(blocks)
@@ -195,6 +200,21 @@ class PromptedViT(nn.Module):
     def num_prompts(self) -> int:
         """N_p, the number of prompts per layer."""
         return self.prompts.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits, where the model states it; 0 where it gives features."""
+        return self.model.num_classes  # type: ignore[return-value]
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The model's own, so that `timm.data.resolve_model_data_config` finds its image size and mean."""
+        return self.model.pretrained_cfg  # type: ignore[return-value]
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """What older timm calls `pretrained_cfg`."""
+        return self.model.default_cfg  # type: ignore[return-value]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, num_classes] of images [B, C, height, width]."""
@@ -455,18 +475,26 @@ def _check_not_taken(blocks: nn.ModuleList | nn.Sequential) -> None:
             raise ValueError("model already belongs to a PromptedViT; call its release() first")
 
 
-def _check_num_classes(model: nn.Module, num_classes: int | None) -> None:
+def _check_not_wrapped(model: nn.Module) -> None:
+    # A compiled module answers for the one inside, but runs that one: a new head on it would never be called.
+    inner = unwrap(model)
+    if inner is not model:
+        raise TypeError(
+            f"model must be the {type(inner).__name__} itself, got it inside {type(model).__name__}; "
+            "compile or distribute the PromptedViT instead"
+        )
+
+
+def _check_num_classes(model: nn.Module, num_classes: int | None) -> int | None:
     if num_classes is None:
-        return
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-        raise TypeError(f"num_classes must be an integer or None, got {type(num_classes).__name__}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be an integer >= 1, got {num_classes}")
+        return None
+    num_classes = check_int("num_classes", num_classes, 1, "or None")
     if not callable(getattr(model, "reset_classifier", None)):
         raise TypeError(
             f"num_classes needs a model with timm's `reset_classifier`, got {type(model).__name__}; "
             "leave it None to keep the model's own head"
         )
+    return num_classes
 
 
 def _check_weight_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
@@ -479,13 +507,16 @@ def _check_pools_patches(model: nn.Module, blocks: nn.ModuleList | nn.Sequential
     pool = getattr(model, "global_pool", None)
     if pool != "avg":
         raise ValueError(f"pool_prompts needs a model with global_pool='avg', got {pool!r}")
-    reason = concat_blocker(blocks[-1])
+    reason = concat_blocker([blocks[-1]], model)
     if reason is not None:
         raise ValueError(f"pool_prompts needs prompts as tokens of the last block, but {reason}")
 
 
 def _choose_engine(
-    blocks: nn.ModuleList | nn.Sequential, depth: str, engine: Literal["auto", "kv", "concat"]
+    model: nn.Module,
+    blocks: nn.ModuleList | nn.Sequential,
+    depth: str,
+    engine: Literal["auto", "kv", "concat"],
 ) -> tuple[Literal["kv", "concat"], str]:
     """The engine, and why."""
     blocker = _kv_obstacle(blocks, depth)
@@ -493,10 +524,9 @@ def _choose_engine(
         raise ValueError(f"engine='kv' is not exact here: {blocker}; use 'auto' or 'concat'")
     if engine != "concat" and blocker is None:
         return "kv", "outputs at the prompts are discarded, so keys and values are all that prompts need"
-    for block in blocks:
-        reason = concat_blocker(block)
-        if reason is not None:
-            raise TypeError(f"model cannot take prompts: {reason}")
+    reason = concat_blocker(blocks, model)
+    if reason is not None:
+        raise TypeError(f"model cannot take prompts: {reason}")
     return "concat", "asked for" if engine == "concat" else f"'kv' is not exact here: {blocker}"
 
 
@@ -514,15 +544,16 @@ def _initial_prompts(model: nn.Module, prompts: Prototypes | Tensor | int, depth
     """A new tensor [L or 1, N_p, D] on the model's device, at least float32."""
     layers = len(get_blocks(model)) if depth == "deep" else 1
     values = getattr(prompts, "prompts", prompts)
-    if isinstance(values, int) and not isinstance(values, bool):
-        values = _random_prompts(model, layers, values)
+    if isinstance(values, int | np.integer) and not isinstance(values, bool):
+        values = _random_prompts(model, layers, check_int("prompts", values, 0))
     if not isinstance(values, Tensor):
         raise TypeError(f"prompts must be Prototypes, a tensor or an integer, got {type(prompts).__name__}")
     if not values.is_floating_point():
         raise TypeError(f"prompts must be a floating-point tensor, got {values.dtype}")
-    _check_prompt_shape(values, layers, embed_dim(model), depth)
+    tensor = "prompts.prompts" if hasattr(prompts, "prompts") else "prompts"
+    _check_prompt_shape(values, layers, embed_dim(model), depth, tensor)
     finite = torch.isfinite(values).all(dim=-1).flatten()
-    if not bool(finite.all()):
+    if not values.is_meta and not bool(finite.all()):
         row = int((~finite).nonzero()[0])
         raise NonFiniteError(f"prompts must be finite, but row {row} holds NaN or infinity", row)
     device, dtype = placement(model)
@@ -530,17 +561,20 @@ def _initial_prompts(model: nn.Module, prompts: Prototypes | Tensor | int, depth
     return values.detach().to(device, torch.promote_types(dtype, torch.float32), copy=True)
 
 
-def _check_prompt_shape(values: Tensor, layers: int, width: int, depth: str) -> None:
+def _check_prompt_shape(values: Tensor, layers: int, width: int, depth: str, tensor: str) -> None:
+    """ValueError unless `values` are [layers, N_p, width]; `tensor` is what the caller would call them."""
     given = tuple(values.shape)
     if values.ndim == 3 and given[0] == layers and given[2] == width:
         return
     hint = ""
     if values.ndim == 3 and given[2] == width:
-        hint = (
-            "; build them with depth='shallow', or give the first layer, prompts[:1]"
-            if depth == "shallow"
-            else "; build them with depth='deep', or repeat one layer's for all, as Prototypes.layer(0) does"
-        )
+        if depth == "shallow":
+            hint = f"; build them with depth='shallow', or give the first layer, {tensor}[:1]"
+        elif given[0] == 1:
+            hint = (
+                "; build them with depth='deep', or repeat the one layer for all, "
+                f"{tensor}.expand({layers}, -1, -1)"
+            )
     raise ValueError(
         f"prompts must have shape [{layers}, N_p, {width}] for depth={depth!r}, got {list(given)}{hint}"
     )
@@ -548,12 +582,7 @@ def _check_prompt_shape(values: Tensor, layers: int, width: int, depth: str) -> 
 
 def _random_prompts(model: nn.Module, layers: int, num_prompts: int) -> Tensor:
     """VPT's uniform initialisation: U(-v, v) with v = sqrt(6 / (3 * patch height * patch width + D))."""
-    if num_prompts < 0:
-        raise ValueError(f"prompts must be an integer >= 0, got {num_prompts}")
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch is None:
-        raise TypeError("prompts given as an integer need a model that states `.patch_embed.patch_size`")
-    height, width = (patch, patch) if isinstance(patch, int) else patch
+    height, width = patch_size(model)
     bound = math.sqrt(6 / (3 * height * width + embed_dim(model)))
     return torch.empty(layers, num_prompts, embed_dim(model)).uniform_(-bound, bound)
 
@@ -561,10 +590,9 @@ def _random_prompts(model: nn.Module, layers: int, num_prompts: int) -> Tensor:
 def _check_block_call(
     block: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], known: tuple[str, ...]
 ) -> None:
-    if x.ndim != 3:
-        raise TypeError(
-            f"{type(block).__name__} must take tokens [B, N, D] to be prompted, got shape {tuple(x.shape)}"
-        )
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{type(block).__name__} must take tokens [B, N, D] to be prompted, got {found}")
     # Masks, grids and positions speak of the image's tokens only.
     extra = [f"argument {i + 2}" for i, value in enumerate(args) if value is not None and value is not False]
     extra += [

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.clustering.inputs import check_int
+
 # Every sum over tokens is taken chunk by chunk, so this decides the last bits of a result, and no tier does.
 CHUNK_BYTES = 16 * 2**20
 # Of the device's free memory, the rest being for the model's batches and the clustering.
@@ -38,8 +40,6 @@ def parse_bytes(argument: str, value: object) -> int:
         TypeError: neither an integer nor a string.
         ValueError: negative, or no number with a unit of B, kB, MB, GB, TB, KiB, MiB, GiB or TiB.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise TypeError(f'{argument} must be a number of bytes or text such as "4GiB", got {value!r}')
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", value)
         unit = match[2].replace("k", "K") if match else "?"
@@ -49,9 +49,7 @@ def parse_bytes(argument: str, value: object) -> int:
                 f"got {value!r}"
             )
         return int(float(match[1]) * _UNITS[unit])
-    if value < 0:
-        raise ValueError(f"{argument} must be a number of bytes >= 0, got {value}")
-    return value
+    return check_int(argument, value, 0, '(bytes) or text such as "4GiB"')
 
 
 class TokenStore:

@@ -15,10 +15,12 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from spt_fast import PromptedViT, build_prototypes
+from spt_fast.backbone import embed_dim
 from spt_fast.doctor import report
 
 WIDTH, HEADS, DEPTH, NUM_PROMPTS, SIZE = 48, 2, 2, 5, 64
 TINY = {"img_size": SIZE, "embed_dim": WIDTH, "num_heads": HEADS, "depth": DEPTH, "num_classes": 3}
+SMALL = {"img_size": SIZE}
 
 # docs/backbones.md names these models.
 MODELS = [
@@ -250,9 +252,11 @@ class TestBeit:
             PromptedViT(model, make_prompts(1), depth="shallow")
         with pytest.raises(ValueError, match="pool_prompts needs prompts as tokens of the last block"):
             PromptedViT(model, make_prompts(), pool_prompts=True)
-        shared = PromptedViT(make_beit(use_shared_rel_pos_bias=True), make_prompts(1), depth="shallow")
-        with pytest.raises(TypeError, match="cannot be prompted when it is also given shared_rel_pos_bias"):
-            shared(make_images())
+        model = make_beit(use_shared_rel_pos_bias=True)
+        with pytest.raises(TypeError, match=r"Beit ties positions to its tokens \(`rel_pos_bias`\)"):
+            PromptedViT(model, make_prompts(1), depth="shallow")
+        with pytest.raises(ValueError, match="tokens of the last block, but Beit ties positions"):
+            PromptedViT(model, make_prompts(), pool_prompts=True)
 
 
 @pytest.mark.parametrize(
@@ -260,12 +264,58 @@ class TestBeit:
     [
         ("samvit_base_patch16", TINY, r"Block ties positions to its tokens \(`attn.rel_pos_h`\)"),
         ("vit_relpos_small_patch16_224", TINY, r"RelPosBlock ties positions to its tokens"),
+        ("vit_srelpos_small_patch16_224", TINY, r"VisionTransformerRelPos ties .* \(`shared_rel_pos`\)"),
+        ("convit_tiny", SMALL, r"Block ties positions to its tokens \(`attn.pos_proj`\)"),
+        ("mixer_s16_224", SMALL, r"MixerBlock has a layer as wide as an image has tokens \(`mlp_tokens`\)"),
+        ("gmixer_12_224", SMALL, r"MixerBlock has a layer as wide as an image has tokens \(`mlp_tokens`\)"),
+        ("resmlp_12_224", SMALL, r"ResBlock has a layer as wide .* \(`linear_tokens`\)"),
+        ("gmlp_ti16_224", SMALL, r"SpatialGatingBlock has a layer as wide .* \(`mlp_channels.gate.proj`\)"),
     ],
 )
-def test_other_positions_are_refused_with_the_reason(name: str, options: dict[str, Any], reason: str) -> None:
+def test_blocks_without_place_for_prompts_are_refused(
+    name: str, options: dict[str, Any], reason: str
+) -> None:
     model = timm.create_model(name, **options)
     with pytest.raises(TypeError, match=f"model cannot take prompts: {reason}"):
-        PromptedViT(model, make_prompts())
+        PromptedViT(model, 3)
+
+
+@pytest.mark.parametrize("name", ["deepseek_vit_412m_enc", "gemma4_vit_167m_enc"])
+def test_rotations_that_blocks_cannot_leave_out_are_refused(name: str) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(TypeError, match=r"model cannot take prompts: \w+ ties positions to its tokens"):
+        PromptedViT(model, 3)
+
+
+def test_lists_of_blocks_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"got Twins: its `\.blocks` are lists of blocks, stage by stage"):
+        PromptedViT(timm.create_model("twins_svt_small"), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("crossvit_9_240", r"MultiScaleBlock must take tokens \[B, N, D\] to be prompted, got list"),
+        ("tnt_s_patch16_224", "Block cannot be prompted when it is also given argument 2"),
+        ("xcit_nano_12_p8_224", "XCABlock cannot be prompted when it is also given argument 2, argument 3"),
+    ],
+)
+def test_blocks_that_need_more_than_tokens_are_refused(name: str, reason: str) -> None:
+    model = timm.create_model(name)
+    layers, size = len(model.blocks), model.default_cfg["input_size"][1:]
+    tuned = PromptedViT(model, torch.zeros(layers, 3, embed_dim(model)))
+    with pytest.raises(TypeError, match=reason):
+        tuned(torch.zeros(1, 3, *size))
+
+
+def test_count_of_prompts_is_enough_for_naflexvit() -> None:
+    tuned = PromptedViT(make_model("naflexvit_base_patch16_gap"), 200)
+    bound = (6 / (3 * 16 * 16 + WIDTH)) ** 0.5
+    assert 0.98 * bound < float(tuned.prompts.detach().abs().max()) <= bound
+    assert tuned(make_images()).isfinite().all()
 
 
 def test_engine_says_why() -> None:

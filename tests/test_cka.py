@@ -106,6 +106,22 @@ def test_no_gradient_flows():
     assert not cka(x, torch.randn(6, 2)).requires_grad
 
 
+# What PyTorch loads for forward mode is compiled by its own deprecated means.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@pytest.mark.parametrize("index", [0, 1])
+def test_tangents_are_refused(index):
+    pair = list(related(6, 3, 2))
+    with torch.autograd.forward_ad.dual_level():
+        pair[index] = torch.autograd.forward_ad.make_dual(pair[index], pair[index])
+        with pytest.raises(ValueError, match=f"{'xy'[index]} must carry no tangent, got one: cka has no"):
+            cka(*pair)
+
+
+def test_meta_tensors_give_shapes():
+    value = cka(torch.empty(6, 3, device="meta"), torch.empty(6, 2, device="meta"))
+    assert (value.shape, value.dtype, value.device.type) == ((), torch.float32, "meta")
+
+
 def test_op_passes_opcheck_and_compiles_without_a_break():
     x, y = (tensor.float() for tensor in related(9, 3, 4))
     torch.library.opcheck(torch.ops.spt_fast.cka.default, (x, y))

@@ -167,6 +167,26 @@ def test_compiles_without_graph_break_forward_and_backward() -> None:
     )
 
 
+def test_second_derivative_is_refused() -> None:
+    prompts, tokens = make_inputs(3, 2, 4, 5, largest_score=3.0)
+    prompts.requires_grad_()
+    (gradient,) = torch.autograd.grad(sigmoid_nmi(prompts, tokens).sum(), [prompts], create_graph=True)
+    with pytest.raises(RuntimeError, match="sigmoid_nmi can be differentiated once only"):
+        gradient.sum().backward()
+
+
+# What PyTorch loads for forward mode is compiled by its own deprecated means.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@pytest.mark.parametrize("name", ["prompts", "tokens"])
+def test_tangents_are_refused(name: str) -> None:
+    given = dict(zip(("prompts", "tokens"), make_inputs(3, 2, 4, 5, largest_score=3.0), strict=True))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(ValueError, match=f"{name} must carry no tangent, got one: sigmoid_nmi has no"),
+    ):
+        sigmoid_nmi(**{**given, name: torch.autograd.forward_ad.make_dual(given[name], given[name])})
+
+
 def test_bad_types_are_refused() -> None:
     prompts, tokens = torch.ones(2, 4), torch.ones(3, 5, 4)
     with pytest.raises(TypeError, match="prompts must be a tensor, got list"):

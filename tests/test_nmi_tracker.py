@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -13,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import spt_fast
@@ -178,6 +182,40 @@ def block_nmi(tuned: PromptedViT, measure: Callable[[int, Tensor], Tensor], seed
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_of_the_module_take_no_steps(
+    tuned: PromptedViT, duplicate: Callable[[PromptedViT], PromptedViT]
+) -> None:
+    with NMITracker(tuned) as tracker:
+        average = duplicate(tuned)
+        expected = train_and_expect(tuned, tuned, 1)
+        for mode in (False, True):
+            average.train(mode)(make_images())
+        with NMITracker(average) as other:
+            average(make_images())
+        tuned(make_images(seed=1))
+    assert tracker.history().steps == [0, 1]
+    torch.testing.assert_close(tracker.history().values[:1], expected, rtol=1e-6, atol=0)
+    assert other.history().steps == [0]
+
+
+def test_numpy_integers_are_taken(tuned: PromptedViT) -> None:
+    with NMITracker(tuned, every=np.int64(2), max_images=np.int32(1)) as tracker:  # type: ignore[arg-type]
+        for _ in range(3):
+            tuned(make_images())
+    assert tracker.history().steps == [0, 2]
+
+
+def test_moving_average_takes_no_steps(tuned: PromptedViT) -> None:
+    with NMITracker(tuned) as tracker:
+        average = ModelEmaV3(tuned)
+        for step in range(2):
+            tuned(make_images(seed=step))
+            average.update(tuned)
+            average(make_images(seed=step))
+    assert tracker.history().steps == [0, 1]
+
+
 def test_callback_gets_the_values_of_each_step(tuned: PromptedViT) -> None:
     calls: list[tuple[int, dict[str, float]]] = []
     with NMITracker(
@@ -271,7 +309,7 @@ def test_bad_arguments_are_refused(tuned: PromptedViT, make_vit: MakeViT) -> Non
         NMITracker(PromptedViT(make_vit(), 0))
     with pytest.raises(ValueError, match="every must be an integer >= 1, got 0"):
         NMITracker(tuned, every=0)
-    with pytest.raises(TypeError, match="max_images must be an integer, got float"):
+    with pytest.raises(TypeError, match=r"max_images must be an integer >= 1 or None, got 2\.5"):
         NMITracker(tuned, max_images=2.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="callback must be callable or None, got str"):
         NMITracker(tuned, callback="log")  # type: ignore[arg-type]

@@ -354,6 +354,56 @@ def test_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2)], ids=["all", "frozen-images", "frozen-prompts"])
+def test_no_image_gives_no_rows_and_gradients_of_zero(backend: str, frozen: tuple[int, ...]) -> None:
+    inputs = packed_inputs(device_of(backend))
+    inputs[0] = inputs[0].detach()[:0].requires_grad_()
+    for index in frozen:
+        inputs[index].requires_grad_(False)
+    out = packed_prompt_attention(*inputs)
+    assert out.shape == (0, *packed_prompt_attention(*packed_inputs(device_of(backend))).shape[1:])
+    out.sum().backward()
+    for tensor in (tensor for tensor in inputs if tensor.requires_grad):
+        assert tensor.grad is not None
+        assert tensor.grad.shape == tensor.shape
+        assert not tensor.grad.any()
+
+
+def test_no_image_has_no_task() -> None:
+    qkv, prompt_k, prompt_v = (tensor.detach() for tensor in packed_inputs("cpu"))
+    task = torch.zeros(0, dtype=torch.int64)
+    assert len(packed_prompt_attention(qkv[:0], prompt_k[None], prompt_v[None], task=task)) == 0
+
+
+def test_meta_tensors_give_shapes() -> None:
+    inputs = make_inputs((2, 3, 17, 5, 8), torch.bfloat16, device="meta")
+    out = prompt_attention(*inputs)
+    assert (out.shape, out.dtype, out.device.type) == ((2, 3, 17, 8), torch.bfloat16, "meta")
+    out.sum().backward()
+    assert [tensor.grad.shape for tensor in inputs if tensor.grad is not None] == [t.shape for t in inputs]
+
+
+# What PyTorch loads for forward mode is compiled by its own deprecated means.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+@pytest.mark.parametrize("name", ["q", "k", "v", "prompt_k", "prompt_v"])
+def test_tangents_are_refused(name: str) -> None:
+    names = ("q", "k", "v", "prompt_k", "prompt_v")
+    inputs = dict(zip(names, make_inputs((2, 3, 5, 4, 8), torch.float32), strict=True))
+
+    def of_one(tensor: torch.Tensor) -> torch.Tensor:
+        return prompt_attention(**{**inputs, name: tensor})
+
+    given = inputs[name].detach()
+    with pytest.raises(ValueError, match=f"{name} must carry no tangent, got one: prompt_attention has no"):
+        torch.func.jvp(of_one, (given,), (given,))
+
+
+def test_tensors_without_tangent_are_taken_in_forward_mode() -> None:
+    inputs = [tensor.detach() for tensor in make_inputs((2, 3, 5, 4, 8), torch.float32)]
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(prompt_attention(*inputs), prompt_attention(*inputs))
+
+
 def test_operator_refuses_gradients_with_tasks() -> None:
     qkv, prompt_k, prompt_v = packed_inputs("cpu")
     task = torch.zeros(3, dtype=torch.int64)
@@ -368,6 +418,7 @@ def test_operator_refuses_gradients_with_tasks() -> None:
         ("cpu", torch.float32, 64, "cpu"),
         ("cpu", torch.float64, 7, "cpu"),
         ("mps", torch.float32, 64, "joined"),
+        ("meta", torch.float32, 64, "meta"),
     ],
 )
 def test_backend_is_explained(device: str, dtype: torch.dtype, width: int, name: str) -> None:
@@ -452,9 +503,9 @@ BAD_INPUTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"q": torch.ones(0, 3, 5, 4)}, ValueError, "k must have the shape of q"),
     (
-        dict(zip(("q", "k", "v"), torch.ones(3, 0, 3, 5, 4), strict=True)),
+        dict(zip(("q", "k", "v"), torch.ones(3, 2, 3, 0, 4), strict=True)),
         ValueError,
-        r"q must hold at least one image and one token \[B, H, N, d\], got shape \(0, 3, 5, 4\)",
+        r"q must hold at least one token of each image \[B, H, N, d\], got shape \(2, 3, 0, 4\)",
     ),
     ({"v": torch.ones(2, 3, 5, 4).to(torch.float8_e5m2)}, TypeError, "v must be float32, float16, bfloat16"),
     ({"task": torch.zeros(2, dtype=torch.int64)}, ValueError, r"prompt_k must have 4 dimensions \[T, H, N_p"),
@@ -501,7 +552,7 @@ def test_bad_tasks_are_refused(change: dict[str, Any], error: type[Exception], m
     [
         ((2, 5, 2, 3, 4), r"qkv must be \[B, N, 3, H, d\], got shape \(2, 5, 2, 3, 4\)"),
         ((2, 5, 9, 4), "qkv must have 5 dimensions"),
-        ((0, 5, 3, 3, 4), "qkv must hold at least one image"),
+        ((2, 0, 3, 3, 4), "qkv must hold at least one token of each image"),
     ],
 )
 def test_bad_packed_input_is_refused(shape: tuple[int, ...], message: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -23,6 +24,7 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
+from spt_fast import build_prototypes
 from spt_fast.backbone import describe, embed_dim, get_blocks, num_prefix_tokens
 from spt_fast.errors import NonFiniteError
 from spt_fast.files import write_safetensors
@@ -341,6 +343,13 @@ class TestTraining:
             assert len(recomputed) == 2
             assert all(torch.equal(a, b) for a, b in zip(plain, saved, strict=True))
 
+    # What PyTorch loads for forward mode is compiled by its own deprecated means.
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script")
+    def test_forward_mode_is_refused(self) -> None:
+        tuned, images = PromptedViT(make_vit(), make_prompts(), engine="kv"), make_images()
+        with pytest.raises(ValueError, match="qkv must carry no tangent, got one: prompt_attention has no"):
+            torch.func.jvp(tuned, (images,), (images,))
+
     def test_autocast_in_bfloat16_is_close(self) -> None:
         for engine in ("kv", "concat"):
             tuned = PromptedViT(make_vit(qk_norm=True), make_prompts(), engine=engine)
@@ -370,6 +379,47 @@ class TestTraining:
             tuned.prompts.copy_(tuned.prompts.flip(-1))
         torch.testing.assert_close(other(make_images()).detach(), expected)
         assert not torch.allclose(tuned(make_images()), expected)
+
+
+@pytest.mark.parametrize("engine", ["kv", "concat"])
+class TestUnusualInputs:
+    def test_no_image_gives_no_logits(self, engine: Any) -> None:
+        tuned = PromptedViT(make_vit(), make_prompts(), engine=engine)
+        logits, gradient = logits_and_gradient(tuned, make_images()[:0])
+        assert logits.shape == (0, 5)
+        assert not gradient.any()
+
+    def test_meta_device_gives_shapes(self, engine: Any) -> None:
+        tuned = PromptedViT(make_vit().to("meta"), make_prompts(), engine=engine).eval()
+        logits, gradient = logits_and_gradient(tuned, make_images().to("meta"))
+        assert (logits.shape, gradient.shape) == ((3, 5), (DEPTH, NUM_PROMPTS, WIDTH))
+        with torch.no_grad(), tuned.fixed_prompts():
+            assert tuned(make_images().to("meta")).is_meta
+
+
+class TestFacts:
+    def test_timm_finds_the_data_config_of_the_backbone(self) -> None:
+        sizes = {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2}
+        model = timm.create_model("vit_base_patch16_clip_224", **sizes)
+        expected = timm.data.resolve_model_data_config(model)
+        assert expected != timm.data.resolve_model_data_config(nn.Identity())
+        tuned = PromptedViT(model, make_prompts())
+        assert timm.data.resolve_model_data_config(tuned) == expected
+        assert tuned.default_cfg == model.default_cfg
+
+    def test_number_of_classes_is_the_head_s(self) -> None:
+        assert PromptedViT(make_vit(), 2).num_classes == 5
+        assert PromptedViT(make_vit(), 2, num_classes=9).num_classes == 9
+
+    def test_what_the_model_does_not_state_is_missing(self) -> None:
+        model = make_vit()
+        del model.num_classes
+        tuned = PromptedViT(model, 2)
+        assert not any(hasattr(tuned, name) for name in ("num_classes", "pretrained_cfg", "default_cfg"))
+
+    def test_numpy_integers_are_taken(self) -> None:
+        tuned = PromptedViT(make_vit(), np.int64(3), num_classes=np.int32(4))  # type: ignore[arg-type]
+        assert (tuned.num_prompts, tuned(make_images()).shape) == (3, (3, 4))
 
 
 class TestTracing:
@@ -795,6 +845,42 @@ class TestOtherModels:
 
 
 class TestBadInput:
+    @pytest.mark.parametrize(("depth", "other"), [("deep", "shallow"), ("shallow", "deep")])
+    def test_hint_for_prototypes_of_the_other_depth_works(self, depth: Any, other: str) -> None:
+        prompts = build_prototypes(make_vit(), [make_images(8)], num_prompts=2, depth=other, progress=False)
+        with pytest.raises(ValueError, match="prompts must have shape") as raised:
+            PromptedViT(make_vit(), prompts, depth=depth)
+        hint = str(raised.value).rpartition("layer, " if depth == "shallow" else "all, ")[2]
+        repaired = eval(hint, {"prompts": prompts})
+        assert PromptedViT(make_vit(), repaired, depth=depth)(make_images()).isfinite().all()
+
+    @pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+    def test_wrapped_model_is_refused(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        model = make_vit()
+        wrapped = wrap(model)
+        name = type(wrapped).__name__
+        with pytest.raises(TypeError, match=f"model must be the VisionTransformer itself, got .* {name}"):
+            PromptedViT(wrapped, make_prompts(), num_classes=3)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    def test_blocks_and_head_in_one_child_are_refused(self) -> None:
+        class Wrapper(nn.Module):
+            def __init__(self, inner: nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def __getattr__(self, name: str) -> Any:
+                return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+            def forward(self, images: Tensor) -> Tensor:
+                return self.inner(images)
+
+        model = Wrapper(make_vit())
+        before = fingerprint(model)
+        with pytest.raises(TypeError, match="got Wrapper with both in `inner`; give that child instead"):
+            PromptedViT(model, make_prompts(), num_classes=3)
+        assert_same(fingerprint(model), before)
+
     @pytest.mark.parametrize(
         ("prompts", "options", "error", "message"),
         [
@@ -804,8 +890,13 @@ class TestBadInput:
                 ValueError,
                 r"prompts must have shape \[3, N_p, 32\] for depth='deep', got \[3, 7, 16\]",
             ),
-            (make_prompts(2), {}, ValueError, r"got \[2, 7, 32\]; build them with depth='deep', or repeat"),
-            (make_prompts(1), {}, ValueError, r"got \[1, 7, 32\]; build them with depth='deep'"),
+            (make_prompts(2), {}, ValueError, r"for depth='deep', got \[2, 7, 32\]$"),
+            (
+                make_prompts(1),
+                {},
+                ValueError,
+                r"got \[1, 7, 32\]; build .* depth='deep', or repeat .*, prompts\.expand\(3, -1, -1\)",
+            ),
             (
                 make_prompts(),
                 {"depth": "shallow"},
@@ -825,8 +916,8 @@ class TestBadInput:
             (-1, {}, ValueError, "prompts must be an integer >= 0, got -1"),
             (2, {"depth": "middle"}, ValueError, "depth must be one of 'deep', 'shallow', got 'middle'"),
             (2, {"engine": "fast"}, ValueError, "engine must be one of 'auto', 'kv', 'concat', got 'fast'"),
-            (2, {"num_classes": 0}, ValueError, "num_classes must be an integer >= 1, got 0"),
-            (2, {"num_classes": 2.0}, TypeError, "num_classes must be an integer or None, got float"),
+            (2, {"num_classes": 0}, ValueError, "num_classes must be an integer >= 1 or None, got 0"),
+            (2, {"num_classes": 2.0}, TypeError, r"num_classes must be an integer >= 1 or None, got 2\.0"),
             (
                 2,
                 {"pool_prompts": True},

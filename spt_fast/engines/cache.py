@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.engines.attention import KeysValues
+from spt_fast.ops.modes import autocast_dtype
 
 
 class KeysValuesCache:
@@ -28,8 +29,7 @@ class KeysValuesCache:
         if prompts.is_inference():
             # Such tensors count no versions.
             return compute()
-        device = prompts.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        autocast = autocast_dtype(prompts.device.type)
         key = (prompts.data_ptr(), prompts._version, prompts.device, dtype, autocast)
         found = self._entries.get(index)
         if found is not None and found[0] == key:

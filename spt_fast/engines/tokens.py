@@ -5,6 +5,7 @@ The block must treat its tokens as a set, or rotate them by an argument `rope` a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from timm.models import eva
 from torch import Tensor, nn
 
 _ROTARY_BLOCKS = (eva.EvaBlock, eva.EvaBlockPostNorm)
-_POSITION_MARKS = ("rel_pos", "relative_position", "rope")
+# Parts of the names of modules, parameters and buffers that give a block away.
+_RELATIVE_MARKS = ("rel_pos", "relative_position")
+_ROTARY_MARKS = ("rope", "rotary")
+_POSITION_MARKS = (*_RELATIVE_MARKS, *_ROTARY_MARKS, "pos_proj")
+_COUNT_MARKS = ("mlp_tokens", "linear_tokens", "mlp_channels.gate.proj")
+_TIED_TO_POSITIONS = "ties positions to its tokens (`{}`), and prompts have none"
+_TIED_TO_COUNT = "has a layer as wide as an image has tokens (`{}`), and prompts would be more"
 
 
 def append_prompts(x: Tensor, prompts: Tensor) -> Tensor:
@@ -29,12 +36,36 @@ def drop_prompts(x: Tensor, num_prompts: int) -> Tensor:
     return x[:, : x.shape[1] - num_prompts]
 
 
-def concat_blocker(block: nn.Module) -> str | None:
-    """Why appended tokens would be wrong in `block`, or None: only a rotation can be made to skip them."""
-    tensors = [*block.named_parameters(), *block.named_buffers()]
-    for name in [name for name, _ in block.named_modules()] + [name for name, _ in tensors]:
-        if any(mark in name for mark in _POSITION_MARKS):
-            return f"{type(block).__name__} ties positions to its tokens (`{name}`), and prompts have none"
+def concat_blocker(blocks: Iterable[nn.Module], model: nn.Module) -> str | None:
+    """Why appended tokens would be wrong in `blocks` of `model`, or None.
+
+    Of positions, only a rotation that the model hands to its blocks can be made to skip the prompts.
+    """
+    blocks = list(blocks)
+    for block in blocks:
+        names = list(_names(block, recurse=True))
+        reason = _first_with(_POSITION_MARKS, block, names, _TIED_TO_POSITIONS)
+        reason = reason or _first_with(_COUNT_MARKS, block, names, _TIED_TO_COUNT)
+        if reason is not None:
+            return reason
+    # What a model keeps beside its blocks it hands to each of them.
+    rotated = all(concat_extras(block) for block in blocks)
+    marks = _RELATIVE_MARKS if rotated else (*_RELATIVE_MARKS, *_ROTARY_MARKS)
+    return _first_with(marks, model, _names(model, recurse=False), _TIED_TO_POSITIONS)
+
+
+def _names(module: nn.Module, *, recurse: bool) -> Iterator[str]:
+    """Names of modules, parameters and buffers: all within `module`, or those that are its own."""
+    modules = module.named_modules() if recurse else module.named_children()
+    for named in (modules, module.named_parameters(recurse=recurse), module.named_buffers(recurse=recurse)):
+        yield from (name for name, _ in named)
+
+
+def _first_with(marks: tuple[str, ...], module: nn.Module, names: Iterable[str], reason: str) -> str | None:
+    """`reason` about the first of `names` that holds one of `marks`."""
+    for name in names:
+        if any(mark in name for mark in marks):
+            return f"{type(module).__name__} {reason.format(name)}"
     return None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.errors import NonFiniteError
+from spt_fast.ops.modes import refuse_tangents
 
 MIN_EXAMPLES = 4
 # Below this share of the sum that it is the small rest of, an HSIC in float64 is rounding.
@@ -39,12 +40,14 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         TypeError: an argument is no floating-point tensor, or the dtypes differ.
-        ValueError: wrong rank, no features, fewer than 4 examples, different n or devices.
+        ValueError: wrong rank, no features, fewer than 4 examples, different n or devices, or a tangent of
+            forward-mode differentiation.
         NonFiniteError: a row holds NaN or infinity (not checked while compiling).
     """
     _check_features("x", x, ("n", "D1"))
     _check_features("y", y, ("n", "D2"))
     _check_pair(x, y)
+    refuse_tangents("cka", {"x": x, "y": y})
     value: Tensor = _cka(x.detach(), y.detach())
     return value
 
@@ -190,7 +193,7 @@ def _check_pair(x: Tensor, y: Tensor, name: str = "x") -> None:
         raise ValueError(f"y must be on the device of {name}, {x.device}, got {y.device}")
     if x.dtype != y.dtype:
         raise TypeError(f"y must have the dtype of {name}, {x.dtype}, got {y.dtype}")
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or x.is_meta):
         _check_finite(name, x)
         _check_finite("y", y)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.ops import triton_support
+from spt_fast.ops.modes import refuse_second_derivative, refuse_tangents
 from spt_fast.ops.nmi_portable import nmi_backward, nmi_coefficients, nmi_forward
 
 
@@ -34,9 +35,10 @@ def sigmoid_nmi(prompts: Tensor, tokens: Tensor, *, with_parts: bool = False) ->
     """NMI(P; E) = 2 I(P; E) / (H(P) + H(E)) with pi_kj = sigmoid(p_k . e_j) / sum (eq. 7, 8).
 
     The result is within a relative 1e-4 of exact arithmetic on the same inputs for scores from 1e-3 to 1e3 in
-    size; docs/nmi.md says how. Differentiable (once) in prompts and tokens. With one prompt or one token,
-    with equal scores, and where one pair has all the mass, the result is 0. Inputs are not searched for NaN
-    or infinity, which would make a GPU wait: an image with a score that is NaN or infinite gets NaN.
+    size; docs/nmi.md says how. Differentiable in prompts and tokens, once, by `torch.autograd` and not by the
+    transforms of `torch.func`. With one prompt or one token, with equal scores, and where one pair has all
+    the mass, the result is 0. Inputs are not searched for NaN or infinity, which would make a GPU wait: an
+    image with a score that is NaN or infinite gets NaN.
 
     Args:
         prompts: [N_p, D], floating point.
@@ -48,9 +50,11 @@ def sigmoid_nmi(prompts: Tensor, tokens: Tensor, *, with_parts: bool = False) ->
 
     Raises:
         TypeError: an argument is no floating-point tensor, or the dtypes differ.
-        ValueError: empty, wrong rank, different widths or devices.
+        ValueError: empty, wrong rank, different widths or devices, or a tangent of forward-mode
+            differentiation.
     """
     _check(prompts, tokens)
+    refuse_tangents("sigmoid_nmi", {"prompts": prompts, "tokens": tokens})
     nmi, information, prompt_entropy, token_entropy, r, c = torch.ops.spt_fast.sigmoid_nmi(prompts, tokens)
     if not with_parts:
         return nmi  # type: ignore[no-any-return]
@@ -125,6 +129,7 @@ def _differentiate(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _sigmoid_nmi.register_autograd(_differentiate, setup_context=_save)
+_sigmoid_nmi_backward.register_autograd(refuse_second_derivative("sigmoid_nmi"))
 
 
 def _has_kernel(prompts: Tensor) -> bool:

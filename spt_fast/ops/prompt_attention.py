@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spt_fast.ops import prompt_attention_ops, triton_support
+from spt_fast.ops.modes import autocast_dtype, refuse_tangents
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Widths of a head that Triton's kernels take; they pad to a power of two.
@@ -29,11 +30,12 @@ def prompt_attention(
     """softmax(scale * q [k; prompt_k]^T) [v; prompt_v], the attention of eq. 6 and 13 without prompt queries.
 
     Equivalent to attention over keys and values with the prompts concatenated for every image; the result has
-    no rows for prompts, because eq. 6 and 13 throw those away. Differentiable in all five tensors, once; the
-    gradients of `prompt_k` and `prompt_v` are sums over the batch. Under autocast all are cast to its dtype.
+    no rows for prompts, because eq. 6 and 13 throw those away. Differentiable in all five tensors, once, by
+    `torch.autograd` and not by the transforms of `torch.func`; the gradients of `prompt_k` and `prompt_v` are
+    sums over the batch. Under autocast all are cast to its dtype.
 
     Args:
-        q, k, v: queries, keys and values of the images, [B, H, N, d], any strides.
+        q, k, v: queries, keys and values of the images, [B, H, N, d], any strides; B may be 0.
         prompt_k, prompt_v: keys and values of the prompts, [H, N_p, d]; N_p may be 0.
         scale: factor on the scores; None is d ** -0.5.
         task: which prompts each image gets, int64 [B]; `prompt_k` and `prompt_v` are then [T, H, N_p, d].
@@ -45,14 +47,15 @@ def prompt_attention(
 
     Raises:
         TypeError: an argument is no floating-point tensor, or dtypes differ outside autocast.
-        ValueError: shapes or devices do not fit together, there is nothing to attend to, or a gradient would
-            be needed with `task`.
+        ValueError: shapes or devices do not fit together, there is nothing to attend to, a gradient would be
+            needed with `task`, or a tensor carries a tangent of forward-mode differentiation.
     """
     tensors = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
     _check_images({name: tensors[name] for name in ("q", "k", "v")}, _HEADS_FIRST)
     _check_prompts(q.shape[1], q.shape[3], prompt_k, prompt_v, task)
     _check_together(tensors, task)
-    q, k, v, prompt_k, prompt_v = (_autocast(tensor) for tensor in tensors.values())
+    refuse_tangents("prompt_attention", tensors)
+    q, k, v, prompt_k, prompt_v = _autocast(tensors)
     if _joins(q):
         return _join_and_attend(q, k, v, prompt_k, prompt_v, scale, task)
     out, _ = torch.ops.spt_fast.prompt_attention(q, k, v, prompt_k, prompt_v, task, _scale(scale, q.shape[3]))
@@ -77,7 +80,8 @@ def packed_prompt_attention(
         raise ValueError(f"qkv must be {_PACKED}, got shape {tuple(qkv.shape)}")
     _check_prompts(qkv.shape[3], qkv.shape[4], prompt_k, prompt_v, task)
     _check_together(tensors, task)
-    qkv, prompt_k, prompt_v = (_autocast(tensor) for tensor in tensors.values())
+    refuse_tangents("prompt_attention", tensors)
+    qkv, prompt_k, prompt_v = _autocast(tensors)
     if _joins(qkv):
         parts = prompt_attention_ops.split_packed(qkv)
         out = _join_and_attend(*parts, prompt_k, prompt_v, scale, task).transpose(1, 2)
@@ -92,6 +96,8 @@ def explain_backend(device: torch.device, dtype: torch.dtype, width: int) -> tup
     """Name of the code that serves heads of `width` on `device`, and why."""
     if device.type == "cpu":
         return "cpu", "PyTorch's flash kernel over one joined copy of keys and values"
+    if device.type == "meta":
+        return "meta", "shapes and dtypes only"
     reason = triton_support.why_not(device)
     if not reason and dtype == torch.float64:
         reason = "Triton's kernels have no float64"
@@ -131,12 +137,13 @@ def _scale(scale: float | None, width: int) -> float:
     return width**-0.5 if scale is None else float(scale)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def _autocast(tensors: dict[str, Tensor]) -> list[Tensor]:
     """What autocast does to the arguments of PyTorch's own attention: everything narrow in one dtype."""
-    kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+    given = list(tensors.values())
+    dtype = autocast_dtype(given[0].device.type)
+    if dtype is None:
+        return given
+    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in given]
 
 
 _HEADS_FIRST, _PACKED = "[B, H, N, d]", "[B, N, 3, H, d]"
@@ -151,9 +158,9 @@ def _check_images(images: dict[str, Tensor], layout: str) -> None:
                 f"{name} must have the shape of {first}, {tuple(images[first].shape)}, "
                 f"got {tuple(tensor.shape)}"
             )
-    if 0 in images[first].shape:
+    if 0 in images[first].shape[1:]:
         shape = tuple(images[first].shape)
-        raise ValueError(f"{first} must hold at least one image and one token {layout}, got shape {shape}")
+        raise ValueError(f"{first} must hold at least one token of each image {layout}, got shape {shape}")
 
 
 def _check_one(name: str, tensor: Tensor, layout: str) -> None:
@@ -190,7 +197,7 @@ def _check_prompts(heads: int, width: int, prompt_k: Tensor, prompt_v: Tensor, t
 def _check_together(tensors: dict[str, Tensor], task: Tensor | None) -> None:
     first, leader = next(iter(tensors.items()))
     # Autocast casts what it is given to one dtype; a norm on q and k legitimately leaves them wider than v.
-    autocast = torch.is_autocast_enabled(leader.device.type)
+    autocast = autocast_dtype(leader.device.type) is not None
     for name, tensor in tensors.items():
         if tensor.device != leader.device:
             raise ValueError(f"{name} must be on the device of {first}, {leader.device}, got {tensor.device}")
@@ -210,7 +217,7 @@ def _check_task(task: Tensor, leader: Tensor, tasks: int) -> None:
     if task.device != leader.device:
         raise ValueError(f"task must be on {leader.device} like the images, got {task.device}")
     # Under the compiler there is no value to look at; indexing then checks the range on the CPU.
-    if task.device.type == "cpu" and not torch.compiler.is_compiling():
+    if task.device.type == "cpu" and not torch.compiler.is_compiling() and len(task) > 0:
         low, high = int(task.min()), int(task.max())
         if low < 0 or high >= tasks:
             raise ValueError(f"task must be from 0 to {tasks - 1}, got {low if low < 0 else high}")

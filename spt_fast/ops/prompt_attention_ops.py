@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from spt_fast.ops import prompt_attention_cpu
+from spt_fast.ops.modes import refuse_second_derivative
 
 Pair = tuple[Tensor, Tensor]
 Triple = tuple[Tensor, Tensor, Tensor]
-
-_DOUBLE_BACKWARD = "prompt_attention can be differentiated once only: its gradient has no derivative"
 
 
 def split_packed(qkv: Tensor) -> Triple:
@@ -31,6 +30,8 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, task: Tensor | None, scale: float
 ) -> Pair:
     """The output [B, N, H, d], contiguous, and the logarithm of each softmax sum [B, H, N]."""
+    if len(q) == 0:
+        return _attend_shapes(q, k, v, prompt_k, prompt_v, task, scale)
     tensors = (_contiguous_rows(part) for part in (q, k, v, prompt_k, prompt_v))
     return _kernels(q).attend(*tensors, task, scale)  # type: ignore[no-any-return]
 
@@ -46,6 +47,9 @@ def _gradients(
     lse: Tensor, scale: float, images: bool, prompts: bool,
 ) -> Triple:  # fmt: skip
     """Gradients of q, k, v [B, N, 3, H, d] in one buffer and of the prompts; empty where not asked for."""
+    if len(q) == 0:
+        packed, *shared = empty_gradients(q, prompt_k, images, prompts)
+        return packed, shared[0].zero_(), shared[1].zero_()
     tensors = (_contiguous_rows(part) for part in (grad, q, k, v, prompt_k, prompt_v, out, lse))
     return _kernels(q).gradients(*tensors, scale, images, prompts)  # type: ignore[no-any-return]
 
@@ -134,10 +138,6 @@ def _call_backward(ctx: Any, grad: Tensor, saved: tuple[Tensor, ...], images: in
     return [packed if wanted[0] else None, *((prompt_k, prompt_v) if wanted[1] else (None, None))]
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(_DOUBLE_BACKWARD)
-
-
 _SHARED, _PAIR = "Tensor prompt_k, Tensor prompt_v", "(Tensor, Tensor)"
 _SCHEMAS = {
     "prompt_attention": (f"(Tensor q, Tensor k, Tensor v, {_SHARED}, Tensor? task, float scale) -> {_PAIR}"),
@@ -166,4 +166,10 @@ def _register(
 
 _register("prompt_attention", _attend, _attend_shapes, _backward, _keep)
 _register("packed_prompt_attention", _attend_packed, _attend_packed_shapes, _packed_backward, _keep)
-_register("prompt_attention_backward", _gradients, _gradient_shapes, _refuse_double_backward, None)
+_register(
+    "prompt_attention_backward",
+    _gradients,
+    _gradient_shapes,
+    refuse_second_derivative("prompt_attention"),
+    None,
+)
