@@ -108,7 +108,7 @@ def _add_train(commands: Commands) -> None:
         "linear warm-up, cosine; random crops and flips, but for the digits). Writes "
         f"{', '.join(TRAINED_NAMES)}; the first two after every epoch.",
         epilog="example: spt-fast train --model shipped --data digits --val-split val --epochs 20 "
-        "--warmup-epochs 2 --out folder",
+        "--out folder",
     )
     _add_model_and_data(parser, batch_size=32)
     images = parser.add_argument_group("validation")
@@ -133,7 +133,7 @@ def _add_train(commands: Commands) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=int, default=100)
-    recipe.add_argument("--warmup-epochs", type=float, default=10)
+    recipe.add_argument("--warmup-epochs", type=float, help="default: a tenth of --epochs")
     recipe.add_argument("--lr", type=float, default=1e-2, help="highest, of the head (default: 0.01)")
     recipe.add_argument("--prompt-lr", type=float, help="highest, of the prompts (default: as --lr)")
     recipe.add_argument("--weight-decay", type=float, default=1e-4)
@@ -227,7 +227,7 @@ def _add_random(source: argparse._MutuallyExclusiveGroup) -> None:
 
 def _add_folder(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
     """Where a command writes its files; without a default it has to be given."""
-    where = "where to write" + (" (default: here)" if default else "")
+    where = "where to write, made if need be" + (" (default: here)" if default else "")
     parser.add_argument(
         "--out", type=Path, required=default is None, default=default, metavar="FOLDER", help=where
     )
@@ -299,12 +299,25 @@ def _print_prototypes(out: Path, prototypes: Prototypes, seconds: float) -> None
 
 
 def _train(args: argparse.Namespace) -> None:
-    from spt_fast.plots import training_curves
-    from spt_fast.results import png, result_paths, write_results
-    from spt_fast.trainer import fit
+    from spt_fast.results import result_folder
+    from spt_fast.trainer import check_recipe
 
     _check_alone()
-    paths = result_paths(args.out, TRAINED_NAMES, overwrite=args.overwrite)
+    check_recipe(**_recipe(args))
+    with result_folder(args.out, TRAINED_NAMES, overwrite=args.overwrite) as paths:
+        _train_into(paths, args)
+
+
+def _recipe(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("epochs", "lr", "prompt_lr", "weight_decay", "warmup_epochs")
+    return {name: getattr(args, name) for name in names}
+
+
+def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
+    from spt_fast.plots import training_curves
+    from spt_fast.results import png, write_results
+    from spt_fast.trainer import fit
+
     model = _open_model(args)
     train = _open_labelled(args, model, training=True, seed=args.seed)
     val = _open_validation(args, model, train.class_names)
@@ -320,13 +333,9 @@ def _train(args: argparse.Namespace) -> None:
         tuned,
         train.loader,
         None if val is None else val.loader,
-        epochs=args.epochs,
-        lr=args.lr,
-        prompt_lr=args.prompt_lr,
-        weight_decay=args.weight_decay,
-        warmup_epochs=args.warmup_epochs,
         seed=args.seed,
         on_epoch=keep,
+        **_recipe(args),
     )
     if "train.png" in paths:
         figure = training_curves(paths["train.csv"], title=f"{args.data}, {tuned.num_prompts} prompts")
@@ -393,10 +402,17 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _nmi(args: argparse.Namespace) -> None:
-    from spt_fast import analysis
-    from spt_fast.results import result_paths, write_results
+    from spt_fast.analysis import FILE_NAMES
+    from spt_fast.results import result_folder
 
-    paths = result_paths(args.out, analysis.FILE_NAMES, overwrite=args.overwrite)
+    with result_folder(args.out, FILE_NAMES, overwrite=args.overwrite) as paths:
+        _nmi_into(paths, args)
+
+
+def _nmi_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
+    from spt_fast import analysis
+    from spt_fast.results import write_results
+
     model = _open_model(args)
     images = _open_images(args, model)
     if args.prompts is not None:

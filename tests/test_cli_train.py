@@ -31,8 +31,9 @@ def folders(tmp_path_factory):
             folder = root / place / label
             folder.mkdir(parents=True, exist_ok=True)
             save_image(images[index], folder / f"{index}.png", normalize=True)
-    (root / "flat").mkdir()
-    save_image(images[0], root / "flat" / "0.png", normalize=True)
+    for place in ("flat", "stray", "stray/even", "stray/odd", "stray/.ipynb_checkpoints"):
+        (root / place).mkdir()
+        save_image(images[0], root / place / "0.png", normalize=True)
     return root
 
 
@@ -80,8 +81,7 @@ def test_train_and_eval_of_a_folder(folders, tmp_path, capsys):
 
 
 def test_train_is_prototypes_and_fit(tmp_path):
-    """The command against the three library calls that it stands for."""
-    (tmp_path / "out").mkdir()
+    """The command against the three library calls that it stands for; it makes its folder."""
     recipe = ("--lr", 0.02, "--prompt-lr", 0.5, "--weight-decay", 0.01, "--seed", 4, "--split", "val")
     data = ("--data", "digits", "--num-prompts", 2, "--batch-size", 100)
     assert train(*data, *recipe, "--out", tmp_path / "out") == 0
@@ -155,9 +155,10 @@ def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, capsys
         (("--val-data", "{foreign}"), "1 classes that the model has not (prime)"),
         (("--epochs", "0"), "epochs must be an integer >= 1, got 0"),
         (("--lr", "nan"), "lr must be a finite number"),
+        (("--warmup-epochs", "2"), "warmup_epochs must be >= 0 and below epochs (2), got 2.0"),
         (("--prompts", "no_such_file"), "there is no file no_such_file"),
         (("--random", "-1"), "prompts must be an integer >= 0, got -1"),
-        (("--out", "{tmp}/missing"), "missing does not exist"),
+        (("--out", "{tmp}/missing", "--random", "-1"), "prompts must be an integer >= 0, got -1"),
     ],
     ids=" ".join,
 )
@@ -172,6 +173,23 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, ca
         arguments = [argument.replace(name, str(path)) for argument in arguments]
     assert expected in only_error(capsys, train(*arguments), "train")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [("--epochs", 0), ("--lr", "nan"), ("--weight-decay", -1)])
+def test_a_bad_recipe_is_refused_before_any_work(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_open_model", lambda _: pytest.fail("work was begun"))
+    name = options[0].strip("-").replace("-", "_")
+    error = only_error(capsys, train("--data", "digits", *options, "--out", tmp_path), "train")
+    assert f"{name} must be" in error
+
+
+def test_warm_up_is_a_tenth_of_the_epochs_unless_given(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(trainer, "warmup_cosine", lambda _, *steps: found.append(steps) or 1 / 0)
+    arguments = ["train", "--model", "shipped", "--data", "digits", "--split", "val", "--random", "1"]
+    assert cli.main([*arguments, "--epochs", "5", "--out", str(tmp_path)]) == cli.BAD_INPUT
+    steps_per_epoch = 10  # 300 images in batches of 32
+    assert found == [(steps_per_epoch / 2, 5 * steps_per_epoch)]
 
 
 def test_train_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):

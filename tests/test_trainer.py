@@ -172,6 +172,7 @@ def test_evaluate_counts_right_answers_and_keeps_the_mode(blobs):
         ({"warmup_epochs": 6}, "warmup_epochs"),
         ({"warmup_epochs": -1}, "warmup_epochs"),
         ({"val_every": 0}, "val_every"),
+        ({"warmup_epochs": None, "epochs": 0}, "epochs"),
     ],
 )
 def test_bad_numbers_are_named(blobs, options, name):
