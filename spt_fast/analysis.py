@@ -24,6 +24,7 @@ from spt_fast.ops.cka import StreamingCKA
 from spt_fast.plots import analysis_figure
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
+from spt_fast.randomness import seeded
 from spt_fast.results import png
 from spt_fast.tables import csv_bytes, format_table
 from spt_fast.tokens import image_batches
@@ -126,8 +127,7 @@ def random_prompts(
     num_prompts: int, model: nn.Module, *, depth: Literal["deep", "shallow"] = "deep", seed: int = 0
 ) -> PromptedViT:
     """`model` with VPT's random prompts of one seed; the caller's random state is not touched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return PromptedViT(model, num_prompts, depth=depth)
 
 

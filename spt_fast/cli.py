@@ -204,7 +204,7 @@ def _add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) -
         "--pretrained",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="timm's weights (default) or random",
+        help="timm's weights (default) or random ones, the same every time",
     )
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file instead")
     images = parser.add_argument_group("images")
@@ -355,10 +355,9 @@ def _check_alone() -> None:
 
 def _prompted(args: argparse.Namespace, model: nn.Module, class_names: tuple[str, ...]) -> PromptedViT:
     """The model with the prompts that the arguments name, and a new head."""
-    import torch
-
     from spt_fast.prompted_vit import PromptedViT
     from spt_fast.prototypes import Prototypes
+    from spt_fast.randomness import seeded
 
     start: Prototypes | int
     if args.prompts is not None:
@@ -367,8 +366,7 @@ def _prompted(args: argparse.Namespace, model: nn.Module, class_names: tuple[str
         start = args.random
     else:
         start = _prototypes_of(args, model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
+    with seeded(args.seed):
         tuned = PromptedViT(
             model,
             start,

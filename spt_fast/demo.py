@@ -26,6 +26,7 @@ from spt_fast.build import build_prototypes
 from spt_fast.nmi_tracker import NMITracker
 from spt_fast.plots import MethodCurves, demo_figure, matplotlib_missing, nmi_over_epochs
 from spt_fast.prompted_vit import PromptedViT
+from spt_fast.randomness import seeded
 from spt_fast.results import png, result_folder, result_paths, write_results
 from spt_fast.samples import DIGITS_SPLITS, backbone_facts, few_per_class, load_backbone, load_digits
 from spt_fast.tables import csv_bytes, format_table
@@ -363,8 +364,7 @@ def _prompted(model: Any, prompts: Prototypes | int, head: nn.Module | None, see
     if head is not None:
         # Kept as the model's own head, so that every method starts from the same one.
         model.head = head
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return PromptedViT(model, prompts, freeze_prompts=head is None)
 
 
@@ -374,8 +374,7 @@ def classifier(width: int, *, seed: int) -> nn.Sequential:
     The backbone's pooled features vary little around a large mean; unscaled, they would make every
     method's learning rate a matter of the head.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         linear = nn.Linear(width, NUM_CLASSES)
         nn.init.trunc_normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)

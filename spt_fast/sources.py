@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spt_fast.distributed import ALONE, Processes
+from spt_fast.randomness import seeded
 from spt_fast.samples import DIGITS_CLASSES, load_backbone, load_digits
 
 SHIPPED_MODEL = "shipped"
@@ -30,7 +31,8 @@ def open_model(name: str, *, pretrained: bool = True, checkpoint: str | Path | N
     Args:
         name: a timm model name ("vit_base_patch16_224.mae"; hub names too), "shipped" for this package's
             backbone, or a file that examples/pretrain_backbone.py wrote.
-        pretrained: fetch timm's weights, from cache or network; without effect with `checkpoint`.
+        pretrained: fetch timm's weights, from cache or network; without effect with `checkpoint`. False:
+            random weights, the same in every process. The caller's random state is not touched either way.
         checkpoint: file with weights for the timm model `name`.
 
     Raises:
@@ -109,7 +111,8 @@ def open_labelled_images(
         data, root, split, download: as in `open_images`.
         training: every epoch in a new order, which depends on `seed` alone, with timm's random resized crops
             and horizontal flips (Sec. 4.1, FGVC), but for the digits; else in the order of the data set, with
-            timm's transform of evaluation.
+            timm's transform of evaluation. Crops and flips are drawn from the global generators of Python
+            and torch: with `workers`, theirs, which `seed` decides, else this process's, as `fit` seeds them.
         class_names: classes of the model; labels are then places in it. None takes those of the data.
 
     Raises:
@@ -197,6 +200,7 @@ def _check_timm_name(name: str) -> None:
     raise ValueError(f"model: timm has no model named {name!r}{hint}")
 
 
+@seeded(0)
 def _timm_model(name: str, pretrained: bool, checkpoint: str | Path | None) -> nn.Module:
     import timm
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from spt_fast.prompted_vit import PromptedViT
+from spt_fast.randomness import seeded
 from spt_fast.tables import csv_bytes
 
 FINAL_LR = 1e-8
@@ -101,8 +102,9 @@ def fit(
         prompt_lr: highest learning rate of the parameters named `prompts`; None = `lr`. Blocks normalise
             their input, so they see a prompt's direction only: a prompt far from zero needs longer steps.
         weight_decay: for tensors of two or more dimensions; biases and norms have none.
-        seed: for what is random in the model's forward pass, such as dropout; the caller's random
-            state is not touched. Order of the images: see `shuffled_loader`.
+        seed: for what is random in the model's forward pass, such as dropout, and in transforms of images
+            that the loader runs in this process; the global random states of Python, NumPy and torch are
+            then as before. Order of the images: see `shuffled_loader`.
         on_epoch: called as `on_epoch(epoch, history)` after every epoch, from 1; it may raise to stop.
 
     Raises:
@@ -123,9 +125,7 @@ def fit(
     schedule = warmup_cosine(optimizer, round(warmup_epochs * steps), epochs * steps)
     device = _device(tuned)
     history = History()
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), tqdm(total=epochs, unit="epoch", disable=not progress) as bar:
-        torch.manual_seed(seed)
+    with seeded(seed, device), tqdm(total=epochs, unit="epoch", disable=not progress) as bar:
         for epoch in range(1, epochs + 1):
             _train_epoch(tuned, train_loader, optimizer, schedule, device, epoch, history)
             if val_loader is not None and (epoch % val_every == 0 or epoch == epochs):

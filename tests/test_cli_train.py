@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
 import spt_fast
-from spt_fast import cli, samples, trainer
+from spt_fast import cli, samples, sources, trainer
 from spt_fast.sources import open_images, open_labelled_images
 from spt_fast.tables import read_csv
 
@@ -190,6 +193,31 @@ def test_warm_up_is_a_tenth_of_the_epochs_unless_given(tmp_path, monkeypatch):
     assert cli.main([*arguments, "--epochs", "5", "--out", str(tmp_path)]) == cli.BAD_INPUT
     steps_per_epoch = 10  # 300 images in batches of 32
     assert found == [(steps_per_epoch / 2, 5 * steps_per_epoch)]
+
+
+def test_the_seed_decides_a_run_and_leaves_the_callers_random_states(folders, tmp_path):
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    losses = []
+    for name in "ab":
+        before = states()
+        base = ("--data", folders / "train", "--random", 2, "--epochs", 1, "--warmup-epochs", 0)
+        assert train(*base, "--seed", 3, "--out", tmp_path / name) == 0
+        assert states() == before
+        losses.append(read_csv(tmp_path / name / "train.csv", ("loss",)))
+        # Another state to start from.
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+    assert losses[0] == losses[1]
+
+
+def test_random_weights_are_the_same_every_time():
+    before = torch.get_rng_state()
+    first, second = (sources.open_model("test_vit", pretrained=False) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
 
 def test_train_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):
