@@ -9,14 +9,13 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spt_fast.backbone import describe, get_blocks, num_prefix_tokens
+from spt_fast.backbone import check_backbone, get_blocks, num_prefix_tokens
 from spt_fast.clustering.inputs import check_int
 from spt_fast.errors import NonFiniteError
 from spt_fast.files import read_safetensors
@@ -139,9 +138,7 @@ def load_prompts(path: str | os.PathLike[str], model: nn.Module) -> PromptedViT:
         ValueError: the file holds neither, or prompts for another backbone.
     """
     prompts, facts = _read_prompts(path)
-    for key, mine in describe(model).items():
-        if facts.get(key, mine) != mine:
-            raise ValueError(f"{Path(path)} is for {key} {facts[key]!r}, but this model has {mine!r}")
+    check_backbone(path, facts, model)
     shallow = facts.get("prompt_depth") == "shallow"
     return PromptedViT(model, prompts, depth="shallow" if shallow else "deep")
 

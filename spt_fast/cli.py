@@ -355,6 +355,7 @@ def _check_alone() -> None:
 
 def _prompted(args: argparse.Namespace, model: nn.Module, class_names: tuple[str, ...]) -> PromptedViT:
     """The model with the prompts that the arguments name, and a new head."""
+    from spt_fast.backbone import check_backbone
     from spt_fast.prompted_vit import PromptedViT
     from spt_fast.prototypes import Prototypes
     from spt_fast.randomness import seeded
@@ -362,6 +363,7 @@ def _prompted(args: argparse.Namespace, model: nn.Module, class_names: tuple[str
     start: Prototypes | int
     if args.prompts is not None:
         start = Prototypes.load(args.prompts)
+        check_backbone(args.prompts, start.metadata, model)
     elif args.random is not None:
         start = args.random
     else:
@@ -394,7 +396,18 @@ def _eval(args: argparse.Namespace) -> None:
     from spt_fast.trainer import evaluate
 
     tuned = PromptedViT.from_file(args.tuned, _open_model(args), weight_dtype=args.weight_dtype)
-    images = _open_labelled(args, tuned.model, class_names=tuned.class_names)
+    images = _open_labelled(
+        args,
+        tuned.model,
+        class_names=tuned.class_names,
+        num_classes=getattr(tuned.model, "num_classes", None),
+    )
+    if tuned.class_names is None:
+        print(
+            f"spt-fast eval: warning: {args.tuned} does not name its classes; "
+            f"they are taken to be those of {args.data}, in this order: {', '.join(images.class_names)}",
+            file=sys.stderr,
+        )
     accuracy = evaluate(tuned, tqdm(images.loader, unit="batch"))
     print(f"accuracy {accuracy:.2%} of {images.num_images} images")
 
@@ -459,12 +472,12 @@ def _open_validation(
 ) -> LabelledImages | None:
     if args.val_data is None and args.val_split is None:
         return None
-    from spt_fast.sources import has_splits
+    from spt_fast.sources import are_same_images, has_splits
 
     if args.val_data is None and not has_splits(args.data):
         raise ValueError(f"--val-split is for data sets with splits, not for the folder {args.data}")
     data, split = args.val_data or args.data, args.val_split or args.split
-    if (data, split) == (args.data, args.split):
+    if are_same_images(data, split, args.data, args.split):
         raise ValueError(f"--val-data and --val-split name the images of training, {data}, split {split}")
     return _open_labelled(args, model, data=data, split=split, class_names=class_names)
 

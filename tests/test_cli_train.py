@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,10 +151,13 @@ def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, capsys
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (("--data", "{flat}"), "two classes or more"),
+        (("--data", "{odd}"), "two classes or more"),
+        (("--data", "{flat}"), "must hold its images in one folder per class, but some are in no folder"),
+        (("--data", "{stray}"), "but some are in no folder, .ipynb_checkpoints; move them away"),
         (("--data", "no_such_folder"), "there is no folder no_such_folder"),
         (("--data", "digits", "--split", "tset"), "split must be one of"),
         (("--val-data", "{train}"), "name the images of training"),
+        (("--val-data", "{train}/../train/", "--val-split", "val"), "name the images of training"),
         (("--val-split", "val"), "--val-split is for data sets with splits"),
         (("--val-data", "{foreign}"), "1 classes that the model has not (prime)"),
         (("--epochs", "0"), "epochs must be an integer >= 1, got 0"),
@@ -218,6 +222,34 @@ def test_random_weights_are_the_same_every_time():
     first, second = (sources.open_model("test_vit", pretrained=False) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", [{"architecture": "another.mae"}, {"depth": "7"}])
+def test_prototypes_of_another_backbone_are_refused(change, tmp_path, capsys):
+    model = samples.load_backbone()
+    images = [samples.load_digits("val")[0][:8]]
+    built = spt_fast.build_prototypes(model, images, num_prompts=2, progress=False)
+    replace(built, metadata={**built.metadata, **change}).save(tmp_path / "p.safetensors")
+    options = ("--data", "digits", "--prompts", tmp_path / "p.safetensors", "--out", tmp_path / "out")
+    ((key, theirs),) = change.items()
+    assert f"p.safetensors is for {key} {theirs!r}, but" in only_error(capsys, train(*options), "train")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("num_classes", [2, 1000, None])
+def test_eval_without_class_names_wants_the_number_of_classes(num_classes, folders, tmp_path, capsys):
+    tuned = spt_fast.PromptedViT(samples.load_backbone(), 2, num_classes=num_classes)
+    tuned.save(tmp_path / "t.safetensors")
+    base = ("--tuned", tmp_path / "t.safetensors", "--workers", 0, "--data")
+    code = evaluate(*base, folders / "train")
+    if num_classes == 2:
+        assert code == 0
+        assert "t.safetensors does not name its classes; they are taken to be those of" in (
+            capsys.readouterr().err
+        )
+    else:
+        error = only_error(capsys, code, "eval")
+        assert f"has 2 classes, but the head of the model is for {num_classes or 0}" in error
 
 
 def test_train_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):
