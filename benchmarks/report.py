@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.plots.parts import matplotlib_missing, new_figure
-from spt_fast.results import png, result_paths, write_results
+from spt_fast.results import png, result_folder, write_results
 
 OURS = ("spt_fast", "ours")
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
@@ -139,11 +139,11 @@ def _run(files: list[Path], out: Path | None, baseline: str | None, overwrite: b
     print(text, end="")
     if out is None:
         return
-    paths = result_paths(out, [REPORT_NAME, *named], overwrite=overwrite)
-    contents = {REPORT_NAME: text.encode()}
-    contents |= {name: bar_plot(group, baseline) for name, group in named.items() if name in paths}
-    for path in write_results(paths, contents, overwrite=overwrite):
-        print(f"wrote {path}")
+    with result_folder(out, [REPORT_NAME, *named], overwrite=overwrite) as paths:
+        contents = {REPORT_NAME: text.encode()}
+        contents |= {name: bar_plot(group, baseline) for name, group in named.items() if name in paths}
+        for path in write_results(paths, contents, overwrite=overwrite):
+            print(f"wrote {path}")
     if matplotlib_missing():
         print(matplotlib_missing())
 

@@ -9,14 +9,13 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spt_fast.backbone import describe, get_blocks, num_prefix_tokens
+from spt_fast.backbone import check_backbone, get_blocks, num_prefix_tokens
 from spt_fast.clustering.inputs import check_int
 from spt_fast.errors import NonFiniteError
 from spt_fast.files import read_safetensors
@@ -24,6 +23,7 @@ from spt_fast.ops.cka import StreamingCKA
 from spt_fast.plots import analysis_figure
 from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
+from spt_fast.randomness import seeded
 from spt_fast.results import png
 from spt_fast.tables import csv_bytes, format_table
 from spt_fast.tokens import image_batches
@@ -126,8 +126,7 @@ def random_prompts(
     num_prompts: int, model: nn.Module, *, depth: Literal["deep", "shallow"] = "deep", seed: int = 0
 ) -> PromptedViT:
     """`model` with VPT's random prompts of one seed; the caller's random state is not touched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return PromptedViT(model, num_prompts, depth=depth)
 
 
@@ -139,9 +138,7 @@ def load_prompts(path: str | os.PathLike[str], model: nn.Module) -> PromptedViT:
         ValueError: the file holds neither, or prompts for another backbone.
     """
     prompts, facts = _read_prompts(path)
-    for key, mine in describe(model).items():
-        if facts.get(key, mine) != mine:
-            raise ValueError(f"{Path(path)} is for {key} {facts[key]!r}, but this model has {mine!r}")
+    check_backbone(path, facts, model)
     shallow = facts.get("prompt_depth") == "shallow"
     return PromptedViT(model, prompts, depth="shallow" if shallow else "deep")
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
 from torch import nn
 
 _LAYOUTS_WITHOUT_BLOCKS = {
@@ -99,6 +103,13 @@ def describe(model: nn.Module) -> dict[str, str]:
     }
     name = _architecture(model)
     return {"architecture": name, **facts} if name else facts
+
+
+def check_backbone(path: str | os.PathLike[str], facts: Mapping[str, str], model: nn.Module) -> None:
+    """ValueError where the facts of the file `path` are those of another backbone; it may lack some."""
+    for key, mine in describe(model).items():
+        if facts.get(key, mine) != mine:
+            raise ValueError(f"{Path(path)} is for {key} {facts[key]!r}, but this model has {mine!r}")
 
 
 def _needs_blocks(model: nn.Module, argument: str) -> str:

@@ -110,7 +110,7 @@ def _add_train(commands: Commands) -> None:
         "linear warm-up, cosine; random crops and flips, but for the digits). Writes "
         f"{', '.join(TRAINED_NAMES)}; the first two after every epoch.",
         epilog="example: spt-fast train --model shipped --data digits --val-split val --epochs 20 "
-        "--warmup-epochs 2 --out folder",
+        "--out folder",
     )
     _add_model_and_data(parser, batch_size=32)
     images = parser.add_argument_group("validation")
@@ -135,7 +135,7 @@ def _add_train(commands: Commands) -> None:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=int, default=100)
-    recipe.add_argument("--warmup-epochs", type=float, default=10)
+    recipe.add_argument("--warmup-epochs", type=float, help="default: a tenth of --epochs")
     recipe.add_argument("--lr", type=float, default=1e-2, help="highest, of the head (default: 0.01)")
     recipe.add_argument("--prompt-lr", type=float, help="highest, of the prompts (default: as --lr)")
     recipe.add_argument("--weight-decay", type=float, default=1e-4)
@@ -214,7 +214,7 @@ def _add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) -
         "--pretrained",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="timm's weights (default) or random",
+        help="timm's weights (default) or random ones, the same every time",
     )
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file instead")
     images = parser.add_argument_group("images")
@@ -237,7 +237,7 @@ def _add_random(source: argparse._MutuallyExclusiveGroup) -> None:
 
 def _add_folder(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
     """Where a command writes its files; without a default it has to be given."""
-    where = "where to write" + (" (default: here)" if default else "")
+    where = "where to write, made if need be" + (" (default: here)" if default else "")
     parser.add_argument(
         "--out", type=Path, required=default is None, default=default, metavar="FOLDER", help=where
     )
@@ -309,12 +309,25 @@ def _print_prototypes(out: Path, prototypes: Prototypes, seconds: float) -> None
 
 
 def _train(args: argparse.Namespace) -> None:
-    from spt_fast.plots import training_curves
-    from spt_fast.results import png, result_paths, write_results
-    from spt_fast.trainer import fit
+    from spt_fast.results import result_folder
+    from spt_fast.trainer import check_recipe
 
     _check_alone()
-    paths = result_paths(args.out, TRAINED_NAMES, overwrite=args.overwrite)
+    check_recipe(**_recipe(args))
+    with result_folder(args.out, TRAINED_NAMES, overwrite=args.overwrite) as paths:
+        _train_into(paths, args)
+
+
+def _recipe(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("epochs", "lr", "prompt_lr", "weight_decay", "warmup_epochs")
+    return {name: getattr(args, name) for name in names}
+
+
+def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
+    from spt_fast.plots import training_curves
+    from spt_fast.results import png, write_results
+    from spt_fast.trainer import fit
+
     model = _open_model(args)
     train = _open_labelled(args, model, training=True, seed=args.seed)
     val = _open_validation(args, model, train.class_names)
@@ -330,13 +343,9 @@ def _train(args: argparse.Namespace) -> None:
         tuned,
         train.loader,
         None if val is None else val.loader,
-        epochs=args.epochs,
-        lr=args.lr,
-        prompt_lr=args.prompt_lr,
-        weight_decay=args.weight_decay,
-        warmup_epochs=args.warmup_epochs,
         seed=args.seed,
         on_epoch=keep,
+        **_recipe(args),
     )
     if "train.png" in paths:
         figure = training_curves(paths["train.csv"], title=f"{args.data}, {tuned.num_prompts} prompts")
@@ -356,20 +365,20 @@ def _check_alone() -> None:
 
 def _prompted(args: argparse.Namespace, model: nn.Module, class_names: tuple[str, ...]) -> PromptedViT:
     """The model with the prompts that the arguments name, and a new head."""
-    import torch
-
+    from spt_fast.backbone import check_backbone
     from spt_fast.prompted_vit import PromptedViT
     from spt_fast.prototypes import Prototypes
+    from spt_fast.randomness import seeded
 
     start: Prototypes | int
     if args.prompts is not None:
         start = Prototypes.load(args.prompts)
+        check_backbone(args.prompts, start.metadata, model)
     elif args.random is not None:
         start = args.random
     else:
         start = _prototypes_of(args, model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
+    with seeded(args.seed):
         tuned = PromptedViT(
             model,
             start,
@@ -397,16 +406,34 @@ def _eval(args: argparse.Namespace) -> None:
     from spt_fast.trainer import evaluate
 
     tuned = PromptedViT.from_file(args.tuned, _open_model(args), weight_dtype=args.weight_dtype)
-    images = _open_labelled(args, tuned.model, class_names=tuned.class_names)
+    images = _open_labelled(
+        args,
+        tuned.model,
+        class_names=tuned.class_names,
+        num_classes=getattr(tuned.model, "num_classes", None),
+    )
+    if tuned.class_names is None:
+        print(
+            f"spt-fast eval: warning: {args.tuned} does not name its classes; "
+            f"they are taken to be those of {args.data}, in this order: {', '.join(images.class_names)}",
+            file=sys.stderr,
+        )
     accuracy = evaluate(tuned, tqdm(images.loader, unit="batch"))
     print(f"accuracy {accuracy:.2%} of {images.num_images} images")
 
 
 def _nmi(args: argparse.Namespace) -> None:
-    from spt_fast import analysis
-    from spt_fast.results import result_paths, write_results
+    from spt_fast.analysis import FILE_NAMES
+    from spt_fast.results import result_folder
 
-    paths = result_paths(args.out, analysis.FILE_NAMES, overwrite=args.overwrite)
+    with result_folder(args.out, FILE_NAMES, overwrite=args.overwrite) as paths:
+        _nmi_into(paths, args)
+
+
+def _nmi_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
+    from spt_fast import analysis
+    from spt_fast.results import write_results
+
     model = _open_model(args)
     images = _open_images(args, model)
     if args.prompts is not None:
@@ -458,12 +485,12 @@ def _open_validation(
 ) -> LabelledImages | None:
     if args.val_data is None and args.val_split is None:
         return None
-    from spt_fast.sources import has_splits
+    from spt_fast.sources import are_same_images, has_splits
 
     if args.val_data is None and not has_splits(args.data):
         raise ValueError(f"--val-split is for data sets with splits, not for the folder {args.data}")
     data, split = args.val_data or args.data, args.val_split or args.split
-    if (data, split) == (args.data, args.split):
+    if are_same_images(data, split, args.data, args.split):
         raise ValueError(f"--val-data and --val-split name the images of training, {data}, split {split}")
     return _open_labelled(args, model, data=data, split=split, class_names=class_names)
 

@@ -26,7 +26,8 @@ from spt_fast.build import build_prototypes
 from spt_fast.nmi_tracker import NMITracker
 from spt_fast.plots import MethodCurves, demo_figure, matplotlib_missing, nmi_over_epochs
 from spt_fast.prompted_vit import PromptedViT
-from spt_fast.results import png, result_paths, write_results
+from spt_fast.randomness import seeded
+from spt_fast.results import png, result_folder, result_paths, write_results
 from spt_fast.samples import DIGITS_SPLITS, backbone_facts, few_per_class, load_backbone, load_digits
 from spt_fast.tables import csv_bytes, format_table
 from spt_fast.trainer import evaluate, fit, shuffled_loader
@@ -279,16 +280,28 @@ def run_demo(
     learning_rates: dict[str, Rates] | None = None,
     progress: bool = True,
 ) -> DemoReport:
-    """Run every method over every seed; write figures and numbers into the folder `out`.
+    """Run every method over every seed; write figures and numbers into the folder `out`, made if need be.
 
     Without matplotlib the figures are left out.
 
     Raises:
         FileExistsError: one of the files is there already, and not `overwrite`; before any work.
-        FileNotFoundError: the folder does not exist; before any work.
+        NotADirectoryError: `out` is a file; before any work.
     """
-    paths = output_paths(out, overwrite=overwrite)
-    budget, rates = budget or Budget(), LEARNING_RATES | (learning_rates or {})
+    with result_folder(out, FILE_NAMES, overwrite=overwrite) as paths:
+        report = _run_all(budget or Budget(), task, learning_rates, progress)
+        contents = {NUMBERS_NAME: report.to_json().encode(), NMI_NAME: report.nmi_csv()}
+        if FIGURE_NAME in paths:
+            contents |= _figures(report)
+        report.files += write_results(paths, contents, overwrite=overwrite)
+    return report
+
+
+def _run_all(
+    budget: Budget, task: Task | None, learning_rates: dict[str, Rates] | None, progress: bool
+) -> DemoReport:
+    """Every method over every seed."""
+    rates = LEARNING_RATES | (learning_rates or {})
     started = time.perf_counter()
     report = DemoReport(budget, backbone_facts())
     task = task or Task.load()
@@ -302,10 +315,6 @@ def run_demo(
                 )
                 report.runs.append(run)
     report.seconds = time.perf_counter() - started
-    contents = {NUMBERS_NAME: report.to_json().encode(), NMI_NAME: report.nmi_csv()}
-    if FIGURE_NAME in paths:
-        contents |= _figures(report)
-    report.files += write_results(paths, contents, overwrite=overwrite)
     return report
 
 
@@ -355,8 +364,7 @@ def _prompted(model: Any, prompts: Prototypes | int, head: nn.Module | None, see
     if head is not None:
         # Kept as the model's own head, so that every method starts from the same one.
         model.head = head
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return PromptedViT(model, prompts, freeze_prompts=head is None)
 
 
@@ -366,8 +374,7 @@ def classifier(width: int, *, seed: int) -> nn.Sequential:
     The backbone's pooled features vary little around a large mean; unscaled, they would make every
     method's learning rate a matter of the head.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         linear = nn.Linear(width, NUM_CLASSES)
         nn.init.trunc_normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)

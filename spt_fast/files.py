@@ -37,7 +37,9 @@ def check_output_path(path: str | os.PathLike[str], *, overwrite: bool = False) 
     if target.is_dir():
         raise IsADirectoryError(f"cannot write {target}: it is a folder, a file name is needed")
     if not overwrite and os.path.lexists(target):
-        raise FileExistsError(f"{target} exists already; give another name or pass overwrite=True")
+        raise FileExistsError(
+            f"{target} exists already; give another name, or write over it (overwrite=True, --overwrite)"
+        )
     return target
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,14 +26,37 @@ def result_paths(
 
     Raises:
         FileExistsError: one of them is there already, and not `overwrite`.
-        FileNotFoundError: the folder does not exist.
-        NotADirectoryError: `out` is a file.
+        NotADirectoryError: `out`, or a folder that it lies in, is a file.
     """
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"out must be a folder, but {folder} is a file")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"out must be a folder, but {there} is a file")
     wanted = [name for name in names if not (name.endswith(".png") and matplotlib_missing())]
-    return {name: check_output_path(folder / name, overwrite=overwrite) for name in wanted}
+    if there == folder:
+        for name in wanted:
+            check_output_path(folder / name, overwrite=overwrite)
+    return {name: folder / name for name in wanted}
+
+
+@contextmanager
+def result_folder(
+    out: str | os.PathLike[str], names: Sequence[str], *, overwrite: bool = False
+) -> Iterator[dict[str, Path]]:
+    """`result_paths` for work to be done in the context, before which the folder `out` is made if need be.
+
+    A folder that was made for it and is still empty at the end, as after an error, is taken away again.
+    """
+    paths = result_paths(out, names, overwrite=overwrite)
+    folder = Path(out)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield paths
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def write_results(

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
+from spt_fast.randomness import seeded
+
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -40,9 +42,11 @@ def load_backbone(path: str | Path | None = None) -> VisionTransformer:
     from timm.models.vision_transformer import VisionTransformer
 
     tensors, facts = _read_backbone(path)
-    model = VisionTransformer(
-        **facts["architecture"], class_token=False, global_pool="avg", fc_norm=False, num_classes=0
-    )
+    # Weights are drawn before they are read; the caller's random state shall not notice.
+    with seeded(0):
+        model = VisionTransformer(
+            **facts["architecture"], class_token=False, global_pool="avg", fc_norm=False, num_classes=0
+        )
     model.load_state_dict({name: value.float() for name, value in tensors.items()})
     size = facts["architecture"]["img_size"]
     config: dict[str, Any] = {

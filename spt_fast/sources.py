@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spt_fast.distributed import ALONE, Processes
+from spt_fast.randomness import seeded
 from spt_fast.samples import DIGITS_CLASSES, load_backbone, load_digits
 
 SHIPPED_MODEL = "shipped"
@@ -30,7 +31,8 @@ def open_model(name: str, *, pretrained: bool = True, checkpoint: str | Path | N
     Args:
         name: a timm model name ("vit_base_patch16_224.mae"; hub names too), "shipped" for this package's
             backbone, or a file that examples/pretrain_backbone.py wrote.
-        pretrained: fetch timm's weights, from cache or network; without effect with `checkpoint`.
+        pretrained: fetch timm's weights, from cache or network; without effect with `checkpoint`. False:
+            random weights, the same in every process. The caller's random state is not touched either way.
         checkpoint: file with weights for the timm model `name`.
 
     Raises:
@@ -102,6 +104,7 @@ def open_labelled_images(
     seed: int = 0,
     training: bool = False,
     class_names: Sequence[str] | None = None,
+    num_classes: int | None = None,
 ) -> LabelledImages:
     """Images with labels, in the size and scale `model` expects; of a folder, one class for each sub-folder.
 
@@ -109,13 +112,16 @@ def open_labelled_images(
         data, root, split, download: as in `open_images`.
         training: every epoch in a new order, which depends on `seed` alone, with timm's random resized crops
             and horizontal flips (Sec. 4.1, FGVC), but for the digits; else in the order of the data set, with
-            timm's transform of evaluation.
+            timm's transform of evaluation. Crops and flips are drawn from the global generators of Python
+            and torch: with `workers`, theirs, which `seed` decides, else this process's, as `fit` seeds them.
         class_names: classes of the model; labels are then places in it. None takes those of the data.
+        num_classes: size of the model's head, where there is one to agree with.
 
     Raises:
         FileNotFoundError: neither a folder nor the name of a data set.
         ValueError: the data set does not name its classes or can only be iterated, has a class that is not
-            in `class_names`, has fewer than two to train on, or an argument is out of range.
+            in `class_names`, has images outside the folders of its classes, has fewer classes than two to
+            train on or another number than `num_classes`, or an argument is out of range.
     """
     dataset = _open_dataset(data, model, root, split, download, training=training)
     found = _class_names(dataset, data)
@@ -124,6 +130,10 @@ def open_labelled_images(
     if class_names is not None and tuple(class_names) != found:
         _renumber(dataset, data, found, class_names)
         found = tuple(class_names)
+    if num_classes is not None and len(found) != num_classes:
+        raise ValueError(
+            f"data: {data} has {len(found)} classes, but the head of the model is for {num_classes}"
+        )
     loader = _loader(dataset, batch_size, workers, seed, shuffle=training)
     return LabelledImages(loader, len(dataset), found)
 
@@ -131,6 +141,13 @@ def open_labelled_images(
 def has_splits(data: str) -> bool:
     """Whether `split` means something for `data`, as it does not for a folder."""
     return data == SHIPPED_IMAGES or data.lower().startswith(_DATASET_PREFIXES)
+
+
+def are_same_images(data: str, split: str, other: str, other_split: str) -> bool:
+    """Whether two pairs of names lead to the same images; a folder may be written in several ways."""
+    if has_splits(data) and has_splits(other):
+        return (data.lower(), split) == (other.lower(), other_split)
+    return not (has_splits(data) or has_splits(other)) and Path(data).resolve() == Path(other).resolve()
 
 
 def _loader(dataset: Any, batch_size: int, workers: int, seed: int, **order: Any) -> DataLoader[Any]:
@@ -157,6 +174,13 @@ def _class_names(dataset: Any, data: str) -> tuple[str, ...]:
     names = sorted(numbers, key=numbers.get) if numbers else getattr(dataset, "classes", None)
     if not names:
         raise ValueError(f"data: {data} does not name its classes; give a folder with one folder per class")
+    stray = [] if has_splits(data) else [name for name in names if not name or name.startswith(".")]
+    if stray:
+        places = ", ".join(name or "no folder" for name in stray)
+        raise ValueError(
+            f"data: {data} must hold its images in one folder per class, but some are in {places}; "
+            "move them away, or into the folder of their class"
+        )
     return tuple(map(str, names))
 
 
@@ -197,6 +221,7 @@ def _check_timm_name(name: str) -> None:
     raise ValueError(f"model: timm has no model named {name!r}{hint}")
 
 
+@seeded(0)
 def _timm_model(name: str, pretrained: bool, checkpoint: str | Path | None) -> nn.Module:
     import timm
 

@@ -279,8 +279,12 @@ def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 def _check_device(given: torch.device | str | None, device: torch.device) -> None:
     if given is None:
         return
-    wanted = torch.device(given)
-    if wanted.type != device.type or wanted.index not in (None, device.index):
+    try:
+        wanted = torch.device(given)
+    except RuntimeError as error:
+        raise ValueError(f"device must be the model's, {device}, got {given!r} ({error})") from error
+    # Without a number, as the CPU comes, a device is the first of its kind.
+    if wanted.type != device.type or wanted.index not in (None, device.index or 0):
         raise ValueError(
             f"device must be the model's, {device}, got {wanted}; to work there, move the model first"
         )

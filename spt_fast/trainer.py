@@ -21,9 +21,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from spt_fast.prompted_vit import PromptedViT
+from spt_fast.randomness import seeded
 from spt_fast.tables import csv_bytes
 
 FINAL_LR = 1e-8
+WARMUP_SHARE = 0.1
 HISTORY_COLUMNS = ("epoch", "loss", "val_accuracy", "lr", "seconds")
 
 Batch = tuple[Tensor, Tensor]
@@ -80,7 +82,7 @@ def fit(
     lr: float = 1e-2,
     prompt_lr: float | None = None,
     weight_decay: float = 1e-4,
-    warmup_epochs: float = 10,
+    warmup_epochs: float | None = None,
     seed: int = 0,
     val_every: int = 1,
     progress: bool = True,
@@ -88,8 +90,9 @@ def fit(
 ) -> History:
     """Train every parameter of `tuned` that asks for a gradient, in place.
 
-    AdamW; the learning rate rises linearly over `warmup_epochs` (a fraction is fine), then falls as
-    a cosine to 1e-8 at the last step (Sec. 4.1; there 100 epochs, 10 of warm-up, batches of 32).
+    AdamW; the learning rate rises linearly over `warmup_epochs` (a fraction is fine; None: a tenth of
+    `epochs`), then falls as a cosine to 1e-8 at the last step (Sec. 4.1; there 100 epochs, 10 of warm-up,
+    batches of 32).
 
     Args:
         tuned: maps images to logits, e.g. a `PromptedViT`; trained on the device its parameters are on.
@@ -99,8 +102,9 @@ def fit(
         prompt_lr: highest learning rate of the parameters named `prompts`; None = `lr`. Blocks normalise
             their input, so they see a prompt's direction only: a prompt far from zero needs longer steps.
         weight_decay: for tensors of two or more dimensions; biases and norms have none.
-        seed: for what is random in the model's forward pass, such as dropout; the caller's random
-            state is not touched. Order of the images: see `shuffled_loader`.
+        seed: for what is random in the model's forward pass, such as dropout, and in transforms of images
+            that the loader runs in this process; the global random states of Python, NumPy and torch are
+            then as before. Order of the images: see `shuffled_loader`.
         on_epoch: called as `on_epoch(epoch, history)` after every epoch, from 1; it may raise to stop.
 
     Raises:
@@ -109,16 +113,19 @@ def fit(
         FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate.
     """
     _check_loader(train_loader)
-    prompt_lr = lr if prompt_lr is None else prompt_lr
-    _check_numbers(epochs, lr, prompt_lr, weight_decay, warmup_epochs, val_every)
-    optimizer = _adamw(tuned, lr, prompt_lr, weight_decay)
+    check_recipe(
+        epochs=epochs, lr=lr, prompt_lr=prompt_lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs
+    )
+    if val_every < 1:
+        raise ValueError(f"val_every must be an integer >= 1, got {val_every}")
+    if warmup_epochs is None:
+        warmup_epochs = WARMUP_SHARE * epochs
+    optimizer = _adamw(tuned, lr, lr if prompt_lr is None else prompt_lr, weight_decay)
     steps = len(train_loader)
     schedule = warmup_cosine(optimizer, round(warmup_epochs * steps), epochs * steps)
     device = _device(tuned)
     history = History()
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), tqdm(total=epochs, unit="epoch", disable=not progress) as bar:
-        torch.manual_seed(seed)
+    with seeded(seed, device), tqdm(total=epochs, unit="epoch", disable=not progress) as bar:
         for epoch in range(1, epochs + 1):
             _train_epoch(tuned, train_loader, optimizer, schedule, device, epoch, history)
             if val_loader is not None and (epoch % val_every == 0 or epoch == epochs):
@@ -129,6 +136,21 @@ def fit(
             if on_epoch is not None:
                 on_epoch(epoch, history)
     return history
+
+
+def check_recipe(
+    *, epochs: int, lr: float, prompt_lr: float | None, weight_decay: float, warmup_epochs: float | None
+) -> None:
+    """Raise ValueError where `fit` would refuse these arguments; for callers with long work before it."""
+    if epochs < 1:
+        raise ValueError(f"epochs must be an integer >= 1, got {epochs}")
+    for name, rate in (("lr", lr), ("prompt_lr", prompt_lr)):
+        if rate is not None and not (math.isfinite(rate) and rate > FINAL_LR):
+            raise ValueError(f"{name} must be a finite number above {FINAL_LR}, got {rate}")
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay must be a finite number >= 0, got {weight_decay}")
+    if warmup_epochs is not None and not 0 <= warmup_epochs < epochs:
+        raise ValueError(f"warmup_epochs must be >= 0 and below epochs ({epochs}), got {warmup_epochs}")
 
 
 @torch.no_grad()
@@ -233,22 +255,6 @@ def _check_loader(train_loader: Batches) -> None:
         raise TypeError(f"train_loader must have a length, which a {type(train_loader).__name__} has not")
     if len(train_loader) == 0:
         raise ValueError("train_loader is empty: it gives no batch")
-
-
-def _check_numbers(
-    epochs: int, lr: float, prompt_lr: float, weight_decay: float, warmup_epochs: float, val_every: int
-) -> None:
-    if epochs < 1:
-        raise ValueError(f"epochs must be an integer >= 1, got {epochs}")
-    if val_every < 1:
-        raise ValueError(f"val_every must be an integer >= 1, got {val_every}")
-    for name, rate in (("lr", lr), ("prompt_lr", prompt_lr)):
-        if not (math.isfinite(rate) and rate > FINAL_LR):
-            raise ValueError(f"{name} must be a finite number above {FINAL_LR}, got {rate}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay must be a finite number >= 0, got {weight_decay}")
-    if not 0 <= warmup_epochs < epochs:
-        raise ValueError(f"warmup_epochs must be >= 0 and below epochs ({epochs}), got {warmup_epochs}")
 
 
 def _device(tuned: nn.Module) -> torch.device:

@@ -419,6 +419,7 @@ class TestSettings:
             ({"seed": 2**63}, ValueError, r"seed must be below 2\*\*63"),
             ({"seed": None}, TypeError, "seed must be an integer >= 0, got None"),
             ({"device": "meta"}, ValueError, "device must be the model's, cpu, got meta"),
+            ({"device": "foo"}, ValueError, "device must be the model's, cpu, got 'foo'"),
             ({"amp_dtype": torch.float64}, ValueError, "amp_dtype must be"),
         ],
     )
@@ -429,6 +430,13 @@ class TestSettings:
         with pytest.raises(error, match=reason):
             build(vit, loader, **options)
         assert loader.read == 0
+
+    def test_far_more_prompts_than_tokens_are_refused_in_words(
+        self, vit: VisionTransformer, make_loader: MakeLoader
+    ) -> None:
+        """Their default capacity is more memory than there is."""
+        with pytest.raises(ValueError, match="num_prompts must be at most the number of patch tokens"):
+            build(vit, make_loader(4), num_prompts=10**9)
 
     @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet"])
     def test_models_without_token_blocks_are_refused(self, name: str, loader: Loader) -> None:

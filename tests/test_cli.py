@@ -162,7 +162,10 @@ def test_damaged_checkpoint_is_refused(tmp_path, capsys):
         ({"--model": "no/such/file.safetensors"}, "there is no file no/such/file.safetensors"),
         ({"--checkpoint": "no_such_file.pth"}, "there is no file no_such_file.pth"),
         ({"--out": "{tmp}/missing/p.safetensors"}, "missing does not exist"),
-        ({"--out": "{tmp}/taken.txt"}, "taken.txt exists already"),
+        (
+            {"--out": "{tmp}/taken.txt"},
+            "or write over it (overwrite=True, --overwrite)",
+        ),
         ({"--batch-size": "0"}, "batch_size must be an integer >= 1, got 0"),
         ({"--workers": "-1"}, "workers must be an integer >= 0, got -1"),
         ({"--num-prompts": "0"}, "num_prompts must be"),
@@ -222,8 +225,9 @@ def test_overwrite_is_honoured(tmp_path):
 
 
 def test_traceback_is_shown_on_request(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        cli.main(["--traceback", "demo", "--out", str(tmp_path / "missing")])
+    (tmp_path / "taken.txt").write_text("mine")
+    with pytest.raises(NotADirectoryError):
+        cli.main(["--traceback", "demo", "--out", str(tmp_path / "taken.txt")])
 
 
 def test_demo_prints_table_and_files(tmp_path, capsys, monkeypatch):
@@ -305,7 +309,6 @@ def test_nmi_writes_cka_with_the_largest_on_the_diagonal(prompt_files, tmp_path,
 def test_nmi_of_random_prompts_follows_the_seed(depth, tmp_path):
     found = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        (tmp_path / name).mkdir()
         base = ("--random", 5, "--depth", depth, "--max-images", 4, "--out", tmp_path / name)
         assert nmi(*base, "--seed", seed, "--batch-size", 4) == 0
         found.append((tmp_path / name / "nmi.csv").read_text())
@@ -320,7 +323,8 @@ def test_nmi_of_random_prompts_follows_the_seed(depth, tmp_path):
         ({"--random": "0"}, "at least one prompt per block"),
         ({"--random": "-1"}, "prompts must be an integer >= 0, got -1"),
         ({"--random": "3", "--max-images": "0"}, "max_images must be"),
-        ({"--random": "3", "--out": "{tmp}/missing"}, "missing does not exist"),
+        ({"--random": "0", "--out": "{tmp}/missing/folder"}, "at least one prompt per block"),
+        ({"--random": "3", "--out": "{tmp}/taken.txt/folder"}, "out must be a folder"),
         ({"--random": "3", "--out": "{tmp}/taken.txt"}, "out must be a folder"),
         ({"--random": "3", "--data": "no_such_folder"}, "there is no folder no_such_folder"),
         ({"--random": "3", "--model": "vit_bse"}, "timm has no model named 'vit_bse'"),

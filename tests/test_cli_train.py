@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 import spt_fast
-from spt_fast import cli, samples, trainer
+from spt_fast import cli, samples, sources, trainer
 from spt_fast.sources import open_images, open_labelled_images
 from spt_fast.tables import read_csv
 
@@ -31,8 +35,9 @@ def folders(tmp_path_factory):
             folder = root / place / label
             folder.mkdir(parents=True, exist_ok=True)
             save_image(images[index], folder / f"{index}.png", normalize=True)
-    (root / "flat").mkdir()
-    save_image(images[0], root / "flat" / "0.png", normalize=True)
+    for place in ("flat", "stray", "stray/even", "stray/odd", "stray/.ipynb_checkpoints"):
+        (root / place).mkdir()
+        save_image(images[0], root / place / "0.png", normalize=True)
     return root
 
 
@@ -80,8 +85,7 @@ def test_train_and_eval_of_a_folder(folders, tmp_path, capsys):
 
 
 def test_train_is_prototypes_and_fit(tmp_path):
-    """The command against the three library calls that it stands for."""
-    (tmp_path / "out").mkdir()
+    """The command against the three library calls that it stands for; it makes its folder."""
     recipe = ("--lr", 0.02, "--prompt-lr", 0.5, "--weight-decay", 0.01, "--seed", 4, "--split", "val")
     data = ("--data", "digits", "--num-prompts", 2, "--batch-size", 100)
     assert train(*data, *recipe, "--out", tmp_path / "out") == 0
@@ -147,17 +151,21 @@ def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, capsys
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (("--data", "{flat}"), "two classes or more"),
+        (("--data", "{odd}"), "two classes or more"),
+        (("--data", "{flat}"), "must hold its images in one folder per class, but some are in no folder"),
+        (("--data", "{stray}"), "but some are in no folder, .ipynb_checkpoints; move them away"),
         (("--data", "no_such_folder"), "there is no folder no_such_folder"),
         (("--data", "digits", "--split", "tset"), "split must be one of"),
         (("--val-data", "{train}"), "name the images of training"),
+        (("--val-data", "{train}/../train/", "--val-split", "val"), "name the images of training"),
         (("--val-split", "val"), "--val-split is for data sets with splits"),
         (("--val-data", "{foreign}"), "1 classes that the model has not (prime)"),
         (("--epochs", "0"), "epochs must be an integer >= 1, got 0"),
         (("--lr", "nan"), "lr must be a finite number"),
+        (("--warmup-epochs", "2"), "warmup_epochs must be >= 0 and below epochs (2), got 2.0"),
         (("--prompts", "no_such_file"), "there is no file no_such_file"),
         (("--random", "-1"), "prompts must be an integer >= 0, got -1"),
-        (("--out", "{tmp}/missing"), "missing does not exist"),
+        (("--out", "{tmp}/missing", "--random", "-1"), "prompts must be an integer >= 0, got -1"),
     ],
     ids=" ".join,
 )
@@ -172,6 +180,76 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, ca
         arguments = [argument.replace(name, str(path)) for argument in arguments]
     assert expected in only_error(capsys, train(*arguments), "train")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [("--epochs", 0), ("--lr", "nan"), ("--weight-decay", -1)])
+def test_a_bad_recipe_is_refused_before_any_work(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_open_model", lambda _: pytest.fail("work was begun"))
+    name = options[0].strip("-").replace("-", "_")
+    error = only_error(capsys, train("--data", "digits", *options, "--out", tmp_path), "train")
+    assert f"{name} must be" in error
+
+
+def test_warm_up_is_a_tenth_of_the_epochs_unless_given(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(trainer, "warmup_cosine", lambda _, *steps: found.append(steps) or 1 / 0)
+    arguments = ["train", "--model", "shipped", "--data", "digits", "--split", "val", "--random", "1"]
+    assert cli.main([*arguments, "--epochs", "5", "--out", str(tmp_path)]) == cli.BAD_INPUT
+    steps_per_epoch = 10  # 300 images in batches of 32
+    assert found == [(steps_per_epoch / 2, 5 * steps_per_epoch)]
+
+
+def test_the_seed_decides_a_run_and_leaves_the_callers_random_states(folders, tmp_path):
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    losses = []
+    for name in "ab":
+        before = states()
+        base = ("--data", folders / "train", "--random", 2, "--epochs", 1, "--warmup-epochs", 0)
+        assert train(*base, "--seed", 3, "--out", tmp_path / name) == 0
+        assert states() == before
+        losses.append(read_csv(tmp_path / name / "train.csv", ("loss",)))
+        # Another state to start from.
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+    assert losses[0] == losses[1]
+
+
+def test_random_weights_are_the_same_every_time():
+    before = torch.get_rng_state()
+    first, second = (sources.open_model("test_vit", pretrained=False) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", [{"architecture": "another.mae"}, {"depth": "7"}])
+def test_prototypes_of_another_backbone_are_refused(change, tmp_path, capsys):
+    model = samples.load_backbone()
+    images = [samples.load_digits("val")[0][:8]]
+    built = spt_fast.build_prototypes(model, images, num_prompts=2, progress=False)
+    replace(built, metadata={**built.metadata, **change}).save(tmp_path / "p.safetensors")
+    options = ("--data", "digits", "--prompts", tmp_path / "p.safetensors", "--out", tmp_path / "out")
+    ((key, theirs),) = change.items()
+    assert f"p.safetensors is for {key} {theirs!r}, but" in only_error(capsys, train(*options), "train")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("num_classes", [2, 1000, None])
+def test_eval_without_class_names_wants_the_number_of_classes(num_classes, folders, tmp_path, capsys):
+    tuned = spt_fast.PromptedViT(samples.load_backbone(), 2, num_classes=num_classes)
+    tuned.save(tmp_path / "t.safetensors")
+    base = ("--tuned", tmp_path / "t.safetensors", "--workers", 0, "--data")
+    code = evaluate(*base, folders / "train")
+    if num_classes == 2:
+        assert code == 0
+        assert "t.safetensors does not name its classes; they are taken to be those of" in (
+            capsys.readouterr().err
+        )
+    else:
+        error = only_error(capsys, code, "eval")
+        assert f"has 2 classes, but the head of the model is for {num_classes or 0}" in error
 
 
 def test_train_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):

@@ -282,6 +282,23 @@ def test_reservoir_holds_everything_up_to_its_capacity() -> None:
     assert summary.weights.eq(1).all()
 
 
+@pytest.mark.parametrize("capacity", [150, 10**12])
+def test_reservoir_makes_room_as_tokens_come(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, importance = torch.randn(200, 3), torch.rand(200) + 0.1
+    samples = []
+    for first_rows in (7, 1000):
+        monkeypatch.setattr("spt_fast.clustering.reservoir.FIRST_ROWS", first_rows)
+        generator = torch.Generator().manual_seed(0)
+        found = PriorityReservoir(capacity, 3, torch.float32, torch.device("cpu"), generator)
+        for part in torch.arange(200).split(30):
+            found.offer(tokens[part], importance[part], None)
+        samples.append(found.summary())
+        assert len(found) == min(capacity, 200)
+        assert len(found._keys) <= max(first_rows, 400)
+    assert torch.equal(samples[0].tokens, samples[1].tokens)
+    assert torch.equal(samples[0].weights, samples[1].weights)
+
+
 def test_reservoir_estimates_are_unbiased() -> None:
     values = torch.cat([torch.rand(900, 1), 30 * torch.rand(100, 1)])
     importance = 1 + values[:, 0]
@@ -414,6 +431,40 @@ def test_sample_weights_move_the_centres() -> None:
     assert float(streamed.counts_) == pytest.approx(400)
 
 
+def test_weights_of_a_group_may_come_in_the_shape_of_its_tokens() -> None:
+    tokens, weights = blobs(60).reshape(5, 12, 8), torch.rand(5, 12)
+    shaped, flat = (
+        StreamingKMeans(3, n_groups=2).partial_fit(tokens, sample_weight=given, group=0)._streams
+        for given in (weights, weights.flatten())
+    )
+    assert torch.equal(shaped[0].reservoir.summary().weights, flat[0].reservoir.summary().weights)
+
+
+@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+def test_a_stream_is_solved_for_the_clusters_asked_for_and_those_set(method: str) -> None:
+    tokens = blobs(200)
+    model = getattr(StreamingKMeans(3), method)(tokens)
+    assert model.cluster_centers_.shape == (3, 8)
+    model.set_params(n_clusters=5)
+    expected = StreamingKMeans(5).fit(tokens).cluster_centers_
+    assert torch.equal(model.solve(5).centers[0], expected)
+    assert torch.equal(model.cluster_centers_, expected)
+    assert model.solve(3).centers.shape == (1, 3, 8)
+    assert torch.equal(model.cluster_centers_, expected)
+
+
+def test_labels_stay_those_of_the_fit_when_other_clusters_are_set() -> None:
+    tokens = blobs(200)
+    expected = StreamingKMeans(3).fit_predict(tokens)
+    for read_before in (False, True):
+        model = StreamingKMeans(3).fit(tokens)
+        if read_before:
+            _ = model.labels_
+        model.set_params(n_clusters=5)
+        _ = model.cluster_centers_
+        assert torch.equal(model.labels_, expected)
+
+
 # ---- Bad input ------------------------------------------------------------------------------------
 
 
@@ -428,13 +479,20 @@ def test_results_before_any_data_are_refused(estimator: KMeans | StreamingKMeans
             method()
 
 
+def test_labels_of_a_stream_are_refused_in_words_that_are_true() -> None:
+    with pytest.raises(NotFittedError, match="has not seen any data yet; call fit first"):
+        _ = StreamingKMeans(2).labels_
+    with pytest.raises(NotFittedError, match="keeps no labels of partial_fit; call fit, or predict"):
+        _ = StreamingKMeans(2).partial_fit(blobs(9)).labels_
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_tokens_are_named_and_nothing_is_taken_in(bad: float) -> None:
     good = blobs(200)
     spoiled = good.reshape(10, 20, 8).clone()
     spoiled[7, 3, 2] = bad
     streamed = StreamingKMeans(3, n_groups=2)
-    with pytest.raises(NonFiniteError, match="row 143 holds NaN or infinity") as error:
+    with pytest.raises(NonFiniteError, match="row 143 holds NaN, infinity or numbers beyond that") as error:
         streamed.partial_fit(spoiled, group=1)
     assert error.value.row == 143
     assert streamed.n_seen_.tolist() == [0, 0]
@@ -525,7 +583,7 @@ def test_tokens_too_large_to_square_are_refused() -> None:
         (
             lambda: KMeans(2).fit(blobs(9), sample_weight=[1.0] * 8 + [math.nan]),
             ValueError,
-            "sample_weight must be finite and >= 0, got nan",
+            "sample_weight must be finite in float32 and >= 0, got nan",
         ),
         (
             lambda: KMeans(2).fit(blobs(9), sample_weight=np.zeros(9)),
@@ -569,12 +627,49 @@ def test_tokens_too_large_to_square_are_refused() -> None:
         (
             lambda: KMeans(2).fit(torch.zeros(4, 2), sample_weight=torch.ones(3)),
             ValueError,
-            r"sample_weight must be \[1, 4\]",
+            r"sample_weight must be \[4\] or \[1, 4\], a weight for each token, got \[3\]",
+        ),
+        (
+            lambda: KMeans(2).fit(torch.zeros(200, 6), sample_weight=torch.ones(20, 10)),
+            ValueError,
+            r"sample_weight must be \[200\] or \[1, 200\], a weight for each token, got \[20, 10\]",
+        ),
+        (
+            lambda: KMeans(2).fit(torch.zeros(200, 6), sample_weight=torch.ones(200, 1)),
+            ValueError,
+            r"got \[200, 1\]",
+        ),
+        (
+            lambda: KMeans(2, n_groups=2).fit(torch.zeros(2, 50, 3), sample_weight=torch.ones(50, 2)),
+            ValueError,
+            r"sample_weight must be \[2, 50\], a weight for each token, got \[50, 2\]",
+        ),
+        (
+            lambda: KMeans(2, n_groups=2).fit(torch.zeros(2, 50, 3), sample_weight=torch.ones(100)),
+            ValueError,
+            r"sample_weight must be \[2, 50\], a weight for each token, got \[100\]",
+        ),
+        (
+            lambda: StreamingKMeans(2, n_groups=2).partial_fit(
+                torch.zeros(5, 4, 3), sample_weight=torch.ones(4, 5), group=1
+            ),
+            ValueError,
+            r"sample_weight must be \[20\] or \[1, 20\] or \[5, 4\], a weight for each token, got \[4, 5\]",
+        ),
+        (
+            lambda: KMeans(2).fit(blobs(9), sample_weight=np.full(9, 1e-60)),
+            ValueError,
+            "above 0 per group, got only zeros in float32",
+        ),
+        (
+            lambda: KMeans(2).fit(np.full((9, 2), 1e50)),
+            NonFiniteError,
+            "X must be finite in float32, but row 0 holds NaN, infinity or numbers beyond that",
         ),
         (
             lambda: KMeans(2).fit(torch.zeros(4, 2), sample_weight=-torch.ones(4)),
             ValueError,
-            "sample_weight must be finite and >= 0, got -1.0",
+            "sample_weight must be finite in float32 and >= 0, got -1.0",
         ),
         (lambda: KMeans(2, init=torch.zeros(3, 2)).fit(blobs(9, 2)), ValueError, r"init must be \[1, 2, 2\]"),
         (

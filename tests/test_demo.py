@@ -222,8 +222,6 @@ def test_existing_output_stops_the_demo_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "run_method", lambda *_, **__: pytest.fail("work was begun"))
     with pytest.raises(FileExistsError, match=demo.NUMBERS_NAME):
         demo.run_demo(tmp_path, budget=TINY, progress=False)
-    with pytest.raises(FileNotFoundError):
-        demo.run_demo(tmp_path / "missing", budget=TINY, progress=False)
     with pytest.raises(NotADirectoryError, match="out must be a folder"):
         demo.run_demo(tmp_path / demo.NUMBERS_NAME, budget=TINY, progress=False)
     assert (tmp_path / demo.NUMBERS_NAME).read_text() == "mine"
@@ -234,9 +232,10 @@ def test_interrupted_demo_leaves_no_file(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "run_method", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        demo.run_demo(tmp_path, budget=TINY, progress=False)
-    assert list(tmp_path.iterdir()) == []
+    for folder in (tmp_path, tmp_path / "missing" / "folder"):
+        with pytest.raises(KeyboardInterrupt):
+            demo.run_demo(folder, budget=TINY, progress=False)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_without_matplotlib_the_numbers_are_still_written(tmp_path, monkeypatch):

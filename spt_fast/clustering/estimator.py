@@ -59,7 +59,8 @@ class ClusteringEstimator(Parameters):
 
     _backends: tuple[str, ...] = BACKENDS
     _from_tensor = True  # whether the data came as a tensor
-    _unlabelled: Tensor | None = None  # [G, M, D]: data of the last fit until its labels are asked for
+    # Data [G, M, D] and centres [G, K, D] of the last fit until its labels are asked for.
+    _unlabelled: tuple[Tensor, Tensor] | None = None
     _labels: Tensor | None = None  # [G, M]
 
     def _settings(self) -> Settings:
@@ -123,8 +124,8 @@ class ClusteringEstimator(Parameters):
         """
         if self._labels is None:
             if self._unlabelled is None:
-                raise not_fitted(self, "fit")
-            self._labels = self._nearest(self._unlabelled, self._result().centers)
+                raise _no_labels(self)
+            self._labels = self._nearest(*self._unlabelled)
             self._unlabelled = None
         return self._attribute(self._labels)
 
@@ -172,10 +173,10 @@ class ClusteringEstimator(Parameters):
         """Cluster X."""
         raise NotImplementedError
 
-    def _remember(self, X: ArrayLike, tokens: Tensor) -> None:
+    def _remember(self, X: ArrayLike, tokens: Tensor, result: Clustering) -> None:
         """Note what was fitted, for the kind of the results and for `labels_`."""
         self._from_tensor = isinstance(X, Tensor)
-        self._unlabelled, self._labels = tokens, None
+        self._unlabelled, self._labels = (tokens, result.centers), None
 
     def _attribute(self, value: Tensor) -> Array:
         value = value[0] if len(value) == 1 else value
@@ -201,11 +202,20 @@ class ClusteringEstimator(Parameters):
         return tokens, centers.to(tokens.device)
 
 
-def not_fitted(estimator: ClusteringEstimator, method: str) -> NotFittedError:
+def not_fitted(
+    estimator: ClusteringEstimator, method: str, why: str = "has not seen any data yet"
+) -> NotFittedError:
     """The error for asking `estimator` for a result before `method` was called."""
-    message = f"this {type(estimator).__name__} has not seen any data yet; call {method} first"
+    message = f"this {type(estimator).__name__} {why}; call {method} first"
     sklearn = sys.modules.get("sklearn.exceptions")
     return NotFittedError(message) if sklearn is None else _shared_error(sklearn.NotFittedError)(message)
+
+
+def _no_labels(estimator: ClusteringEstimator) -> NotFittedError:
+    if not estimator.__sklearn_is_fitted__():
+        return not_fitted(estimator, "fit")
+    # A stream keeps a part of its tokens only.
+    return not_fitted(estimator, "fit, or predict with the tokens,", "keeps no labels of partial_fit")
 
 
 @cache

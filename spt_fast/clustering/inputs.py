@@ -76,31 +76,49 @@ def check_width(tokens: Tensor, expected: int, estimator: str) -> None:
 
 
 def as_weights(
-    sample_weight: ArrayLike | None, shape: tuple[int, ...], device: torch.device
+    sample_weight: ArrayLike | None,
+    shape: tuple[int, ...],
+    device: torch.device,
+    leading: tuple[int, ...] | None = None,
 ) -> Tensor | None:
-    """Weights as float32 [G, M]: finite, none negative, not all of a group zero."""
+    """Weights as float32 [G, M], which is `shape`: finite, none negative, not all of a group zero.
+
+    They may come as [G, M], where G is 1 as [M], and in the shape `leading` of the tokens that they are for.
+    """
     if sample_weight is None:
         return None
     weights = as_tokens(sample_weight, device, "sample_weight").float()
-    if weights.numel() != torch.Size(shape).numel():
-        raise ValueError(f"sample_weight must be {list(shape)}, got {list(weights.shape)}")
+    allowed = dict.fromkeys([shape[1:], shape] if shape[0] == 1 else [shape])
+    if leading is not None:
+        allowed[leading] = None
+    if tuple(weights.shape) not in allowed:
+        words = " or ".join(str(list(form)) for form in allowed)
+        raise ValueError(f"sample_weight must be {words}, a weight for each token, got {list(weights.shape)}")
     weights = weights.reshape(shape)
     bad = ~(torch.isfinite(weights) & (weights >= 0))
     if bool(bad.any()):
-        raise ValueError(f"sample_weight must be finite and >= 0, got {float(weights[bad][0])}")
+        raise ValueError(f"sample_weight must be finite in float32 and >= 0, got {float(weights[bad][0])}")
     if not bool((weights > 0).any(dim=-1).all()):
-        raise ValueError("sample_weight must hold at least one weight above 0 per group, got only zeros")
+        raise ValueError(
+            "sample_weight must hold at least one weight above 0 per group, got only zeros in float32"
+        )
     return weights
 
 
 def raise_non_finite(tokens: Tensor) -> None:
-    """Raise the error that names the first row of [..., D] that is not finite, or too large to square."""
+    """Raise the error that names the first row of [..., D] that is not finite, or too large to square.
+
+    `tokens` may have been converted to float32, in which large float64 numbers are infinite.
+    """
     rows = tokens.reshape(-1, tokens.shape[-1])
     for start in range(0, len(rows), 4096):
         bad = ~torch.isfinite(rows[start : start + 4096]).all(dim=1)
         if bool(bad.any()):
             row = start + int(bad.nonzero()[0, 0])
-            raise NonFiniteError(f"X must be finite, but row {row} holds NaN or infinity", row)
+            raise NonFiniteError(
+                f"X must be finite in float32, but row {row} holds NaN, infinity or numbers beyond that",
+                row,
+            )
     row = int(rows.float().abs().amax(dim=1).argmax())
     raise NonFiniteError(f"X must be small enough to be squared in float32, but row {row} is not", row)
 

@@ -86,7 +86,7 @@ class KMeans(ClusteringEstimator):
             X: [M, D] (one group) or [G, M, D]; float32, float16 or bfloat16 are read in place, memory
                 maps too; other real dtypes are converted to float32.
             y: ignored; pipelines pass it.
-            sample_weight: a weight >= 0 for each token, or None: one.
+            sample_weight: a weight >= 0 for each token, [M] or [G, M]; None: one.
 
         Raises:
             NonFiniteError: X holds NaN or infinity.
@@ -114,7 +114,7 @@ class KMeans(ClusteringEstimator):
             results.append(min(runs, key=lambda run: run.inertia))
             totals.append(total)
         self._fitted = _collect(results, torch.tensor(totals, dtype=torch.float64))
-        self._remember(X, tokens)
+        self._remember(X, tokens, self._fitted)
         warn_of_empty_clusters(self._fitted)
         return self
 

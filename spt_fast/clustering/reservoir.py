@@ -8,6 +8,8 @@ from torch import Tensor
 from spt_fast.clustering.weighted import WeightedTokens, mean_of
 from spt_fast.distributed import Processes
 
+FIRST_ROWS = 32_768  # Room from the start; more is made as tokens come, for they may be few.
+
 
 class PriorityReservoir:
     """Priority sampling (Duffield, Lund and Thorup, 2007) of up to `capacity` tokens.
@@ -25,10 +27,11 @@ class PriorityReservoir:
         self._generator = generator
         self._threshold = torch.inf  # tau
         self._size = 0
-        self._tokens = torch.empty(capacity, width, dtype=dtype, device=device)
-        self._keys = torch.empty(capacity, dtype=torch.float64, device=device)
-        self._importance = torch.empty(capacity, dtype=torch.float64, device=device)
-        self._weights = torch.empty(capacity, dtype=torch.float64, device=device)  # that the tokens came with
+        rows = min(capacity, FIRST_ROWS)
+        self._tokens = torch.empty(rows, width, dtype=dtype, device=device)
+        self._keys = torch.empty(rows, dtype=torch.float64, device=device)
+        self._importance = torch.empty(rows, dtype=torch.float64, device=device)
+        self._weights = torch.empty(rows, dtype=torch.float64, device=device)  # that the tokens came with
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,6 +100,7 @@ class PriorityReservoir:
     def _make_room(self, new_keys: Tensor) -> tuple[Tensor, Tensor]:
         """Which of the new keys stay (indices), and the slots that they take; lowers the threshold."""
         size, fresh = self._size, len(new_keys)
+        self._grow_to(min(size + fresh, self.capacity))
         free = self.capacity - size
         if fresh <= free:
             self._size += fresh
@@ -109,6 +113,17 @@ class PriorityReservoir:
         slots = torch.cat([vacated, torch.arange(size, self.capacity, device=keys.device)])
         self._size = self.capacity
         return kept, slots[: len(kept)]
+
+    def _grow_to(self, rows: int) -> None:
+        """Room for so many tokens. Doubled at least, so that each is copied once on average."""
+        held = len(self._keys)
+        if rows > held:
+            rows = min(self.capacity, max(rows, 2 * held))
+            for name in ("_tokens", "_keys", "_importance", "_weights"):
+                old = getattr(self, name)
+                new = old.new_empty(rows, *old.shape[1:])
+                new[: self._size] = old[: self._size]
+                setattr(self, name, new)
 
     def _write(
         self, slots: Tensor, tokens: Tensor, rows: Tensor, keys: Tensor, importance: Tensor, weights: Tensor

@@ -123,7 +123,7 @@ class StreamingKMeans(ClusteringEstimator):
     Args:
         n_clusters: K.
         n_groups: G independent problems, one per layer, that share K.
-        capacity: tokens kept per group; None = max(20_000, 500 * n_clusters). Memory: G * capacity * D.
+        capacity: tokens kept per group; None = max(20_000, 500 * n_clusters). Memory: up to G * capacity * D.
         seed: the same seed and the same batches give the same result, on any number of threads; None: 0.
         random_state: scikit-learn's name for `seed`.
         backend: "auto", "native" (compiled) or "reference" (plain PyTorch).
@@ -131,8 +131,8 @@ class StreamingKMeans(ClusteringEstimator):
     Attributes:
         cluster_centers_, counts_, inertia_, n_iter_: the solution for `n_clusters`; counts and
             inertia are estimates from the reservoir, exact while nothing was dropped.
-        labels_: after `fit` only, of its X.
-        n_seen_: tokens seen by each group, int64 [G].
+        labels_: after `fit` only, of its X and the `n_clusters` of then.
+        n_seen_: tokens seen by each group, int64 [G], a torch tensor always.
     """
 
     _streams: list[_TokenStream | None] | None = None
@@ -170,7 +170,7 @@ class StreamingKMeans(ClusteringEstimator):
                 place also when its leading dimensions are strided. float32, float16 or bfloat16, the
                 same in every batch; other real dtypes are converted to float32.
             y: ignored; pipelines pass it.
-            sample_weight: a weight >= 0 for each token, or None: one.
+            sample_weight: a weight >= 0 for each token, [M], [G, M] or, with `group`, [...]; None: one.
             group: the one group to update; None updates all.
 
         Raises:
@@ -186,7 +186,12 @@ class StreamingKMeans(ClusteringEstimator):
         for stream in streams:
             if stream is not None:
                 check_width(batches[0], stream.width, type(self).__name__)
-        weights = as_weights(sample_weight, (len(groups), batches[0].shape[:-1].numel()), batches[0].device)
+        weights = as_weights(
+            sample_weight,
+            (len(groups), batches[0].shape[:-1].numel()),
+            batches[0].device,
+            leading=None if group is None else tuple(np.shape(X)[:-1]),
+        )
         updates = []
         for i, (g, batch) in enumerate(zip(groups, batches, strict=True)):
             weight = None if weights is None else weights[i]
@@ -212,16 +217,18 @@ class StreamingKMeans(ClusteringEstimator):
         check_enough(tokens.shape[1], self.n_clusters)
         fresh = type(self)(**self.get_params()).partial_fit(tokens, sample_weight=sample_weight)
         self._streams, self._solved = fresh._streams, fresh.solve()
-        self._remember(X, tokens)
+        self._remember(X, tokens, self._solved)
         warn_of_empty_clusters(self._solved)
         return self
 
     def solve(self, n_clusters: int | None = None) -> Clustering:
         """Centres for `n_clusters` (None: the estimator's own) from what was seen so far."""
-        if n_clusters is not None and n_clusters != self.n_clusters:
+        own = self._settings().n_clusters
+        if n_clusters is not None and n_clusters != own:
             return self.summary().solve(n_clusters)
-        if self._solved is None:
-            self._solved = self.summary().solve(self._settings().n_clusters)
+        # `n_clusters` may have been set anew since.
+        if self._solved is None or self._solved.centers.shape[1] != own:
+            self._solved = self.summary().solve(own)
         return self._solved
 
     def summary(self) -> Summary:
