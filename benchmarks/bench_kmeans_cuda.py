@@ -3,10 +3,11 @@
     python -m benchmarks.bench_kmeans_cuda                       M = 1,060,000, D = 768, bfloat16 and float32
     python -m benchmarks.bench_kmeans_cuda --device cpu --rows 2000 --rounds 1        tries the script alone
 
-Sides: ours, PyTorch, flash-kmeans where it is installed. All start from the same centres and must reach the
-same inertia within 1 % (bfloat16 sums of peers are coarse) before anything is timed. "copy" copies the
-tokens, and its rate counts reading and writing; "of copy" is the rate at which a side goes through the tokens
-once per iteration, over that rate. Limits: never run on a GPU yet.
+Sides: ours, PyTorch, flash-kmeans where it is installed, and faiss where it sees a GPU (on the CPU, where it
+is installed). faiss takes float32 tokens from host memory, whose way to the GPU is in its time. All start
+from the same centres and must reach the same inertia within 1 % (bfloat16 sums of peers are coarse) before
+anything is timed. "copy" copies the tokens, and its rate counts reading and writing; "of copy" is the rate at
+which a side goes through the tokens once per iteration, over that rate. Limits: never run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.bench_kmeans import available, make_tokens, measure, one_pass
+from benchmarks.bench_kmeans import available, faiss_kmeans, make_tokens, measure, one_pass
 from spt_fast.clustering.lloyd import lloyd
 from spt_fast.clustering.weighted import WeightedTokens, mean_of
 from spt_fast.ops.kmeans import assign_accumulate
@@ -60,7 +61,22 @@ def make_sides(tokens: Tensor, starts: Tensor, iterations: int) -> dict[str, Sid
     }
     if tokens.is_cuda and available("flash_kmeans"):
         sides["flash_kmeans"] = lambda: flash_kmeans(tokens, starts, iterations)
+    if available("faiss") and (gpus := faiss_gpus(tokens)) is not None:
+        on_host = tokens.float().cpu(), starts.cpu()
+        sides["faiss"] = lambda: faiss_kmeans(*on_host, iterations, gpus)[0].to(tokens.device)
     return sides
+
+
+def faiss_gpus(tokens: Tensor) -> int | None:
+    """How many GPUs faiss is to use beside ours on `tokens`; None where it lacks the one it would need."""
+    import faiss
+
+    if not tokens.is_cuda:
+        return 0
+    if faiss.get_num_gpus():
+        return 1
+    print("faiss is left out: it sees no GPU")
+    return None
 
 
 def check(sides: dict[str, Side], tokens: Tensor) -> None:
