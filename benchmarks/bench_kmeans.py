@@ -92,11 +92,14 @@ def scikit_learn(tokens: Tensor, starts: Tensor, iterations: int, algorithm: str
     return torch.from_numpy(model.cluster_centers_), model.n_iter_
 
 
-def faiss_cpu(tokens: Tensor, starts: Tensor, iterations: int) -> tuple[Tensor, int]:
+def faiss_kmeans(tokens: Tensor, starts: Tensor, iterations: int, gpus: int = 0) -> tuple[Tensor, int]:
+    """Tokens and starts are float32 in host memory, also for GPUs: faiss copies them there itself."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
-    model = faiss.Kmeans(tokens.shape[1], len(starts), niter=iterations, max_points_per_centroid=len(tokens))
+    model = faiss.Kmeans(
+        tokens.shape[1], len(starts), niter=iterations, max_points_per_centroid=len(tokens), gpu=gpus
+    )
     model.train(tokens.numpy(), init_centroids=starts.numpy())
     return torch.from_numpy(model.centroids), iterations
 
@@ -146,7 +149,7 @@ def make_sides(tokens: Tensor, starts: Tensor, workload: str) -> dict[str, Side]
     if workload == "pass":
         mean = mean_of(tokens, None)
         sides["spt_fast"] = lambda: one_pass(tokens, starts, mean)
-    peers = {"faiss": faiss_cpu, "superkmeans": superkmeans, "fast_pytorch_kmeans": fast_pytorch_kmeans}
+    peers = {"faiss": faiss_kmeans, "superkmeans": superkmeans, "fast_pytorch_kmeans": fast_pytorch_kmeans}
     for module, peer in peers.items():
         if available(module):
             sides[module] = lambda peer=peer: peer(tokens, starts, iterations)

@@ -156,15 +156,18 @@ class NMITracker:
     ) -> None:
         """Write one line per step and block (from 1): step,layer,nmi, and `run` in a fourth column if given.
 
-        A collective like `history`, and raises what that raises; process 0 writes.
+        A collective like `history`, and raises what that raises; process 0 writes. What stops it there is
+        raised by the others, too.
 
         Raises:
             FileExistsError: there is such a file, and not `overwrite`.
             FileNotFoundError: the folder does not exist.
         """
-        writes = find_processes(None).rank == 0
-        if writes:
-            check_output_path(path, overwrite=overwrite)
+        processes = find_processes(None)
+        writes = processes.rank == 0
+        with processes.together():
+            if writes:
+                check_output_path(path, overwrite=overwrite)
         steps, values = self.history()
         if not writes:
             return
@@ -183,11 +186,13 @@ class NMITracker:
         A collective like `history`, and raises what that raises; process 0 writes, others may pass None.
         To watch while training, give `callback` a function that calls `writer.add_scalar`.
         """
-        writes = find_processes(None).rank == 0
-        if writes and not callable(getattr(writer, "add_scalar", None)):
-            raise TypeError(
-                f"writer must have `add_scalar`, as a SummaryWriter has, got {type(writer).__name__}"
-            )
+        processes = find_processes(None)
+        writes = processes.rank == 0
+        with processes.together():
+            if writes and not callable(getattr(writer, "add_scalar", None)):
+                raise TypeError(
+                    f"writer must have `add_scalar`, as a SummaryWriter has, got {type(writer).__name__}"
+                )
         steps, values = self.history()
         if writes:
             for step, row in zip(steps, values.tolist(), strict=True):

@@ -331,6 +331,13 @@ def test_emulated_screen_keeps_float16_centres_of_any_size(emulated, scale):
     assert_matches_reference(given, tokens, centers, None, None)
 
 
+@pytest.mark.parametrize("num_centers", [20, 100], ids=["one-read", "two-reads"])
+def test_emulated_cuda_matches_reference_at_the_width_of_a_vit(emulated, num_centers):
+    # One tile of 32 tokens and a part of one; all columns that a warp can own.
+    problem = make_problem(1, 3, 15, 1, 768, num_centers, BF16, False)
+    assert_matches_reference(run_emulated(emulated, *problem), *problem)
+
+
 @pytest.mark.parametrize("shared", [A100_SHARED, SMALL_SHARED])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_emulated_cuda_serves_gpus_with_less_shared_memory(emulated, shared, dtype):
