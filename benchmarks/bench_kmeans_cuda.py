@@ -3,8 +3,9 @@
     python -m benchmarks.bench_kmeans_cuda                       M = 1,060,000, D = 768, bfloat16 and float32
     python -m benchmarks.bench_kmeans_cuda --device cpu --rows 2000 --rounds 1        tries the script alone
 
-Sides: ours (also "screened", on Hopper, where that path serves), PyTorch, flash-kmeans where it is installed, and faiss where it sees a GPU (on the CPU, where it
-is installed). faiss takes float32 tokens from host memory, whose way to the GPU is in its time. All start
+Sides: ours (also "screened", on Hopper, where that path serves), PyTorch, flash-kmeans where it is installed,
+and faiss where it sees a GPU (on the CPU, where it is installed). faiss takes float32 tokens from host
+memory, whose way to the GPU is in its time. All start
 from the same centres and must reach the same inertia within 1 % (bfloat16 sums of peers are coarse) before
 anything is timed. "copy" copies the tokens, and its rate counts reading and writing; "of copy" is the rate at
 which a side goes through the tokens once per iteration, over that rate. Limits: never run on a GPU yet.

@@ -89,7 +89,7 @@ def exchange_band(tokens: Tensor, centers: Tensor, shift: Tensor | None) -> Tens
     shift = shift.double()
     lengths: Tensor = torch.linalg.vector_norm(tokens.double() - shift[:, None], dim=2)
     lengths = lengths + 2.0**-14 * torch.linalg.vector_norm(shift, dim=1, keepdim=True)
-    longest = torch.linalg.vector_norm(centers.double() - shift[:, None], dim=2).amax(1, keepdim=True)
+    longest: Tensor = torch.linalg.vector_norm(centers.double() - shift[:, None], dim=2).amax(1, keepdim=True)
     return longest * lengths * (2.0**-15 * 1.01 * math.sqrt(blocks))
 
 

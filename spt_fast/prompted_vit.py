@@ -33,6 +33,7 @@ from spt_fast.errors import NonFiniteError
 from spt_fast.files import read_safetensors, write_safetensors
 from spt_fast.loan import Loan, classifiers, placement, separate_head
 from spt_fast.ops.nmi import sigmoid_nmi
+from spt_fast.randomness import seeded
 from spt_fast.tokens import unwrap
 
 if TYPE_CHECKING:
@@ -173,15 +174,17 @@ class PromptedViT(nn.Module):
         tensors, facts = read_safetensors(path, kind=_FILE_KIND)
         # A head of the size that the model has already is read into a copy of the model's own.
         saved, own = facts.get("num_classes"), getattr(model, "num_classes", None)
-        tuned = cls(
-            model,
-            tensors["prompts"],
-            depth="shallow" if facts["prompt_depth"] == "shallow" else "deep",
-            num_classes=None if saved is None or saved == str(own) else int(saved),
-            engine=engine,
-            pool_prompts=facts["pool_prompts"] == "True",
-            weight_dtype=weight_dtype,
-        )
+        # What a new head is drawn from does not matter, and the caller's random state shall not notice.
+        with seeded(0):
+            tuned = cls(
+                model,
+                tensors["prompts"],
+                depth="shallow" if facts["prompt_depth"] == "shallow" else "deep",
+                num_classes=None if saved is None or saved == str(own) else int(saved),
+                engine=engine,
+                pool_prompts=facts["pool_prompts"] == "True",
+                weight_dtype=weight_dtype,
+            )
         try:
             tuned._take_values(path, tensors, facts)
         except ValueError:
@@ -607,7 +610,8 @@ def _check_block_call(
 def _check_class_names(names: Sequence[str] | None, num_classes: int | None) -> None:
     if names is None:
         return
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    is_sequence = isinstance(names, Sequence) and not isinstance(names, str)
+    if not is_sequence or not all(isinstance(name, str) for name in names):
         raise ValueError(f"class_names must be a sequence of strings or None, got {names!r}")
     if num_classes is not None and len(names) != num_classes:
         raise ValueError(

@@ -31,6 +31,8 @@ from spt_fast.clustering import StreamingKMeans
 from spt_fast.clustering.out_of_core import OutOfCoreKMeans
 from spt_fast.clustering.reservoir import PriorityReservoir
 from spt_fast.distributed import Processes, find_processes
+from spt_fast.nmi_tracker import NMITracker
+from spt_fast.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes
 from spt_fast.token_store import TokenStore
 
@@ -247,6 +249,13 @@ def different_arguments(_: Path) -> Any:
 @scenario(2)
 def bad_argument_on_rank_0(_: Path) -> Any:
     return build(mine(make_batches()), num_prompts=5 * dist.get_rank())
+
+
+@scenario(2)
+def nmi_file_is_there_already(folder: Path) -> Any:
+    tracker = NMITracker(PromptedViT(make_vit(), 2))
+    (folder / "nmi.csv").touch()
+    return _caught(lambda: tracker.to_csv(folder / "nmi.csv"))
 
 
 @scenario(3)

@@ -213,6 +213,12 @@ def test_bad_argument_on_one_rank_is_an_error_on_all(outcomes: Outcomes) -> None
     assert other == ("ValueError", f"rank 0: {own[1]}")
 
 
+def test_what_keeps_process_0_from_writing_stops_all(outcomes: Outcomes) -> None:
+    own, other = outcomes.of("nmi_file_is_there_already")
+    assert own[0] == "FileExistsError"
+    assert other == ("OSError", f"rank 0: {own[1]}")
+
+
 def test_a_group_may_be_part_of_the_processes(outcomes: Outcomes) -> None:
     first, outside, third = outcomes.of("part_of_the_processes")
     assert_same(first, third)

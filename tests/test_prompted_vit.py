@@ -628,7 +628,15 @@ class TestFiles:
         assert all(parameter.requires_grad for parameter in other.parameters())
         assert other(make_images()).shape == (3, other.num_classes)
 
-    @pytest.mark.parametrize("names", ["abcd", ["a", "b"], ["a", "b", "c", 4]])
+    def test_from_file_leaves_the_random_state_alone(self, tuned: PromptedViT, tmp_path: Path) -> None:
+        path = tmp_path / "tuned.safetensors"
+        tuned.save(path)
+        other = make_vit(num_classes=tuned.num_classes + 1)
+        before = torch.get_rng_state()
+        PromptedViT.from_file(path, other)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize("names", ["abcd", ["a", "b"], ["a", "b", "c", 4], 5])
     def test_class_names_that_do_not_fit_are_refused(
         self, names: Any, tuned: PromptedViT, tmp_path: Path
     ) -> None:
