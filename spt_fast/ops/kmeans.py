@@ -108,8 +108,8 @@ class PrunedParts:
     """`PrunedAssign` over tokens that come in parts; a part without a token to be read need not come.
 
     A pass is `begin`, `add` for each part that it asks for, and `end`. A part is always the same tokens. How
-    they are cut changes no label, but the last bits of the sums. Where `can_prune` only. Holds 18 bytes a
-    token (14 and 4 for each of the largest part) and 4 more for every 16 centres.
+    they are cut changes no label, but the last bits of the sums. Where `can_prune` only. Holds 14 bytes a
+    token, 4 more for every 16 centres (12 without AVX2), and 4 for each token of the largest part.
     """
 
     def __init__(
