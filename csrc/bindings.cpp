@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kmeans.h"
 
@@ -117,27 +118,42 @@ void bind_pruned_cpu(py::module_& module) {
       .def_readonly("changed", &PrunedPass::changed)
       .def_readonly("fresh", &PrunedPass::fresh);
   py::class_<PrunedAssignCpu>(module, "PrunedAssignCpu")
-      .def(py::init([](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes,
-                       std::array<int64_t, 3> strides, std::uintptr_t shift, std::uintptr_t weights,
+      .def(py::init([](const std::vector<int64_t>& part_rows, int64_t width, std::uintptr_t shift,
                        int64_t num_centers, const std::string& isa) {
-             require(sizes[0] == 1, "tokens must be one group");
+             for (int64_t rows : part_rows) require(rows >= 1, "parts must not be empty");
+             require(width >= 1, "width must be at least 1");
              require(num_centers >= 1, "num_centers must be at least 1");
-             return std::make_unique<PrunedAssignCpu>(
-                 make_view(data, dtype, sizes, strides), pointer<const float>(shift),
-                 pointer<const float>(weights), num_centers, isa);
+             return std::make_unique<PrunedAssignCpu>(part_rows, width, pointer<const float>(shift),
+                                                      num_centers, isa);
            }),
-           py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"),
-           py::arg("shift"), py::arg("weights"), py::arg("num_centers"), py::arg("isa"))
+           py::arg("part_rows"), py::arg("width"), py::arg("shift"), py::arg("num_centers"),
+           py::arg("isa"))
       .def(
-          "assign",
-          [](PrunedAssignCpu& self, std::uintptr_t centers, std::uintptr_t sums,
-             std::uintptr_t counts, int num_threads) {
-            require(centers && sums && counts, "centers, sums and counts must have an address");
+          "begin",
+          [](PrunedAssignCpu& self, std::uintptr_t centers, int num_threads) {
+            require(centers, "centers must have an address");
             py::gil_scoped_release release;
-            return self.assign(pointer<const float>(centers), pointer<double>(sums),
-                               pointer<double>(counts), num_threads);
+            return self.begin(pointer<const float>(centers), num_threads);
           },
-          py::arg("centers"), py::arg("sums"), py::arg("counts"), py::arg("num_threads"))
+          py::arg("centers"), py::arg("num_threads"))
+      .def(
+          "add",
+          [](PrunedAssignCpu& self, int64_t part, std::uintptr_t data, int dtype,
+             std::array<int64_t, 4> sizes, std::array<int64_t, 3> strides, std::uintptr_t weights,
+             int num_threads) {
+            const TokenView tokens = make_view(data, dtype, sizes, strides);
+            py::gil_scoped_release release;
+            self.add(part, tokens, pointer<const float>(weights), num_threads);
+          },
+          py::arg("part"), py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"),
+          py::arg("weights"), py::arg("num_threads"))
+      .def(
+          "end",
+          [](PrunedAssignCpu& self, std::uintptr_t sums, std::uintptr_t counts) {
+            require(sums && counts, "sums and counts must have an address");
+            return self.end(pointer<double>(sums), pointer<double>(counts));
+          },
+          py::arg("sums"), py::arg("counts"))
       .def("labels", &PrunedAssignCpu::labels);
 }
 

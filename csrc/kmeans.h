@@ -73,18 +73,27 @@ struct PrunedPass {
 };
 
 // Assign-and-accumulate over the same tokens again and again while the centres move little: tokens
-// whose centre cannot have changed are not read. Labels are bit for bit those of
-// assign_accumulate_cpu; sums and counts are in float64 throughout. See kmeans_cpu_pruned.cpp.
+// whose centre cannot have changed are not read. The tokens of one group come in parts, which need
+// not be in memory together. Labels are bit for bit those of assign_accumulate_cpu; sums and counts
+// are in float64 throughout. Results do not depend on the number of threads, but the last bits of
+// the sums do on how the tokens are cut. See kmeans_cpu_pruned.cpp.
 class PrunedAssignCpu {
  public:
-  // One group of tokens. What the pointers show (shift [D] or null, weights [M] or null) must
-  // outlive the object and stay as it is. Throws std::invalid_argument on a bad isa.
-  PrunedAssignCpu(const TokenView& tokens, const float* shift, const float* weights,
+  // Parts of `part_rows` >= 1 tokens. `shift` [D], or null, is copied. Throws std::invalid_argument
+  // on a bad isa.
+  PrunedAssignCpu(const std::vector<int64_t>& part_rows, int64_t width, const float* shift,
                   int64_t num_centers, const std::string& isa);
   ~PrunedAssignCpu();
 
-  // IN centers [K, D]; OUT sums [K, D], counts [K]. Results do not depend on `num_threads`.
-  PrunedPass assign(const float* centers, double* sums, double* counts, int num_threads);
+  // Starts a pass: IN centers [K, D]. Returns the parts that have to be read, ascending.
+  const std::vector<int64_t>& begin(const float* centers, int num_threads);
+
+  // The next of these parts: one group of tokens and their weights (or null), the same in every
+  // pass. Throws std::invalid_argument if it is another part, or of another size.
+  void add(int64_t part, const TokenView& tokens, const float* weights, int num_threads);
+
+  // Ends a pass: OUT sums [K, D], counts [K]. Throws std::invalid_argument if a part is missing.
+  PrunedPass end(double* sums, double* counts);
 
   const std::vector<int32_t>& labels() const;  // [M], of the last pass
 

@@ -35,13 +35,13 @@ struct SlotTotals {
 
 class Assignment {
  public:
-  Assignment(const AssignArgs& args, const CpuKernels& kernels, BoundedPass* bounded)
+  Assignment(const AssignArgs& args, const CpuKernels& kernels, const PackedGroups& centers,
+             BoundedPass* bounded)
       : args_(args),
         kernels_(kernels),
+        centers_(centers),
         bounded_(bounded),
         partition_(args.tokens.groups, args.tokens.rows()),
-        packed_(kernels, args.centers, args.shift, args.tokens.groups, args.num_centers,
-                args.tokens.width),
         totals_(args.tokens.groups * partition_.slots) {
     const int64_t per_slot = center_floats() + args.num_centers;
     storage_.reset(new double[per_slot * totals_.size()]);  // zeroed by the thread that uses it
@@ -89,7 +89,7 @@ class Assignment {
     const int64_t rows = partition_.rows;
     AssignChunk chunk;
     chunk.tokens = tokens_of_group(args_.tokens, args_.shift, group);
-    chunk.centers = packed_.group(group);
+    chunk.centers = centers_.group(group);
     chunk.begin = partition_.begin(c);
     chunk.end = partition_.end(c);
     chunk.weights = offset_or_null(args_.weights, group * rows);
@@ -125,9 +125,9 @@ class Assignment {
 
   const AssignArgs& args_;
   const CpuKernels& kernels_;
+  const PackedGroups& centers_;
   BoundedPass* bounded_;
   Partition partition_;
-  PackedGroups packed_;
   std::vector<SlotTotals> totals_;
   std::unique_ptr<double[]> storage_;
 };
@@ -170,13 +170,16 @@ PackedGroups::PackedGroups(const CpuKernels& kernels, const float* centers, cons
   }
 }
 
-void assign_pass(const AssignArgs& args, const CpuKernels& kernels, int num_threads,
-                 BoundedPass* bounded) {
-  Assignment(args, kernels, bounded).run(num_threads);
+void assign_pass(const AssignArgs& args, const CpuKernels& kernels, const PackedGroups& centers,
+                 int num_threads, BoundedPass* bounded) {
+  Assignment(args, kernels, centers, bounded).run(num_threads);
 }
 
 void assign_accumulate_cpu(const AssignArgs& args, int num_threads, const std::string& isa) {
-  assign_pass(args, choose_kernels(isa), num_threads, nullptr);
+  const CpuKernels& kernels = choose_kernels(isa);
+  const PackedGroups centers(kernels, args.centers, args.shift, args.tokens.groups,
+                             args.num_centers, args.tokens.width);
+  assign_pass(args, kernels, centers, num_threads, nullptr);
 }
 
 void distances_cpu(const DistanceArgs& args, int num_threads, const std::string& isa) {

@@ -59,8 +59,9 @@ struct BoundedPass {
   int64_t changed = 0;  // OUT labels that are new
 };
 
-// One pass over all tokens. With `bounded` the one group's sums stay in shifted coordinates.
-void assign_pass(const AssignArgs& args, const CpuKernels& kernels, int num_threads,
-                 BoundedPass* bounded);
+// One pass over all tokens; `centers` are those of `args`, in the wide layout. With `bounded` the
+// one group's sums stay in shifted coordinates.
+void assign_pass(const AssignArgs& args, const CpuKernels& kernels, const PackedGroups& centers,
+                 int num_threads, BoundedPass* bounded);
 
 }  // namespace spt_fast

@@ -19,8 +19,13 @@
 // which is 1e-7 of it, float32's own rounding of a centre, after 1e9 of them. A pass that reads
 // (almost) everything anyway makes them anew. The inertia follows from sums, counts and norms:
 // sum w|x|^2 - 2 c.S + n|c|^2, in float64.
+//
+// Bounds, norms and labels are kept for all tokens, which themselves come in parts: the bounds tell
+// before a pass which parts hold a token that must be read. What is read is corrected for, part by
+// part, so that the order of the tokens is the order of the corrections, however they are cut.
 #include <cmath>
 #include <cstddef>
+#include <stdexcept>
 
 #include "kmeans_cpu_driver.h"
 #include "parallel.h"
@@ -57,62 +62,129 @@ struct GroupDrift {
   float of_others(int32_t center) const { return center == farthest ? second : largest; }
 };
 
+// Where a part lies among all tokens and all chunks.
+struct Part {
+  int64_t first_row, first_chunk;
+  Partition partition;
+};
+
+// A part that is at hand; everything counts from its first token.
+struct LoadedPart {
+  TokenView view;
+  GroupTokens tokens;
+  const float* weights;
+  TokenBounds bounds;
+
+  double weight(int64_t m) const { return weights ? weights[m] : 1.f; }
+};
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
 }  // namespace
 
 class PrunedAssignCpu::Passes {
  public:
-  Passes(const TokenView& tokens, const float* shift, const float* weights, int64_t num_centers,
-         const std::string& isa)
+  Passes(const std::vector<int64_t>& part_rows, int64_t width, const float* shift,
+         int64_t num_centers, const std::string& isa)
       : kernels_(choose_kernels(isa)),
-        view_(tokens),
-        tokens_(tokens_of_group(view_, shift, 0)),
-        weights_(weights),
         num_centers_(num_centers),
-        width_(tokens.width),
+        width_(width),
         bound_groups_((num_centers + kernels_.bound_group - 1) / kernels_.bound_group),
-        partition_(1, tokens.rows()),
-        labels_(tokens.rows(), -1),
-        norms_(new float[tokens.rows()]),
-        upper_(new float[tokens.rows()]),
-        lower_(new float[tokens.rows() * bound_groups_]),
-        rows_(new uint16_t[tokens.rows()]),
-        before_(new int32_t[tokens.rows()]),
-        per_chunk_(partition_.chunks),
-        positions_(num_centers * width_),
-        sums_(num_centers * width_),
+        shift_(shift, shift ? shift + width : shift),
+        unit_error_(2.f * static_cast<float>(width + 16) / (1 << 24)),
+        positions_(num_centers * width),
+        sums_(num_centers * width),
         counts_(num_centers),
-        members_(num_centers),
-        last_changed_(tokens.rows()) {
-    bounds_.labels = labels_.data();
-    bounds_.norms = norms_.get();
-    bounds_.upper = upper_.get();
-    bounds_.lower = lower_.get();
-    bounds_.unit_error = 2.f * static_cast<float>(width_ + 16) / (1 << 24);
+        part_sums_(num_centers * width),
+        part_counts_(num_centers),
+        members_(num_centers) {
+    int64_t most_rows = 0;
+    for (int64_t rows : part_rows) {
+      parts_.push_back({num_rows_, static_cast<int64_t>(chunk_begins_.size()), {1, rows}});
+      for (int64_t chunk = 0; chunk < parts_.back().partition.chunks; ++chunk) {
+        chunk_begins_.push_back(num_rows_ + parts_.back().partition.begin(chunk));
+      }
+      num_rows_ += rows;
+      most_rows = std::max(most_rows, rows);
+    }
+    chunk_begins_.push_back(num_rows_);
+    per_chunk_.resize(chunk_begins_.size() - 1);
+    labels_.assign(num_rows_, -1);
+    norms_.reset(new float[num_rows_]);
+    upper_.reset(new float[num_rows_]);
+    lower_.reset(new float[num_rows_ * bound_groups_]);
+    rows_.reset(new uint16_t[num_rows_]);
+    before_.reset(new int32_t[most_rows]);
+    last_changed_ = num_rows_;
   }
 
-  PrunedPass assign(const float* centers, double* sums, double* counts, int num_threads) {
+  const std::vector<int64_t>& begin(const float* centers, int num_threads) {
     const std::vector<float> drifts = place_centers(centers);
-    PrunedPass pass;
-    pass.fresh = true;
-    if (bounded_) {
-      pass.evaluated = scan(drifts, num_threads);
-      pass.fresh = pass.evaluated + kReadsOfChanged * last_changed_ > partition_.rows;
+    const bool abandoned = !ended_;  // the sums of the pass before are not whole
+    ended_ = false;
+    pass_ = PrunedPass();
+    pass_.fresh = true;
+    if (bounded_ && !abandoned) {
+      pass_.evaluated = scan(drifts, num_threads);
+      pass_.fresh = pass_.evaluated + kReadsOfChanged * last_changed_ > num_rows_;
     }
-    if (pass.fresh) {
-      pass.evaluated = partition_.rows;
-      pass.changed = start_afresh(centers, num_threads);
-    } else {
-      pass.changed = correct(centers, num_threads);
+    if (pass_.fresh) start_afresh();
+    packed_.reset(new PackedGroups(kernels_, centers, shift(), 1, num_centers_, width_,
+                                   pass_.fresh ? Layout::kWide : Layout::kGrouped));
+    next_ = 0;
+    wanted_.clear();
+    for (size_t p = 0; p < parts_.size(); ++p) {
+      if (pass_.fresh || holds_failed(parts_[p])) wanted_.push_back(static_cast<int64_t>(p));
     }
-    last_changed_ = pass.changed;
+    return wanted_;
+  }
+
+  void add(int64_t index, const TokenView& view, const float* weights, int num_threads) {
+    require(!ended_ && next_ < wanted_.size() && wanted_[next_] == index,
+            "parts must be added in the order in which begin() lists them");
+    const Part& part = parts_[index];
+    require(view.groups == 1 && view.width == width_ && view.rows() == part.partition.rows,
+            "tokens must be one group of as many and as wide tokens as the part has");
+    ++next_;
+    const LoadedPart loaded = {view, tokens_of_group(view, shift(), 0), weights, bounds_of(part)};
+    pass_.changed += pass_.fresh ? assign(loaded, num_threads) : correct(part, loaded, num_threads);
+  }
+
+  PrunedPass end(double* sums, double* counts) {
+    require(!ended_ && next_ == wanted_.size(),
+            "all parts that begin() lists must be added before end()");
+    ended_ = true;
+    last_changed_ = pass_.changed;
     write_sums(sums, counts);
-    pass.inertia = inertia();
-    return pass;
+    pass_.inertia = inertia();
+    return pass_;
   }
 
   const std::vector<int32_t>& labels() const { return labels_; }
 
  private:
+  const float* shift() const { return shift_.empty() ? nullptr : shift_.data(); }
+
+  TokenBounds bounds_of(const Part& part) {
+    const int64_t first = part.first_row;
+    TokenBounds bounds;
+    bounds.labels = labels_.data() + first;
+    bounds.norms = norms_.get() + first;
+    bounds.upper = upper_.get() + first;
+    bounds.lower = lower_.get() + first * bound_groups_;
+    bounds.unit_error = unit_error_;
+    bounds.largest_norm = largest_norm_;
+    return bounds;
+  }
+
+  bool holds_failed(const Part& part) const {
+    const auto first = per_chunk_.begin() + part.first_chunk;
+    return std::any_of(first, first + part.partition.chunks,
+                       [](int64_t failed) { return failed > 0; });
+  }
+
   // Takes the new centres in; returns how far each has moved at most.
   std::vector<float> place_centers(const float* centers) {
     std::vector<float> drifts(num_centers_);
@@ -121,7 +193,7 @@ class PrunedAssignCpu::Passes {
       double moved = 0., norm = 0.;
       for (int64_t d = 0; d < width_; ++d) {
         float& position = positions_[k * width_ + d];
-        const float next = centers[k * width_ + d] - (tokens_.shift ? tokens_.shift[d] : 0.f);
+        const float next = centers[k * width_ + d] - (shift() ? shift_[d] : 0.f);
         const double step = static_cast<double>(next) - position;
         moved += step * step;
         norm += static_cast<double>(next) * next;
@@ -130,7 +202,7 @@ class PrunedAssignCpu::Passes {
       drifts[k] = static_cast<float>(std::sqrt(moved)) * (1.f + kDriftSlack);
       largest_norm = std::max(largest_norm, norm);
     }
-    bounds_.largest_norm = static_cast<float>(largest_norm) * (1.f + kDriftSlack);
+    largest_norm_ = static_cast<float>(largest_norm) * (1.f + kDriftSlack);
     return drifts;
   }
 
@@ -140,7 +212,7 @@ class PrunedAssignCpu::Passes {
     for (int64_t k = 0; k < num_centers_; ++k) {
       groups[k / kernels_.bound_group].add(static_cast<int32_t>(k), drifts[k]);
     }
-    parallel_for(num_threads, partition_.chunks,
+    parallel_for(num_threads, static_cast<int64_t>(per_chunk_.size()),
                  [&](int64_t chunk, int) { scan_chunk(chunk, drifts, groups); });
     int64_t failed = 0;
     for (int64_t count : per_chunk_) failed += count;
@@ -149,7 +221,7 @@ class PrunedAssignCpu::Passes {
 
   void scan_chunk(int64_t chunk, const std::vector<float>& drifts,
                   const std::vector<GroupDrift>& groups) {
-    const int64_t begin = partition_.begin(chunk), end = partition_.end(chunk);
+    const int64_t begin = chunk_begins_[chunk], end = chunk_begins_[chunk + 1];
     int64_t failed = 0;
     for (int64_t m = begin; m < end; ++m) {
       const int32_t label = labels_[m];
@@ -161,84 +233,97 @@ class PrunedAssignCpu::Passes {
         nearest_other = std::min(nearest_other, lower);
       }
       upper_[m] = upper;
-      const float error = bounds_.unit_error * (norms_[m] + bounds_.largest_norm);
+      const float error = unit_error_ * (norms_[m] + largest_norm_);
       rows_[begin + failed] = static_cast<uint16_t>(m - begin);
       failed += !certainly_farther(nearest_other, upper, error);
     }
     per_chunk_[chunk] = failed;
   }
 
-  // Reads everything: new labels, bounds and sums. Returns how many labels changed.
-  int64_t start_afresh(const float* centers, int num_threads) {
+  // Everything is read: labels, bounds and sums will be new.
+  void start_afresh() {
+    pass_.evaluated = num_rows_;
+    bounded_ = last_changed_ <= kWorthBounding * num_rows_;
+    std::fill(sums_.begin(), sums_.end(), 0.);
+    std::fill(counts_.begin(), counts_.end(), 0.);
+    std::fill(members_.begin(), members_.end(), 0);
+    total_ = 0.;
+  }
+
+  // Reads all of a part. Returns how many labels changed.
+  int64_t assign(const LoadedPart& part, int num_threads) {
     AssignArgs args;
     double inertia;
-    args.tokens = view_;
-    args.centers = centers;
-    args.shift = tokens_.shift;
-    args.weights = weights_;
+    args.tokens = part.view;
+    args.shift = shift();
+    args.weights = part.weights;
     args.num_centers = num_centers_;
-    args.sums = sums_.data();
-    args.counts = counts_.data();
+    args.sums = part_sums_.data();
+    args.counts = part_counts_.data();
     args.inertia = &inertia;
     BoundedPass pass;
-    pass.bounds = bounds_;
-    bounded_ = last_changed_ <= kWorthBounding * partition_.rows;
+    pass.bounds = part.bounds;
     if (!bounded_) pass.bounds.upper = nullptr;
-    assign_pass(args, kernels_, num_threads, &pass);
-    total_ = pass.total;
-    std::fill(members_.begin(), members_.end(), 0);
-    for (int64_t m = 0; m < partition_.rows; ++m) members_[labels_[m]] += has_weight(m);
+    assign_pass(args, kernels_, *packed_, num_threads, &pass);
+    for (size_t i = 0; i < sums_.size(); ++i) sums_[i] += part_sums_[i];
+    for (int64_t k = 0; k < num_centers_; ++k) counts_[k] += part_counts_[k];
+    for (int64_t m = 0; m < part.view.rows(); ++m) {
+      members_[part.bounds.labels[m]] += part.weight(m) > 0.;
+    }
+    total_ += pass.total;
     return pass.changed;
   }
 
-  // Reads the tokens that failed, and corrects the sums. Returns how many labels changed.
-  int64_t correct(const float* centers, int num_threads) {
-    const PackedGroups packed(kernels_, centers, tokens_.shift, 1, num_centers_, width_,
-                              Layout::kGrouped);
-    std::vector<std::vector<float>> scratch(useful_threads(num_threads, partition_.chunks),
-                                            std::vector<float>(kernels_.refine_floats(width_)));
-    parallel_for(num_threads, partition_.chunks, [&](int64_t chunk, int thread) {
-      const int64_t begin = partition_.begin(chunk);
-      uint16_t* rows = rows_.get() + begin;
-      per_chunk_[chunk] =
-          kernels_.refine({tokens_, packed.group(0), begin, rows, per_chunk_[chunk], bounds_,
-                           scratch[thread].data(), rows, before_.get() + begin});
+  // Reads the tokens of a part that failed, and corrects the sums. Returns how many labels changed.
+  int64_t correct(const Part& place, const LoadedPart& part, int num_threads) {
+    const Partition& partition = place.partition;
+    if (static_cast<int>(scratch_.size()) < useful_threads(num_threads, partition.chunks)) {
+      scratch_.resize(useful_threads(num_threads, partition.chunks),
+                      std::vector<float>(kernels_.refine_floats(width_)));
+    }
+    parallel_for(num_threads, partition.chunks, [&](int64_t chunk, int thread) {
+      const int64_t begin = partition.begin(chunk);
+      int64_t& count = per_chunk_[place.first_chunk + chunk];
+      uint16_t* rows = rows_.get() + place.first_row + begin;
+      count = kernels_.refine({part.tokens, packed_->group(0), begin, rows, count, part.bounds,
+                               scratch_[thread].data(), rows, before_.get() + begin});
     });
-    return correct_sums(num_threads);
+    return correct_sums(place, part, num_threads);
   }
 
   // Moves by centre, in the order of the tokens whatever the number of threads.
-  int64_t correct_sums(int num_threads) {
+  int64_t correct_sums(const Part& place, const LoadedPart& part, int num_threads) {
     std::vector<std::vector<int64_t>> moves(num_centers_);
     int64_t changed = 0;
-    for (int64_t chunk = 0; chunk < partition_.chunks; ++chunk) {
-      const int64_t begin = partition_.begin(chunk);
-      changed += per_chunk_[chunk];
-      for (int64_t i = begin; i < begin + per_chunk_[chunk]; ++i) {
-        const int64_t m = begin + rows_[i];
-        moves[before_[i]].push_back(-m - 1);
-        moves[labels_[m]].push_back(m);
-        count_move(m, before_[i], -1);
-        count_move(m, labels_[m], 1);
+    for (int64_t chunk = 0; chunk < place.partition.chunks; ++chunk) {
+      const int64_t begin = place.partition.begin(chunk);
+      const uint16_t* rows = rows_.get() + place.first_row + begin;
+      const int64_t count = per_chunk_[place.first_chunk + chunk];
+      changed += count;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t m = begin + rows[i];
+        const int32_t before = before_[begin + i], label = part.bounds.labels[m];
+        moves[before].push_back(-m - 1);
+        moves[label].push_back(m);
+        count_move(before, part.weight(m), -1);
+        count_move(label, part.weight(m), 1);
       }
     }
-    const int64_t parts = (width_ + kMoveColumns - 1) / kMoveColumns;
-    std::vector<std::vector<float>> scratch(useful_threads(num_threads, num_centers_ * parts),
+    const int64_t strips = (width_ + kMoveColumns - 1) / kMoveColumns;
+    std::vector<std::vector<float>> scratch(useful_threads(num_threads, num_centers_ * strips),
                                             std::vector<float>(kMoveColumns));
-    parallel_for(num_threads, num_centers_ * parts, [&](int64_t task, int thread) {
-      const int64_t k = task / parts, first = task % parts * kMoveColumns;
-      kernels_.move({tokens_, moves[k].data(), static_cast<int64_t>(moves[k].size()), first,
-                     std::min(width_, first + kMoveColumns), weights_, scratch[thread].data(),
+    parallel_for(num_threads, num_centers_ * strips, [&](int64_t task, int thread) {
+      const int64_t k = task / strips, first = task % strips * kMoveColumns;
+      kernels_.move({part.tokens, moves[k].data(), static_cast<int64_t>(moves[k].size()), first,
+                     std::min(width_, first + kMoveColumns), part.weights, scratch[thread].data(),
                      sums_.data() + k * width_});
     });
     return changed;
   }
 
-  bool has_weight(int64_t m) const { return weights_ == nullptr || weights_[m] > 0.f; }
-
-  void count_move(int64_t m, int32_t center, int sign) {
-    counts_[center] += sign * static_cast<double>(weights_ ? weights_[m] : 1.f);
-    members_[center] += has_weight(m) ? sign : 0;
+  void count_move(int32_t center, double weight, int sign) {
+    counts_[center] += sign * weight;
+    members_[center] += weight > 0. ? sign : 0;
   }
 
   // A centre that lost its last token keeps nothing of the rounding.
@@ -251,7 +336,7 @@ class PrunedAssignCpu::Passes {
       }
       counts[k] = counts_[k];
       for (int64_t d = 0; d < width_; ++d) {
-        sums[k * width_ + d] = sum[d] + (tokens_.shift ? counts_[k] * tokens_.shift[d] : 0.);
+        sums[k * width_ + d] = sum[d] + (shift() ? counts_[k] * shift_[d] : 0.);
       }
     }
   }
@@ -271,36 +356,53 @@ class PrunedAssignCpu::Passes {
   }
 
   const CpuKernels& kernels_;
-  const TokenView view_;
-  const GroupTokens tokens_;
-  const float* weights_;
   const int64_t num_centers_, width_, bound_groups_;
-  const Partition partition_;
+  const std::vector<float> shift_;  // [D], or empty: zero
+  const float unit_error_;          // of TokenBounds
+  float largest_norm_ = 0.f;        // of TokenBounds
+
+  int64_t num_rows_ = 0;  // M, of all parts
+  std::vector<Part> parts_;
+  std::vector<int64_t> chunk_begins_;  // first token of each chunk of each part, and M
 
   std::vector<int32_t> labels_;
   std::unique_ptr<float[]> norms_, upper_, lower_;
-  TokenBounds bounds_;
   std::unique_ptr<uint16_t[]> rows_;   // per chunk: tokens that failed, then those that changed
-  std::unique_ptr<int32_t[]> before_;  // per chunk: centres that the latter had
+  std::unique_ptr<int32_t[]> before_;  // of one part, per chunk: centres that the latter had
   std::vector<int64_t> per_chunk_;     // how many
   std::vector<float> positions_;       // [K, D] centres of the last pass, shifted
   std::vector<double> sums_, counts_;  // [K, D] shifted, [K]
-  std::vector<int64_t> members_;       // [K] tokens with a weight above zero
-  double total_ = 0.;                  // weighted sum of the norms
-  int64_t last_changed_;               // labels that the last pass changed
-  bool bounded_ = false;               // the bounds hold for the centres of the last pass
+  std::vector<double> part_sums_, part_counts_;  // of one part
+  std::vector<int64_t> members_;                 // [K] tokens with a weight above zero
+  double total_ = 0.;                            // weighted sum of the norms
+  std::vector<std::vector<float>> scratch_;      // per thread
+
+  int64_t last_changed_ = 0;  // labels that the last pass changed
+  bool bounded_ = false;      // the bounds hold for the centres of the last pass
+
+  PrunedPass pass_;  // the pass under way, or the last one
+  std::unique_ptr<PackedGroups> packed_;
+  std::vector<int64_t> wanted_;  // parts that it has to read
+  size_t next_ = 0;              // of these, how many it has read
+  bool ended_ = true;
 };
 
-PrunedAssignCpu::PrunedAssignCpu(const TokenView& tokens, const float* shift, const float* weights,
-                                 int64_t num_centers, const std::string& isa)
-    : passes_(new Passes(tokens, shift, weights, num_centers, isa)) {}
+PrunedAssignCpu::PrunedAssignCpu(const std::vector<int64_t>& part_rows, int64_t width,
+                                 const float* shift, int64_t num_centers, const std::string& isa)
+    : passes_(new Passes(part_rows, width, shift, num_centers, isa)) {}
 
 PrunedAssignCpu::~PrunedAssignCpu() = default;
 
-PrunedPass PrunedAssignCpu::assign(const float* centers, double* sums, double* counts,
-                                   int num_threads) {
-  return passes_->assign(centers, sums, counts, num_threads);
+const std::vector<int64_t>& PrunedAssignCpu::begin(const float* centers, int num_threads) {
+  return passes_->begin(centers, num_threads);
 }
+
+void PrunedAssignCpu::add(int64_t part, const TokenView& tokens, const float* weights,
+                          int num_threads) {
+  passes_->add(part, tokens, weights, num_threads);
+}
+
+PrunedPass PrunedAssignCpu::end(double* sums, double* counts) { return passes_->end(sums, counts); }
 
 const std::vector<int32_t>& PrunedAssignCpu::labels() const { return passes_->labels(); }
 

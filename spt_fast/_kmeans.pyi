@@ -53,17 +53,20 @@ class PrunedPass:
 
 class PrunedAssignCpu:
     def __init__(
+        self, part_rows: Sequence[int], width: int, shift: int, num_centers: int, isa: str
+    ) -> None: ...
+    def begin(self, centers: int, num_threads: int) -> list[int]: ...
+    def add(
         self,
+        part: int,
         data: int,
         dtype: int,
         sizes: Sequence[int],
         strides: Sequence[int],
-        shift: int,
         weights: int,
-        num_centers: int,
-        isa: str,
+        num_threads: int,
     ) -> None: ...
-    def assign(self, centers: int, sums: int, counts: int, num_threads: int) -> PrunedPass: ...
+    def end(self, sums: int, counts: int) -> PrunedPass: ...
     def labels(self) -> list[int]: ...
 
 # The last two are there only in a module built with CUDA.

@@ -91,9 +91,10 @@ def build_prototypes(
         memory_budget: "exact" only: memory for tokens of this process, in bytes or as text such as "4GiB";
             the others go to a temporary file. It counts tokens on the device and on the host together: on
             CUDA, up to half of the free device memory, then pinned host memory. It does not count the model
-            and its batch, some chunks of 16 MiB (two on the host, on CUDA three on the device), and, while
-            the starts of a layer are drawn, a sample of max(65_536, 256 * num_prompts) of its tokens and
-            its distances.
+            and its batch, some chunks of 16 MiB (two on the host, on CUDA three on the device), while the
+            starts of a layer are drawn a sample of max(65_536, 256 * num_prompts) of its tokens and its
+            distances, and, on the CPU, once they are drawn, bounds: 14 bytes for each token of the layer
+            and 4 more for every 16 prompts (12 without AVX2).
         seed: of everything drawn here. The same seed, batches and machine give the same prototypes.
         last_output: also from the last block's output, which then has to run; for `Prototypes.layer(-1)`.
         process_group: the ranks that take part; None is all of them where torch.distributed is initialised,

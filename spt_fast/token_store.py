@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -143,26 +143,31 @@ class TokenStore:
                 self._file.read(chunk.offset, rows[: chunk.filled])
                 chunk.memory = memory.copy_(rows)
 
-    def sweep(self, layer: int) -> Iterator[Tensor]:
-        """The chunks [m, D] of `layer` in order, on the device; each is good until the next is asked for."""
-        chunks = self._sweep_stored(self._layers[layer])
-        return self._on_device(chunks) if self.device.type == "cuda" else chunks
+    def sweep(self, layer: int, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """The chunks [m, D] of `layer` in order, on the device; each is good until the next is asked for.
 
-    def _sweep_stored(self, here: _Layer) -> Iterator[Tensor]:
+        Only those at the ascending positions `wanted`, if given: the others are not read.
+        """
+        here = self._layers[layer]
+        chunks = here.chunks if wanted is None else [here.chunks[index] for index in wanted]
+        stored = self._sweep_stored(here, chunks)
+        return self._on_device(stored) if self.device.type == "cuda" else stored
+
+    def _sweep_stored(self, here: _Layer, chunks: list[_Chunk]) -> Iterator[Tensor]:
         """The chunks where they are kept; those in the file are read by a thread, one ahead."""
         buffers: list[Tensor] = []
         with ThreadPoolExecutor(1) as reader:
 
             def start(index: int) -> Future[Tensor] | None:
-                if index >= len(here.chunks) or here.chunks[index].memory is not None:
+                if index >= len(chunks) or chunks[index].memory is not None:
                     return None
                 if not buffers:
                     buffers.extend(self._empty_on_host(here) for _ in range(2))
-                chunk = here.chunks[index]
+                chunk = chunks[index]
                 return reader.submit(self._file.read, chunk.offset, buffers[index % 2][: chunk.filled])
 
             ahead = start(0)
-            for index, chunk in enumerate(here.chunks):
+            for index, chunk in enumerate(chunks):
                 current, ahead = ahead, start(index + 1)
                 if current is not None:
                     yield current.result()
@@ -230,7 +235,7 @@ class StoredLayer:
     index: int
 
     def __len__(self) -> int:
-        return sum(chunk.filled for chunk in self.store._layers[self.index].chunks)
+        return sum(self.chunk_rows)
 
     @property
     def width(self) -> int:
@@ -245,9 +250,14 @@ class StoredLayer:
     def device(self) -> torch.device:
         return self.store.device
 
-    def sweep(self) -> Iterator[Tensor]:
+    @property
+    def chunk_rows(self) -> list[int]:
+        """The number of tokens in each chunk."""
+        return [chunk.filled for chunk in self.store._layers[self.index].chunks]
+
+    def sweep(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
         """See `TokenStore.sweep`."""
-        return self.store.sweep(self.index)
+        return self.store.sweep(self.index, wanted)
 
     def rows(self, index: np.ndarray) -> Tensor:
         """The tokens at the ascending positions `index`, [n, D] on the device, by one sweep."""

@@ -127,6 +127,32 @@ def exact_with_empty_clusters(_: Path) -> Any:
 
 
 @scenario(1, 2, 3)
+def exact_with_and_without_pruning(_: Path) -> Any:
+    """Many iterations of two restarts over overlapping clusters; the ranks' chunks are cut differently."""
+    torch.manual_seed(0)
+    tokens = 0.5 * torch.randn(9, 13)[torch.randint(9, (2_503,))] + torch.randn(2_503, 13)
+    starts = torch.stack([tokens[:6], tokens[6:12]])
+    processes = find_processes(None)
+    part = processes.part_of(len(tokens))
+    results: dict[str, Any] = {}
+    with TokenStore(1, 30_000, chunk_bytes=[10_000, 70_000, 100][processes.rank]) as store:
+        store.append(0, tokens[part.start : part.stop])
+        for side in ("pruned", "plain"):
+            fit = OutOfCoreKMeans(
+                store.layer(0),
+                6,
+                np.random.default_rng(0),
+                starts=starts,
+                processes=processes,
+                prune=side == "pruned",
+            )
+            for tol in (1.0, 1e-6):
+                done = fit.run(tol)
+            results |= {f"{side}_{key}": value for key, value in vars(done).items()}
+    return results
+
+
+@scenario(1, 2, 3)
 def stream(_: Path) -> Any:
     return build(mine(make_batches()))
 

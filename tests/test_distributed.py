@@ -112,6 +112,18 @@ def test_exact_relocates_empty_clusters_to_tokens_of_any_rank(outcomes: Outcomes
     assert ours["inertia"] == pytest.approx(alone["inertia"], rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_exact_with_pruning_is_exact_without(outcomes: Outcomes, size: int) -> None:
+    alone = outcomes.same("exact_with_and_without_pruning_1")
+    ours = outcomes.same(f"exact_with_and_without_pruning_{size}")
+    for side in ("pruned", "plain"):
+        assert ours[f"{side}_n_iter"] == alone["plain_n_iter"] > 20
+        # The same labels, so the same sums but for the rounding of float64: one rounding of the means.
+        torch.testing.assert_close(ours[f"{side}_centers"], alone["plain_centers"], rtol=2**-23, atol=2**-23)
+        assert torch.equal(ours[f"{side}_counts"], alone["plain_counts"])
+        assert ours[f"{side}_inertia"] == pytest.approx(alone["plain_inertia"], rel=1e-6)
+
+
 @pytest.mark.parametrize("scenario", ["stream_2", "stream_3", "stream_with_an_empty_rank"])
 def test_stream_is_what_one_process_gives_while_nothing_is_dropped(outcomes: Outcomes, scenario: str) -> None:
     alone, ours = outcomes.same("stream_1"), outcomes.same(scenario)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from spt_fast.clustering.lloyd import LloydResult, lloyd
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops import kmeans_native
-from spt_fast.ops.kmeans import PrunedAssign, assign_accumulate
+from spt_fast.ops.kmeans import PrunedAssign, PrunedParts, assign_accumulate
 
 ISAS = kmeans_native.build_info()["isas"]
 # M, D, K, dtype, weighted: one group of bounds and many, sizes that divide no tile, more rows than a chunk.
@@ -38,15 +39,41 @@ def means(sums: Tensor, counts: Tensor, centers: Tensor) -> Tensor:
     return torch.where((counts > 0)[..., None], moved, centers)
 
 
+class Pruned:
+    """Passes of one instruction set over tokens [1, 1, M, D] that are cut into parts of `part_rows`."""
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        clusters: int,
+        shift: Tensor | None,
+        weights: Tensor | None,
+        isa: str = "",
+        part_rows: int = 10**9,
+    ) -> None:
+        self.parts = tokens.split(part_rows, dim=2)
+        self.weights = [None] * len(self.parts) if weights is None else weights.split(part_rows, dim=1)
+        sizes = [part.shape[2] for part in self.parts]
+        self.native = kmeans_native.PrunedAssign(sizes, clusters, tokens.shape[-1], shift, isa)
+        self.labels = self.native.labels
+
+    def assign(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+        for part in self.native.begin(centers):
+            weights = self.weights[part]
+            self.native.add(part, self.parts[part], None if weights is None else weights.contiguous())
+        return self.native.end()
+
+
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("part_rows", [10**9, 1, 37, 1025], ids=lambda rows: f"parts-of-{rows}")
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"M{p[0]}-D{p[1]}-K{p[2]}-{p[3]}")
-def test_pruned_labels_are_those_of_the_plain_pass(problem: tuple, isa: str) -> None:
+def test_pruned_labels_are_those_of_the_plain_pass(problem: tuple, part_rows: int, isa: str) -> None:
     rows, width, clusters, dtype, weighted = problem
     tokens = make_tokens(rows, width, dtype)[None, None]
     weights = torch.rand(1, rows).round(decimals=1) if weighted else None  # some are zero
     shift = tokens.float().mean((1, 2))
     centers = tokens[0, :, :clusters].float()
-    passes = kmeans_native.PrunedAssign(tokens, clusters, shift, weights, isa)
+    passes = Pruned(tokens, clusters, shift, weights, isa, part_rows)
     skipped = 0
     for _ in range(25):
         centers = centers.contiguous()
@@ -67,7 +94,7 @@ def test_pruned_labels_survive_ties_and_bounds_within_rounding() -> None:
     shift = torch.zeros(1, 16)
     centers = tokens[0, :, :20].clone()
     centers[0, 10:] = centers[0, :10]  # every centre twice
-    passes = kmeans_native.PrunedAssign(tokens, 20, shift, None)
+    passes = Pruned(tokens, 20, shift, None)
     for _ in range(8):
         _, _, _, done = passes.assign(centers)
         labels = kmeans_native.assign_accumulate(tokens, centers, shift, None, True, False)[3]
@@ -81,7 +108,7 @@ def test_pruned_labels_survive_ties_and_bounds_within_rounding() -> None:
 def test_a_centre_that_loses_its_tokens_keeps_no_rounding() -> None:
     tokens = make_tokens(3000, 8)[None, None]
     weights = torch.rand(1, 3000)
-    passes = kmeans_native.PrunedAssign(tokens, 3, None, weights)
+    passes = Pruned(tokens, 3, None, weights)
     centers = tokens[0, :, :3].clone()
     for step in range(6):
         if step == 4:
@@ -89,6 +116,45 @@ def test_a_centre_that_loses_its_tokens_keeps_no_rounding() -> None:
         sums, counts, _, _ = passes.assign(centers)
     assert counts[0, 1] == 0
     assert not sums[0, 1].any()
+
+
+def test_parts_without_a_token_to_be_read_are_not_asked_for() -> None:
+    still, moving = torch.randn(2, 500, 8) + torch.tensor([10.0, 0.0])[:, None, None]
+    parts = [still[:300], moving, still[300:]]
+    shift = torch.cat(parts).mean(0, keepdim=True)
+    passes = PrunedParts([300, 500, 200], 3, 8, shift=shift)
+    centers = torch.stack([still.mean(0), moving[0], moving[1]])
+    asked = []
+    for _ in range(6):
+        asked.append(passes.begin(centers[None]))
+        for part in asked[-1]:
+            passes.add(part, parts[part][None])
+        sums, counts, inertia, *_ = passes.end()
+        plain = assign_accumulate(torch.cat(parts)[None], centers[None], shift=shift)
+        torch.testing.assert_close(sums, plain.sums, rtol=1e-12, atol=1e-9)
+        assert torch.equal(counts, plain.counts)
+        torch.testing.assert_close(inertia, plain.inertia, rtol=1e-5, atol=0)
+        centers = means(sums[0], counts[0], centers)
+    assert asked[0] == [0, 1, 2]
+    assert asked[-1] == [1]
+
+
+def test_a_pass_that_was_broken_off_leaves_no_trace() -> None:
+    tokens = make_tokens(2000, 8)
+    parts = [tokens[:900], tokens[900:]]
+    passes, whole = PrunedParts([900, 1100], 5, 8), PrunedParts([900, 1100], 5, 8)
+    centers = tokens[:5].clone()
+    for step in range(12):
+        if step % 3 == 2:  # a fresh pass, then pruned ones
+            begun = passes.begin(centers[None] + 1)
+            passes.add(begun[0], parts[begun[0]][None])
+        for each in (passes, whole):
+            for part in each.begin(centers[None]):
+                each.add(part, parts[part][None])
+        got, expected = passes.end(), whole.end()
+        torch.testing.assert_close(got.sums, expected.sums, rtol=1e-12, atol=1e-9)
+        assert torch.equal(got.counts, expected.counts)
+        centers = means(got.sums[0], got.counts[0], centers)
 
 
 def test_pruned_lloyd_ends_where_plain_lloyd_ends() -> None:
@@ -178,6 +244,34 @@ def test_bad_arguments_are_named() -> None:
         passes.assign(torch.zeros(1, 3, 3))
     with pytest.raises(ValueError, match=r"centers must be \[1, K, 3\]"):
         PrunedAssign(torch.randn(1, 5, 3)).assign(torch.zeros(1, 2, 4))
+
+
+def test_bad_parts_are_named() -> None:
+    with pytest.raises(ValueError, match=r"shift must be \[1, 3\], got \[3\]"):
+        PrunedParts([5], 2, 3, shift=torch.zeros(3))
+    with pytest.raises(ValueError, match="parts must not be empty"):
+        PrunedParts([5, 0], 2, 3)
+    passes, tokens = PrunedParts([5, 4], 2, 3), torch.randn(1, 5, 3)
+    with pytest.raises(ValueError, match=r"centers must be \[1, K, 3\]"):
+        passes.begin(torch.zeros(1, 2, 4))
+    with pytest.raises(ValueError, match="centers must be 2 as before, got 1"):
+        passes.begin(torch.zeros(1, 1, 3))
+    with pytest.raises(ValueError, match="in the order in which begin"):
+        passes.add(0, tokens)
+    assert passes.begin(tokens[:, :2]) == [0, 1]
+    with pytest.raises(ValueError, match="all parts that begin"):
+        passes.end()
+    with pytest.raises(ValueError, match=r"tokens of part 0 must be \[1, 5, 3\] on the CPU, got \[1, 4, 3\]"):
+        passes.add(0, tokens[:, :4])
+    with pytest.raises(ValueError, match=r"weights must be \[1, 5\], got \[1, 4\]"):
+        passes.add(0, tokens, torch.ones(1, 4))
+    with pytest.raises(ValueError, match="in the order in which begin"):
+        passes.add(1, tokens[:, :4])
+    passes.add(0, tokens)
+    passes.add(1, tokens[:, :4])
+    passes.end()
+    with pytest.raises(ValueError, match="all parts that begin"):
+        passes.end()
 
 
 def test_offsets_beyond_32_bits(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,11 @@ from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.token_store import StoredLayer, TokenStore
 
 
-def make_tokens(rows: int = 1_003, width: int = 13, dtype: torch.dtype = torch.float32) -> Tensor:
-    """An overlapping mixture, so that Lloyd needs many iterations."""
-    means = 2 * torch.randn(9, width)
+def make_tokens(
+    rows: int = 1_003, width: int = 13, dtype: torch.dtype = torch.float32, spread: float = 2.0
+) -> Tensor:
+    """An overlapping mixture: the smaller the spread of its means, the more iterations Lloyd needs."""
+    means = spread * torch.randn(9, width)
     return (means[torch.randint(9, (rows,))] + torch.randn(rows, width) + 5).to(dtype)
 
 
@@ -39,6 +41,24 @@ def assert_same_bits(ours: LloydResult, theirs: LloydResult) -> None:
     assert torch.equal(ours.centers, theirs.centers)
     assert torch.equal(ours.counts, theirs.counts)
     assert (ours.inertia, ours.n_iter) == (theirs.inertia, theirs.n_iter)
+
+
+class Counted:
+    """A layer that counts the sweeps over it, and notes which chunks each has read."""
+
+    def __init__(self, layer: StoredLayer) -> None:
+        self.layer = layer
+        self.read: list[list[int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    def sweep(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
+        self.read.append(list(range(len(self.layer.chunk_rows)) if wanted is None else wanted))
+        return self.layer.sweep(wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,21 +125,6 @@ def test_stops_after_max_iter_and_goes_on() -> None:
 
 def test_restarts_share_the_reads() -> None:
     tokens = make_tokens()
-
-    class Counted:
-        def __init__(self, layer: StoredLayer) -> None:
-            self.layer, self.sweeps = layer, 0
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.layer, name)
-
-        def __len__(self) -> int:
-            return len(self.layer)
-
-        def sweep(self) -> Iterator[Tensor]:
-            self.sweeps += 1
-            return self.layer.sweep()
-
     with stored(tokens) as layer:
         starts = torch.stack([tokens[6 * i : 6 * i + 6] for i in range(5)])
         alone = [fit(layer, starts=start[None]).run() for start in starts]
@@ -129,7 +134,54 @@ def test_restarts_share_the_reads() -> None:
     assert_same_bits(best, min(alone, key=lambda run: run.inertia))
     # The moments, the first assignment, and an iteration each, but a last one that moves nothing.
     longest = max(run.n_iter for run in alone)
-    assert longest + 1 <= counted.sweeps <= longest + 2 < sum(run.n_iter for run in alone)
+    assert longest + 1 <= len(counted.read) <= longest + 2 < sum(run.n_iter for run in alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk_bytes", [100, 4_000, 60_000, 2**20])
+def test_pruned_passes_end_where_plain_ones_end(dtype: torch.dtype, chunk_bytes: int) -> None:
+    """Chunks of one row, of less than the 1,024 rows that a thread takes, of more, and a single one."""
+    tokens = make_tokens(1_203, dtype=dtype, spread=0.5)
+    starts = torch.stack([tokens[6 * i : 6 * i + 6].float() for i in range(3)])
+    starts[1, 2] = 1e3  # an empty cluster in one of the restarts
+    with stored(tokens, chunk_bytes=chunk_bytes) as layer:
+        pruned, plain = (fit(layer, starts=starts, prune=prune) for prune in (True, False))
+        for tol in (1.0, 1e-7):  # the second goes on from the first
+            ours, theirs = pruned.run(tol), plain.run(tol)
+            assert ours.n_iter == theirs.n_iter
+            # The same labels, so the same sums but for the rounding of float64: one rounding of the means.
+            torch.testing.assert_close(ours.centers, theirs.centers, rtol=2**-23, atol=2**-23)
+            assert torch.equal(ours.counts, theirs.counts)
+            assert ours.inertia == pytest.approx(theirs.inertia, rel=1e-6)
+    assert ours.n_iter > 20
+
+
+def test_chunks_without_a_token_to_be_read_are_not_read() -> None:
+    """Three chunks out of four hold a cluster each, far from the others, whose centres soon stay."""
+    tokens = make_tokens(8 * 200, spread=0.5)
+    for chunk in (0, 1, 2, 4, 5, 6):
+        tokens[200 * chunk : 200 * chunk + 200] = 100 * (chunk % 4 + 1) + torch.randn(200, 13)
+    starts = torch.cat([tokens[:600:200], tokens[600:603]])
+    results = []
+    for budget in (2**30, 5 * 200 * 52, 0):
+        with stored(tokens, budget, chunk_bytes=200 * 52) as layer:
+            counted = Counted(layer)
+            results.append(
+                OutOfCoreKMeans(counted, 6, np.random.default_rng(0), starts=starts[None]).run(1e-7)
+            )
+            plain = fit(layer, starts=starts[None], prune=False).run(1e-7)
+        everything = list(range(8))
+        assert counted.read[:2] == [everything, everything]  # the moments, and the first pass
+        assert counted.read[-1] == [3, 7]
+        assert_same_bits(results[-1], results[0])
+        assert results[-1].n_iter == plain.n_iter > 8
+        torch.testing.assert_close(results[-1].centers, plain.centers, rtol=2**-23, atol=2**-23)
+
+
+def test_reference_backend_makes_plain_passes() -> None:
+    with stored(make_tokens()) as layer:
+        plain, same = (fit(layer, backend="reference", prune=prune).run() for prune in (True, False))
+    assert_same_bits(plain, same)
 
 
 @pytest.mark.parametrize("chunk_bytes", [100, 2**20])
@@ -167,7 +219,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
             with stored(tokens, tokens.nbytes // 3, chunk_bytes=300_000) as layer:
-                results.append(fit(layer).run())
+                results.append(fit(layer, n_init=2).run())
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:

@@ -5,7 +5,7 @@ Limits: tokens without weights. The same chunks give the same bits, wherever the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from spt_fast.clustering.lloyd import LloydResult, center_means, squared_movemen
 from spt_fast.clustering.seeding import kmeans_plus_plus
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.distributed import ALONE, Processes
-from spt_fast.ops.kmeans import Assigned, assign_accumulate
+from spt_fast.ops.kmeans import Assigned, PrunedParts, assign_accumulate, can_prune
 
 # scikit-learn's defaults for k-means++ starts, and those of `KMeans`.
 N_INIT = 1
@@ -39,8 +39,13 @@ class ChunkedTokens(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def sweep(self) -> Iterator[Tensor]:
-        """The tokens in chunks [m, D], each good until the next is asked for."""
+    @property
+    def chunk_rows(self) -> list[int]:
+        """The number of tokens in each chunk."""
+        ...
+
+    def sweep(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """The chunks [m, D], or those at the positions `wanted`, each good until the next is asked for."""
         ...
 
     def rows(self, index: np.ndarray) -> Tensor:
@@ -50,6 +55,9 @@ class ChunkedTokens(Protocol):
 
 class OutOfCoreKMeans:
     """Exact k-means of one group: each read of the tokens serves every restart that has not settled.
+
+    On the CPU tokens whose centre cannot have changed are left out, and a chunk of such tokens is not read.
+    That changes no label, and holds what `PrunedParts` holds for each restart.
 
     `run` stops at a tolerance; a later `run` with a smaller one goes on from there and ends exactly where a
     single run with the smaller one would have.
@@ -65,6 +73,7 @@ class OutOfCoreKMeans:
         rng: draws the starts; in the same state on every rank.
         n_init: restarts; the one with the lowest inertia is the result.
         starts: starting centres [n_init, K, D] instead of k-means++.
+        prune: False makes plain passes over all tokens.
 
     Raises:
         ValueError: fewer tokens than clusters.
@@ -80,6 +89,7 @@ class OutOfCoreKMeans:
         starts: Tensor | None = None,
         processes: Processes = ALONE,
         backend: str = "auto",
+        prune: bool = True,
     ) -> None:
         self._tokens = tokens
         self._processes = processes
@@ -96,7 +106,13 @@ class OutOfCoreKMeans:
         self._centers = centers.to(tokens.device, copy=True)
         self._shift = np.full(len(centers), np.inf)  # squared movement in the last iteration
         self._n_iter = np.zeros(len(centers), dtype=int)
-        self._assigned = self._assign(self._centers)
+        self._pruned: list[PrunedParts] = []  # one for each restart, or none
+        if prune and can_prune(tokens.device, backend):
+            self._pruned = [
+                PrunedParts(tokens.chunk_rows, n_clusters, self._width, shift=self._mean[None])
+                for _ in centers
+            ]
+        self._assigned = self._assign(self._centers, torch.arange(len(centers)))
 
     def run(self, tol: float = TOL, max_iter: int = MAX_ITER) -> LloydResult:
         """Lloyd until the centres move by at most `tol` times the mean variance, squared and summed."""
@@ -118,7 +134,7 @@ class OutOfCoreKMeans:
         if len(runs) == 0:
             return
         self._centers[runs] = moved
-        fresh = self._assign(moved)
+        fresh = self._assign(moved, runs)
         for kept, new in zip(self._totals(), (fresh.sums, fresh.counts, fresh.inertia), strict=True):
             kept[runs] = new
 
@@ -142,17 +158,33 @@ class OutOfCoreKMeans:
             sums, counts = self._relocate(before, sums, counts)
         return center_means(before, sums, counts)
 
-    def _assign(self, centers: Tensor) -> Assigned:
-        """Sums, counts and inertia over the tokens of all ranks, for each restart's centres [R, K, D]."""
-        runs, n_clusters, width = centers.shape
-        totals = torch.zeros(runs, n_clusters * (width + 1) + 1, dtype=torch.float64, device=centers.device)
-        for chunk in self._tokens.sweep():
-            part = self._assign_chunk(chunk, centers)
-            totals += torch.cat([part.sums.flatten(1), part.counts, part.inertia[:, None]], dim=1)
-        totals = self._processes.sum(totals)
+    def _assign(self, centers: Tensor, runs: Tensor) -> Assigned:
+        """Sums, counts and inertia over the tokens of all ranks for some restarts, with centres [R, K, D]."""
+        n_clusters, width = centers.shape[1:]
+        mine = self._assign_pruned(centers, runs) if self._pruned else self._assign_all(centers)
+        totals = self._processes.sum(mine)
         sums = totals[:, : n_clusters * width].reshape(centers.shape)
         counts = totals[:, n_clusters * width : -1].clone()
         return Assigned(sums.clone(), counts, totals[:, -1].clone(), None, None)
+
+    def _assign_all(self, centers: Tensor) -> Tensor:
+        """Sums, counts and inertia of this rank side by side, by reading all of its tokens."""
+        runs, n_clusters, width = centers.shape
+        totals = torch.zeros(runs, n_clusters * (width + 1) + 1, dtype=torch.float64, device=centers.device)
+        for chunk in self._tokens.sweep():
+            totals += _side_by_side(self._assign_chunk(chunk, centers))
+        return totals
+
+    def _assign_pruned(self, centers: Tensor, runs: Tensor) -> Tensor:
+        """The same by reading the chunks of which a restart has to see a token."""
+        passes = [self._pruned[run] for run in runs.tolist()]
+        wanted = [set(one.begin(its_centers[None])) for one, its_centers in zip(passes, centers, strict=True)]
+        read = sorted(set().union(*wanted))
+        for index, chunk in zip(read, self._tokens.sweep(read), strict=True):
+            for one, chunks in zip(passes, wanted, strict=True):
+                if index in chunks:
+                    one.add(index, chunk[None])
+        return torch.cat([_side_by_side(one.end()) for one in passes])
 
     def _assign_chunk(self, chunk: Tensor, centers: Tensor, *, with_tokens: bool = False) -> Assigned:
         runs = len(centers)
@@ -255,6 +287,11 @@ class OutOfCoreKMeans:
         else:
             rows = torch.empty(0, self._width, dtype=self._dtype, device=self._tokens.device)
         return self._processes.concatenate(rows)
+
+
+def _side_by_side(assigned: Assigned) -> Tensor:
+    """Sums, counts and inertia of R restarts as [R, K * D + K + 1]."""
+    return torch.cat([assigned.sums.flatten(1), assigned.counts, assigned.inertia[:, None]], dim=1)
 
 
 _Candidate = tuple[float, int, Tensor]  # squared distance, its centre, the token

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -87,39 +87,50 @@ def assign_accumulate(
 
 
 class PrunedAssign:
-    """Passes over one group on the CPU with moving centres; see csrc/kmeans_cpu_pruned.cpp."""
+    """Passes over one group on the CPU, part by part, with moving centres; see csrc/kmeans_cpu_pruned.cpp."""
 
     def __init__(
         self,
-        tokens: Tensor,  # [1, B, N, D], last stride 1, CPU
+        part_rows: Sequence[int],
         num_centers: int,
+        width: int,
         shift: Tensor | None,  # [1, D] float32, contiguous
-        weights: Tensor | None,  # [1, B * N] float32, contiguous
         isa: str = "",
     ) -> None:
         module, _ = _load()
-        self._kept = (tokens, shift, weights)  # the compiled object holds their addresses
-        self._num_centers, self._width = num_centers, tokens.shape[-1]
+        self._num_centers, self._width = num_centers, width
         self._passes = module.PrunedAssignCpu(
-            **_view_arguments(tokens),
-            shift=_address(shift),
-            weights=_address(weights),
-            num_centers=num_centers,
-            isa=isa,
+            part_rows=part_rows, width=width, shift=_address(shift), num_centers=num_centers, isa=isa
         )
 
-    def assign(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Sums [1, K, D], counts [1, K] and inertia [1] in float64 for `centers` [1, K, D] float32,
-        contiguous; and what the pass did: evaluated, changed, fresh."""
+    def begin(self, centers: Tensor) -> list[int]:
+        """Start a pass for `centers` [1, K, D] float32, contiguous; returns the parts to be added."""
+        parts: list[int] = self._passes.begin(centers.data_ptr(), torch.get_num_threads())
+        return parts
+
+    def add(
+        self,
+        part: int,
+        tokens: Tensor,  # [1, B, N, D], last stride 1, CPU
+        weights: Tensor | None,  # [1, B * N] float32, contiguous
+    ) -> None:
+        self._passes.add(
+            part,
+            **_view_arguments(tokens),
+            weights=_address(weights),
+            num_threads=torch.get_num_threads(),
+        )
+
+    def end(self) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Sums [1, K, D], counts [1, K] and inertia [1] in float64; and what the pass did: evaluated,
+        changed, fresh."""
         sums = torch.empty(1, self._num_centers, self._width, dtype=torch.float64)
         counts = torch.empty(1, self._num_centers, dtype=torch.float64)
-        done = self._passes.assign(
-            centers.data_ptr(), sums.data_ptr(), counts.data_ptr(), torch.get_num_threads()
-        )
+        done = self._passes.end(sums.data_ptr(), counts.data_ptr())
         return sums, counts, torch.tensor([done.inertia], dtype=torch.float64), done
 
     def labels(self) -> Tensor:
-        """Labels [1, B * N] of the last pass, int32."""
+        """Labels [1, M] of the last pass, int32."""
         return torch.tensor([self._passes.labels()], dtype=torch.int32)
 
 
