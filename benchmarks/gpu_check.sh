@@ -78,7 +78,7 @@ part module 30 "$python" -c 'import os
 from spt_fast import _kmeans
 print(_kmeans.__file__, _kmeans.build_info())
 assert os.path.samefile(os.path.dirname(_kmeans.__file__), "spt_fast") and _kmeans.build_info()["cuda"]'
-must='^all [0-9]+ ok' must_not='fallback|no CUDA device' part check 90 "$python" -m spt_fast doctor --check
+must='^all [0-9]+ ok' must_not='fallback|no CUDA device' part check 150 "$python" -m spt_fast doctor --check
 part doctor 30 "$python" -m spt_fast doctor
 tests tests 240 -m gpu
 tests attention 120 tests/test_prompt_attention.py -k "triton or kernel"
