@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/kmeans_cuda.cu: registers, spills and the instructions of each kernel.
+"""What nvcc makes of csrc/kmeans_cuda.cu: registers, spills and the instructions of each kernel, and ranges.
 
     python -m benchmarks.cuda_sources [ARCH ...]      default: 80 90a 100 120
 
@@ -117,12 +117,16 @@ def main(architectures: list[str]) -> None:
         sys.exit("benchmarks.cuda_sources: nvcc is not installed")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     print(version.strip().splitlines()[-1])
+    registers: dict[str, list[int]] = {kind: [] for kind in HOT}
     columns = ("registers", "spilled", "HMMA", "HGMMA", "LDSM", "LDGSTS.128", "LDG.64+", "local")
     for arch in architectures:
         with tempfile.TemporaryDirectory() as folder:
             kernels = inspect(nvcc, arch, Path(folder))
         print(f"\n{'sm_' + arch:34}" + "".join(f"{column:>12}" for column in columns))
         for name, kernel in sorted(kernels.items()):
+            # Elsewhere the screen is an empty kernel.
+            if name.startswith(HOT) and (arch == "90a" or not name.startswith("screen_kernel")):
+                registers[name.partition("<")[0]].append(kernel.registers)
             counts: list[object] = ["-"] * 6
             if kernel.instructions is not None:
                 wide_loads = kernel.count("LDG", ".64") + kernel.count("LDG", ".128")
@@ -137,6 +141,9 @@ def main(architectures: list[str]) -> None:
                 ]
             cells = [kernel.registers, kernel.spill_bytes, *counts]
             print(f"{name:34}" + "".join(f"{cell!s:>12}" for cell in cells))
+    print("\nregisters of a thread")
+    for kind, found in registers.items():
+        print(f"{kind:34}{min(found)} to {max(found)}")
 
 
 if __name__ == "__main__":
