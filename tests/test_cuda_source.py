@@ -540,11 +540,11 @@ def test_cuda_matches_reference_at_full_size(dtype, width, num_centers):
 @pytest.mark.parametrize(("width", "num_centers"), [(768, 100), (384, 64), (1280, 128), (63, 40)])
 def test_cuda_matches_reference_without_distances_at_full_size(dtype, width, num_centers):
     skip_without_gpu()
-    problem = make_problem(1, 250, 197, 1, width, num_centers, dtype, False)
-    tokens, centers, shift, _ = (None if tensor is None else tensor.cuda() for tensor in problem)
+    problem = make_problem(1, 250, 197, 1, width, num_centers, dtype, False, device="cuda")
+    tokens, centers, shift, _ = problem
     arguments = {"shift": shift, "with_labels": True, "backend": "native"}
     given = assign_accumulate(tokens, centers, **arguments)
-    assert_matches_reference([None if tensor is None else tensor.cpu() for tensor in given], *problem)
+    assert_matches_reference(on_cpu(given), *on_cpu(problem))
     again = assign_accumulate(tokens, centers, **arguments)
     assert all(torch.equal(a, b) for a, b in zip(given[:4], again[:4], strict=True))
 
