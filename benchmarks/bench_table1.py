@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_table1 --csv table1.csv                  # CPU, a loader that makes up tokens
     python -m benchmarks.bench_table1 --csv table1.csv --device cuda    # a real ViT-B; has never been run
+    python -m benchmarks.bench_table1 --pruning --share 1.0             # exact, with pruned and plain passes
 
 5,994 images (CUB-200-2011), 196 tokens each, 12 layers, D = 768, 20 prompts per layer. Printed are seconds
 of the clustering alone: `build_prototypes` less the same pass over the same images without clustering. The
@@ -16,6 +17,10 @@ their time does not depend on the share.
 The CSV has the columns strategy, share (of the training data, 0 to 1), seconds (here) and paper_seconds. Rows
 are added as they are measured, to a file that may be there already, so `--only` and `--share` can split the
 table over several runs. (All of "k-means, exact" takes minutes.)
+
+`--pruning` compares the pruned and the plain passes of one layer of "k-means, exact", in memory and from the
+file: the sides take turns, an iteration each, so that whatever else the machine does meets both alike. Their
+starts are left out. Both must end at the same centres, to the rounding of the sums.
 """
 
 from __future__ import annotations
@@ -28,14 +33,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
 
 from spt_fast import build_prototypes
+from spt_fast.clustering.out_of_core import MAX_ITER, OutOfCoreKMeans
+from spt_fast.token_store import TokenStore
 from spt_fast.tokens import TokenTap, image_batches
 
 IMAGES, TOKENS, LAYERS, WIDTH, NUM_PROMPTS = 5_994, 196, 12, 768, 20
+BUDGET = 6 * 2**30  # holds all tokens of a layer
 DAY = 86_400.0
 SHARES = (0.1, 0.3, 0.5, 0.7, 1.0)
 PAPER = {
@@ -150,8 +159,36 @@ def measure(strategy: Strategy, share: float, options: argparse.Namespace) -> fl
         return time_clustering(model, loader, device, memory_budget="64GiB", **strategy.options)
     layers = 1 if strategy.is_exact else LAYERS
     loader = Loader(token_mixture(), num_images, options.batch_size)
-    seconds = time_clustering(HandThrough(layers), loader, device, memory_budget="6GiB", **strategy.options)
+    seconds = time_clustering(HandThrough(layers), loader, device, memory_budget=BUDGET, **strategy.options)
     return seconds * LAYERS / layers
+
+
+def compare_pruning(share: float, tier: str, budget: int, options: argparse.Namespace) -> None:
+    """Print seconds of all iterations of one layer, with pruned and with plain passes, and their ratio."""
+    with TokenStore(1, budget) as store:
+        for images in Loader(token_mixture(), round(share * options.images), options.batch_size):
+            store.append(0, images)
+        sides = {
+            side: OutOfCoreKMeans(
+                store.layer(0), NUM_PROMPTS, np.random.default_rng(0), prune=side == "pruned"
+            )
+            for side in ("pruned", "plain")
+        }
+        seconds, iterations, settled = dict.fromkeys(sides, 0.0), 0, False
+        while not settled and iterations < MAX_ITER:
+            iterations += 1
+            results = {}
+            for side, fit in sides.items():
+                start = time.perf_counter()
+                results[side] = fit.run(max_iter=iterations)
+                seconds[side] += time.perf_counter() - start
+            settled = all(result.n_iter < iterations for result in results.values())
+    torch.testing.assert_close(results["pruned"].centers, results["plain"].centers, rtol=1e-5, atol=1e-5)
+    print(
+        f"{tier:8s}{share:8.0%}{results['pruned'].n_iter:12d}{seconds['pruned']:10.2f}{seconds['plain']:10.2f}"
+        f"{seconds['plain'] / seconds['pruned']:8.2f}",
+        flush=True,
+    )
 
 
 def _synchronise(device: torch.device) -> None:
@@ -166,6 +203,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, help="also write the figures here")
     parser.add_argument("--only", choices=[strategy.name for strategy in STRATEGIES], action="append")
     parser.add_argument("--share", type=float, choices=SHARES, action="append")
+    parser.add_argument("--pruning", action="store_true", help="compare pruned with plain passes instead")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=IMAGES, help="fewer for a trial")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -174,6 +212,14 @@ def main() -> None:
         f"{options.images} images, {TOKENS} tokens, {LAYERS} layers, D={WIDTH}, N_p={NUM_PROMPTS}; "
         f"{options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
+    if options.pruning:
+        print(
+            f"{'tokens in':8s}{'share':>7s}{'iterations':>12s}{'pruned s':>10s}{'plain s':>10s}{'ratio':>8s}"
+        )
+        for share in options.share or SHARES:
+            for tier, budget in (("memory", BUDGET), ("file", 0)):
+                compare_pruning(share, tier, budget, options)
+        return
     if options.device == "cpu":
         print("k-means, exact: one layer measured, times 12")
     print(f"{'strategy':16s}{'share':>8s}{'seconds':>12s}{'paper':>14s}{'ratio':>12s}", flush=True)
