@@ -156,18 +156,37 @@ def accumulate_seconds(gpu: Gpu, element: int, centers: int) -> float:
     return read + reduction_seconds(gpu, centers, 4096)
 
 
-def screen_seconds(gpu: Gpu, centers: int) -> float:
-    """Half types, clusters of four blocks, 64 runs; and two reads of the tokens without a decision."""
-    half = 32 if centers <= 64 else 56 if centers <= 112 else 64
-    rows, columns, runs, blocks = 64, WIDTH // 4, 64, 4
+def screen_half(centers: int) -> int:
+    return 32 if centers <= 64 else 56 if centers <= 112 else 64
+
+
+def screen_bytes(half: int) -> int:
+    """Shared memory of a block: screen_shape in csrc/kmeans_cuda_screened.cuh."""
+    tiles, centers, exchange = 5 * 64 * 192 * 2, 2 * half * 192 * 2, 2 * 64 * (256 + 8)
+    return tiles + centers + exchange + 64 * 4 + 2 * 64 * 2 + 192 * 4 + 5 * 128 * 4
+
+
+def screen_clocks(gpu: Gpu, centers: int) -> dict[str, float]:
+    """What a tile of 64 tokens takes in each of four blocks, one thing at a time; half types."""
+    half, rows, columns = screen_half(centers), 64, WIDTH // 4
     tile_bytes, share_bytes = rows * columns * 2, rows * 256
     # A wgmma of 64 x n x 16 takes n / 2 clocks: 12 steps for the products, 12 of n = 64 for the sums.
     tensor = 2 * 12 * half / 2 + 2 * 12 * 64 / 2
     # The tile: written, read by both warpgroups for products and sums, once for norms, with the shift.
     shared = (8 * tile_bytes + 2 * half * columns * 2 + 2 * share_bytes) / 128
-    issue = SCREEN_INSTRUCTIONS * 8 / 4
-    remote = share_bytes * 3 / 4 / REMOTE_BYTES
-    clocks = max(tile_bytes / gpu.memory, tensor, shared, issue, remote) + BARRIERS / 2
+    return {
+        "memory": tile_bytes / gpu.memory,
+        "wgmma": tensor,
+        "shared memory": shared,
+        "other blocks": share_bytes * 3 / 4 / REMOTE_BYTES,
+        "instructions": SCREEN_INSTRUCTIONS * 8 / 4,
+    }
+
+
+def screen_seconds(gpu: Gpu, centers: int) -> float:
+    """Clusters of four blocks, 64 runs; and two reads of the tokens without a decision."""
+    rows, runs, blocks = 64, 64, 4
+    clocks = max(screen_clocks(gpu, centers).values()) + BARRIERS / 2
     waves = ceil(runs / (gpu.processors // blocks))
     rounds = ceil(TOKENS / runs / rows) + 2
     rest = UNDECIDED * (assign_seconds(gpu, 2, centers) + accumulate_seconds(gpu, 2, centers))
@@ -218,6 +237,19 @@ def print_limits() -> None:
     print(", ".join(f"{TOKENS * WIDTH * size / 1e9:.2f} GB ({kind})" for kind, size in DTYPES.items()))
 
 
+def print_screen() -> None:
+    """What bounds the screen."""
+    print(
+        f"SCREEN, D = {WIDTH}, K = 100, bf16: clocks of a tile of 64 tokens in each of four blocks, ", end=""
+    )
+    print(f"{screen_bytes(screen_half(100)) / 1024:.0f} KiB of shared memory", end="")
+    print(f" ({screen_bytes(64) / 1024:.0f} at K = 128)")
+    for gpu in GPUS:
+        if gpu.wgmma:
+            parts = ", ".join(f"{name} {clocks:.0f}" for name, clocks in screen_clocks(gpu, 100).items())
+            print(f"{gpu.name:12}{parts}")
+
+
 def print_times() -> None:
     print(f"PREDICTED, never measured: M = {TOKENS:,}, D = {WIDTH}, one pass")
     print(f"{'GPU':12}{'dtype':>6}{'K':>5}{'path':>19}{'read once':>12}{'predicted':>12}{'of copy rate':>14}")
@@ -234,6 +266,8 @@ def main() -> None:
     print_one_read()
     print()
     print_limits()
+    print()
+    print_screen()
     print()
     print_times()
 

@@ -257,10 +257,8 @@ OneRead choose_one_read(const Problem& p, int device) {
   }
 }
 
-// The screen's kernel with all it needs, or no kernel.
+// What the screen keeps in the workspace; no blocks where it does not serve the sizes.
 struct Screen {
-  void (*kernel)(Problem, ScreenShape, ScreenedCenters, Undecided) = nullptr;
-  ScreenShape shape{};
   ScreenedCenters centers{};
   Undecided undecided{};
   uint32_t* list = nullptr;
@@ -278,7 +276,6 @@ ScreenedCenters divide_columns(const Problem& p) {
   return centers;
 }
 
-// What the screen keeps in the workspace, if the sizes are its.
 Screen take_screen(const Problem& p, Workspace& workspace) {
   Screen screen;
   if (p.num_centers <= kOneReadCenters || p.num_centers > kMaxScreenCenters ||
@@ -308,24 +305,17 @@ Screen take_screen(const Problem& p, Workspace& workspace) {
   return screen;
 }
 
-// Whether the screen can do what is asked for; then it has a kernel.
 template <typename T>
-bool choose_screen(Screen& screen, const AssignArgs& args, int device) {
-  const int half = screen.centers.half;
-  screen.shape = screen_shape(half);
-  if (!screen.centers.blocks || args.weights || args.distances || !screen_is_wanted() ||
-      !has_warpgroups(device) || screen.shape.bytes > shared_memory(device)) {
-    return false;
-  }
-  screen.kernel = half == 32   ? screen_kernel<T, 32>
-                  : half == 56 ? screen_kernel<T, 56>
-                               : screen_kernel<T, 64>;
-  return true;
+auto screen_kernel_of(int half) {
+  return half == 32   ? screen_kernel<T, 32>
+         : half == 56 ? screen_kernel<T, 56>
+                      : screen_kernel<T, 64>;
 }
 
 // One read for the tokens that the screen decides on, two for the rest, each with its own runs.
 template <typename T>
-void launch_screen(Problem& p, const Screen& screen, int device, cudaStream_t stream) {
+void launch_screen(Problem& p, const Screen& screen, const ScreenShape& shape, int device,
+                   cudaStream_t stream) {
   p.runs = 2 * screen.undecided.runs;
   const int64_t groups = p.tokens.groups;
   const int64_t slots = groups * kMaxScreenCenters;
@@ -333,9 +323,9 @@ void launch_screen(Problem& p, const Screen& screen, int device, cudaStream_t st
                         kCenterThreads, 0, stream, p, screen.centers));
   const int64_t lists = screen.undecided.runs * screen.centers.blocks;
   const dim3 grid(as_grid(lists), as_grid(groups));
-  SPT_CUDA_CHECK(launch_clusters(screen.kernel, grid, screen.centers.blocks, kScreenThreads,
-                                 screen.shape.bytes, stream, p, screen.shape, screen.centers,
-                                 screen.undecided));
+  SPT_CUDA_CHECK(launch_clusters(screen_kernel_of<T>(screen.centers.half), grid,
+                                 screen.centers.blocks, kScreenThreads, shape.bytes, stream, p,
+                                 shape, screen.centers, screen.undecided));
   SPT_CUDA_CHECK(launch(gather_lists_kernel, grid, kRestThreads, 0, stream, screen.undecided,
                         p.rows, screen.list, screen.listed));
   Problem rest = p;
@@ -346,8 +336,23 @@ void launch_screen(Problem& p, const Screen& screen, int device, cudaStream_t st
   launch_accumulate<T>(rest, p.runs - rest.first_run, device, stream);
 }
 
+// launch_screen, where the screen can do what is asked for; returns whether it can.
 template <typename T>
-void launch_assign_accumulate(Problem p, Screen screen, const AssignArgs& args, int device,
+bool try_screen(Problem& p, const Screen& screen, const AssignArgs& args, int device,
+                cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    const ScreenShape shape = screen_shape(screen.centers.half);
+    if (screen.centers.blocks && !args.weights && !args.distances && screen_is_wanted() &&
+        has_warpgroups(device) && shape.bytes <= shared_memory(device)) {
+      launch_screen<T>(p, screen, shape, device, stream);
+      return true;
+    }
+  }
+  return false;
+}
+
+template <typename T>
+void launch_assign_accumulate(Problem p, const Screen& screen, const AssignArgs& args, int device,
                               cudaStream_t stream) {
   launch_pack_centers<T>(p, stream);
   const OneRead one_read = choose_one_read<T>(p, device);
@@ -359,12 +364,7 @@ void launch_assign_accumulate(Problem p, Screen screen, const AssignArgs& args, 
   } else {
     if (args.labels) p.labels = args.labels;
     if (args.distances) p.distances = args.distances;
-    bool screened = false;
-    if constexpr (sizeof(T) == 2) {
-      screened = choose_screen<T>(screen, args, device);
-      if (screened) launch_screen<T>(p, screen, device, stream);
-    }
-    if (!screened) {
+    if (!try_screen<T>(p, screen, args, device, stream)) {
       launch_assign<T>(p, device, stream);
       launch_accumulate<T>(p, p.runs, device, stream);
     }

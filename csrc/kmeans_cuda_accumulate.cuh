@@ -70,6 +70,9 @@ __device__ inline void accumulate_columns(const Problem& p, const Run& run, int6
   for (int k = 0; k < slab; ++k) totals[k * kAccumulateThreads] = {0.0f, 0.0f, 0.0f, 0.0f};
 
   double* partial = run.partial + first_center * stride + first_column;
+  // Where all rows are done, they are counted up, which spares a division for each.
+  int64_t i = run.begin / p.tokens.inner;
+  int64_t j = run.begin - i * p.tokens.inner;
   bool first = true;
   int unmoved = 0;
   for (int64_t first_row = run.begin; first_row < run.end; first_row += kRowsInFlight) {
@@ -83,8 +86,14 @@ __device__ inline void accumulate_columns(const Problem& p, const Run& run, int6
       center[u] = label < slab ? static_cast<int>(label) : -1;
       if (center[u] >= 0) {
         weight[u] = weights ? weights[row] : 1.0f;
-        quads[u] =
-            load_quad(tokens + token_offset(p.tokens, row), columns, p.granule == Granule::k16);
+        const int64_t offset = run.rows.list
+                                   ? token_offset(p.tokens, row)
+                                   : i * p.tokens.outer_stride + j * p.tokens.inner_stride;
+        quads[u] = load_quad(tokens + offset, columns, p.granule == Granule::k16);
+      }
+      if (++j == p.tokens.inner) {
+        j = 0;
+        ++i;
       }
     }
 #pragma unroll
