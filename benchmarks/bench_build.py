@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast import build_prototypes
-from spt_fast.backbone import num_prefix_tokens
+from spt_fast.backbones.anatomy import num_prefix_tokens
 
 MODEL = "vit_small_patch16_224"
 NUM_PROMPTS = 20

@@ -26,8 +26,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from spt_fast.engines import prompt_keys_values
-from spt_fast.prompted_vit import PromptedViT
+from spt_fast.prompting.engines import prompt_keys_values
+from spt_fast.prompting.prompted_vit import PromptedViT
 
 IMAGE_SIZE, NUM_CLASSES = 224, 200
 MODEL = "vit_base_patch16_224"

@@ -24,9 +24,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from spt_fast import KMeans, StreamingKMeans
+from spt_fast.backbones.token_extractor import TokenTap
+from spt_fast.data.shipped import backbone_facts, load_backbone
 from spt_fast.ops.kmeans import assign_accumulate
-from spt_fast.samples import backbone_facts, load_backbone
-from spt_fast.tokens import TokenTap
 
 IMAGES_PER_BATCH = 32
 

@@ -39,9 +39,10 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast import build_prototypes
+from spt_fast.backbones.token_extractor import TokenTap
 from spt_fast.clustering.out_of_core import MAX_ITER, OutOfCoreKMeans
-from spt_fast.token_store import TokenStore
-from spt_fast.tokens import TokenTap, image_batches
+from spt_fast.data.batches import image_batches
+from spt_fast.prototypes.token_store import TokenStore
 
 IMAGES, TOKENS, LAYERS, WIDTH, NUM_PROMPTS = 5_994, 196, 12, 768, 20
 BUDGET = 6 * 2**30  # holds all tokens of a layer

@@ -83,10 +83,10 @@ must='^all [0-9]+ ok' must_not='fallback|no CUDA device' part check 150 "$python
 must='^all [0-9]+ ok' part screen 90 env SPT_FAST_CUDA_SCREEN=1 "$python" -m spt_fast doctor --check
 part doctor 30 "$python" -m spt_fast doctor
 tests tests 240 -m gpu
-tests attention 120 tests/test_prompt_attention.py -k "triton or kernel"
+tests attention 120 tests/ops/test_prompt_attention.py -k "triton or kernel"
 if command -v compute-sanitizer >/dev/null; then
   must='[0-9]+ passed' must_not='^SKIPPED' part memcheck 90 compute-sanitizer --error-exitcode 9 "$python" -m pytest \
-    -x -m gpu tests/test_cuda_source.py -k "not full_size" -p no:cacheprovider
+    -x -m gpu tests/ops/test_cuda_source.py -k "not full_size" -p no:cacheprovider
 else
   note "not run memcheck: compute-sanitizer is not installed"
 fi

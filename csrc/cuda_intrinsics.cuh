@@ -1,6 +1,6 @@
 // The few PTX instructions of the k-means kernels, and how a kernel is launched; sm_80 and later.
 //
-// tests/cuda_emulation/cuda_intrinsics.cuh is the twin that runs them on a CPU; it is found first
+// tests/ops/cuda_emulation/cuda_intrinsics.cuh is the twin that runs them on a CPU; it is found first
 // there. Whatever the kernels need beyond CUDA C++ is here, so that the twin stays complete.
 #pragma once
 

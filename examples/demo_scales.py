@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from spt_fast import PromptedViT, build_prototypes, sigmoid_nmi
-from spt_fast.demo import Budget, classifier
-from spt_fast.samples import few_per_class, load_backbone, load_digits
-from spt_fast.tokens import TokenTap
-from spt_fast.trainer import fit, shuffled_loader
+from spt_fast.backbones.token_extractor import TokenTap
+from spt_fast.commands.demo import Budget, classifier
+from spt_fast.data.shipped import few_per_class, load_backbone, load_digits
+from spt_fast.training.loop import fit, shuffled_loader
 
 HEAD_RATE = 1e-2
 

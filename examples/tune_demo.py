@@ -14,8 +14,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spt_fast.demo import Budget, Rates, Task, run_method
-from spt_fast.samples import backbone_facts, load_digits
+from spt_fast.commands.demo import Budget, Rates, Task, run_method
+from spt_fast.data.shipped import backbone_facts, load_digits
 
 HEAD_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 PROMPT_RATES = (1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0, 2.0)

@@ -4,15 +4,14 @@
 >>> tuned = spt_fast.PromptedViT(model, protos, num_classes=200)
 """
 
-from spt_fast.build import build_prototypes
+from spt_fast.analysis import NMITracker
 from spt_fast.clustering import KMeans, StreamingKMeans
-from spt_fast.errors import NonFiniteError, NotFittedError
-from spt_fast.nmi_tracker import NMITracker
 from spt_fast.ops.cka import cka
 from spt_fast.ops.nmi import sigmoid_nmi
 from spt_fast.ops.prompt_attention import prompt_attention
-from spt_fast.prompted_vit import PromptedViT
-from spt_fast.prototypes import Prototypes
+from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.prototypes import Prototypes, build_prototypes
+from spt_fast.support.errors import NonFiniteError, NotFittedError
 
 __version__ = "0.1.0"
 

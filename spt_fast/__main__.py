@@ -2,6 +2,6 @@
 
 import sys
 
-from spt_fast.cli import main
+from spt_fast.commands.main import main
 
 sys.exit(main())

@@ -104,7 +104,7 @@ def test_what_says_nothing_of_a_gpu_is_a_failure(
 
 
 def test_a_second_gpu_is_not_demanded(tmp_path: Path) -> None:
-    reason = "SKIPPED [1] tests/test_clustering.py:669: needs two CUDA devices\\n39 passed"
+    reason = "SKIPPED [1] tests/clustering/test_clustering.py:669: needs two CUDA devices\\n39 passed"
     assert run_script(tmp_path, GPU_TESTS=reason)[0] == 0
 
 

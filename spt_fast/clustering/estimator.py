@@ -18,13 +18,13 @@ from spt_fast.clustering.inputs import (
     ArrayLike,
     as_groups,
     as_weights,
-    check_int,
     check_width,
     raise_non_finite,
 )
 from spt_fast.clustering.parameters import Parameters
-from spt_fast.errors import NotFittedError
 from spt_fast.ops.kmeans import BACKENDS, assign_accumulate, squared_distances
+from spt_fast.support.arguments import check_int
+from spt_fast.support.errors import NotFittedError
 
 Array = Any  # a tensor, or a NumPy array where the data came as something else than a tensor
 

@@ -12,20 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spt_fast.errors import NonFiniteError
 from spt_fast.ops.kmeans import TOKEN_DTYPES
+from spt_fast.support.errors import NonFiniteError
 
 ArrayLike = Any  # a torch tensor, a NumPy array, or anything numpy.asarray understands
-
-
-def check_int(name: str, value: Any, minimum: int, otherwise: str = "") -> int:
-    """`value` as an int of at least `minimum`; TypeError or ValueError naming the argument otherwise."""
-    allowed = f"an integer >= {minimum} {otherwise}".rstrip()
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be {allowed}, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be {allowed}, got {value}")
-    return int(value)
 
 
 def as_tokens(X: ArrayLike, device: torch.device | None = None, name: str = "X") -> Tensor:

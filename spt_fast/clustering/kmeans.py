@@ -17,11 +17,12 @@ from spt_fast.clustering.estimator import (
     not_fitted,
     warn_of_empty_clusters,
 )
-from spt_fast.clustering.inputs import ArrayLike, as_groups, as_weights, check_int, raise_non_finite
+from spt_fast.clustering.inputs import ArrayLike, as_groups, as_weights, raise_non_finite
 from spt_fast.clustering.lloyd import LloydResult, lloyd
 from spt_fast.clustering.seeding import equal_parts, kmeans_plus_plus, random_tokens
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops.kmeans import BACKENDS, assign_accumulate
+from spt_fast.support.arguments import check_int
 
 SEEDING_TOKENS = 65_536
 SEEDING_TOKENS_PER_CLUSTER = 256

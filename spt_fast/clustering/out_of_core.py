@@ -16,8 +16,8 @@ from spt_fast.clustering.kmeans import SEEDING_TOKENS, SEEDING_TOKENS_PER_CLUSTE
 from spt_fast.clustering.lloyd import LloydResult, center_means, squared_movement
 from spt_fast.clustering.seeding import kmeans_plus_plus
 from spt_fast.clustering.weighted import WeightedTokens
-from spt_fast.distributed import ALONE, Processes
 from spt_fast.ops.kmeans import Assigned, PrunedParts, assign_accumulate, can_prune
+from spt_fast.support.distributed import ALONE, Processes
 
 # scikit-learn's defaults for k-means++ starts, and those of `KMeans`.
 N_INIT = 1
@@ -26,7 +26,7 @@ MAX_ITER = 300
 
 
 class ChunkedTokens(Protocol):
-    """Tokens of one group on one rank, such as `spt_fast.token_store.StoredLayer`."""
+    """Tokens of one group on one rank, such as `spt_fast.prototypes.token_store.StoredLayer`."""
 
     def __len__(self) -> int: ...
 

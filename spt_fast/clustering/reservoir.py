@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.clustering.weighted import WeightedTokens, mean_of
-from spt_fast.distributed import Processes
+from spt_fast.support.distributed import Processes
 
 FIRST_ROWS = 32_768  # Room from the start; more is made as tokens come, for they may be few.
 

@@ -22,7 +22,6 @@ from spt_fast.clustering.inputs import (
     as_tokens,
     as_weights,
     check_filled,
-    check_int,
     check_width,
     raise_non_finite,
 )
@@ -31,8 +30,9 @@ from spt_fast.clustering.reservoir import PriorityReservoir, take_rows
 from spt_fast.clustering.seeding import kmeans_plus_plus
 from spt_fast.clustering.solver import solve
 from spt_fast.clustering.weighted import WeightedTokens
-from spt_fast.distributed import ALONE, Processes
 from spt_fast.ops.kmeans import Assigned, assign_accumulate
+from spt_fast.support.arguments import check_int
+from spt_fast.support.distributed import ALONE, Processes
 
 DEFAULT_CAPACITY = 20_000
 CAPACITY_PER_CLUSTER = 500

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spt_fast.errors import NonFiniteError
 from spt_fast.ops.modes import refuse_tangents
+from spt_fast.support.errors import NonFiniteError
 
 MIN_EXAMPLES = 4
 # Below this share of the sum that it is the small rest of, an HSIC in float64 is rounding.

@@ -14,7 +14,7 @@ from spt_fast.plots.figures import (
     nmi_per_layer,
     training_curves,
 )
-from spt_fast.plots.parts import matplotlib_missing
+from spt_fast.support.results import matplotlib_missing
 
 __all__ = [
     "MethodCurves",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from spt_fast.plots.parts import Values
-from spt_fast.tables import read_csv
+from spt_fast.support.tables import read_csv
 
 PathLike = str | os.PathLike[str]
 

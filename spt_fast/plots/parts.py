@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spt_fast.support.results import matplotlib_missing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -39,15 +41,6 @@ _MOST_TICKS = 12
 _FRAME = "#D55E00"
 # Above this many rows the numbers in the cells of a heat map would be too small to read.
 _MOST_NUMBERED_ROWS = 12
-
-
-def matplotlib_missing() -> str | None:
-    """Why no figure can be drawn here, in one line; None where one can."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return 'matplotlib is not installed: no figure; pip install "spt_fast[plots]" adds it'
-    return None
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -1,0 +1,329 @@
+"""NMI of prompts and patch tokens per block, recorded while a `PromptedViT` trains (Fig. 2).
+
+Limits: a step is a call of the module in training mode; with `torch.compile`, attach before the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from array import array
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from spt_fast.backbones.anatomy import get_blocks
+from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.support.arguments import check_int
+from spt_fast.support.distributed import Processes, find_processes
+from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.files import check_output_path, write_bytes
+from spt_fast.support.tables import csv_bytes
+
+Callback = Callable[[int, Mapping[str, float]], None]
+
+# Trackers that are attached, by the number that their hooks pass to the op. An op, unlike a Python call, can
+# be part of a compiled graph; it looks up what to do when it runs, so no step makes it compile again.
+_ATTACHED: dict[int, NMITracker] = {}
+_KEYS = itertools.count()
+_BEGIN = -1
+
+
+class NMIHistory(NamedTuple):
+    """What an `NMITracker` has recorded: S steps of L blocks."""
+
+    steps: list[int]
+    values: Tensor  # [S, L] float32, on the CPU: mean over the images
+
+
+class NMITracker:
+    """Records the NMI (eq. 7, 8) of each block's prompts and the patch tokens entering it, while training.
+
+    >>> with spt_fast.NMITracker(tuned, every=10) as tracker:
+    ...     train(tuned)
+    >>> steps, values = tracker.history()  # values [S, L]
+
+    It measures what the training forward computes anyway, without gradients, and never waits for a GPU:
+    values travel to the host on their own and are read when asked for. Calls in evaluation mode, calls of
+    copies of the module (such as moving averages) and the recomputations of gradient checkpointing are not
+    steps. With `torch.compile` the measuring is an op of the compiled graph: attach before the first compiled
+    call (or call `torch.compiler.reset()`).
+
+    A record takes 4 L + 8 bytes of host memory, and no device memory once it has travelled.
+
+    Args:
+        module: a `PromptedViT`, also one inside `DistributedDataParallel` or a compiled module.
+        every: record the steps 0, every, 2 * every, ...; step 0 is the first call, before any update.
+        callback: called as `callback(step, values)` with the values of this process as soon as they have
+            arrived on the host, at the latest by `detach()`; keys "nmi/block_1", ..., and "nmi/mean". On the
+            CPU that is at the end of the step's forward, on a GPU usually during the next one.
+        max_images: measure the first so many images of each batch; None, the default, measures all.
+
+    Raises:
+        TypeError: `module` is no `PromptedViT`, or another argument is of the wrong type.
+        ValueError: the module has no prompts, or `every` or `max_images` is below 1.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        every: int = 1,
+        callback: Callback | None = None,
+        max_images: int | None = None,
+    ) -> None:
+        self._tuned = _prompted_vit(module)
+        self._every = check_int("every", every, 1)
+        self._max_images = None if max_images is None else check_int("max_images", max_images, 1, "or None")
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
+        self._callback = callback
+        self._num_blocks = len(get_blocks(self._tuned.model))
+        self._key = next(_KEYS)
+        self._hooks: list[RemovableHandle] = []
+        self._step = 0
+        self._row: list[Tensor] | None = None  # of the forward now running, where it is to be recorded
+        self._travelling: deque[_Record] = deque()
+        self._steps = array("q")
+        self._values = array("f")
+
+    def attach(self) -> NMITracker:
+        """Start recording; returns itself.
+
+        Raises:
+            RuntimeError: attached already, or the `PromptedViT` has released its model.
+        """
+        if self._hooks:
+            raise RuntimeError("this NMITracker is attached already")
+        self._tuned._check_held()
+        # Mutated by the op, so that a compiler neither drops nor reorders its calls.
+        order = torch.zeros(1, dtype=torch.int64)
+
+        def hook(function: Callable[..., None], layer: int) -> _Hook:
+            # A tensor, because a compiler makes another graph for every integer.
+            return _Hook(function, order, torch.tensor([self._key, layer]))
+
+        self._hooks = [self._tuned.register_forward_pre_hook(hook(_mark, _BEGIN))]
+        for index, block in enumerate(get_blocks(self._tuned.model)):
+            self._hooks.append(block.register_forward_pre_hook(hook(_observe_input, index)))
+        self._hooks.append(self._tuned.register_forward_hook(hook(_mark, self._num_blocks)))
+        _ATTACHED[self._key] = self
+        return self
+
+    def detach(self) -> None:
+        """Stop recording, remove all hooks, and hand the last values to the callback; waits for those."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._row = None
+        _ATTACHED.pop(self._key, None)
+        self._receive(wait=True)
+
+    def __enter__(self) -> NMITracker:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def history(self, *, local: bool = False, allow_nonfinite: bool = False) -> NMIHistory:
+        """All records so far; waits for values that are still on their way.
+
+        Where `torch.distributed` is initialised the values are averaged over all processes, each counting
+        alike. That is a collective: every process must call it, after equally many steps. With `local` it is
+        none, and the values are those of this process.
+
+        Raises:
+            NonFiniteError: prompts or tokens of a block were NaN or infinite, unless `allow_nonfinite`.
+            ValueError: processes have recorded different steps.
+        """
+        self._receive(wait=True)
+        # A copy: an array whose memory is shared cannot grow.
+        values = torch.tensor(self._values, dtype=torch.float32).reshape(-1, self._num_blocks)
+        steps = list(self._steps)
+        if not local:
+            values = _average_over_processes(find_processes(None), steps, values)
+        if not allow_nonfinite:
+            _check_finite(steps, values)
+        return NMIHistory(steps, values)
+
+    def to_csv(
+        self, path: str | os.PathLike[str], *, run: str | None = None, overwrite: bool = False
+    ) -> None:
+        """Write one line per step and block (from 1): step,layer,nmi, and `run` in a fourth column if given.
+
+        A collective like `history`, and raises what that raises; process 0 writes. What stops it there is
+        raised by the others, too.
+
+        Raises:
+            FileExistsError: there is such a file, and not `overwrite`.
+            FileNotFoundError: the folder does not exist.
+        """
+        processes = find_processes(None)
+        writes = processes.rank == 0
+        with processes.together():
+            if writes:
+                check_output_path(path, overwrite=overwrite)
+        steps, values = self.history()
+        if not writes:
+            return
+        label = [] if run is None else [run]
+        rows = [
+            (step, layer, f"{value:.9g}", *label)
+            for step, row in zip(steps, values.tolist(), strict=True)
+            for layer, value in enumerate(row, start=1)
+        ]
+        header = ["step", "layer", "nmi", *(["run"] if label else [])]
+        write_bytes(path, csv_bytes(header, rows), overwrite=overwrite)
+
+    def to_tensorboard(self, writer: Any) -> None:
+        """Add all records to a `torch.utils.tensorboard.SummaryWriter` (extra: train), or one like it.
+
+        A collective like `history`, and raises what that raises; process 0 writes, others may pass None.
+        To watch while training, give `callback` a function that calls `writer.add_scalar`.
+        """
+        processes = find_processes(None)
+        writes = processes.rank == 0
+        with processes.together():
+            if writes and not callable(getattr(writer, "add_scalar", None)):
+                raise TypeError(
+                    f"writer must have `add_scalar`, as a SummaryWriter has, got {type(writer).__name__}"
+                )
+        steps, values = self.history()
+        if writes:
+            for step, row in zip(steps, values.tolist(), strict=True):
+                for name, value in _named(row).items():
+                    writer.add_scalar(name, value, step)
+
+    def _observe(self, layer: int, x: Tensor | None) -> None:
+        if layer == _BEGIN:
+            self._begin()
+        elif layer == self._num_blocks:
+            self._end()
+        elif self._row is not None and x is not None:
+            self._row.append(self._tuned._nmi_at(layer, x[: self._max_images]).mean())
+
+    def _begin(self) -> None:
+        self._row = None
+        if self._tuned.training:
+            if self._step % self._every == 0:
+                self._row = []
+            self._step += 1
+
+    def _end(self) -> None:
+        if self._row is not None:
+            self._travelling.append(_Record(self._step - 1, torch.stack(self._row)))
+            self._row = None
+        self._receive(wait=False)
+
+    def _receive(self, *, wait: bool) -> None:
+        """Take in the records that have arrived, or all of them, in order."""
+        while self._travelling and (wait or self._travelling[0].has_arrived()):
+            record = self._travelling.popleft()
+            row = record.values()
+            self._steps.append(record.step)
+            self._values.extend(row)
+            if self._callback is not None:
+                self._callback(record.step, _named(row))
+
+
+class _Hook(functools.partial[None]):
+    """A hook that stays behind where its module is copied or pickled: a moving average takes no steps."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (_ignore,)
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+class _Record:
+    """One step's values on their way from the device to the host."""
+
+    def __init__(self, step: int, values: Tensor) -> None:
+        self.step = step
+        self._arrival: torch.cuda.Event | None = None
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrival.record(torch.cuda.current_stream(values.device))
+
+    def has_arrived(self) -> bool:
+        return self._arrival is None or bool(self._arrival.query())  # type: ignore[no-untyped-call]
+
+    def values(self) -> list[float]:
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return [float(value) for value in self._values.tolist()]
+
+
+@torch.library.custom_op("spt_fast::observe_nmi", mutates_args=("order",))
+def _observe_nmi(x: Tensor | None, order: Tensor, where: Tensor) -> None:
+    order.add_(1)
+    key, layer = where.tolist()
+    attached = _ATTACHED.get(key)
+    # None: a compiled graph outlives `detach`.
+    if attached is not None:
+        with torch.no_grad():
+            attached._observe(layer, x)
+
+
+@_observe_nmi.register_fake
+def _(x: Tensor | None, order: Tensor, where: Tensor) -> None:
+    return None
+
+
+def _observe_input(order: Tensor, where: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    torch.ops.spt_fast.observe_nmi(inputs[0].detach(), order, where)
+
+
+def _mark(order: Tensor, where: Tensor, *_: object) -> None:
+    torch.ops.spt_fast.observe_nmi(None, order, where)
+
+
+def _named(row: list[float]) -> dict[str, float]:
+    named = {f"nmi/block_{layer}": value for layer, value in enumerate(row, start=1)}
+    return {**named, "nmi/mean": sum(row) / len(row)}
+
+
+def _average_over_processes(processes: Processes, steps: list[int], values: Tensor) -> Tensor:
+    gathered = processes.gather((steps, values))
+    for rank, (theirs, _) in enumerate(gathered):
+        if theirs != steps:
+            raise ValueError(
+                f"processes have recorded different steps: {len(steps)} in process {processes.rank}, "
+                f"{len(theirs)} in process {rank}"
+            )
+    return torch.stack([theirs for _, theirs in gathered]).mean(dim=0)
+
+
+def _check_finite(steps: list[int], values: Tensor) -> None:
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad) > 0:
+        row, layer = bad[0].tolist()
+        raise NonFiniteError(
+            f"block {layer + 1}: its prompts or tokens held NaN or infinity at step {steps[row]}; "
+            "history(allow_nonfinite=True) returns the records as they are",
+            row,
+        )
+
+
+def _prompted_vit(module: nn.Module) -> PromptedViT:
+    inner = module
+    # What torch.compile and DistributedDataParallel wrap.
+    while not isinstance(inner, PromptedViT):
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if not isinstance(wrapped, nn.Module):
+            raise TypeError(f"module must be a PromptedViT, got {type(module).__name__}")
+        inner = wrapped
+    inner._check_held()
+    if inner.num_prompts == 0:
+        raise ValueError("module must have prompts to track, got a PromptedViT with none")
+    return inner

@@ -1,0 +1,160 @@
+"""What the project needs to know of a backbone: its blocks, its width, its prefix tokens, its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+_LAYOUTS_WITHOUT_BLOCKS = {
+    "layers": "stages in `.layers`, as a Swin Transformer has",
+    "stages": "stages in `.stages`, as a ConvNeXt or an MViT has",
+    "layer1": "stages in `.layer1`, `.layer2`, ..., as a ResNet has",
+}
+
+
+def get_blocks(model: nn.Module, argument: str = "model") -> nn.ModuleList | nn.Sequential:
+    """The transformer blocks of `model`, each mapping tokens [B, N, D] to [B, N, D].
+
+    Args:
+        model: a timm Vision Transformer, or any module whose `.blocks` is a list of such blocks.
+        argument: what error messages call `model`.
+
+    Raises:
+        TypeError: `model` is no module, has no blocks, or has blocks that are no such mapping; says which.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+        raise TypeError(_needs_blocks(model, argument) + f": it has {_layout_found(model)}")
+    if len(blocks) == 0:
+        raise TypeError(_needs_blocks(model, argument) + ": its `.blocks` is empty")
+    if any(isinstance(block, nn.ModuleList) for block in blocks):
+        raise TypeError(
+            _needs_blocks(model, argument) + ": its `.blocks` are lists of blocks, stage by stage"
+        )
+    if _is_convolutional(blocks):
+        raise TypeError(
+            _needs_blocks(model, argument)
+            + ": its `.blocks` are convolution stages over feature maps, not over tokens"
+        )
+    widths = _norm_widths(blocks)
+    if len(set(widths)) > 1:
+        raise TypeError(
+            _needs_blocks(model, argument)
+            + f": the width of its blocks changes from {min(widths)} to {max(widths)}, stage by stage"
+        )
+    return blocks
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile` and data-parallel wrappers, where hooks on blocks might not run."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def num_prefix_tokens(model: nn.Module) -> int:
+    """Number of class and register tokens before the patch tokens; 0 where the model does not say."""
+    return int(getattr(model, "num_prefix_tokens", 0))
+
+
+def embed_dim(model: nn.Module) -> int:
+    """Width D of the tokens between the blocks.
+
+    Raises:
+        TypeError: the model states no single width.
+    """
+    for name in ("embed_dim", "num_features"):
+        width = getattr(model, name, None)
+        if isinstance(width, int):
+            return width
+    widths = _norm_widths(get_blocks(model))
+    if widths:
+        return widths[0]
+    raise TypeError(
+        f"model must state its token width as an integer `.embed_dim`, but {type(model).__name__} has none"
+    )
+
+
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width of a patch in pixels.
+
+    Raises:
+        TypeError: the model states none.
+    """
+    # NaFlexViT has `embeds`.
+    for name in ("patch_embed", "embeds"):
+        size = getattr(getattr(model, name, None), "patch_size", None)
+        if size is not None:
+            return (size, size) if isinstance(size, int) else tuple(size)
+    raise TypeError(
+        "prompts given as an integer need a model that states `.patch_embed.patch_size`, "
+        f"got {type(model).__name__}"
+    )
+
+
+def describe(model: nn.Module) -> dict[str, str]:
+    """Facts that tell one backbone from another, as metadata of saved files.
+
+    Keys: `architecture` (only where the model carries timm's configuration; with the tag of its pretrained
+    weights, such as "vit_base_patch16_224.mae"), `depth` (L), `width` (D), `num_prefix_tokens`.
+    """
+    facts = {
+        "depth": str(len(get_blocks(model))),
+        "width": str(embed_dim(model)),
+        "num_prefix_tokens": str(num_prefix_tokens(model)),
+    }
+    name = _architecture(model)
+    return {"architecture": name, **facts} if name else facts
+
+
+def check_backbone(path: str | os.PathLike[str], facts: Mapping[str, str], model: nn.Module) -> None:
+    """ValueError where the facts of the file `path` are those of another backbone; it may lack some."""
+    for key, mine in describe(model).items():
+        if facts.get(key, mine) != mine:
+            raise ValueError(f"{Path(path)} is for {key} {facts[key]!r}, but this model has {mine!r}")
+
+
+def _needs_blocks(model: nn.Module, argument: str) -> str:
+    return (
+        f"{argument} must be a Vision Transformer whose `.blocks` map tokens [B, N, D] to [B, N, D] "
+        f"at one width, got {type(model).__name__}"
+    )
+
+
+def _layout_found(model: nn.Module) -> str:
+    found = [
+        text
+        for name, text in _LAYOUTS_WITHOUT_BLOCKS.items()
+        if isinstance(getattr(model, name, None), nn.Module)
+    ]
+    return "no `.blocks`, but " + found[0] if found else "no `.blocks`"
+
+
+def _is_convolutional(blocks: nn.ModuleList | nn.Sequential) -> bool:
+    modules = list(blocks.modules())
+    return any(isinstance(m, nn.Conv2d) for m in modules) and not any(
+        isinstance(m, nn.Linear) for m in modules
+    )
+
+
+def _norm_widths(blocks: nn.ModuleList | nn.Sequential) -> list[int]:
+    shapes = (getattr(getattr(block, "norm1", None), "normalized_shape", None) for block in blocks)
+    return [int(shape[-1]) for shape in shapes if shape]
+
+
+def _architecture(model: nn.Module) -> str | None:
+    for holder in ("pretrained_cfg", "default_cfg"):
+        config = getattr(model, holder, None)
+        if isinstance(config, dict) and config.get("architecture"):
+            tag = config.get("tag")
+            return f"{config['architecture']}.{tag}" if tag else str(config["architecture"])
+    return None

@@ -1,0 +1,225 @@
+"""Run a backbone over images and hand out the patch tokens that enter its blocks; the model stays as it was.
+
+Limits: no gradients; block inputs must be [B, N, D] with the same N and D in every block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from spt_fast.backbones.anatomy import get_blocks, num_prefix_tokens, unwrap
+
+DEPTHS = ("deep", "shallow")
+
+TokenCallback = Callable[[int, Tensor], None]
+
+
+class _ForwardDone(BaseException):
+    """Ends a forward pass once the last tokens are out. No `Exception`, so that no model swallows it."""
+
+
+class TokenTap:
+    """Context manager that hands each block's input patch tokens to a callback, where they are produced.
+
+    `callback(layer, tokens)` gets `tokens` [B, N_e, D], a view into the block's own input that skips the
+    prefix tokens (class, registers): nothing is copied, so copy what is to outlive the call. Layer i is the
+    input of block i + 1 (E_i of eq. 2). The forward pass ends with the last layer asked for: the last block,
+    the final norm and the head never run, and for "shallow" no block does. With `last_output` all blocks run,
+    and one more layer, numbered `n_layers`, is the output of the last block.
+
+    While the context is open the model is in evaluation mode. On leaving it, also by an exception, the
+    training flags of every submodule are what they were and the hooks are gone. Parameters and buffers are
+    never touched.
+
+    Args:
+        model: a timm Vision Transformer, or any module that calls its `.blocks` in order, each once, on
+            tokens [B, N, D]. Wrappers (`torch.compile`, DistributedDataParallel) are seen through.
+        callback: called without autocast and without gradients, in order of layers.
+        depth: "deep", the input of every block, or "shallow", of the first block only.
+        device: must be the model's device; None takes it from the model.
+        amp_dtype: autocast dtype; None is bfloat16 on CUDA and none elsewhere, torch.float32 is none.
+
+    Raises:
+        TypeError: `model` has no blocks, or its blocks do not work on tokens [B, N, D].
+        ValueError: `depth`, `device` or `amp_dtype` is none of the allowed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        callback: TokenCallback,
+        *,
+        depth: str = "deep",
+        last_output: bool = False,
+        device: torch.device | str | None = None,
+        amp_dtype: torch.dtype | None = None,
+    ) -> None:
+        if depth not in DEPTHS:
+            raise ValueError(f"depth must be 'deep' or 'shallow', got {depth!r}")
+        self._model = unwrap(model)
+        self._blocks = get_blocks(self._model)
+        self._prefix = num_prefix_tokens(self._model)
+        self._callback = callback
+        self._last_output = last_output
+        self.n_layers = len(self._blocks) if depth == "deep" else 1
+        self.device, self._dtype = _device_and_dtype(self._model)
+        _check_device(device, self.device)
+        self._amp_dtype = _choose_amp_dtype(amp_dtype, self.device)
+        self._cleanup = ExitStack()
+        self._entered = False
+        self._start_batch(0)
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of layers handed to the callback: `n_layers`, and one more with `last_output`."""
+        return self.n_layers + int(self._last_output)
+
+    def name(self, layer: int) -> str:
+        """What `layer` is, in words, for messages."""
+        return "the output of the last block" if layer == self.n_layers else f"the input of block {layer + 1}"
+
+    def __enter__(self) -> TokenTap:
+        with ExitStack() as stack:
+            # Flags are set one by one: a module's own `train` may do more than that, and may not undo it.
+            for module in self._model.modules():
+                stack.callback(setattr, module, "training", module.training)
+                module.training = False
+            for layer in range(self.n_layers):
+                hook = self._blocks[layer].register_forward_pre_hook(
+                    self._input_hook(layer), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+            if self._last_output:
+                stack.callback(self._blocks[-1].register_forward_hook(self._output_hook).remove)
+            self._cleanup = stack.pop_all()
+        self._entered = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._entered = False
+        self._cleanup.close()
+
+    def run(self, images: Tensor) -> None:
+        """Run the model on `images` [B, C, H, W], of any floating dtype and device, for the callback.
+
+        Raises:
+            ValueError: the model refuses the images, for their size or their channels.
+            TypeError: the blocks are not called in order on tokens [B, N, D].
+        """
+        if not self._entered:
+            raise RuntimeError("TokenTap.run works inside `with tap:` only")
+        self._start_batch(len(images))
+        try:
+            with torch.no_grad(), _without_compilation(self._model), self._autocast():
+                self._model(images.to(self.device, self._dtype, non_blocking=True))
+        except _ForwardDone:
+            return
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            # Before the first block there is only the embedding of the images, so that is what failed.
+            if self._shape is not None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"images of shape {list(images.shape)} do not fit {type(self._model).__name__}: {error}"
+            ) from error
+        raise TypeError(
+            f"model must call each of its `.blocks`, but {type(self._model).__name__} returned "
+            f"without calling block {self._next + 1}"
+        )
+
+    def _start_batch(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._next = 0
+        self._shape: torch.Size | None = None
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self._amp_dtype, enabled=self._amp_dtype is not None)
+
+    def _input_hook(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        is_last = layer == self.n_outputs - 1
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._hand_out(layer, next(iter((*args, *kwargs.values())), None))
+            if is_last:
+                raise _ForwardDone
+
+        return hook
+
+    def _output_hook(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> NoReturn:
+        self._hand_out(self.n_layers, output[0] if isinstance(output, (tuple, list)) else output)
+        raise _ForwardDone
+
+    def _hand_out(self, layer: int, tokens: Any) -> None:
+        self._check_tokens(layer, tokens)
+        self._next = layer + 1
+        with torch.autocast(self.device.type, enabled=False):
+            self._callback(layer, tokens[:, self._prefix :])
+
+    def _check_tokens(self, layer: int, tokens: Any) -> None:
+        first_shape, self._shape = self._shape, getattr(tokens, "shape", torch.Size())
+        if layer != self._next:
+            raise TypeError(
+                f"model must call its `.blocks` in order and each once, got {self.name(layer)} "
+                f"where {self.name(self._next)} was due"
+            )
+        found = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3 or len(tokens) != self._batch_size:
+            raise TypeError(
+                f"model must have `.blocks` that map tokens [B, N, D] to [B, N, D], "
+                f"but for B = {self._batch_size} {self.name(layer)} is {found}"
+            )
+        if tokens.shape[1] <= self._prefix:
+            raise TypeError(
+                f"{self.name(layer)} must hold patch tokens after {self._prefix} prefix tokens, got {found}"
+            )
+        if first_shape is not None and tokens.shape != first_shape:
+            raise TypeError(
+                f"model must keep the shape of its tokens from block to block, "
+                f"but {self.name(layer)} is {found} after {list(first_shape)}"
+            )
+
+
+def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    floating = (p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point())
+    anchor = next(floating, None)
+    return (torch.device("cpu"), torch.float32) if anchor is None else (anchor.device, anchor.dtype)
+
+
+def _check_device(given: torch.device | str | None, device: torch.device) -> None:
+    if given is None:
+        return
+    try:
+        wanted = torch.device(given)
+    except RuntimeError as error:
+        raise ValueError(f"device must be the model's, {device}, got {given!r} ({error})") from error
+    # Without a number, as the CPU comes, a device is the first of its kind.
+    if wanted.type != device.type or wanted.index not in (None, device.index or 0):
+        raise ValueError(
+            f"device must be the model's, {device}, got {wanted}; to work there, move the model first"
+        )
+
+
+def _choose_amp_dtype(given: torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    if given is None:
+        return torch.bfloat16 if device.type == "cuda" else None
+    if given not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"amp_dtype must be torch.bfloat16, torch.float16 or torch.float32, got {given}")
+    return None if given == torch.float32 else given
+
+
+def _without_compilation(model: nn.Module) -> AbstractContextManager[Any]:
+    # `model.compile()` leaves no wrapper to see through. Only then is the compiler loaded, which takes long.
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()

@@ -1,0 +1,1 @@
+"""The command line `spt-fast`: a file for each command, which parses and calls the library."""

@@ -1,0 +1,1 @@
+"""What all wings share: errors, checks of arguments, files, tables, random numbers, processes."""

@@ -1,0 +1,71 @@
+"""Checks of arguments: an error names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{infix}B": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for infix, base in (("", 1000), ("i", 1024))
+}
+
+
+def check_int(name: str, value: Any, minimum: int, otherwise: str = "") -> int:
+    """`value` as an int of at least `minimum`; TypeError or ValueError naming the argument otherwise."""
+    allowed = f"an integer >= {minimum} {otherwise}".rstrip()
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+    return int(value)
+
+
+def check_number(
+    name: str, value: Any, minimum: float | None = None, *, above: float | None = None, otherwise: str = ""
+) -> float:
+    """`value` as a finite float of at least `minimum`, or greater than `above`.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: NaN, infinite or out of range.
+    """
+    bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", minimum), (">", above)) if bound is not None]
+    allowed = " ".join(["a finite number", *bounds, otherwise]).rstrip()
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be {allowed}, got {value!r}")
+    too_small = (minimum is not None and value < minimum) or (above is not None and value <= above)
+    if not math.isfinite(value) or too_small:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
+    """`value` if it is one of `allowed`; ValueError naming the argument otherwise."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def parse_bytes(argument: str, value: object) -> int:
+    """A number of bytes from an integer, or from text such as "4GiB", "1.5 GB" or "800 MB".
+
+    Raises:
+        TypeError: neither an integer nor a string.
+        ValueError: negative, or no number with a unit of B, kB, MB, GB, TB, KiB, MiB, GiB or TiB.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", value)
+        unit = match[2].replace("k", "K") if match else "?"
+        if match is None or unit not in _UNITS:
+            raise ValueError(
+                f"{argument} must be a number with a unit (B, kB, MB, GB, TB, KiB, MiB, GiB, TiB), "
+                f"got {value!r}"
+            )
+        return int(float(match[1]) * _UNITS[unit])
+    return check_int(argument, value, 0, '(bytes) or text such as "4GiB"')

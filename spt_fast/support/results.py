@@ -1,0 +1,83 @@
+"""Files that a command writes into a folder: names checked before the work, contents written after it.
+
+Figures are PNG files, left out where matplotlib is missing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spt_fast.support.files import check_output_path, write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def matplotlib_missing() -> str | None:
+    """Why no figure can be drawn here, in one line; None where one can."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return 'matplotlib is not installed: no figure; pip install "spt_fast[plots]" adds it'
+    return None
+
+
+def result_paths(
+    out: str | os.PathLike[str], names: Sequence[str], *, overwrite: bool = False
+) -> dict[str, Path]:
+    """Where each of `names` will go in the folder `out`; without matplotlib, figures (*.png) are left out.
+
+    Raises:
+        FileExistsError: one of them is there already, and not `overwrite`.
+        NotADirectoryError: `out`, or a folder that it lies in, is a file.
+    """
+    folder = Path(out)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"out must be a folder, but {there} is a file")
+    wanted = [name for name in names if not (name.endswith(".png") and matplotlib_missing())]
+    if there == folder:
+        for name in wanted:
+            check_output_path(folder / name, overwrite=overwrite)
+    return {name: folder / name for name in wanted}
+
+
+@contextmanager
+def result_folder(
+    out: str | os.PathLike[str], names: Sequence[str], *, overwrite: bool = False
+) -> Iterator[dict[str, Path]]:
+    """`result_paths` for work to be done in the context, before which the folder `out` is made if need be.
+
+    A folder that was made for it and is still empty at the end, as after an error, is taken away again.
+    """
+    paths = result_paths(out, names, overwrite=overwrite)
+    folder = Path(out)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield paths
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def write_results(
+    paths: Mapping[str, Path], contents: Mapping[str, bytes], *, overwrite: bool = False
+) -> list[Path]:
+    """Write each content to the path of its name, completely or not at all; the paths written."""
+    for name, content in contents.items():
+        write_bytes(paths[name], content, overwrite=overwrite)
+    return [paths[name] for name in contents]
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()

@@ -1,0 +1,274 @@
+"""Training of what a tuned model leaves trainable: AdamW, linear warm-up, cosine (paper, Sec. 4.1).
+
+For one process and a classification task; mixed precision and several processes are up to the caller.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.support.randomness import seeded
+from spt_fast.support.tables import csv_bytes
+
+FINAL_LR = 1e-8
+WARMUP_SHARE = 0.1
+HISTORY_COLUMNS = ("epoch", "loss", "val_accuracy", "lr", "seconds")
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Batches(Iterable[Batch], Sized, Protocol):
+    """A loader of (images, labels): iterated once per epoch, with a length known beforehand."""
+
+
+@dataclass
+class History:
+    """What `fit` saw, one entry per epoch (per evaluation for the two of validation).
+
+    Attributes:
+        loss: mean training loss (cross entropy) over the images of the epoch.
+        val_accuracy: share of right answers in [0, 1] after each of `val_epochs`; empty without `val_loader`.
+        val_epochs: epochs (from 1) after which the model was evaluated.
+        lr: learning rate of the epoch's last step, the first parameter group's.
+        seconds: wall-clock time of the epoch's training steps; evaluation is not counted.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    val_accuracy: list[float] = field(default_factory=list)
+    val_epochs: list[int] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def epochs(self) -> int:
+        return len(self.loss)
+
+    @property
+    def train_seconds(self) -> float:
+        return sum(self.seconds)
+
+    def to_csv(self) -> bytes:
+        """A row per epoch: epoch, loss, val_accuracy (empty where not evaluated), lr, seconds."""
+        accuracy = dict(zip(self.val_epochs, self.val_accuracy, strict=True))
+        rows = [
+            (epoch, loss, accuracy.get(epoch, ""), lr, seconds)
+            for epoch, (loss, lr, seconds) in enumerate(
+                zip(self.loss, self.lr, self.seconds, strict=True), start=1
+            )
+        ]
+        return csv_bytes(HISTORY_COLUMNS, rows)
+
+
+def fit(
+    tuned: nn.Module,
+    train_loader: Batches,
+    val_loader: Iterable[Batch] | None = None,
+    *,
+    epochs: int = 100,
+    lr: float = 1e-2,
+    prompt_lr: float | None = None,
+    weight_decay: float = 1e-4,
+    warmup_epochs: float | None = None,
+    seed: int = 0,
+    val_every: int = 1,
+    progress: bool = True,
+    on_epoch: Callable[[int, History], None] | None = None,
+) -> History:
+    """Train every parameter of `tuned` that asks for a gradient, in place.
+
+    AdamW; the learning rate rises linearly over `warmup_epochs` (a fraction is fine; None: a tenth of
+    `epochs`), then falls as a cosine to 1e-8 at the last step (Sec. 4.1; there 100 epochs, 10 of warm-up,
+    batches of 32).
+
+    Args:
+        tuned: maps images to logits, e.g. a `PromptedViT`; trained on the device its parameters are on.
+        train_loader: batches of (images, labels) with a length; shuffling is the loader's business.
+        val_loader: batches of (images, labels), evaluated after every `val_every`-th epoch and the last.
+        lr: highest learning rate.
+        prompt_lr: highest learning rate of the parameters named `prompts`; None = `lr`. Blocks normalise
+            their input, so they see a prompt's direction only: a prompt far from zero needs longer steps.
+        weight_decay: for tensors of two or more dimensions; biases and norms have none.
+        seed: for what is random in the model's forward pass, such as dropout, and in transforms of images
+            that the loader runs in this process; the global random states of Python, NumPy and torch are
+            then as before. Order of the images: see `shuffled_loader`.
+        on_epoch: called as `on_epoch(epoch, history)` after every epoch, from 1; it may raise to stop.
+
+    Raises:
+        TypeError: `train_loader` has no length.
+        ValueError: an argument is out of range, a loader is empty, nothing is trainable.
+        FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate.
+    """
+    _check_loader(train_loader)
+    check_recipe(
+        epochs=epochs, lr=lr, prompt_lr=prompt_lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs
+    )
+    if val_every < 1:
+        raise ValueError(f"val_every must be an integer >= 1, got {val_every}")
+    if warmup_epochs is None:
+        warmup_epochs = WARMUP_SHARE * epochs
+    optimizer = _adamw(tuned, lr, lr if prompt_lr is None else prompt_lr, weight_decay)
+    steps = len(train_loader)
+    schedule = warmup_cosine(optimizer, round(warmup_epochs * steps), epochs * steps)
+    device = _device(tuned)
+    history = History()
+    with seeded(seed, device), tqdm(total=epochs, unit="epoch", disable=not progress) as bar:
+        for epoch in range(1, epochs + 1):
+            _train_epoch(tuned, train_loader, optimizer, schedule, device, epoch, history)
+            if val_loader is not None and (epoch % val_every == 0 or epoch == epochs):
+                history.val_accuracy.append(evaluate(tuned, val_loader))
+                history.val_epochs.append(epoch)
+            bar.set_postfix(_last_values(history))
+            bar.update()
+            if on_epoch is not None:
+                on_epoch(epoch, history)
+    return history
+
+
+def check_recipe(
+    *, epochs: int, lr: float, prompt_lr: float | None, weight_decay: float, warmup_epochs: float | None
+) -> None:
+    """Raise ValueError where `fit` would refuse these arguments; for callers with long work before it."""
+    if epochs < 1:
+        raise ValueError(f"epochs must be an integer >= 1, got {epochs}")
+    for name, rate in (("lr", lr), ("prompt_lr", prompt_lr)):
+        if rate is not None and not (math.isfinite(rate) and rate > FINAL_LR):
+            raise ValueError(f"{name} must be a finite number above {FINAL_LR}, got {rate}")
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay must be a finite number >= 0, got {weight_decay}")
+    if warmup_epochs is not None and not 0 <= warmup_epochs < epochs:
+        raise ValueError(f"warmup_epochs must be >= 0 and below epochs ({epochs}), got {warmup_epochs}")
+
+
+@torch.no_grad()
+def evaluate(tuned: nn.Module, loader: Iterable[Batch]) -> float:
+    """Share of images in [0, 1] whose largest logit is the label; `tuned` comes back in the mode it was in.
+
+    Raises:
+        ValueError: the loader gave no image.
+    """
+    device, was_training = _device(tuned), tuned.training
+    right = total = 0
+    tuned.eval()
+    fixed = tuned.fixed_prompts() if isinstance(tuned, PromptedViT) else nullcontext()
+    try:
+        with fixed:
+            for images, labels in loader:
+                predicted = tuned(images.to(device)).argmax(dim=1)
+                right += int((predicted == labels.to(device)).sum())
+                total += len(labels)
+    finally:
+        tuned.train(was_training)
+    if total == 0:
+        raise ValueError("loader is empty: it gave no image to evaluate")
+    return right / total
+
+
+def shuffled_loader(
+    images: Tensor, labels: Tensor, *, batch_size: int, seed: int
+) -> DataLoader[tuple[Tensor, ...]]:
+    """A loader over tensors in memory whose order, epoch after epoch, depends on `seed` alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True, generator=generator)
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LRScheduler:
+    """Each group's rate from peak / (warmup_steps + 1) linearly to its peak, then as a cosine to 1e-8.
+
+    The peak is the rate the group has now; 1e-8 is reached at the last step. `scheduler.step()` is due
+    after every optimiser step.
+    """
+
+    def factor(peak: float, step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        floor = FINAL_LR / peak
+        share = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
+
+    factors: list[Callable[[int], float]] = [partial(factor, group["lr"]) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+def _train_epoch(
+    tuned: nn.Module,
+    loader: Batches,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    device: torch.device,
+    epoch: int,
+    history: History,
+) -> None:
+    tuned.train()
+    total_loss, count, rate = 0.0, 0, 0.0
+    started = time.perf_counter()
+    for step, (images, labels) in enumerate(loader):
+        loss = F.cross_entropy(tuned(images.to(device)), labels.to(device))
+        rate = optimizer.param_groups[0]["lr"]
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(
+                f"loss is {loss.item()} at epoch {epoch}, step {step + 1}, learning rate {rate:.2g}; lower lr"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        total_loss += loss.item() * len(labels)
+        count += len(labels)
+    if count == 0:
+        raise ValueError("train_loader is empty: it gave no image")
+    history.loss.append(total_loss / count)
+    history.lr.append(rate)
+    history.seconds.append(time.perf_counter() - started)
+
+
+def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what is trainable, in groups by rate and decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in tuned.named_parameters():
+        if parameter.requires_grad:
+            rate = prompt_lr if name.rpartition(".")[2] == "prompts" else lr
+            decay = weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    if not groups:
+        raise ValueError("tuned has no parameter that requires a gradient: there is nothing to train")
+    return torch.optim.AdamW(
+        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+    )
+
+
+def _check_loader(train_loader: Batches) -> None:
+    if not hasattr(train_loader, "__len__"):
+        raise TypeError(f"train_loader must have a length, which a {type(train_loader).__name__} has not")
+    if len(train_loader) == 0:
+        raise ValueError("train_loader is empty: it gives no batch")
+
+
+def _device(tuned: nn.Module) -> torch.device:
+    first = next(iter(_tensors(tuned)), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _tensors(tuned: nn.Module) -> Iterator[Tensor]:
+    yield from tuned.parameters()
+    yield from tuned.buffers()
+
+
+def _last_values(history: History) -> dict[str, str]:
+    values = {"loss": f"{history.loss[-1]:.3f}"}
+    if history.val_accuracy:
+        values["val"] = f"{history.val_accuracy[-1]:.1%}"
+    return values

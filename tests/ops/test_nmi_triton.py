@@ -1,0 +1,159 @@
+"""The Triton kernels of `sigmoid_nmi` against float64, in Triton's interpreter; and what they compile to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+import spt_fast
+from spt_fast.ops import nmi_triton
+from spt_fast.ops.accuracy import NMI_SHARE, nmi_gradient_bound, nmi_inputs
+from spt_fast.ops.nmi import explain_backend, sigmoid_nmi
+from spt_fast.ops.nmi_portable import nmi_backward, nmi_coefficients, nmi_forward
+from spt_fast.ops.nmi_triton import launch_nmi_backward, launch_nmi_forward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # NumPy on overflow, as meant
+if DEVICE == "cuda":
+    # The same tests run the compiled kernels there.
+    pytestmark.append(pytest.mark.gpu)
+# N_p, B, N_e, D: one tile; several tiles of tokens; several of both
+SHAPES = [(3, 2, 5, 7), (20, 2, 196, 40), (40, 1, 300, 33)]
+
+
+def make_inputs(
+    shape: tuple[int, int, int, int], largest_score: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return nmi_inputs(shape, largest_score, dtype, DEVICE)
+
+
+def inputs_with_scores(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts and one image of tokens whose scores are exactly `scores` [N_p, N_e] in float32."""
+    return torch.eye(scores.shape[0]).to(DEVICE), scores.T[None].float().to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("largest_score", [1e-3, 1.0, 30.0, 1e3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_matches_float64(
+    shape: tuple[int, int, int, int], largest_score: float, dtype: torch.dtype
+) -> None:
+    prompts, tokens = make_inputs(shape, largest_score, dtype)
+    got = launch_nmi_forward(prompts, tokens)
+    expected = nmi_forward(prompts.double(), tokens.double())
+    for mine, theirs in zip(got[:4], expected[:4], strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), theirs, rtol=NMI_SHARE, atol=0)
+    for mine, theirs in zip(got[4:], expected[4:], strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("largest_score", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_backward_matches_float64(
+    shape: tuple[int, int, int, int], largest_score: float, dtype: torch.dtype
+) -> None:
+    prompts, tokens = make_inputs(shape, largest_score, dtype)
+    parts = nmi_forward(prompts.double(), tokens.double())
+    coefficients = nmi_coefficients(parts[0], parts[2], parts[3])
+    expected = nmi_backward(prompts.double(), tokens.double(), coefficients)
+    got = launch_nmi_backward(prompts, tokens, coefficients, *(part.float() for part in parts[1:4]))
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - theirs).abs().max() <= nmi_gradient_bound(theirs, dtype)
+
+
+@pytest.mark.parametrize("offset", [-1000.0, 0.0, 1000.0])
+@pytest.mark.parametrize("spread", [1e-3, 3.0, 20.0])
+def test_hard_scores_match_float64(offset: float, spread: float) -> None:
+    scores = spread * torch.randn(5, 9, generator=torch.Generator().manual_seed(0)) + offset
+    prompts, tokens = inputs_with_scores(scores)
+    got = launch_nmi_forward(prompts, tokens)[0]
+    expected = nmi_forward(prompts.double(), tokens.double())[0]
+    # At +1000 every sigmoid is 1 in float64 too, and nothing is shared.
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("score", [-1e3, -20.0, 0.0, 1e3])
+@pytest.mark.parametrize("shape", [(4, 9), (40, 300)], ids=str)
+def test_equal_scores_share_nothing(score: float, shape: tuple[int, int]) -> None:
+    assert launch_nmi_forward(*inputs_with_scores(torch.full(shape, score)))[0].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 9000)], ids=str)
+def test_one_prompt_or_one_token_is_zero(shape: tuple[int, int]) -> None:
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert launch_nmi_forward(*inputs_with_scores(scores))[0].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("lead", [10.0, 30.0, 60.0])
+def test_one_pair_with_nearly_all_the_mass(lead: float) -> None:
+    scores = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) - 900 - lead
+    scores[1, 2] = -900
+    prompts, tokens = inputs_with_scores(scores)
+    expected = nmi_forward(prompts.double(), tokens.double())[0]
+    torch.testing.assert_close(launch_nmi_forward(prompts, tokens)[0].double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (40, 3, 300, 8)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_values_make_the_nmi_of_their_image_nan(
+    shape: tuple[int, int, int, int], value: float
+) -> None:
+    prompts, tokens = make_inputs(shape, 1.0, torch.float32)
+    tokens[1, 2, 3] = value
+    assert launch_nmi_forward(prompts, tokens)[0].isnan().tolist() == [False, True, False]
+
+
+def test_bounded_buffer_gives_the_same_as_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, tokens = make_inputs((40, 3, 300, 8), 5.0, torch.float32)
+    whole = launch_nmi_forward(prompts, tokens)
+    monkeypatch.setattr(nmi_triton, "BUFFERED_SCORES", 2 * 40 * 300)
+    for mine, theirs in zip(launch_nmi_forward(prompts, tokens), whole, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.gpu
+def test_op_on_a_gpu_uses_the_kernels_and_matches_float64() -> None:
+    prompts, tokens = make_inputs((20, 3, 196, 768), 5.0, torch.float32)
+    assert explain_backend(tokens.device)[0] == "triton"
+    mine = [tensor.clone().requires_grad_() for tensor in (prompts, tokens)]
+    exact = [tensor.double().cpu().requires_grad_() for tensor in (prompts, tokens)]
+    got, expected = sigmoid_nmi(*mine), sigmoid_nmi(*exact)
+    torch.testing.assert_close(got.double().cpu(), expected, rtol=1e-4, atol=0)
+    gradients = torch.autograd.grad(got.sum(), mine)
+    for gradient, theirs in zip(gradients, torch.autograd.grad(expected.sum(), exact), strict=True):
+        assert (gradient.double().cpu() - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_kernels_compile_without_spills_for_sm_80_90_and_100() -> None:
+    """In a process of its own, because the interpreter's switch is read once."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(spt_fast.__file__).parents[1])
+    command = [sys.executable, "-W", "ignore", "-c", _COMPILE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 * (2 * (5 + 1) + 2)
+    assert all(" spills 0," in line for line in lines), done.stdout
+
+
+_COMPILE = """
+from spt_fast.ops import nmi_triton as kernels
+for arch in (80, 90, 100):
+    for name, resources in kernels.compile_all(arch, least_scores=4096):
+        registers, spills, shared = resources
+        print(f"sm_{arch} {name}: registers {registers}, spills {spills}, shared {shared}")
+"""

@@ -1,0 +1,263 @@
+"""Prototypes: select, layer, save and load, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from spt_fast.prototypes.build import build_prototypes
+from spt_fast.prototypes.result import Prototypes
+from spt_fast.support.files import write_safetensors
+
+Loader = list[tuple[Tensor, Tensor]]
+
+
+def build(model: VisionTransformer, loader: Loader, **options: Any) -> Prototypes:
+    return build_prototypes(model, loader, **{"num_prompts": 6, "progress": False, **options})
+
+
+def assert_same(ours: Prototypes, theirs: Prototypes) -> None:
+    """Equal in every bit of every public field."""
+    for name in ("prompts", "counts", "inertia"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    for name in ("num_images", "num_tokens", "metadata"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert (ours.last_output is None) == (theirs.last_output is None)
+    if ours.last_output is not None and theirs.last_output is not None:
+        assert_same(ours.last_output, theirs.last_output)
+
+
+@pytest.fixture
+def protos(vit: VisionTransformer, loader: Loader) -> Prototypes:
+    return build(vit, loader, last_output=True)
+
+
+def fields(layers: int = 3, num_prompts: int = 6, width: int = 32) -> dict[str, Any]:
+    """Valid fields of Prototypes."""
+    return {
+        "prompts": torch.randn(layers, num_prompts, width),
+        "counts": torch.ones(layers, num_prompts, dtype=torch.float64),
+        "inertia": torch.ones(layers, dtype=torch.float64),
+        "num_images": 4,
+        "num_tokens": 64,
+        "metadata": {"strategy": "kmeans", "mode": "stream"},
+    }
+
+
+class TestSelect:
+    def test_gives_what_building_would_give(
+        self, vit: VisionTransformer, loader: Loader, protos: Prototypes
+    ) -> None:
+        for num_prompts in (1, 3, 6, 11):
+            built = build(vit, loader, last_output=True, num_prompts=num_prompts, capacity=20_000)
+            assert_same(protos.select(num_prompts), built)
+
+    def test_may_be_asked_again(self, protos: Prototypes) -> None:
+        assert_same(protos.select(3).select(6), protos)
+
+    def test_inertia_falls_with_more_prompts(self, protos: Prototypes) -> None:
+        inertia = torch.stack([protos.select(k).inertia for k in (1, 2, 4, 8, 16, 32)])
+        assert bool((inertia.diff(dim=0) < 0).all())
+
+    def test_goes_up_to_what_was_kept_and_no_further(self, vit: VisionTransformer, loader: Loader) -> None:
+        protos = build(vit, loader, capacity=100)
+        assert protos.select(100).prompts.shape == (3, 100, 32)
+        with pytest.raises(ValueError, match=r"num_prompts must be at most 100, .* got 101"):
+            protos.select(101)
+
+    @pytest.mark.parametrize("num_prompts", [0, -3])
+    def test_refuses_less_than_one(self, protos: Prototypes, num_prompts: int) -> None:
+        with pytest.raises(ValueError, match=f"num_prompts must be an integer >= 1, got {num_prompts}"):
+            protos.select(num_prompts)
+
+    @pytest.mark.parametrize("num_prompts", [2.0, True, None, "3"])
+    def test_refuses_what_is_no_integer(self, protos: Prototypes, num_prompts: Any) -> None:
+        with pytest.raises(TypeError, match="num_prompts must be an integer >= 1"):
+            protos.select(num_prompts)
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"strategy": "mean"}, "which strategy='mean' has none of"),
+            ({"strategy": "random"}, "which strategy='random' has none of"),
+            ({"mode": "exact"}, "which mode='exact' has none of"),
+        ],
+    )
+    def test_says_why_there_is_no_summary(
+        self, vit: VisionTransformer, loader: Loader, options: dict[str, Any], reason: str
+    ) -> None:
+        with pytest.raises(ValueError, match=reason):
+            build(vit, loader, **options).select(3)
+
+    def test_says_that_files_hold_no_summary(self, protos: Prototypes, tmp_path: Path) -> None:
+        protos.save(tmp_path / "p")
+        with pytest.raises(ValueError, match="which is not saved to files"):
+            Prototypes.load(tmp_path / "p").select(3)
+
+    def test_says_that_it_comes_before_layer(self, protos: Prototypes) -> None:
+        with pytest.raises(ValueError, match=r"call select\(num_prompts\)\.layer\(index\)"):
+            protos.layer(0).select(3)
+
+
+class TestLayer:
+    @pytest.mark.parametrize("index", [0, 1, 2])
+    def test_repeats_one_layer(self, protos: Prototypes, index: int) -> None:
+        repeated = protos.layer(index)
+        assert repeated.prompts.shape == protos.prompts.shape
+        for i in range(3):
+            assert torch.equal(repeated.prompts[i], protos.prompts[index])
+            assert torch.equal(repeated.counts[i], protos.counts[index])
+            assert repeated.inertia[i] == protos.inertia[index]
+        assert repeated.metadata["layer"] == str(index)
+
+    def test_last_is_the_last_blocks_output(self, protos: Prototypes) -> None:
+        assert protos.last_output is not None
+        repeated = protos.layer(-1)
+        assert torch.equal(repeated.prompts, protos.last_output.prompts.expand(3, -1, -1))
+        assert not torch.equal(repeated.prompts[2], protos.prompts[2])
+
+    def test_of_shallow_prototypes(self, vit: VisionTransformer, loader: Loader) -> None:
+        protos = build(vit, loader, depth="shallow", last_output=True)
+        assert torch.equal(protos.layer(0).prompts, protos.prompts)
+        assert protos.layer(-1).prompts.shape == (1, 6, 32)
+        assert not torch.equal(protos.layer(-1).prompts, protos.prompts)
+
+    def test_last_needs_last_output(self, vit: VisionTransformer, loader: Loader) -> None:
+        with pytest.raises(ValueError, match=r"build with last_output=True \(index may be 0 to 2 here\)"):
+            build(vit, loader).layer(-1)
+
+    @pytest.mark.parametrize(
+        ("index", "error", "reason"),
+        [
+            (3, ValueError, "index must be 0 to 2, or -1 for the last block's output, got 3"),
+            (-2, ValueError, "index must be an integer >= -1, got -2"),
+            (1.0, TypeError, "index must be an integer"),
+        ],
+    )
+    def test_refuses_other_indices(
+        self, protos: Prototypes, index: Any, error: type[Exception], reason: str
+    ) -> None:
+        with pytest.raises(error, match=reason):
+            protos.layer(index)
+
+    def test_does_not_share_memory(self, protos: Prototypes) -> None:
+        repeated = protos.layer(1)
+        repeated.prompts[0].zero_()
+        assert bool(protos.prompts[1].any())
+        assert bool(repeated.prompts[2].any())
+
+
+class TestFiles:
+    @pytest.mark.parametrize("last_output", [False, True])
+    def test_round_trip(
+        self, vit: VisionTransformer, loader: Loader, tmp_path: Path, last_output: bool
+    ) -> None:
+        protos = build(vit, loader, last_output=last_output)
+        protos.save(tmp_path / "p.safetensors")
+        loaded = Prototypes.load(str(tmp_path / "p.safetensors"))
+        assert_same(loaded, protos)
+        assert repr(loaded) == repr(protos)
+
+    def test_round_trip_of_a_single_layer(self, protos: Prototypes, tmp_path: Path) -> None:
+        protos.layer(-1).save(tmp_path / "p")
+        assert_same(Prototypes.load(tmp_path / "p"), protos.layer(-1))
+
+    def test_same_prototypes_give_the_same_bytes(self, protos: Prototypes, tmp_path: Path) -> None:
+        protos.save(tmp_path / "a")
+        Prototypes.load(tmp_path / "a").save(tmp_path / "b")
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+    def test_existing_file_and_missing_folder_are_refused(self, protos: Prototypes, tmp_path: Path) -> None:
+        path = tmp_path / "p"
+        path.write_text("precious")
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            protos.save(path)
+        assert path.read_text() == "precious"
+        protos.save(path, overwrite=True)
+        assert_same(Prototypes.load(path), protos)
+        with pytest.raises(FileNotFoundError, match="folder"):
+            protos.save(tmp_path / "nowhere" / "p")
+
+    def test_truncated_and_foreign_files_are_refused(self, protos: Prototypes, tmp_path: Path) -> None:
+        path = tmp_path / "p"
+        protos.save(path)
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+            Prototypes.load(path)
+        write_safetensors(path, {"prompts": protos.prompts}, {}, kind="prompted_vit", overwrite=True)
+        with pytest.raises(ValueError, match="holds 'prompted_vit', expected 'prototypes'"):
+            Prototypes.load(path)
+
+    @pytest.mark.parametrize("missing", ["prompts", "counts", "inertia", "num_images", "num_tokens"])
+    def test_file_without_a_tensor_is_refused(self, tmp_path: Path, missing: str) -> None:
+        tensors = {name: torch.as_tensor(value) for name, value in fields().items() if name != "metadata"}
+        del tensors[missing]
+        write_safetensors(tmp_path / "p", tensors, {}, kind="prototypes")
+        with pytest.raises(ValueError, match=rf"p does not hold valid prototypes \('{missing}'\)"):
+            Prototypes.load(tmp_path / "p")
+
+    def test_file_with_misshapen_tensors_is_refused(self, tmp_path: Path) -> None:
+        tensors = {name: torch.as_tensor(value) for name, value in fields().items() if name != "metadata"}
+        tensors["counts"] = tensors["counts"][:2]
+        write_safetensors(tmp_path / "p", tensors, {}, kind="prototypes")
+        with pytest.raises(ValueError, match=r"valid prototypes \(counts must have shape \[3, 6\]"):
+            Prototypes.load(tmp_path / "p")
+
+
+class TestFields:
+    def test_are_frozen(self, protos: Prototypes) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            protos.prompts = torch.zeros(1)  # type: ignore[misc]
+
+    @pytest.mark.parametrize(
+        ("changed", "error", "reason"),
+        [
+            ({"prompts": [[1.0]]}, TypeError, "prompts must be a tensor, got list"),
+            (
+                {"prompts": torch.zeros(3, 6, 32).half()},
+                ValueError,
+                r"prompts must be torch\.float32 on the CPU",
+            ),
+            ({"prompts": torch.zeros(6, 32)}, ValueError, r"prompts must be \[L, N_p, D\] and not empty"),
+            ({"prompts": torch.zeros(3, 0, 32)}, ValueError, r"not empty, got shape \[3, 0, 32\]"),
+            ({"prompts": torch.full((3, 6, 32), torch.nan)}, ValueError, "prompts must be finite"),
+            ({"counts": torch.ones(3, 6)}, ValueError, r"counts must be torch\.float64"),
+            ({"inertia": torch.ones(2).double()}, ValueError, r"inertia must have shape \[3\]"),
+            ({"num_images": 0}, ValueError, "num_images must be an integer >= 1, got 0"),
+            ({"num_tokens": 2.5}, TypeError, "num_tokens must be an integer >= 1"),
+            ({"metadata": None}, TypeError, "metadata must be a dict of strings, got NoneType"),
+            ({"metadata": {"seed": 0}}, TypeError, "metadata must map strings to strings, got 'seed': 0"),
+            (
+                {"last_output": Prototypes(**fields(2))},
+                ValueError,
+                r"last_output must hold prompts \[1, 6, 32\]",
+            ),
+        ],
+    )
+    def test_misfits_are_refused(self, changed: dict[str, Any], error: type[Exception], reason: str) -> None:
+        with pytest.raises(error, match=reason):
+            Prototypes(**{**fields(), **changed})
+
+    def test_repr_tells_what_it_is(self, protos: Prototypes) -> None:
+        text = repr(protos)
+        for part in ("[3, 6, 32]", "kmeans", "stream", "num_images=40", "num_tokens=640", "with last_output"):
+            assert part in text
+        assert len(text) < 200
+
+
+def test_prompted_vit_takes_them(
+    make_vit: Callable[..., VisionTransformer], loader: Loader, protos: Prototypes
+) -> None:
+    from spt_fast.prompting.prompted_vit import PromptedViT
+
+    tuned = PromptedViT(make_vit(), protos, num_classes=4)
+    assert torch.equal(tuned.prompts.detach(), protos.prompts)
+    assert tuned(loader[0][0]).shape == (8, 4)
+    assert PromptedViT(make_vit(), protos.layer(-1), num_classes=4).prompts.shape == (3, 6, 32)

@@ -1,0 +1,400 @@
+"""Runs the scenarios of test_distributed.py, each in as many gloo processes as it needs.
+
+    python distributed_ranks.py FOLDER
+
+Every rank of scenario S leaves FOLDER/S.RANK.pt: what S returned there, or the kind and text of its error.
+The ranks are forks of this process, which pay for no import, and which start no thread before they fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from spt_fast.analysis.nmi_tracker import NMITracker
+from spt_fast.clustering import StreamingKMeans
+from spt_fast.clustering.out_of_core import OutOfCoreKMeans
+from spt_fast.clustering.reservoir import PriorityReservoir
+from spt_fast.commands import main as cli
+from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.prototypes.build import build_prototypes
+from spt_fast.prototypes.result import Prototypes
+from spt_fast.prototypes.token_store import TokenStore
+from spt_fast.support.distributed import Processes, find_processes
+
+TIMEOUT = timedelta(seconds=30)
+SHORT = timedelta(seconds=4)  # where a rank is meant to stay silent
+
+Batches = list[Tensor]
+Scenario = Callable[[Path], Any]
+SCENARIOS: dict[str, tuple[int, timedelta, Scenario]] = {}
+
+
+def scenario(*sizes: int, timeout: timedelta = TIMEOUT) -> Callable[[Scenario], Scenario]:
+    def register(function: Scenario) -> Scenario:
+        for size in sizes:
+            name = function.__name__ if len(sizes) == 1 else f"{function.__name__}_{size}"
+            SCENARIOS[name] = size, timeout, function
+        return function
+
+    return register
+
+
+def make_vit() -> VisionTransformer:
+    torch.manual_seed(1)
+    return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+
+
+def make_batches(n: int = 7) -> Batches:
+    """Batches of six images in one of six colours each, but for noise: tokens in clear clusters, in order."""
+    generator = torch.Generator().manual_seed(0)
+    colours = (4 * torch.randn(6, 3, 1, 1, generator=generator)).repeat_interleave(7, 0)[: 6 * n]
+    images = colours + 0.3 * torch.randn(6 * n, 3, 32, 32, generator=generator)
+    return list(images.split(6))
+
+
+def mine(batches: Batches) -> Batches:
+    """This rank's part: consecutive batches, unequal where they do not divide."""
+    part = find_processes(None).part_of(len(batches))
+    return batches[part.start : part.stop]
+
+
+def build(batches: Any, **options: Any) -> dict[str, Any]:
+    return facts(build_prototypes(make_vit(), batches, **{"num_prompts": 5, "progress": False, **options}))
+
+
+def facts(built: Prototypes) -> dict[str, Any]:
+    return {
+        "prompts": built.prompts,
+        "counts": built.counts,
+        "inertia": built.inertia,
+        "images": built.num_images,
+        "tokens": built.num_tokens,
+        "metadata": built.metadata,
+    }
+
+
+@scenario(1, 2, 3)
+def exact(_: Path) -> Any:
+    return build(mine(make_batches()), mode="exact")
+
+
+@scenario(2)
+def exact_from_the_file(_: Path) -> Any:
+    return build(mine(make_batches()), mode="exact", memory_budget=0)
+
+
+@scenario(3)
+def exact_with_an_empty_rank(_: Path) -> Any:
+    batches = make_batches()
+    return build([batches[:3], [], batches[3:]][dist.get_rank()], mode="exact")
+
+
+@scenario(3)
+def exact_with_an_empty_first_rank(_: Path) -> Any:
+    batches = make_batches()
+    return build([[], batches[:5], batches[5:]][dist.get_rank()], mode="exact")
+
+
+@scenario(1, 2, 3)
+def exact_with_empty_clusters(_: Path) -> Any:
+    """Starts far from every token: all but one centre have to be given tokens of whatever rank."""
+    torch.manual_seed(0)
+    tokens = torch.randn(999, 9) * torch.linspace(1, 20, 999)[:, None]
+    processes = find_processes(None)
+    part = processes.part_of(len(tokens))
+    starts = 1e4 + torch.arange(4.0)[:, None] * torch.ones(9)
+    with TokenStore(1, 0, chunk_bytes=1_000) as store:
+        store.append(0, tokens[part.start : part.stop])
+        fit = OutOfCoreKMeans(
+            store.layer(0), 4, np.random.default_rng(0), starts=starts[None], processes=processes
+        ).run()
+    return {"centers": fit.centers, "counts": fit.counts, "inertia": fit.inertia, "n_iter": fit.n_iter}
+
+
+@scenario(1, 2, 3)
+def exact_with_and_without_pruning(_: Path) -> Any:
+    """Many iterations of two restarts over overlapping clusters; the ranks' chunks are cut differently."""
+    torch.manual_seed(0)
+    tokens = 0.5 * torch.randn(9, 13)[torch.randint(9, (2_503,))] + torch.randn(2_503, 13)
+    starts = torch.stack([tokens[:6], tokens[6:12]])
+    processes = find_processes(None)
+    part = processes.part_of(len(tokens))
+    results: dict[str, Any] = {}
+    with TokenStore(1, 30_000, chunk_bytes=[10_000, 70_000, 100][processes.rank]) as store:
+        store.append(0, tokens[part.start : part.stop])
+        for side in ("pruned", "plain"):
+            fit = OutOfCoreKMeans(
+                store.layer(0),
+                6,
+                np.random.default_rng(0),
+                starts=starts,
+                processes=processes,
+                prune=side == "pruned",
+            )
+            for tol in (1.0, 1e-6):
+                done = fit.run(tol)
+            results |= {f"{side}_{key}": value for key, value in vars(done).items()}
+    return results
+
+
+@scenario(1, 2, 3)
+def stream(_: Path) -> Any:
+    return build(mine(make_batches()))
+
+
+@scenario(2)
+def stream_with_little_room(_: Path) -> Any:
+    return build(mine(make_batches()), capacity=40, last_output=True)
+
+
+@scenario(3)
+def stream_with_an_empty_rank(_: Path) -> Any:
+    batches = make_batches()
+    return build([[], batches[:3], batches[3:]][dist.get_rank()])
+
+
+@scenario(1, 2, 3)
+def stream_of_sorted_tokens(_: Path) -> Any:
+    """Far more tokens than are kept, each rank with clusters and a spread of its own; true inertia."""
+    torch.manual_seed(0)
+    means = 3 * torch.randn(60, 24)
+    tokens = (means + 0.5 * torch.randn(1_000, 60, 24) * torch.linspace(0.2, 3, 60)[:, None]).transpose(0, 1)
+    tokens = tokens.reshape(-1, 24)
+    tokens[::5_000] *= 20
+    processes = find_processes(None)
+    part = processes.part_of(len(tokens))
+    streaming = StreamingKMeans(8, capacity=8_000, seed=processes.rank)
+    for batch in tokens[part.start : part.stop].split(700):
+        streaming.partial_fit(batch)
+    summary = streaming.merged_summary(processes, torch.device("cpu"))
+    solved = summary.solve(8, processes=processes)
+    squared = torch.cdist(tokens.double(), solved.centers[0].double()).square().amin(1)
+    return {
+        "inertia": float(squared.mean()),
+        "estimate": float(solved.inertia[0]),
+        "total": float(summary.groups[0].weights.double().sum()),
+        "kept": len(summary.groups[0]),
+        "counts": float(solved.counts.sum()),
+        "n": len(tokens),
+    }
+
+
+@scenario(3)
+def merged_reservoir(_: Path) -> Any:
+    """The merged sample, and the keys and importances of all tokens by which it can be checked."""
+    rank, processes = dist.get_rank(), find_processes(None)
+    rows = [500, 30, 1_200][rank]
+    reservoir = PriorityReservoir(
+        100, 1, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(rank)
+    )
+    twin = torch.Generator().manual_seed(rank)
+    tokens = rank * 10_000 + torch.arange(float(rows))[:, None]
+    importance = (
+        0.1 + (rank + 1) * torch.rand(rows, generator=torch.Generator().manual_seed(9 + rank)).double()
+    )
+    reservoir.offer(tokens, importance, None)
+    keys = (1 - torch.rand(rows, dtype=torch.float64, generator=twin)) / importance
+    summary = reservoir.merged_summary(processes)
+    return {
+        "tokens": summary.tokens[:, 0],
+        "weights": summary.weights,
+        "mine": (tokens[:, 0], keys, importance),
+    }
+
+
+@scenario(2)
+def strategies(_: Path) -> Any:
+    batches = mine(make_batches())
+    return {
+        (strategy, seed): build(batches, strategy=strategy, seed=seed)
+        for strategy in ("mean", "max", "random")
+        for seed in range(6)
+    }
+
+
+@scenario(2)
+def strategy_with_an_empty_rank(_: Path) -> Any:
+    return [build([[], iter(make_batches())][dist.get_rank()], strategy="mean", seed=s) for s in range(3)]
+
+
+@scenario(3)
+def max_images(_: Path) -> Any:
+    return build(mine(make_batches()), max_images=8)
+
+
+@scenario(3)
+def max_images_for_fewer_than_all(_: Path) -> Any:
+    return build(mine(make_batches()), max_images=2, mode="exact")
+
+
+@scenario(2)
+def nan_on_rank_1(_: Path) -> Any:
+    return {mode: _caught(lambda mode=mode: build(_spoiled(), mode=mode)) for mode in ("stream", "exact")}
+
+
+@scenario(3)
+def loader_fails_on_rank_2(_: Path) -> Any:
+    def loader() -> Iterator[Tensor]:
+        yield from mine(make_batches())
+        if dist.get_rank() == 2:
+            raise KeyError("no such image")
+
+    return build(loader())
+
+
+@scenario(2)
+def no_image_anywhere(_: Path) -> Any:
+    return {s: _caught(lambda s=s: build([], strategy=s)) for s in ("kmeans", "mean")}
+
+
+@scenario(2)
+def too_few_tokens(_: Path) -> Any:
+    return build(make_batches(1), num_prompts=200)
+
+
+@scenario(2)
+def different_arguments(_: Path) -> Any:
+    return build(mine(make_batches()), seed=dist.get_rank())
+
+
+@scenario(2)
+def bad_argument_on_rank_0(_: Path) -> Any:
+    return build(mine(make_batches()), num_prompts=5 * dist.get_rank())
+
+
+@scenario(2)
+def nmi_file_is_there_already(folder: Path) -> Any:
+    tracker = NMITracker(PromptedViT(make_vit(), 2))
+    (folder / "nmi.csv").touch()
+    return _caught(lambda: tracker.to_csv(folder / "nmi.csv"))
+
+
+@scenario(3)
+def part_of_the_processes(_: Path) -> Any:
+    group = dist.new_group([0, 2])
+    if dist.get_rank() == 1:
+        return _caught(lambda: build(make_batches(), process_group=group))
+    rank = dist.get_rank(group)
+    return build(make_batches()[rank::2], process_group=group, mode="exact")
+
+
+@scenario(3, timeout=SHORT)
+def rank_dies_in_the_pass(_: Path) -> Any:
+    def loader() -> Iterator[Tensor]:
+        for batch in mine(make_batches()):
+            yield batch
+            if dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return build(loader())
+
+
+@scenario(2, timeout=SHORT)
+def rank_dies_in_an_iteration(_: Path) -> Any:
+    whole = OutOfCoreKMeans._iterate
+
+    def dying(self: OutOfCoreKMeans, runs: Tensor) -> None:
+        if dist.get_rank() == 1 and self._n_iter.max() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(self, runs)
+
+    OutOfCoreKMeans._iterate = dying  # type: ignore[method-assign]
+    return build(mine(make_batches()), mode="exact")
+
+
+@scenario(2, timeout=SHORT)
+def rank_stays_silent(_: Path) -> Any:
+    if dist.get_rank() == 1:
+        time.sleep(2 * SHORT.total_seconds())
+        os._exit(0)
+    return build(mine(make_batches()))
+
+
+@scenario(3)
+def command_line(folder: Path) -> Any:
+    out = folder / "prototypes.safetensors"
+    base = (
+        "prototypes",
+        "--model",
+        "shipped",
+        "--data",
+        "digits",
+        "--num-prompts",
+        "3",
+        "--max-images",
+        "31",
+    )
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = cli.main([*base, "--batch-size", "4", "--mode", "exact", "--out", str(out)])
+    dist.barrier()
+    again = cli.main([*base, "--out", str(out)])  # it is there already
+    missing = cli.main([*base, "--out", str(folder / "other"), "--checkpoint", "no_such_file"])
+    return {"codes": (code, again, missing), "printed": printed.getvalue()}
+
+
+def _spoiled() -> Batches:
+    batches = mine(make_batches())
+    if dist.get_rank() == 1:
+        # Finite pixels whose tokens are not.
+        batches[1][2] = 3e38
+    return batches
+
+
+def _caught(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except Exception as error:
+        return type(error).__name__, str(error)
+
+
+def _run_rank(name: str, rank: int, folder: Path) -> None:
+    size, timeout, function = SCENARIOS[name]
+    torch.set_num_threads(1)
+    if size > 1:
+        store = dist.FileStore(str(folder / f"{name}.store"), size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    started = time.monotonic()
+    outcome = _caught(lambda: function(folder))
+    torch.save((outcome, time.monotonic() - started), folder / f"{name}.{rank}.pt")
+
+
+def _fork(name: str, rank: int, folder: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        _run_rank(name, rank, folder)
+        code = 0
+    finally:
+        # Without the group's farewell, which waits for ranks that are gone.
+        os._exit(code)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for name, (size, _, _) in SCENARIOS.items():
+        children = [_fork(name, rank, folder) for rank in range(size)]
+        for child in children:
+            os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    assert isinstance(find_processes(None), Processes)
+    main()

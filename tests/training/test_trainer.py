@@ -1,0 +1,218 @@
+"""Trainer: the paper's schedule, what it trains, what it leaves alone, what it refuses."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spt_fast.training.loop import FINAL_LR, evaluate, fit, shuffled_loader, warmup_cosine
+
+
+@pytest.fixture
+def blobs() -> tuple[Tensor, Tensor]:
+    """Three well separated classes in five dimensions, 41 rows: no multiple of a batch."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(41) % 3
+    centers = 4 * torch.eye(5)[:3]
+    return centers[labels] + 0.3 * torch.randn(41, 5, generator=generator), labels
+
+
+def make_net(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.1), nn.Linear(8, 3))
+
+
+def train(net: nn.Module, data: tuple[Tensor, Tensor], seed: int = 0, **options: object) -> object:
+    settings = {"epochs": 6, "lr": 3e-2, "weight_decay": 0.0, "warmup_epochs": 1, "progress": False} | options
+    return fit(net, shuffled_loader(*data, batch_size=8, seed=seed), seed=seed, **settings)
+
+
+def test_fit_learns_separable_classes(blobs):
+    net = make_net()
+    loader = shuffled_loader(*blobs, batch_size=8, seed=0)
+    history = train(net, blobs, val_loader=loader, epochs=10)
+    assert history.val_accuracy[-1] == 1.0
+    assert history.loss[-1] < 0.2 * history.loss[0]
+    assert history.epochs == 10
+    assert history.val_epochs == list(range(1, 11))
+    assert history.train_seconds == sum(history.seconds)
+
+
+def test_same_seed_gives_the_same_weights(blobs):
+    first, second, other = make_net(), make_net(), make_net()
+    train(first, blobs, seed=3)
+    torch.rand(7)  # the caller's random state must not matter
+    train(second, blobs, seed=3)
+    train(other, blobs, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+def test_callers_random_state_is_untouched(blobs):
+    net = make_net()
+    # The loader runs in this process, as transforms that draw from these generators may.
+    drawn = []
+    net[0].register_forward_hook(lambda *_: drawn.append((random.random(), np.random.rand())))
+
+    def states() -> tuple[object, ...]:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    for _ in range(2):
+        # A DataLoader draws its base seed from its own generator, dropout from the fork.
+        train(net, blobs, epochs=1, warmup_epochs=None)
+        assert states() == before
+    steps = len(drawn) // 2
+    assert drawn[:steps] == drawn[steps:]
+
+
+def test_only_what_asks_for_a_gradient_is_trained(blobs):
+    net = make_net()
+    net[0].requires_grad_(False)
+    frozen, tuned = net[0].weight.clone(), net[2].weight.clone()
+    train(net, blobs)
+    assert torch.equal(net[0].weight, frozen)
+    assert not torch.equal(net[2].weight, tuned)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (4, 5), (0, 1)])
+def test_schedule_is_linear_then_cosine(warmup, total):
+    peak = 0.05
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (peak, 3 * peak)]
+    optimizer = torch.optim.AdamW(groups)
+    schedule = warmup_cosine(optimizer, warmup, total)
+    rates, tripled = [], []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        tripled.append(optimizer.param_groups[1]["lr"])
+        optimizer.step()
+        schedule.step()
+    for step in range(warmup):
+        assert rates[step] == pytest.approx(peak * (step + 1) / (warmup + 1))
+    assert max(rates) == pytest.approx(peak) == pytest.approx(rates[warmup])
+    assert tripled == pytest.approx([3 * rate for rate in rates], abs=3 * FINAL_LR)
+    for step in range(warmup, total):
+        share = (step - warmup) / max(1, total - 1 - warmup)
+        assert rates[step] == pytest.approx(
+            FINAL_LR + (peak - FINAL_LR) * (1 + math.cos(math.pi * share)) / 2
+        )
+
+
+class Prompted(nn.Module):
+    """The smallest thing with a parameter named `prompts`, as PromptedViT has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts = nn.Parameter(torch.zeros(2, 5))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(images + self.prompts.sum(0))
+
+
+def test_prompts_have_their_own_rate(blobs):
+    net = Prompted()
+    head = net.head.weight.clone()
+    # AdamW's first step has the length of its rate, whatever the gradient.
+    train(net, blobs, lr=1e-5, prompt_lr=0.5, epochs=1, warmup_epochs=0)
+    assert net.prompts.abs().max() > 0.1
+    assert (net.head.weight - head).abs().max() < 1e-3
+
+
+def test_last_step_runs_at_the_final_rate(blobs):
+    history = train(make_net(), blobs)
+    assert history.lr[-1] == pytest.approx(FINAL_LR)
+    assert max(history.lr) <= 3e-2
+
+
+def test_weight_decay_spares_biases(blobs):
+    net = make_net()
+    # Constant logits leave the gradient at zero for the first layer, so that only decay can move it.
+    nn.init.zeros_(net[2].weight)
+    net[2].requires_grad_(False)
+    weight, bias = net[0].weight.clone(), net[0].bias.clone()
+    train(net, blobs, weight_decay=0.5, epochs=2)
+    assert (net[0].weight.abs() < weight.abs()).all()
+    assert torch.equal(net[0].bias, bias)
+
+
+def test_val_every_evaluates_every_nth_epoch_and_the_last(blobs):
+    loader = shuffled_loader(*blobs, batch_size=50, seed=0)
+    history = train(make_net(), blobs, val_loader=loader, epochs=5, val_every=2)
+    assert history.val_epochs == [2, 4, 5]
+    assert len(history.val_accuracy) == 3
+
+
+def test_on_epoch_sees_every_epoch_and_may_stop(blobs):
+    seen = []
+
+    def stop_after_two(epoch, history):
+        seen.append((epoch, history.epochs))
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_net(), blobs, on_epoch=stop_after_two)
+    assert seen == [(1, 1), (2, 2)]
+
+
+def test_evaluate_counts_right_answers_and_keeps_the_mode(blobs):
+    images, labels = blobs
+    net = make_net()
+    net.train()
+    loader = shuffled_loader(images, labels, batch_size=6, seed=0)
+    measured = evaluate(net, loader)
+    assert net.training
+    with torch.no_grad():
+        expected = (net.eval()(images).argmax(1) == labels).double().mean().item()
+    assert measured == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"prompt_lr": -1.0}, "prompt_lr"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"warmup_epochs": 6}, "warmup_epochs"),
+        ({"warmup_epochs": -1}, "warmup_epochs"),
+        ({"val_every": 0}, "val_every"),
+        ({"warmup_epochs": None, "epochs": 0}, "epochs"),
+    ],
+)
+def test_bad_numbers_are_named(blobs, options, name):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        train(make_net(), blobs, **options)
+
+
+def test_empty_loaders_are_refused(blobs):
+    with pytest.raises(ValueError, match="train_loader is empty"):
+        fit(make_net(), [], epochs=2, warmup_epochs=0, progress=False)
+    with pytest.raises(ValueError, match="loader is empty"):
+        evaluate(make_net(), [])
+
+
+def test_loader_without_a_length_is_refused(blobs):
+    with pytest.raises(TypeError, match="train_loader must have a length"):
+        fit(make_net(), iter([blobs]), epochs=2, warmup_epochs=0, progress=False)
+
+
+def test_nothing_trainable_is_refused(blobs):
+    with pytest.raises(ValueError, match="nothing to train"):
+        train(make_net().requires_grad_(False), blobs)
+
+
+def test_infinite_loss_is_reported_with_epoch_and_step(blobs):
+    images, labels = blobs
+    images = images.clone()
+    images[5] = math.inf
+    with pytest.raises(FloatingPointError, match="epoch 1, step"):
+        train(make_net(), (images, labels))
