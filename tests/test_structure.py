@@ -40,6 +40,9 @@ def modules() -> dict[str, Path]:
     return found
 
 
+MODULES = modules()
+
+
 def imports(path: Path) -> Iterator[str]:
     """Modules of the package that a file imports anywhere in it, but for annotations only."""
     tree = ast.parse(path.read_text())
@@ -50,15 +53,15 @@ def imports(path: Path) -> Iterator[str]:
                 yield from (name.name for name in node.names)
             elif node.module and node.module.startswith("spt_fast."):
                 module = node.module.removeprefix("spt_fast.")
-                yield module
-                yield from (f"{module}.{name.name}" for name in node.names)
+                # `from package import module` needs the module, not what the package gathers.
+                names = (f"{module}.{name.name}" for name in node.names)
+                yield from (name if name in MODULES else module for name in names)
         elif isinstance(node, ast.Import):
             for name in node.names:
                 if name.name.startswith("spt_fast."):
                     yield name.name.removeprefix("spt_fast.")
 
 
-MODULES = modules()
 GRAPH = {
     name: {found for found in imports(path) if found in MODULES and found != name}
     for name, path in MODULES.items()

@@ -311,7 +311,8 @@ def _check_finite(steps: list[int], values: Tensor) -> None:
         raise NonFiniteError(
             f"block {layer + 1}: its prompts or tokens held NaN or infinity at step {steps[row]}; "
             "history(allow_nonfinite=True) returns the records as they are",
-            row,
+            layer=layer,
+            step=steps[row],
         )
 
 

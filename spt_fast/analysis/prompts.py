@@ -205,10 +205,10 @@ def _split(tuned: PromptedViT, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
 def _check_finite(layer: int, tokens: Tensor) -> None:
     bad = (~torch.isfinite(tokens)).any(dim=-1).flatten().nonzero()
     if len(bad):
-        row = int(bad[0])
-        image = row // tokens.shape[1]
+        image = int(bad[0]) // tokens.shape[1]
         raise NonFiniteError(
             f"tokens entering block {layer + 1} must be finite, "
             f"but image {image} of a batch holds NaN or infinity",
-            row,
+            image=image,
+            layer=layer,
         )

@@ -107,10 +107,10 @@ def raise_non_finite(tokens: Tensor) -> None:
             row = start + int(bad.nonzero()[0, 0])
             raise NonFiniteError(
                 f"X must be finite in float32, but row {row} holds NaN, infinity or numbers beyond that",
-                row,
+                row=row,
             )
     row = int(rows.float().abs().amax(dim=1).argmax())
-    raise NonFiniteError(f"X must be small enough to be squared in float32, but row {row} is not", row)
+    raise NonFiniteError(f"X must be small enough to be squared in float32, but row {row} is not", row=row)
 
 
 def _from_array(array: np.ndarray, name: str) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spt_fast.support.errors import NonFiniteError
+
 IMAGE_KEYS = ("pixel_values", "image", "images")
 
 
@@ -22,7 +24,8 @@ def image_batches(loader: Iterable[Any], max_images: int | None = None) -> Itera
 
     Raises:
         TypeError: `loader` is not iterable, a batch holds no image tensor, or pixels are not floating-point.
-        ValueError: images are not [B, C, H, W], or one, counted over the whole pass, holds NaN or infinity.
+        ValueError: images are not [B, C, H, W].
+        NonFiniteError: one, counted over the whole pass, holds NaN or infinity.
     """
     if not isinstance(loader, Iterable):
         raise TypeError(f"loader must be an iterable of image batches, got {type(loader).__name__}")
@@ -78,6 +81,7 @@ def _check_pixels(images: Tensor, first: int) -> None:
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return
     bad = int((~images.isfinite()).flatten(1).any(1).nonzero()[0])
-    raise ValueError(
-        f"loader must give finite pixels, but image {first + bad} (counted from 0) holds NaN or infinity"
+    raise NonFiniteError(
+        f"loader must give finite pixels, but image {first + bad} (counted from 0) holds NaN or infinity",
+        image=first + bad,
     )

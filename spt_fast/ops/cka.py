@@ -201,4 +201,4 @@ def _check_pair(x: Tensor, y: Tensor, name: str = "x") -> None:
 def _check_finite(name: str, tensor: Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         row = int((~torch.isfinite(tensor)).any(dim=-1).flatten().nonzero()[0])
-        raise NonFiniteError(f"{name} must be finite, but row {row} holds NaN or infinity", row)
+        raise NonFiniteError(f"{name} must be finite, but row {row} holds NaN or infinity", row=row)

@@ -557,7 +557,7 @@ def _initial_prompts(model: nn.Module, prompts: Prototypes | Tensor | int, depth
     finite = torch.isfinite(values).all(dim=-1).flatten()
     if not values.is_meta and not bool(finite.all()):
         row = int((~finite).nonzero()[0])
-        raise NonFiniteError(f"prompts must be finite, but row {row} holds NaN or infinity", row)
+        raise NonFiniteError(f"prompts must be finite, but row {row} holds NaN or infinity", row=row)
     device, dtype = placement(model)
     # Steps of learning are too small for half precision; blocks cast prompts to their own dtype.
     return values.detach().to(device, torch.promote_types(dtype, torch.float32), copy=True)
@@ -624,7 +624,8 @@ def _check_finite_nmi(values: Tensor) -> None:
         layer, image = bad[0].tolist()
         raise NonFiniteError(
             f"block {layer + 1}: its prompts or the tokens of image {image} hold NaN or infinity",
-            image,
+            image=image,
+            layer=layer,
         )
 
 

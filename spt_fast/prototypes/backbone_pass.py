@@ -117,10 +117,12 @@ class BackbonePass:
         try:
             consume(layer, tokens if tokens.dtype in TOKEN_DTYPES else tokens.float())
         except NonFiniteError as error:
-            image = first + error.row // tokens.shape[1]
-            raise ValueError(
+            image = first + (error.row or 0) // tokens.shape[1]
+            raise NonFiniteError(
                 f"tokens must be finite, but {self.tap.name(layer)} holds NaN, infinity or numbers too large "
-                f"to be squared in float32 for image {image} (counted from 0)"
+                f"to be squared in float32 for image {image} (counted from 0)",
+                image=image,
+                layer=layer,
             ) from None
 
     def _numbered_batches(self) -> Generator[tuple[int, Tensor], None, None]:

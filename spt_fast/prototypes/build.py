@@ -269,7 +269,7 @@ def _check_finite(tokens: Tensor) -> None:
     # Written so that NaN fails.
     if not (-limit <= float(low) and float(high) <= limit):
         row = int((~(tokens.abs() <= limit)).any(-1).flatten().nonzero()[0])
-        raise NonFiniteError(f"row {row} holds NaN, infinity or numbers too large to be squared", row)
+        raise NonFiniteError(f"row {row} holds NaN, infinity or numbers too large to be squared", row=row)
 
 
 def _check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:

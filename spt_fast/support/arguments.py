@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{infix}B": base**power
@@ -50,6 +52,45 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    shape: Sequence[int | str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """`value` if it is a tensor of that kind.
+
+    Args:
+        shape: a number where the size is known, a name such as "N_p" where any size of at least 1 will do.
+        dtype: None allows any floating-point dtype.
+        device: None allows any.
+
+    Raises:
+        TypeError: no tensor, or another dtype.
+        ValueError: another shape or device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if dtype is None and not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+    if shape is not None and not _has_shape(value, shape):
+        raise ValueError(f"{name} must be [{', '.join(map(str, shape))}], got {list(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+    return value
+
+
+def _has_shape(tensor: Tensor, shape: Sequence[int | str]) -> bool:
+    return tensor.ndim == len(shape) and all(
+        size >= 1 if isinstance(wanted, str) else size == wanted
+        for size, wanted in zip(tensor.shape, shape, strict=True)
+    )
 
 
 def parse_bytes(argument: str, value: object) -> int:

@@ -11,15 +11,31 @@ class NotFittedError(ValueError, AttributeError):
 
 
 class NonFiniteError(ValueError):
-    """A token holds NaN or infinity.
+    """A pixel, a token, a prompt or what was computed from them is NaN or infinite.
+
+    Each attribute tells where the first one is, counted from 0, or is None where that means nothing.
 
     Attributes:
-        row: flat index, over the leading dimensions of the tensor given, of the first such token.
+        row: of the tensor given, its leading dimensions taken as one.
+        image: of the batch or the loader given.
+        layer: the block that it enters; the number of blocks stands for the last block's output.
+        step: of training.
     """
 
-    def __init__(self, message: str, row: int) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        row: int | None = None,
+        image: int | None = None,
+        layer: int | None = None,
+        step: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.row = row
+        self.image = image
+        self.layer = layer
+        self.step = step
 
 
 def first_line(error: BaseException) -> str:

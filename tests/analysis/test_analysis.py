@@ -115,8 +115,9 @@ def test_tokens_that_are_not_finite_are_named_by_block(vit, make_loader):
     tuned = PromptedViT(vit, prompts_for(3))
     with torch.no_grad():
         vit.blocks[1].mlp.fc2.bias.fill_(float("inf"))
-    with pytest.raises(NonFiniteError, match="tokens entering block 3 must be finite, but image 0"):
+    with pytest.raises(NonFiniteError, match="tokens entering block 3 must be finite, but image 0") as raised:
         analyse(tuned, make_loader(4, 4), progress=False)
+    assert (raised.value.image, raised.value.layer) == (0, 2)
 
 
 def test_nothing_to_measure_is_refused(vit, make_loader):

@@ -23,6 +23,7 @@ from spt_fast.prototypes.build import build_prototypes
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.prototypes.side_stream import Overlap
 from spt_fast.support.distributed import ALONE
+from spt_fast.support.errors import NonFiniteError
 
 Loader = list[tuple[Tensor, Tensor]]
 MakeLoader = Callable[..., Loader]
@@ -375,8 +376,11 @@ class TestAnyStrategy:
 
         vit.patch_embed.register_forward_pre_hook(look)
         vit.blocks[1].get_submodule("mlp").register_forward_hook(spoil)
-        with pytest.raises(ValueError, match=f"the input of block 3 holds NaN.* for image {image} "):
+        with pytest.raises(
+            NonFiniteError, match=f"input of block 3 holds NaN.* for image {image} "
+        ) as raised:
             build(vit, loader, **how)
+        assert (raised.value.image, raised.value.layer, raised.value.row) == (image, 2, None)
         assert vit.training
 
 
@@ -458,8 +462,9 @@ class TestSettings:
 
     def test_bad_pixels_are_named(self, vit: VisionTransformer, loader: Loader) -> None:
         loader[2][0][3, 1, 7, 7] = torch.nan
-        with pytest.raises(ValueError, match=r"image 19 \(counted from 0\) holds NaN or infinity"):
+        with pytest.raises(NonFiniteError, match=r"image 19 \(counted from 0\) holds NaN") as raised:
             build(vit, loader)
+        assert raised.value.image == 19
 
 
 @pytest.mark.gpu
