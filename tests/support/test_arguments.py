@@ -58,7 +58,7 @@ def test_a_number_may_have_to_be_above_a_bound() -> None:
 @pytest.mark.parametrize("value", ["c", 1, None, ["a"]])
 def test_choices_are_named(value: Any) -> None:
     assert check_choice("kind", "a", ("a", "b")) == "a"
-    with pytest.raises(ValueError, match="^kind must be one of 'a', 'b', got "):
+    with pytest.raises(ValueError, match=r"^kind must be one of 'a', 'b', got "):
         check_choice("kind", value, ("a", "b"))
 
 
