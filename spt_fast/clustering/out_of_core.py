@@ -44,7 +44,7 @@ class ChunkedTokens(Protocol):
         """The number of tokens in each chunk."""
         ...
 
-    def sweep(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
+    def chunks(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
         """The chunks [m, D], or those at the positions `wanted`, each good until the next is asked for."""
         ...
 
@@ -171,7 +171,7 @@ class OutOfCoreKMeans:
         """Sums, counts and inertia of this rank side by side, by reading all of its tokens."""
         runs, n_clusters, width = centers.shape
         totals = torch.zeros(runs, n_clusters * (width + 1) + 1, dtype=torch.float64, device=centers.device)
-        for chunk in self._tokens.sweep():
+        for chunk in self._tokens.chunks():
             totals += _side_by_side(self._assign_chunk(chunk, centers))
         return totals
 
@@ -180,7 +180,7 @@ class OutOfCoreKMeans:
         passes = [self._pruned[run] for run in runs.tolist()]
         wanted = [set(one.begin(its_centers[None])) for one, its_centers in zip(passes, centers, strict=True)]
         read = sorted(set().union(*wanted))
-        for index, chunk in zip(read, self._tokens.sweep(read), strict=True):
+        for index, chunk in zip(read, self._tokens.chunks(read), strict=True):
             for one, chunks in zip(passes, wanted, strict=True):
                 if index in chunks:
                     one.add(index, chunk[None])
@@ -212,7 +212,7 @@ class OutOfCoreKMeans:
     def _farthest(self, centers: Tensor, wanted: list[int]) -> list[list[_Candidate]]:
         """For each restart, the `wanted` tokens farthest from their centres, none of them on its centre."""
         found: list[list[_Candidate]] = [[] for _ in wanted]
-        for chunk in self._tokens.sweep():
+        for chunk in self._tokens.chunks():
             assigned = self._assign_chunk(chunk, centers, with_tokens=True)
             assert assigned.labels is not None
             assert assigned.distances is not None
@@ -252,7 +252,7 @@ class OutOfCoreKMeans:
         """Number, mean and summed squared distance to the mean of this rank's tokens."""
         anchor: Tensor | None = None
         total, squares = torch.zeros(self._width, dtype=torch.float64), 0.0
-        for chunk in self._tokens.sweep():
+        for chunk in self._tokens.chunks():
             anchor = chunk[:1].float().clone() if anchor is None else anchor
             part = assign_accumulate(chunk[None], anchor[None], shift=anchor, backend=self._backend)
             total += part.sums[0, 0].cpu()

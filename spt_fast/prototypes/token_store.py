@@ -1,6 +1,6 @@
 """All tokens of a pass, for clustering that reads them many times: on the device, in host memory, on disk.
 
-Limits: POSIX; tokens only ever come back in order of arrival, a chunk at a time; the CUDA side has never run.
+Limits: POSIX; tokens come back in order of arrival, a chunk at a time; has never run on a GPU.
 """
 
 from __future__ import annotations
@@ -18,24 +18,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Every sum over tokens is taken chunk by chunk, so this decides the last bits of a result, and no tier does.
+# Sums over tokens are taken chunk by chunk: their last bits depend on this, and not on where chunks are kept.
 CHUNK_BYTES = 16 * 2**20
-# Of the device's free memory, the rest being for the model's batches and the clustering.
+# Of the device's free memory; the model's batches and the clustering need the rest.
 DEVICE_SHARE = 0.5
 
 
 class TokenStore:
     """Keeps the tokens of each layer and reads them back, chunk by chunk, as often as asked.
 
-    `memory_budget` counts bytes of tokens in memory, on the device and on the host together. On CUDA, up to
-    half of the device's free memory is used first, then pinned host memory. What the budget does not hold
-    goes to a temporary file without a name, which vanishes with the store or with the process, however that
-    ends; its folder is the one that `tempfile` chooses (environment variable TMPDIR). Not in the budget: two
-    chunks on the host, and on CUDA three on the device, through which the rest is read while the one before
-    is used.
+    Tokens that the budget does not hold go to a temporary file without a name, in the folder that `tempfile`
+    chooses (environment variable TMPDIR). The file vanishes with the store or with the process, however that
+    ends.
 
-    Lower layers are kept in memory first. Those that come after them are read into the memory that
-    `release` frees, as far as it goes, so a layer that fits is read from the file once.
+    Lower layers are kept in memory first. Take the layers in order: `load`, read chunks, `release`. Then the
+    memory of one layer serves the next, and a layer that fits is read from the file once.
+
+    Args:
+        n_layers: how many layers there are, numbered from 0.
+        memory_budget: bytes of tokens to keep in memory, on the device and on the host together. On CUDA, up
+            to half of the device's free memory is used first, then pinned host memory. On top of the budget
+            come two chunks on the host, and three on a CUDA device, through which chunks are read.
+        device: where chunks are wanted; None is the CPU.
+        chunk_bytes: the size of a chunk, which holds at least one token.
     """
 
     def __init__(
@@ -46,11 +51,14 @@ class TokenStore:
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self.device = torch.device("cpu") if device is None else device
-        self._room = {"cpu": memory_budget}
+        self._bytes_left = {"cpu": memory_budget}
+        self._copy_stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
             on_device = min(memory_budget, int(DEVICE_SHARE * free))
-            self._room = {"cuda": on_device, "cpu": memory_budget - on_device}
+            self._bytes_left = {"cuda": on_device, "cpu": memory_budget - on_device}
+            # One for all reads: the allocator keeps the memory of each stream apart.
+            self._copy_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._layers = [_Layer(chunk_bytes) for _ in range(n_layers)]
         self._file = _ChunkFile()
 
@@ -68,7 +76,7 @@ class TokenStore:
 
     @property
     def bytes_in_memory(self) -> int:
-        """What is held in memory now, on the device and on the host."""
+        """Bytes of tokens that are in memory now, on the device and on the host."""
         return sum(
             chunk.memory.nbytes
             for layer in self._layers
@@ -82,19 +90,19 @@ class TokenStore:
         Raises:
             OSError: there is no room on the disk.
         """
-        here = self._layers[layer]
+        kept = self._layers[layer]
         rows = tokens.reshape(-1, tokens.shape[-1])
-        here.fix(rows.dtype, rows.shape[1])
+        kept.set_layout(rows.dtype, rows.shape[1])
         while len(rows):
-            if not here.chunks or here.chunks[-1].filled == here.chunk_rows:
-                here.chunks.append(self._new_chunk(layer))
-            chunk = here.chunks[-1]
-            part, rows = rows.tensor_split([here.chunk_rows - chunk.filled])
+            if not kept.chunks or kept.chunks[-1].filled == kept.chunk_rows:
+                kept.chunks.append(self._new_chunk(layer))
+            chunk = kept.chunks[-1]
+            fitting, rows = rows.tensor_split([kept.chunk_rows - chunk.filled])
             if chunk.memory is None:
-                self._file.write(chunk.offset + chunk.filled * here.row_bytes, part)
+                self._file.write(chunk.offset + chunk.filled * kept.row_bytes, fitting)
             else:
-                chunk.memory[chunk.filled : chunk.filled + len(part)].copy_(part)
-            chunk.filled += len(part)
+                chunk.memory[chunk.filled : chunk.filled + len(fitting)].copy_(fitting)
+            chunk.filled += len(fitting)
 
     def layer(self, layer: int) -> StoredLayer:
         """The tokens of one layer, for reading."""
@@ -103,30 +111,30 @@ class TokenStore:
     def release(self, layer: int) -> None:
         """Forget the tokens of `layer`; their memory goes to layers that are in the file."""
         for chunk in self._layers[layer].chunks:
-            self._free(chunk)
+            self._release_memory(chunk)
         self._layers[layer].chunks.clear()
 
     def load(self, layer: int) -> None:
-        """Move the tokens of `layer` up into memory, as far as there is room."""
-        here = self._layers[layer]
-        for chunk in here.chunks:
-            if chunk.memory is None and (memory := self._allocate(here)) is not None:
+        """Read the tokens of `layer` that are in the file into memory, as far as the budget has room."""
+        kept = self._layers[layer]
+        for chunk in kept.chunks:
+            if chunk.memory is None and (memory := self._allocate_chunk(kept)) is not None:
                 rows = memory if memory.device.type == "cpu" else torch.empty_like(memory, device="cpu")
                 self._file.read(chunk.offset, rows[: chunk.filled])
                 chunk.memory = memory.copy_(rows)
 
-    def sweep(self, layer: int, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
+    def chunks(self, layer: int, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
         """The chunks [m, D] of `layer` in order, on the device; each is good until the next is asked for.
 
-        Only those at the ascending positions `wanted`, if given: the others are not read.
+        With `wanted`, only the chunks at these ascending positions; the others are not read.
         """
-        here = self._layers[layer]
-        chunks = here.chunks if wanted is None else [here.chunks[index] for index in wanted]
-        stored = self._sweep_stored(here, chunks)
-        return self._on_device(stored) if self.device.type == "cuda" else stored
+        kept = self._layers[layer]
+        chunks = kept.chunks if wanted is None else [kept.chunks[index] for index in wanted]
+        rows = self._read_ahead(kept, chunks)
+        return rows if self._copy_stream is None else self._copy_ahead(rows, self._copy_stream)
 
-    def _sweep_stored(self, here: _Layer, chunks: list[_Chunk]) -> Iterator[Tensor]:
-        """The chunks where they are kept; those in the file are read by a thread, one ahead."""
+    def _read_ahead(self, kept: _Layer, chunks: list[_Chunk]) -> Iterator[Tensor]:
+        """The tokens of each chunk, on the device or on the host; a thread reads the file a chunk ahead."""
         buffers: list[Tensor] = []
         with ThreadPoolExecutor(1) as reader:
 
@@ -134,7 +142,7 @@ class TokenStore:
                 if index >= len(chunks) or chunks[index].memory is not None:
                     return None
                 if not buffers:
-                    buffers.extend(self._empty_on_host(here) for _ in range(2))
+                    buffers.extend(self._host_chunk(kept) for _ in range(2))
                 chunk = chunks[index]
                 return reader.submit(self._file.read, chunk.offset, buffers[index % 2][: chunk.filled])
 
@@ -146,62 +154,61 @@ class TokenStore:
                 elif chunk.memory is not None:
                     yield chunk.memory[: chunk.filled]
 
-    def _on_device(self, stored: Iterator[Tensor]) -> Iterator[Tensor]:
-        """Copies to the device on a stream of their own, while the chunk before is worked on."""
-        copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        before: Tensor | None = None
-        for rows in stored:
-            with torch.cuda.stream(copies):
-                moved = rows.to(self.device, non_blocking=True)
-            if before is not None:
-                yield before
-            work = torch.cuda.current_stream(self.device)
-            work.wait_stream(copies)
-            moved.record_stream(work)
+    def _copy_ahead(self, chunks: Iterator[Tensor], copy_stream: torch.cuda.Stream) -> Iterator[Tensor]:
+        """The chunks on the device; each is copied while the caller works on the chunk before."""
+        copied: Tensor | None = None
+        for rows in chunks:
+            with torch.cuda.stream(copy_stream):
+                copy = rows.to(self.device, non_blocking=True)
+            if copied is not None:
+                yield copied
+            work_stream = torch.cuda.current_stream(self.device)
+            work_stream.wait_stream(copy_stream)
+            copy.record_stream(work_stream)
             # The next chunk may be read into the memory that this copy comes from.
-            copies.synchronize()
-            before = moved
-        if before is not None:
-            yield before
+            copy_stream.synchronize()
+            copied = copy
+        if copied is not None:
+            yield copied
 
     def _new_chunk(self, layer: int) -> _Chunk:
-        here = self._layers[layer]
-        memory = self._allocate(here)
-        if memory is None and self._spill_above(layer):
-            memory = self._allocate(here)
-        return _Chunk(memory) if memory is not None else _Chunk(None, self._file.reserve(here.chunk_bytes))
+        kept = self._layers[layer]
+        memory = self._allocate_chunk(kept)
+        if memory is None and self._move_higher_chunk_to_file(layer):
+            memory = self._allocate_chunk(kept)
+        return _Chunk(memory) if memory is not None else _Chunk(None, self._file.reserve(kept.chunk_bytes))
 
-    def _allocate(self, here: _Layer) -> Tensor | None:
-        """Memory for one chunk, on the device first; None where the budget holds no more."""
-        for kind, room in self._room.items():
-            if here.chunk_bytes <= room:
-                self._room[kind] -= here.chunk_bytes
-                return here.empty_chunk(self.device, False) if kind == "cuda" else self._empty_on_host(here)
+    def _allocate_chunk(self, kept: _Layer) -> Tensor | None:
+        """Memory for one chunk, on the device if there is room; None if the budget has no room at all."""
+        for kind, left in self._bytes_left.items():
+            if kept.chunk_bytes <= left:
+                self._bytes_left[kind] -= kept.chunk_bytes
+                return kept.empty_chunk(self.device, False) if kind == "cuda" else self._host_chunk(kept)
         return None
 
-    def _empty_on_host(self, here: _Layer) -> Tensor:
-        return here.empty_chunk("cpu", pinned=self.device.type == "cuda")
+    def _host_chunk(self, kept: _Layer) -> Tensor:
+        return kept.empty_chunk("cpu", pinned=self.device.type == "cuda")
 
-    def _free(self, chunk: _Chunk) -> None:
+    def _release_memory(self, chunk: _Chunk) -> None:
         if chunk.memory is not None:
-            self._room[chunk.memory.device.type] += chunk.memory.nbytes
+            self._bytes_left[chunk.memory.device.type] += chunk.memory.nbytes
             chunk.memory = None
 
-    def _spill_above(self, layer: int) -> bool:
-        """Write a chunk of a higher layer to the file, which frees its memory; False if there is none."""
-        for here in reversed(self._layers[layer + 1 :]):
-            for chunk in reversed(here.chunks):
+    def _move_higher_chunk_to_file(self, layer: int) -> bool:
+        """Free the memory of a chunk of a layer higher than `layer`; False if there is no such chunk."""
+        for kept in reversed(self._layers[layer + 1 :]):
+            for chunk in reversed(kept.chunks):
                 if chunk.memory is not None:
-                    chunk.offset = self._file.reserve(here.chunk_bytes)
+                    chunk.offset = self._file.reserve(kept.chunk_bytes)
                     self._file.write(chunk.offset, chunk.memory[: chunk.filled])
-                    self._free(chunk)
+                    self._release_memory(chunk)
                     return True
         return False
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One layer of a `TokenStore`."""
+    """The tokens of one layer of a `TokenStore`, for reading: `ChunkedTokens` of `OutOfCoreKMeans`."""
 
     store: TokenStore
     index: int
@@ -211,7 +218,7 @@ class StoredLayer:
 
     @property
     def width(self) -> int:
-        """D, or 0 before any token came."""
+        """D, or 0 while there are no tokens."""
         return self.store._layers[self.index].width
 
     @property
@@ -227,29 +234,31 @@ class StoredLayer:
         """The number of tokens in each chunk."""
         return [chunk.filled for chunk in self.store._layers[self.index].chunks]
 
-    def sweep(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """See `TokenStore.sweep`."""
-        return self.store.sweep(self.index, wanted)
+    def chunks(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """See `TokenStore.chunks`."""
+        return self.store.chunks(self.index, wanted)
 
     def rows(self, index: np.ndarray) -> Tensor:
-        """The tokens at the ascending positions `index`, [n, D] on the device, by one sweep."""
-        first, parts = 0, [torch.empty(0, self.width, dtype=self.dtype, device=self.device)]
-        for chunk in self.sweep():
-            here = index[np.searchsorted(index, first) : np.searchsorted(index, first + len(chunk))]
-            parts.append(chunk[torch.from_numpy(here - first).to(chunk.device)])
+        """The tokens at the ascending positions `index`, [n, D] on the device; reads all chunks once."""
+        first, picked = 0, [torch.empty(0, self.width, dtype=self.dtype, device=self.device)]
+        for chunk in self.chunks():
+            inside = index[np.searchsorted(index, first) : np.searchsorted(index, first + len(chunk))]
+            picked.append(chunk[torch.from_numpy(inside - first).to(chunk.device)])
             first += len(chunk)
-        return torch.cat(parts)
+        return torch.cat(picked)
 
 
 @dataclass
 class _Chunk:
+    """Room for `chunk_rows` tokens, in memory or in the file."""
+
     memory: Tensor | None  # [chunk_rows, D] on the device or the host; None: in the file
-    offset: int = -1  # in the file
-    filled: int = 0
+    offset: int = -1  # in the file, in bytes
+    filled: int = 0  # tokens that it holds
 
 
 class _Layer:
-    """The chunks of a layer, all but the last of them full, and what the tokens look like."""
+    """The chunks of a layer, all but the last of them full, and their layout."""
 
     def __init__(self, chunk_bytes: int) -> None:
         self.chunks: list[_Chunk] = []
@@ -258,12 +267,13 @@ class _Layer:
         self.row_bytes = 0
         self.chunk_rows = 0
         self.chunk_bytes = 0
-        self._wanted_bytes = chunk_bytes
+        self._most_bytes = chunk_bytes
 
-    def fix(self, dtype: torch.dtype, width: int) -> None:
+    def set_layout(self, dtype: torch.dtype, width: int) -> None:
+        """Chunks of as many tokens as fit into `chunk_bytes`, of one at least."""
         self.dtype, self.width = dtype, width
         self.row_bytes = dtype.itemsize * width
-        self.chunk_rows = max(1, self._wanted_bytes // self.row_bytes)
+        self.chunk_rows = max(1, self._most_bytes // self.row_bytes)
         self.chunk_bytes = self.chunk_rows * self.row_bytes
 
     def empty_chunk(self, device: torch.device | str, pinned: bool) -> Tensor:
@@ -273,8 +283,8 @@ class _Layer:
 class _ChunkFile:
     """A temporary file without a name, made when the first chunk asks for room in it.
 
-    Read, not mapped: pages that are mapped count as memory of the process, which the budget is to bound, and
-    where the disk is full a write fails while a mapped page kills the process.
+    It is read and written, not mapped: mapped pages would count as memory of the process, beside the budget;
+    and on a full disk a write raises an error, while a mapped page kills the process.
     """
 
     def __init__(self) -> None:
@@ -282,13 +292,13 @@ class _ChunkFile:
         self._file: IO[bytes] | None = None
 
     def reserve(self, nbytes: int) -> int:
-        """Room for `nbytes`; returns its offset."""
+        """The offset of new room for `nbytes`."""
         if self._file is None:
             try:
-                # Closed by `close`: it outlives this call.
+                # `close` closes it.
                 self._file = tempfile.TemporaryFile(prefix="spt_fast-tokens-", buffering=0)  # noqa: SIM115
             except OSError as error:
-                raise _explained(error) from error
+                raise _with_advice(error) from error
         offset, self._end = self._end, self._end + nbytes
         return offset
 
@@ -299,7 +309,7 @@ class _ChunkFile:
             try:
                 written = os.pwrite(self._file.fileno(), data, offset)
             except OSError as error:
-                raise _explained(error) from error
+                raise _with_advice(error) from error
             data, offset = data[written:], offset + written
 
     def read(self, offset: int, rows: Tensor) -> Tensor:
@@ -325,7 +335,8 @@ def _bytes_of(rows: Tensor) -> memoryview:
     return array.data
 
 
-def _explained(error: OSError) -> OSError:
+def _with_advice(error: OSError) -> OSError:
+    """The error with what can be done about it."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     reason = "the disk is full" if full else os.strerror(error.errno or 0)
     return OSError(

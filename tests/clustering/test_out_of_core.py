@@ -56,9 +56,9 @@ class Counted:
     def __len__(self) -> int:
         return len(self.layer)
 
-    def sweep(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
+    def chunks(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
         self.read.append(list(range(len(self.layer.chunk_rows)) if wanted is None else wanted))
-        return self.layer.sweep(wanted)
+        return self.layer.chunks(wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

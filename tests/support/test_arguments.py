@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from spt_fast.support.arguments import check_choice, check_int, check_number, check_tensor
+from spt_fast.support.arguments import check_choice, check_int, check_number, check_tensor, parse_bytes
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(3)])
@@ -91,3 +91,37 @@ def test_dtype_and_device_are_named() -> None:
         check_tensor("x", torch.zeros(2, dtype=torch.float64), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"^x must be on cpu, got meta$"):
         check_tensor("x", torch.zeros(2, device="meta"), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, 0),
+        (123, 123),
+        (np.int64(123), 123),
+        ("123", 123),
+        ("64B", 64),
+        ("4GiB", 4 * 2**30),
+        ("1.5 GB", 1_500_000_000),
+        (" 20 kB ", 20_000),
+        ("2KiB", 2048),
+        ("3 MiB", 3 * 2**20),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes_are_parsed(value: int | str, expected: int) -> None:
+    assert parse_bytes("memory_budget", value) == expected
+
+
+@pytest.mark.parametrize("value", ["", "GiB", "4 gigs", "-1GB", "1e9", "4GiBs", "4 G B"])
+def test_bad_sizes_are_refused(value: str) -> None:
+    with pytest.raises(ValueError, match="memory_budget must be a number with a unit"):
+        parse_bytes("memory_budget", value)
+
+
+def test_sizes_of_the_wrong_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match=r'memory_budget must be an integer >= 0 .* such as "4GiB", got -1'):
+        parse_bytes("memory_budget", -1)
+    for value in (None, 1.5, True, b"4GiB"):
+        with pytest.raises(TypeError, match=r"memory_budget must be an integer >= 0 \(bytes\) or text"):
+            parse_bytes("memory_budget", value)
