@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spt_fast.support.errors import NonFiniteError
+
 Result = TypeVar("Result")
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -81,8 +83,8 @@ class Processes:
     def together(self) -> Iterator[None]:
         """Wait at the end for all ranks; an exception on one rank is raised on all of them.
 
-        The others raise its message with the number of the rank in front: as ValueError, TypeError or OSError
-        if it is one, else as RuntimeError.
+        The others raise its message with the number of the rank in front: as NonFiniteError, with the same
+        attributes, ValueError, TypeError or OSError if it is one, else as RuntimeError.
         """
         try:
             yield
@@ -98,8 +100,8 @@ class Processes:
         reports = self.gather(None if error is None else _describe(error))
         for rank, report in enumerate(reports):
             if report is not None and error is None:
-                kind, message = report
-                raise kind(f"rank {rank}: {message}")
+                kind, message, attributes = report
+                raise kind(f"rank {rank}: {message}", **attributes)
 
     def check_same(self, settings: Mapping[str, object]) -> None:
         """Raise ValueError where the ranks were called differently."""
@@ -172,10 +174,14 @@ def device_of_this_process(device: str | None) -> torch.device:
     return chosen
 
 
-def _describe(error: Exception) -> tuple[type[Exception], str]:
+def _describe(error: Exception) -> tuple[type[Exception], str, dict[str, int | None]]:
+    """Class, message and attributes with which another rank raises the error; all of them can be pickled."""
+    message = str(error) or type(error).__name__
+    if isinstance(error, NonFiniteError):
+        where = {"row": error.row, "image": error.image, "layer": error.layer, "step": error.step}
+        return NonFiniteError, message, where
     kinds = (ValueError, TypeError, OSError)
-    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
-    return kind, str(error) or type(error).__name__
+    return next((kind for kind in kinds if isinstance(error, kind)), RuntimeError), message, {}
 
 
 @contextmanager

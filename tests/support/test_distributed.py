@@ -18,6 +18,7 @@ from spt_fast.prototypes.build import build_prototypes
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.prototypes.side_stream import Overlap
 from spt_fast.support.distributed import ALONE, device_of_this_process, find_processes
+from spt_fast.support.errors import NonFiniteError
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
@@ -184,12 +185,18 @@ def test_max_images_is_shared(outcomes: Outcomes, scenario: str, images: int) ->
     assert outcomes.same(scenario)["images"] == images
 
 
-@pytest.mark.parametrize("mode", ["stream", "exact"])
-def test_bad_tokens_on_one_rank_are_an_error_on_all(outcomes: Outcomes, mode: str) -> None:
-    (kind, message), own = (rank[mode] for rank in outcomes.of("nan_on_rank_1"))
-    assert kind == own[0] == "ValueError"
-    assert message == f"rank 1: {own[1]}"
-    assert "for image 8 (counted from 0)" in message
+@pytest.mark.parametrize(
+    ("case", "image", "layer"), [("pixels", 8, None), ("stream", 8, 0), ("exact", 8, 0), ("mean", 2, 0)]
+)
+def test_bad_values_on_one_rank_are_the_same_error_on_all(
+    outcomes: Outcomes, case: str, image: int, layer: int | None
+) -> None:
+    other, own = (rank[case] for rank in outcomes.of("nan_on_rank_1"))
+    for error in (other, own):
+        assert isinstance(error, NonFiniteError)
+        assert (error.image, error.layer, error.row, error.step) == (image, layer, None, None)
+    assert str(other) == f"rank 1: {own}"
+    assert f"image {image} (counted from 0)" in str(own)
 
 
 def test_failing_loader_on_one_rank_is_an_error_on_all(outcomes: Outcomes) -> None:
