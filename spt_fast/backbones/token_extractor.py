@@ -42,12 +42,11 @@ class TokenTap:
             tokens [B, N, D]. Wrappers (`torch.compile`, DistributedDataParallel) are seen through.
         callback: called without autocast and without gradients, in order of layers.
         depth: "deep", the input of every block, or "shallow", of the first block only.
-        device: must be the model's device; None takes it from the model.
         amp_dtype: autocast dtype; None is bfloat16 on CUDA and none elsewhere, torch.float32 is none.
 
     Raises:
         TypeError: `model` has no blocks, or its blocks do not work on tokens [B, N, D].
-        ValueError: `depth`, `device` or `amp_dtype` is none of the allowed.
+        ValueError: `depth` or `amp_dtype` is none of the allowed.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class TokenTap:
         *,
         depth: str = "deep",
         last_output: bool = False,
-        device: torch.device | str | None = None,
         amp_dtype: torch.dtype | None = None,
     ) -> None:
         if depth not in DEPTHS:
@@ -69,7 +67,6 @@ class TokenTap:
         self._last_output = last_output
         self.n_layers = len(self._blocks) if depth == "deep" else 1
         self.device, self._dtype = _device_and_dtype(self._model)
-        _check_device(device, self.device)
         self._amp_dtype = _choose_amp_dtype(amp_dtype, self.device)
         self._cleanup = ExitStack()
         self._entered = False
@@ -193,20 +190,6 @@ def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     floating = (p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point())
     anchor = next(floating, None)
     return (torch.device("cpu"), torch.float32) if anchor is None else (anchor.device, anchor.dtype)
-
-
-def _check_device(given: torch.device | str | None, device: torch.device) -> None:
-    if given is None:
-        return
-    try:
-        wanted = torch.device(given)
-    except RuntimeError as error:
-        raise ValueError(f"device must be the model's, {device}, got {given!r} ({error})") from error
-    # Without a number, as the CPU comes, a device is the first of its kind.
-    if wanted.type != device.type or wanted.index not in (None, device.index or 0):
-        raise ValueError(
-            f"device must be the model's, {device}, got {wanted}; to work there, move the model first"
-        )
 
 
 def _choose_amp_dtype(given: torch.dtype | None, device: torch.device) -> torch.dtype | None:

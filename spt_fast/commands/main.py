@@ -304,8 +304,8 @@ def _print_prototypes(out: Path, prototypes: Prototypes, seconds: float) -> None
     print(
         f"{prototypes.num_images} images in {seconds:.1f} s, {prototypes.num_images / seconds:.1f} images/s"
     )
-    for layer, inertia in enumerate(prototypes.inertia.tolist(), start=1):
-        print(f"block {layer:2d}: mean squared distance per token {inertia:.4g}")
+    for layer, distance in enumerate(prototypes.mean_squared_distance.tolist(), start=1):
+        print(f"block {layer:2d}: mean squared distance per token {distance:.4g}")
 
 
 def _train(args: argparse.Namespace) -> None:

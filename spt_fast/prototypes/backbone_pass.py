@@ -16,7 +16,7 @@ from spt_fast.backbones.token_extractor import TokenTap
 from spt_fast.data.batches import image_batches
 from spt_fast.ops.kmeans import TOKEN_DTYPES
 from spt_fast.prototypes.result import Prototypes, from_layers
-from spt_fast.prototypes.side_stream import Overlap
+from spt_fast.prototypes.side_stream import SideStream
 from spt_fast.support.distributed import Processes
 from spt_fast.support.errors import NonFiniteError
 
@@ -25,9 +25,18 @@ _Consume = Callable[[int, Tensor], object]
 
 
 class BackbonePass:
-    """One run of the model over the loader: hands out the tokens of each layer and counts what it saw.
+    """Runs a backbone over a loader once, hands out the tokens of each layer and counts images and tokens.
 
-    After a run the counts are those of all ranks together.
+    Call `run` or `run_one_batch`, once. `num_images` and `num_tokens` (per layer) are then those of all ranks
+    together.
+
+    Args:
+        model: the backbone, as `TokenTap` takes it.
+        loader: this rank's batches, as `image_batches` takes them.
+        processes: the ranks that run together, each over its own loader.
+        max_images: of all ranks together, shared evenly; None for no limit.
+        progress: show a bar on rank 0.
+        extractor_options: keyword arguments of `TokenTap`.
     """
 
     def __init__(
@@ -38,40 +47,61 @@ class BackbonePass:
         *,
         max_images: int | None,
         progress: bool,
-        **tap_options: Any,
+        **extractor_options: Any,
     ) -> None:
         self.processes = processes
         self.progress = progress and processes.rank == 0
         self.num_images = 0
         self.num_tokens = 0
-        self.tap = TokenTap(model, self._take, **tap_options)
+        self._extractor = TokenTap(model, self._receive, **extractor_options)
         self._loader = loader
-        self._length = _length(loader)
+        self._length = _length_of(loader)
         self._max_images = None if max_images is None else len(processes.part_of(max_images))
-        self._first = 0
+        self._first_image = 0  # of the batch that the model is working on
         self._consume: _Consume | None = None
-        self._overlap: Overlap | None = None
+        self._side_stream: SideStream | None = None
 
-    def run(self, consume: _Consume, *, overlap: Overlap | None = None) -> None:
-        """Run the model on every image; `consume(layer, tokens)` gets the tokens, with `overlap` later."""
-        self._overlap = overlap
-        with self.processes.together(), self.tap, closing(self._numbered_batches()) as batches:
-            for first, images in batches:
-                self._run_batch(first, images, consume)
-                if overlap is not None:
-                    overlap.advance()
-            if overlap is not None:
-                overlap.finish()
+    @property
+    def n_layers(self) -> int:
+        """The layers that `consume` gets, the last block's output among them if it was asked for."""
+        return self._extractor.n_outputs
+
+    @property
+    def device(self) -> torch.device:
+        """The model's, where the tokens are."""
+        return self._extractor.device
+
+    def run(self, consume: _Consume, side_stream: SideStream | None = None) -> None:
+        """Run the model on every image.
+
+        `consume(layer, tokens)` is called with tokens [B, N_e, D] of each layer of each batch: at once, or on
+        `side_stream` while the model is at the next batch.
+
+        Raises:
+            NonFiniteError: pixels are not finite, or `consume` has raised one; `image` is set, and for tokens
+                `layer`.
+        """
+        self._side_stream = side_stream
+        with self.processes.together(), self._extractor, closing(self._numbered_batches()) as batches:
+            for first_image, images in batches:
+                self._run_batch(first_image, images, consume)
+                if side_stream is not None:
+                    side_stream.advance()
+            if side_stream is not None:
+                side_stream.finish()
         self._count_all_ranks()
 
     def run_one_batch(self, consume: _Consume, generator: torch.Generator) -> int:
-        """Run the model on one batch, each batch of each rank having the same chance; returns its rank."""
-        # How many batches `max_images` leaves is not known before their size is.
+        """Run the model on one batch, drawn from those of all ranks with equal chances; returns its rank.
+
+        `consume` and errors as in `run`.
+        """
+        # `max_images` leaves an unknown number of batches, as nobody knows their sizes yet.
         length = self._length if self._max_images is None else None
         with self.processes.together(), closing(self._numbered_batches()) as batches:
             chosen, n_batches = _choose_batch(batches, length, generator)
         owner = _draw_rank(self.processes, n_batches, generator)
-        with self.processes.together(), self.tap:
+        with self.processes.together(), self._extractor:
             if owner == self.processes.rank and chosen is not None:
                 self._run_batch(*chosen, consume)
         self._count_all_ranks()
@@ -86,41 +116,43 @@ class BackbonePass:
             )
 
     def result(self, prompts: Tensor, counts: Tensor, inertia: Tensor, **more: Any) -> Prototypes:
-        """Prototypes of layers [G, N_p, D], with what this pass has counted."""
+        """Prototypes from `from_layers`, with what this pass has counted."""
         return from_layers(
             prompts,
             counts,
             inertia,
             num_images=self.num_images,
             num_tokens=self.num_tokens,
-            with_last_output=self.tap.n_outputs > self.tap.n_layers,
+            with_last_output=self._extractor.n_outputs > self._extractor.n_layers,
             **more,
         )
 
-    def _run_batch(self, first: int, images: Tensor, consume: _Consume) -> None:
-        self._first = first
+    def _run_batch(self, first_image: int, images: Tensor, consume: _Consume) -> None:
+        self._first_image = first_image
         self._consume = consume
         self.num_images += len(images)
-        self.tap.run(images)
+        self._extractor.run(images)
 
-    def _take(self, layer: int, tokens: Tensor) -> None:
+    def _receive(self, layer: int, tokens: Tensor) -> None:
+        """The callback of the extractor."""
         assert self._consume is not None
         if layer == 0:
             self.num_tokens += tokens.shape[0] * tokens.shape[1]
-        give = partial(self._give, self._consume, self._first, layer)
-        if self._overlap is None:
-            give(tokens)
+        hand_on = partial(self._hand_on, self._consume, self._first_image, layer)
+        if self._side_stream is None:
+            hand_on(tokens)
         else:
-            self._overlap.add(give, tokens)
+            self._side_stream.add(hand_on, tokens)
 
-    def _give(self, consume: _Consume, first: int, layer: int, tokens: Tensor) -> None:
+    def _hand_on(self, consume: _Consume, first_image: int, layer: int, tokens: Tensor) -> None:
+        """Call `consume`; a NonFiniteError from it that names a row comes out naming image and layer."""
         try:
             consume(layer, tokens if tokens.dtype in TOKEN_DTYPES else tokens.float())
         except NonFiniteError as error:
-            image = first + (error.row or 0) // tokens.shape[1]
+            image = first_image + (error.row or 0) // tokens.shape[1]
             raise NonFiniteError(
-                f"tokens must be finite, but {self.tap.name(layer)} holds NaN, infinity or numbers too large "
-                f"to be squared in float32 for image {image} (counted from 0)",
+                f"tokens must be finite, but {self._extractor.name(layer)} holds NaN, infinity or numbers "
+                f"too large to be squared in float32 for image {image} (counted from 0)",
                 image=image,
                 layer=layer,
             ) from None
@@ -129,15 +161,15 @@ class BackbonePass:
         """This rank's batches, each with the number of its first image; shows a bar."""
         if self._max_images == 0:
             return
-        first = 0
+        first_image = 0
         with tqdm(desc="prototypes", unit=" images", disable=not self.progress) as bar:
             for images in image_batches(self._loader, self._max_images):
-                if first == 0:
+                if first_image == 0:
                     bar.total = _estimate_total(self._length, len(images), self._max_images)
-                yield first, images
-                first += len(images)
+                yield first_image, images
+                first_image += len(images)
                 bar.update(len(images))
-            bar.total = first
+            bar.total = first_image
 
     def _count_all_ranks(self) -> None:
         counted = self.processes.gather((self.num_images, self.num_tokens))
@@ -151,7 +183,7 @@ def _choose_batch(
 ) -> tuple[tuple[int, Tensor] | None, int]:
     """One of the batches, each with the same chance, and their number; holds no more than one at a time.
 
-    With a known length, reading stops at the one drawn. Otherwise the i-th batch replaces the one held with
+    With a known length, reading stops at the batch drawn. Otherwise the i-th batch replaces the one held with
     probability 1 / i, which leaves each with the same chance at the end.
     """
     chosen = next(batches, None)
@@ -170,7 +202,7 @@ def _choose_batch(
 
 
 def _draw_rank(processes: Processes, n_batches: int, generator: torch.Generator) -> int:
-    """The rank whose batch is taken, drawn by the number of its batches; rank 0 draws for all."""
+    """A rank, drawn with a chance proportional to the number of its batches; rank 0 draws for all."""
     counts = processes.gather(n_batches)
     if sum(counts) == 0:
         raise ValueError(_NO_BATCH)
@@ -184,7 +216,7 @@ def _draw(below: int, generator: torch.Generator) -> int:
     return int(torch.randint(below, (), generator=generator))
 
 
-def _length(loader: Iterable[Any]) -> int | None:
+def _length_of(loader: Iterable[Any]) -> int | None:
     try:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:
@@ -192,6 +224,6 @@ def _length(loader: Iterable[Any]) -> int | None:
 
 
 def _estimate_total(length: int | None, batch_size: int, max_images: int | None) -> int | None:
-    """Number of images to come, as far as it can be known: a last batch may be smaller."""
+    """The number of images to come, as far as anyone can tell: the last batch may be smaller."""
     known = [n for n in (None if length is None else length * batch_size, max_images) if n is not None]
     return min(known, default=None)

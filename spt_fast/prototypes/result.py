@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spt_fast.support.arguments import check_int
-from spt_fast.support.files import read_safetensors, write_safetensors
+from spt_fast.support.arguments import check_int, check_tensor
+from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.files import check_metadata, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
-    from spt_fast.clustering import Summary
+    from spt_fast.clustering import Clustering, Summary
 
 _FILE_KIND = "prototypes"
 _LAST = "last_output."
+# Not "inertia": under that name, files of development versions hold the mean per token.
+_INERTIA_IN_FILES = "inertia_sum"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,14 +29,17 @@ class Prototypes:
     Attributes:
         prompts: [L, N_p, D] (deep) or [1, N_p, D] (shallow), float32, CPU. `prompts[i]` is for block i + 1.
         counts: [L, N_p], float64: number of tokens nearest to each prototype (an estimate in stream mode).
-        inertia: [L], float64: mean squared distance of a token to its nearest prototype (eq. 9 per token).
+        inertia: [L], float64: sum of the squared distances of tokens to their nearest prototypes (eq. 9; an
+            estimate in stream mode).
         num_images: number of images whose tokens were used.
         num_tokens: number of patch tokens used, per layer.
         metadata: how, with what, and from which backbone they were built.
-        last_output: prototypes [1, N_p, D] of the last block's output, for `layer(-1)`; usually None.
+        last_output: prototypes [1, N_p, D] of the last block's output, for `repeat_last_output`; or None.
 
     Raises:
-        TypeError, ValueError: a field has another type, dtype, device or shape, or is not finite.
+        TypeError: a field has another type or dtype.
+        ValueError: a tensor is on another device or has another shape, or a number is less than 1.
+        NonFiniteError: a tensor holds NaN or infinity; `layer` is set.
     """
 
     prompts: Tensor
@@ -46,13 +52,13 @@ class Prototypes:
     _summary: Summary | None = None
 
     def __post_init__(self) -> None:
-        _check_tensor("prompts", self.prompts, torch.float32, ndim=3)
+        _check_values("prompts", self.prompts, ("L", "N_p", "D"), torch.float32)
         layers, num_prompts, width = self.prompts.shape
-        _check_tensor("counts", self.counts, torch.float64, shape=(layers, num_prompts))
-        _check_tensor("inertia", self.inertia, torch.float64, shape=(layers,))
+        _check_values("counts", self.counts, (layers, num_prompts), torch.float64)
+        _check_values("inertia", self.inertia, (layers,), torch.float64)
         check_int("num_images", self.num_images, 1)
         check_int("num_tokens", self.num_tokens, 1)
-        _check_metadata(self.metadata)
+        check_metadata(self.metadata)
         if self.last_output is not None and self.last_output.prompts.shape != (1, num_prompts, width):
             raise ValueError(
                 f"last_output must hold prompts [1, {num_prompts}, {width}], "
@@ -61,13 +67,18 @@ class Prototypes:
 
     def __repr__(self) -> str:
         how = "".join(f"{key}={self.metadata[key]}, " for key in ("strategy", "mode") if key in self.metadata)
-        low, high = float(self.inertia.min()), float(self.inertia.max())
-        inertia = f"{low:.4g}" if len(self.inertia) == 1 else f"{low:.4g}..{high:.4g}"
+        low, high = (float(extreme) for extreme in self.mean_squared_distance.aminmax())
+        distance = f"{low:.4g}" if len(self.inertia) == 1 else f"{low:.4g}..{high:.4g}"
         last = "" if self.last_output is None else ", with last_output"
         return (
-            f"Prototypes(prompts={list(self.prompts.shape)}, {how}inertia={inertia}, "
+            f"Prototypes(prompts={list(self.prompts.shape)}, {how}mean_squared_distance={distance}, "
             f"num_images={self.num_images}, num_tokens={self.num_tokens}{last})"
         )
+
+    @property
+    def mean_squared_distance(self) -> Tensor:
+        """Of a token to its nearest prototype, [L], float64: `inertia / num_tokens`."""
+        return self.inertia / self.num_tokens
 
     def select(self, num_prompts: int) -> Prototypes:
         """Prototypes of another prompt length, from the summary of the same pass, without the images.
@@ -76,7 +87,7 @@ class Prototypes:
 
         Raises:
             ValueError: `num_prompts` < 1 or more than the summary can give, or there is no summary: only
-                k-means in stream mode has one, it is not saved to files, and `layer` drops it.
+                k-means in stream mode has one, and neither files nor prompts of a repeated layer keep it.
         """
         check_int("num_prompts", num_prompts, 1)
         summary = self._summary
@@ -91,7 +102,7 @@ class Prototypes:
         return from_layers(
             solved.centers,
             solved.counts,
-            solved.inertia,
+            summed_inertia(solved, self.num_tokens),
             num_images=self.num_images,
             num_tokens=self.num_tokens,
             metadata=self.metadata,
@@ -99,35 +110,47 @@ class Prototypes:
             summary=summary,
         )
 
-    def layer(self, index: int) -> Prototypes:
-        """One layer's prompts repeated for all layers (Table S2 b).
+    def repeat_layer(self, index: int) -> Prototypes:
+        """The prompts of one layer for all layers: `repeat_layer(0)` is "first P_0" of Table S2 b.
 
-        `layer(0)` is "first P_0". `layer(-1)` is "last P_L": prototypes of the last block's output, there
-        only if they were built with `last_output=True`.
+        Args:
+            index: 0 to L - 1; `prompts[index]` is what all layers get.
 
         Raises:
-            ValueError: no such layer.
+            TypeError: `index` is no integer.
+            ValueError: there is no such layer.
         """
-        layers = len(self.prompts)
-        index = check_int("index", index, -1)
-        if index == -1:
-            source, row = self._last_output_or_raise(), 0
-        elif 0 <= index < layers:
-            source, row = self, index
-        else:
-            raise ValueError(
-                f"index must be 0 to {layers - 1}, or -1 for the last block's output, got {index}"
-            )
+        last = len(self.prompts) - 1
+        index = check_int("index", index, 0, "(for the last block's output: repeat_last_output)")
+        if index > last:
+            raise ValueError(f"index must be 0 to {last}, got {index}")
+        return self._repeat(self, index, str(index))
 
-        def repeated(values: Tensor) -> Tensor:
-            return values[row].expand(layers, *values.shape[1:]).clone()
+    def repeat_last_output(self) -> Prototypes:
+        """The prompts of the last block's output for all layers: "last P_L" of Table S2 b.
+
+        Raises:
+            ValueError: they were not built with `last_output=True`.
+        """
+        if self.last_output is None:
+            raise ValueError(
+                "repeat_last_output needs prototypes of the last block's output: "
+                "call build_prototypes with last_output=True"
+            )
+        return self._repeat(self.last_output, 0, "last_output")
+
+    def _repeat(self, source: Prototypes, index: int, name: str) -> Prototypes:
+        layers = len(self.prompts)
+
+        def repeat(values: Tensor) -> Tensor:
+            return values[index].expand(layers, *values.shape[1:]).clone()
 
         return replace(
             self,
-            prompts=repeated(source.prompts),
-            counts=repeated(source.counts),
-            inertia=repeated(source.inertia),
-            metadata={**self.metadata, "layer": str(index)},
+            prompts=repeat(source.prompts),
+            counts=repeat(source.counts),
+            inertia=repeat(source.inertia),
+            metadata={**self.metadata, "layer": name},
             last_output=None,
             _summary=None,
         )
@@ -157,11 +180,17 @@ class Prototypes:
             ValueError: the file is truncated, or does not hold prototypes.
         """
         tensors, metadata = read_safetensors(path, kind=_FILE_KIND)
+        if "inertia" in tensors:
+            raise ValueError(
+                f"{os.fspath(path)} is from a development version of spt_fast, whose inertia was the mean "
+                "per token and not the sum; build the prototypes again"
+            )
         try:
             num_images, num_tokens = int(tensors["num_images"]), int(tensors["num_tokens"])
 
             def read(prefix: str = "", last_output: Prototypes | None = None) -> Prototypes:
-                prompts, counts, inertia = (tensors[prefix + n] for n in ("prompts", "counts", "inertia"))
+                names = ("prompts", "counts", _INERTIA_IN_FILES)
+                prompts, counts, inertia = (tensors[prefix + name] for name in names)
                 return cls(prompts, counts, inertia, num_images, num_tokens, dict(metadata), last_output)
 
             return read(last_output=read(_LAST) if _LAST + "prompts" in tensors else None)
@@ -169,25 +198,24 @@ class Prototypes:
             raise ValueError(f"{os.fspath(path)} does not hold valid prototypes ({error})") from error
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {"prompts": self.prompts, "counts": self.counts, "inertia": self.inertia}
-
-    def _last_output_or_raise(self) -> Prototypes:
-        if self.last_output is None:
-            raise ValueError(
-                "layer(-1) needs prototypes of the last block's output: build with last_output=True "
-                f"(index may be 0 to {len(self.prompts) - 1} here)"
-            )
-        return self.last_output
+        return {"prompts": self.prompts, "counts": self.counts, _INERTIA_IN_FILES: self.inertia}
 
     def _why_no_summary(self) -> str:
         strategy, mode = self.metadata.get("strategy", "kmeans"), self.metadata.get("mode", "stream")
         if "layer" in self.metadata:
-            return "which does not go with a single layer: call select(num_prompts).layer(index) instead"
+            return (
+                "which a repeated layer does not keep: call select before repeat_layer or repeat_last_output"
+            )
         if strategy != "kmeans":
-            return f"which strategy={strategy!r} has none of: build again with the new num_prompts"
+            return f"and strategy={strategy!r} makes none: build again with the new num_prompts"
         if mode != "stream":
-            return f"which mode={mode!r} has none of: build again, with mode='stream' or the new num_prompts"
-        return "which is not saved to files: select and save every length you want where they are built"
+            return f"and mode={mode!r} makes none: build again, with mode='stream' or the new num_prompts"
+        return "which files do not hold: call select before save, once for each length"
+
+
+def summed_inertia(solved: Clustering, num_tokens: int) -> Tensor:
+    """Sum of squared distances [G] over the `num_tokens` tokens of a group; `solved` holds their mean."""
+    return solved.inertia * num_tokens
 
 
 def from_layers(
@@ -205,7 +233,7 @@ def from_layers(
     prompts = prompts.detach().to("cpu", torch.float32)
     counts, inertia = (values.detach().to("cpu", torch.float64) for values in (counts, inertia))
 
-    def part(layers: slice, last_output: Prototypes | None, summary: Summary | None) -> Prototypes:
+    def of(layers: slice, last_output: Prototypes | None, summary: Summary | None) -> Prototypes:
         return Prototypes(
             prompts[layers].contiguous(),
             counts[layers].contiguous(),
@@ -218,33 +246,14 @@ def from_layers(
         )
 
     if not with_last_output:
-        return part(slice(None), None, summary)
-    return part(slice(None, -1), part(slice(-1, None), None, None), summary)
+        return of(slice(None), None, summary)
+    return of(slice(None, -1), of(slice(-1, None), None, None), summary)
 
 
-def _check_tensor(
-    name: str,
-    value: object,
-    dtype: torch.dtype,
-    *,
-    ndim: int | None = None,
-    shape: tuple[int, ...] | None = None,
-) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype != dtype or value.device.type != "cpu":
-        raise ValueError(f"{name} must be {dtype} on the CPU, got {value.dtype} on {value.device}")
-    if ndim is not None and (value.ndim != ndim or 0 in value.shape):
-        raise ValueError(f"{name} must be [L, N_p, D] and not empty, got shape {list(value.shape)}")
-    if shape is not None and tuple(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)} to fit prompts, got {list(value.shape)}")
-    if not bool(value.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
-
-
-def _check_metadata(metadata: object) -> None:
-    if not isinstance(metadata, dict):
-        raise TypeError(f"metadata must be a dict of strings, got {type(metadata).__name__}")
-    for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str):
-            raise TypeError(f"metadata must map strings to strings, got {key!r}: {value!r}")
+def _check_values(name: str, value: object, shape: tuple[int | str, ...], dtype: torch.dtype) -> None:
+    """A tensor [L, ...] in host memory, finite in every layer."""
+    tensor = check_tensor(name, value, shape, dtype=dtype, device=torch.device("cpu"))
+    good = tensor.isfinite().flatten(1).all(1) if tensor.ndim > 1 else tensor.isfinite()
+    if not bool(good.all()):
+        layer = int((~good).nonzero()[0])
+        raise NonFiniteError(f"{name} must be finite, but {name}[{layer}] holds NaN or infinity", layer=layer)

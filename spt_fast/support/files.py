@@ -9,6 +9,7 @@ import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -68,7 +69,7 @@ def write_safetensors(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    header = {**_checked_metadata(metadata), _KIND_KEY: kind, _VERSION_KEY: str(FORMAT_VERSION)}
+    header = {**check_metadata(metadata), _KIND_KEY: kind, _VERSION_KEY: str(FORMAT_VERSION)}
     write_bytes(path, _reproducible(serialize(stored, header)), overwrite=overwrite)
 
 
@@ -99,7 +100,10 @@ def read_safetensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[s
     return tensors, metadata
 
 
-def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+def check_metadata(metadata: Any) -> dict[str, str]:
+    """`metadata` as a dict; TypeError unless it is a mapping of strings to strings."""
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must map strings to strings, got {type(metadata).__name__}")
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"metadata must map strings to strings, got {key!r}: {value!r}")

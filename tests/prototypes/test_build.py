@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import tempfile
@@ -15,19 +16,31 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-import spt_fast.prototypes.build
 from spt_fast.backbones.token_extractor import TokenTap
 from spt_fast.clustering import KMeans, StreamingKMeans
 from spt_fast.prototypes.backbone_pass import BackbonePass
 from spt_fast.prototypes.build import build_prototypes
 from spt_fast.prototypes.result import Prototypes
-from spt_fast.prototypes.side_stream import Overlap
+from spt_fast.prototypes.side_stream import SideStream
 from spt_fast.support.distributed import ALONE
 from spt_fast.support.errors import NonFiniteError
 
 Loader = list[tuple[Tensor, Tensor]]
 MakeLoader = Callable[..., Loader]
 MakeViT = Callable[..., VisionTransformer]
+READ_VERSION = functools.cache(importlib.metadata.version)
+
+
+@pytest.fixture
+def vit(make_vit: MakeViT) -> VisionTransformer:
+    """Two blocks: the time of a test goes with the number of layers."""
+    return make_vit(depth=2)
+
+
+@pytest.fixture(autouse=True)
+def versions_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the versions of packages takes longer than a small build."""
+    monkeypatch.setattr(importlib.metadata, "version", READ_VERSION)
 
 
 def build(model: nn.Module, loader: Any, **options: Any) -> Prototypes:
@@ -58,8 +71,8 @@ def coloured_images(batch_size: int = 10) -> Loader:
     return list(zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True))
 
 
-def mean_squared_distance(tokens: Tensor, prompts: Tensor) -> float:
-    return float(torch.cdist(tokens.double(), prompts.double()).amin(1).square().mean())
+def true_inertia(tokens: Tensor, prompts: Tensor) -> float:
+    return float(torch.cdist(tokens.double(), prompts.double()).amin(1).square().sum())
 
 
 class Unsized:
@@ -76,16 +89,16 @@ class Unsized:
 
 
 class TestExact:
-    @pytest.mark.parametrize("memory_budget", ["4GiB", 0, 60_000])
+    @pytest.mark.parametrize("memory_budget", [None, "4GiB", 0, 60_000])
     def test_equals_kmeans_on_all_tokens(
-        self, vit: VisionTransformer, loader: Loader, memory_budget: int | str
+        self, vit: VisionTransformer, loader: Loader, memory_budget: int | str | None
     ) -> None:
         protos = build(vit, loader, mode="exact", memory_budget=memory_budget, seed=3)
         for layer, tokens in enumerate(collect(vit, loader)):
             fitted = KMeans(6, seed=3).fit(tokens)
             assert torch.equal(protos.prompts[layer], fitted.cluster_centers_)
             assert torch.equal(protos.counts[layer], fitted.counts_)
-            assert float(protos.inertia[layer]) == pytest.approx(float(fitted.inertia_) / len(tokens))
+            assert float(protos.inertia[layer]) == pytest.approx(float(fitted.inertia_))
 
     def test_keeps_half_precision_tokens(self, vit: VisionTransformer, loader: Loader) -> None:
         vit.bfloat16()
@@ -107,7 +120,7 @@ class TestStream:
     def test_equals_exact_while_nothing_is_dropped(self, vit: VisionTransformer) -> None:
         loader = coloured_images()
         stream, exact = build(vit, loader), build(vit, loader, mode="exact")
-        for layer in range(3):
+        for layer in range(2):
             gaps, nearest = torch.cdist(stream.prompts[layer], exact.prompts[layer]).min(1)
             assert sorted(nearest.tolist()) == list(range(6))
             assert float(gaps.max()) < 1e-4
@@ -115,7 +128,8 @@ class TestStream:
         # Distances are differences of squares around the mean: float32 rounds them by the tokens' spread.
         spread = max(float(tokens.var(0, correction=0).sum()) for tokens in collect(vit, loader))
         atol = 2 * torch.finfo(torch.float32).eps * spread
-        torch.testing.assert_close(stream.inertia, exact.inertia, rtol=1e-6, atol=atol)
+        ours, theirs = stream.mean_squared_distance, exact.mean_squared_distance
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=atol)
 
     def test_is_settled_on_all_tokens_while_nothing_is_dropped(
         self, vit: VisionTransformer, loader: Loader
@@ -123,14 +137,14 @@ class TestStream:
         protos = build(vit, loader)
         for layer, tokens in enumerate(collect(vit, loader)):
             inertia = float(protos.inertia[layer])
-            assert inertia == pytest.approx(mean_squared_distance(tokens, protos.prompts[layer]), rel=1e-5)
+            assert inertia == pytest.approx(true_inertia(tokens, protos.prompts[layer]), rel=1e-5)
             settled = KMeans(6, init=protos.prompts[layer], max_iter=5).fit(tokens)
-            assert float(settled.inertia_) / len(tokens) > 0.999 * inertia
+            assert float(settled.inertia_) > 0.999 * inertia
             assert float(protos.counts[layer].sum()) == len(tokens)
 
     def test_equals_streaming_kmeans_on_the_tokens(self, vit: VisionTransformer, loader: Loader) -> None:
         protos = build(vit, loader, capacity=100, seed=5)
-        clusters = StreamingKMeans(6, n_groups=3, capacity=100, seed=5)
+        clusters = StreamingKMeans(6, n_groups=2, capacity=100, seed=5)
         for batch in loader:
             clusters.partial_fit(torch.stack(collect(vit, [batch])))
         assert torch.equal(protos.prompts, clusters.solve().centers)
@@ -139,28 +153,28 @@ class TestStream:
         loader = make_loader(200, 20)
         protos = build(vit, loader, capacity=400)
         for layer, tokens in enumerate(collect(vit, loader)):
-            best = float(KMeans(6, n_init=5).fit(tokens).inertia_) / len(tokens)
-            assert mean_squared_distance(tokens, protos.prompts[layer]) < 1.06 * best
+            best = float(KMeans(6, n_init=5).fit(tokens).inertia_)
+            assert true_inertia(tokens, protos.prompts[layer]) < 1.06 * best
             assert float(protos.counts[layer].sum()) == pytest.approx(len(tokens))
 
-    @pytest.mark.parametrize("batch_size", [1, 7, 24, 60])
     @pytest.mark.parametrize("capacity", [None, 300])
     def test_order_and_size_of_batches_do_not_matter(
-        self, vit: VisionTransformer, batch_size: int, capacity: int | None
+        self, vit: VisionTransformer, capacity: int | None
     ) -> None:
         expected = build(vit, coloured_images(), capacity=capacity)
-        protos = build(vit, coloured_images(batch_size)[::-1], capacity=capacity)
-        # A sample of 300 tokens, 50 per cluster, places the mean of a cluster within a part of its spread.
-        within = 1e-4 if capacity is None else float(expected.inertia.max().sqrt())
-        for ours, theirs in zip(protos.prompts, expected.prompts, strict=True):
-            gaps, nearest = torch.cdist(ours, theirs).min(1)
-            assert sorted(nearest.tolist()) == list(range(6))
-            assert float(gaps.max()) < within
+        # A sample of 300 tokens, 50 per cluster, places the mean of a cluster well within its spread.
+        within = 1e-4 if capacity is None else float(expected.mean_squared_distance.max().sqrt())
+        for batch_size in (1, 7, 60):
+            protos = build(vit, coloured_images(batch_size)[::-1], capacity=capacity)
+            for ours, theirs in zip(protos.prompts, expected.prompts, strict=True):
+                gaps, nearest = torch.cdist(ours, theirs).min(1)
+                assert sorted(nearest.tolist()) == list(range(6))
+                assert float(gaps.max()) < within
 
     def test_holds_no_tokens_but_its_capacity(self, vit: VisionTransformer, make_loader: MakeLoader) -> None:
         protos = build(vit, make_loader(120, 20), capacity=50)
-        assert protos._summary is not None
-        assert [len(group) for group in protos._summary.groups] == [50, 50, 50]
+        with pytest.raises(ValueError, match="num_prompts must be at most 50"):
+            protos.select(51)
 
 
 class TestOneBatch:
@@ -174,8 +188,8 @@ class TestOneBatch:
         window = 8 * 16 // num_prompts
         for layer, tokens in enumerate(collect(vit, loader)):
             for k, prompt in enumerate(protos.prompts[layer]):
-                part = tokens[k * window : (k + 1) * window]
-                torch.testing.assert_close(prompt, part.mean(0) if strategy == "mean" else part.amax(0))
+                pooled = tokens[k * window : (k + 1) * window]
+                torch.testing.assert_close(prompt, pooled.mean(0) if strategy == "mean" else pooled.amax(0))
 
     def test_random_takes_tokens_each_once(self, vit: VisionTransformer, make_loader: MakeLoader) -> None:
         loader = make_loader(3, 3)
@@ -206,21 +220,21 @@ class TestOneBatch:
         for layer, tokens in enumerate(collect(vit, loader)):
             nearest = torch.cdist(tokens, protos.prompts[layer]).argmin(1)
             assert torch.equal(protos.counts[layer], nearest.bincount(minlength=6).double())
-            expected = mean_squared_distance(tokens, protos.prompts[layer])
+            expected = true_inertia(tokens, protos.prompts[layer])
             assert float(protos.inertia[layer]) == pytest.approx(expected, rel=1e-5)
 
     @pytest.mark.parametrize("loader_is", ["sized", "unsized", "cut"])
     def test_every_batch_has_the_same_chance(
         self, make_vit: MakeViT, make_loader: MakeLoader, loader_is: str
     ) -> None:
-        vit, batches = make_vit(depth=1), make_loader(10, 2)
+        vit, batches = make_vit(), make_loader(10, 2)
         loader = {"sized": batches, "unsized": Unsized(batches), "cut": batches * 20}[loader_is]
         max_images = 10 if loader_is == "cut" else None
-        firsts = [build(vit, [batch], strategy="mean", num_prompts=1).prompts for batch in batches]
+        options = {"strategy": "mean", "depth": "shallow", "num_prompts": 1}
+        firsts = [build(vit, [batch], **options).prompts for batch in batches]
         hits = [0] * 5
         for seed in range(200):
-            options = {"strategy": "mean", "num_prompts": 1, "max_images": max_images, "seed": seed}
-            prompts = build(vit, loader, **options).prompts
+            prompts = build(vit, loader, max_images=max_images, seed=seed, **options).prompts
             hits[next(i for i, first in enumerate(firsts) if torch.equal(first, prompts))] += 1
         # 40 each on average, with a standard deviation of 5.7.
         assert 18 <= min(hits) <= max(hits) <= 62
@@ -260,8 +274,8 @@ class TestAnyStrategy:
     def test_works_with_every_flavour(
         self, make_vit: MakeViT, flavour: dict[str, Any], loader: Loader, how: dict[str, Any]
     ) -> None:
-        protos = build(make_vit(**flavour), loader, **how)
-        assert protos.prompts.shape == (3, 6, 32)
+        protos = build(make_vit(depth=1, **flavour), loader, **how)
+        assert protos.prompts.shape == (1, 6, 32)
         assert protos.num_tokens == protos.num_images * 16
 
     def test_same_seed_gives_the_same_bits(
@@ -295,8 +309,8 @@ class TestAnyStrategy:
         assert torch.equal(more.prompts, plain.prompts)
         last = more.last_output
         assert last is not None
-        tokens = collect(vit, loader, last_output=True)[3]
-        expected = mean_squared_distance(tokens, last.prompts[0])
+        tokens = collect(vit, loader, last_output=True)[2]
+        expected = true_inertia(tokens, last.prompts[0])
         assert float(last.inertia[0]) == pytest.approx(expected, rel=1e-5)
 
     def test_max_images_is_the_same_as_fewer_images(
@@ -311,14 +325,15 @@ class TestAnyStrategy:
     def test_takes_any_kind_of_batch(
         self, vit: VisionTransformer, loader: Loader, how: dict[str, Any]
     ) -> None:
-        expected = build(vit, loader, **how).prompts
-        for convert in (
+        kinds: list[Callable[[Tensor, Tensor], Any]] = [
+            lambda images, labels: (images, labels),
             lambda images, labels: images,
             lambda images, labels: [images, labels],
             lambda images, labels: {"labels": labels, "pixel_values": images},
             lambda images, labels: {"image": images.double()},
-        ):
-            assert torch.equal(build(vit, [convert(*batch) for batch in loader], **how).prompts, expected)
+        ]
+        mixed = [kind(*batch) for kind, batch in zip(kinds, loader, strict=True)]
+        assert torch.equal(build(vit, mixed, **how).prompts, build(vit, loader, **how).prompts)
 
     @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
     def test_model_comes_back_when_the_loader_fails(
@@ -353,15 +368,15 @@ class TestAnyStrategy:
     def test_fewer_tokens_than_prompts_are_refused(
         self, vit: VisionTransformer, make_loader: MakeLoader, how: dict[str, Any]
     ) -> None:
-        with pytest.raises(ValueError, match=r"gave 32 per layer \(from 2 images\) for 33 prompts"):
-            build(vit, make_loader(2, 2), num_prompts=33, **how)
-        assert build(vit, make_loader(2, 2), num_prompts=32, **how).prompts.shape == (3, 32, 32)
+        with pytest.raises(ValueError, match=r"gave 16 per layer \(from 1 images\) for 17 prompts"):
+            build(vit, make_loader(1), num_prompts=17, **how)
+        assert build(vit, make_loader(1), num_prompts=16, **how).prompts.shape == (2, 16, 32)
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
     def test_bad_tokens_are_named_by_layer_and_image(
         self, vit: VisionTransformer, loader: Loader, how: dict[str, Any], value: float
     ) -> None:
-        """The model, not the images, is at fault: its second block spoils the image that is marked."""
+        """The model, not the images, is at fault: its first block spoils the image that is marked."""
         loader[3][0][5, 0, 0, 0] = mark = 77.0
         image = 29
         if "strategy" in how:
@@ -375,12 +390,12 @@ class TestAnyStrategy:
             tokens[marked[0], 4] = value
 
         vit.patch_embed.register_forward_pre_hook(look)
-        vit.blocks[1].get_submodule("mlp").register_forward_hook(spoil)
+        vit.blocks[0].get_submodule("mlp").register_forward_hook(spoil)
         with pytest.raises(
-            NonFiniteError, match=f"input of block 3 holds NaN.* for image {image} "
+            NonFiniteError, match=f"input of block 2 holds NaN.* for image {image} "
         ) as raised:
             build(vit, loader, **how)
-        assert (raised.value.image, raised.value.layer, raised.value.row) == (image, 2, None)
+        assert (raised.value.image, raised.value.layer, raised.value.row) == (image, 1, None)
         assert vit.training
 
 
@@ -391,13 +406,22 @@ class TestSettings:
     ) -> None:
         assert build(vit, loader, num_prompts=None, depth=depth, mode="exact").prompts.shape[1] == expected
 
-    def test_metadata_tells_how_and_from_what(self, vit: VisionTransformer, loader: Loader) -> None:
-        metadata = build(vit, loader, seed=4, num_prompts=50).metadata
-        expected = {"strategy": "kmeans", "mode": "stream", "capacity": "25000", "prompt_depth": "deep"}
-        backbone = {"depth": "3", "width": "32", "num_prefix_tokens": "1"}
+    def test_metadata_tells_how_and_from_what(self, vit: VisionTransformer, make_loader: MakeLoader) -> None:
+        metadata = build(vit, make_loader(4), seed=4, num_prompts=50, depth="shallow").metadata
+        expected = {"strategy": "kmeans", "mode": "stream", "capacity": "25000", "prompt_depth": "shallow"}
+        backbone = {"depth": "2", "width": "32", "num_prefix_tokens": "1"}
         assert metadata.items() >= {**expected, **backbone, "seed": "4"}.items()
         assert metadata["torch_version"] == importlib.metadata.version("torch")
-        assert "mode" not in build(vit, loader, strategy="mean").metadata
+        assert "mode" not in build(vit, make_loader(4), strategy="mean").metadata
+
+    def test_version_is_unknown_in_a_source_tree(
+        self, vit: VisionTransformer, loader: Loader, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def version(package: str) -> str:
+            raise importlib.metadata.PackageNotFoundError(package)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        assert build(vit, loader, strategy="mean").metadata["spt_fast_version"] == "unknown"
 
     @pytest.mark.parametrize(
         ("options", "error", "reason"),
@@ -417,14 +441,26 @@ class TestSettings:
                 "capacity is for strategy='kmeans' with mode='stream'",
             ),
             ({"capacity": 10, "strategy": "max"}, ValueError, "capacity is for strategy='kmeans'"),
+            (
+                {"memory_budget": "4GiB"},
+                ValueError,
+                "memory_budget is for strategy='kmeans' with mode='exact', got '4GiB' .* mode='stream'",
+            ),
+            (
+                {"memory_budget": 0, "strategy": "max"},
+                ValueError,
+                "memory_budget is for .*, got 0 for .*'max'",
+            ),
             ({"mode": "exact", "strategy": "max"}, ValueError, "mode='exact' is for strategy='kmeans'"),
             ({"max_images": 0}, ValueError, "max_images must be an integer >= 1, got 0"),
-            ({"memory_budget": "lots"}, ValueError, "memory_budget must be a number with a unit"),
+            (
+                {"memory_budget": "lots", "mode": "exact"},
+                ValueError,
+                "memory_budget must be a number with a unit",
+            ),
             ({"seed": -1}, ValueError, "seed must be an integer >= 0, got -1"),
             ({"seed": 2**63}, ValueError, r"seed must be below 2\*\*63"),
             ({"seed": None}, TypeError, "seed must be an integer >= 0, got None"),
-            ({"device": "meta"}, ValueError, "device must be the model's, cpu, got meta"),
-            ({"device": "foo"}, ValueError, "device must be the model's, cpu, got 'foo'"),
             ({"amp_dtype": torch.float64}, ValueError, "amp_dtype must be"),
         ],
     )
@@ -464,7 +500,7 @@ class TestSettings:
         loader[2][0][3, 1, 7, 7] = torch.nan
         with pytest.raises(NonFiniteError, match=r"image 19 \(counted from 0\) holds NaN") as raised:
             build(vit, loader)
-        assert raised.value.image == 19
+        assert (raised.value.image, raised.value.layer, raised.value.row) == (19, None, None)
 
 
 @pytest.mark.gpu
@@ -487,16 +523,16 @@ class TestGPU:
         assert dtypes == {torch.bfloat16}
 
 
-class TestOverlap:
+class TestSideStream:
     """On CUDA the tokens come one batch late; the same is done here without a device."""
 
     def test_late_tokens_give_the_same_bits(self, vit: VisionTransformer, loader: Loader) -> None:
         summaries = []
-        for overlap in (None, Overlap(torch.device("cpu"))):
-            clusters = StreamingKMeans(6, n_groups=3, capacity=100)
-            run = BackbonePass(vit, loader, ALONE, max_images=None, progress=False)
-            run.run(lambda layer, tokens, to=clusters: to.partial_fit(tokens, group=layer), overlap=overlap)
-            assert (run.num_images, run.num_tokens) == (40, 640)
+        for side_stream in (None, SideStream(torch.device("cpu"))):
+            clusters = StreamingKMeans(6, n_groups=2, capacity=100)
+            backbone = BackbonePass(vit, loader, ALONE, max_images=None, progress=False)
+            backbone.run(lambda layer, tokens, to=clusters: to.partial_fit(tokens, group=layer), side_stream)
+            assert (backbone.num_images, backbone.num_tokens) == (40, 640)
             summaries.append(clusters.summary())
         for ours, theirs in zip(summaries[0].groups, summaries[1].groups, strict=True):
             assert torch.equal(ours.tokens, theirs.tokens)
@@ -505,13 +541,14 @@ class TestOverlap:
 
     def test_late_error_names_its_own_image(self, vit: VisionTransformer, loader: Loader) -> None:
         loader[2][0][3] = 3e38  # finite pixels whose tokens are not
-        clusters = StreamingKMeans(6, n_groups=3)
-        run = BackbonePass(vit, loader, ALONE, max_images=None, progress=False)
-        with pytest.raises(ValueError, match="for image 19 "):
-            run.run(
+        clusters = StreamingKMeans(6, n_groups=2)
+        backbone = BackbonePass(vit, loader, ALONE, max_images=None, progress=False)
+        with pytest.raises(NonFiniteError, match="for image 19 ") as raised:
+            backbone.run(
                 lambda layer, tokens: clusters.partial_fit(tokens, group=layer),
-                overlap=Overlap(torch.device("cpu")),
+                SideStream(torch.device("cpu")),
             )
+        assert (raised.value.image, raised.value.layer) == (19, 0)
         assert vit.training
 
 
@@ -523,17 +560,13 @@ class TestBar:
         shown = capsys.readouterr().err
         assert "40/40" in shown
         assert "images/s" in shown
-        assert "3/3" in shown
+        assert "2/2" in shown
 
     def test_stays_away_when_not_wanted(
         self, vit: VisionTransformer, loader: Loader, capsys: pytest.CaptureFixture[str]
     ) -> None:
         build(vit, loader, progress=False)
         assert capsys.readouterr() == ("", "")
-
-
-def test_version_is_unknown_in_a_source_tree() -> None:
-    assert spt_fast.prototypes.build._version("no-such-package") == "unknown"
 
 
 def test_interrupted_run_leaves_no_file(vit: VisionTransformer, loader: Loader, tmp_path: Path) -> None:

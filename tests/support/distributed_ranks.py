@@ -81,7 +81,7 @@ def facts(built: Prototypes) -> dict[str, Any]:
     return {
         "prompts": built.prompts,
         "counts": built.counts,
-        "inertia": built.inertia,
+        "mean_squared_distance": built.mean_squared_distance,
         "images": built.num_images,
         "tokens": built.num_tokens,
         "metadata": built.metadata,

@@ -16,7 +16,7 @@ import spt_fast
 from spt_fast.commands import main as cli
 from spt_fast.prototypes.build import build_prototypes
 from spt_fast.prototypes.result import Prototypes
-from spt_fast.prototypes.side_stream import Overlap
+from spt_fast.prototypes.side_stream import SideStream
 from spt_fast.support.distributed import ALONE, device_of_this_process, find_processes
 from spt_fast.support.errors import NonFiniteError
 
@@ -78,7 +78,7 @@ def assert_same(first: dict[str, Any], other: dict[str, Any]) -> None:
 
 def assert_close(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """To 1e-6 of the size of the prototypes, which are of the order of one."""
-    for key in ("prompts", "inertia"):
+    for key in ("prompts", "mean_squared_distance"):
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-6, atol=1e-6)
     for key in ("counts", "images", "tokens"):
         assert torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(theirs[key]))
@@ -129,7 +129,9 @@ def test_exact_with_pruning_is_exact_without(outcomes: Outcomes, size: int) -> N
 def test_stream_is_what_one_process_gives_while_nothing_is_dropped(outcomes: Outcomes, scenario: str) -> None:
     alone, ours = outcomes.same("stream_1"), outcomes.same(scenario)
     assert (ours["images"], ours["tokens"]) == (alone["images"], alone["tokens"])
-    torch.testing.assert_close(ours["inertia"], alone["inertia"], rtol=5e-3, atol=0)
+    torch.testing.assert_close(
+        ours["mean_squared_distance"], alone["mean_squared_distance"], rtol=5e-3, atol=0
+    )
     assert ours["counts"].sum(1).tolist() == pytest.approx([42 * 16] * 2)
 
 
@@ -341,16 +343,16 @@ def test_local_rank_picks_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_of_this_process("cpu") == torch.device("cpu")
 
 
-def test_overlap_hands_on_everything_in_order_one_batch_late() -> None:
-    overlap, seen = Overlap(torch.device("cpu")), []
+def test_side_stream_hands_on_everything_in_order_one_batch_late() -> None:
+    side_stream, seen = SideStream(torch.device("cpu")), []
     for batch in range(3):
         tokens = torch.full((2,), float(batch))
         for layer in range(2):
-            overlap.add(lambda given, layer=layer: seen.append((layer, float(given[0]))), tokens)
+            side_stream.add(lambda given, layer=layer: seen.append((layer, float(given[0]))), tokens)
         tokens.fill_(-1)  # the model may reuse its memory
-        overlap.advance()
+        side_stream.advance()
         assert len(seen) == 2 * batch
-    overlap.finish()
+    side_stream.finish()
     assert seen == [(layer, batch) for batch in (0.0, 1.0, 2.0) for layer in (0, 1)]
 
 
