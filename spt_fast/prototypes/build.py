@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -27,6 +26,7 @@ from spt_fast.prototypes.token_store import TokenStore
 from spt_fast.support.arguments import check_int, parse_bytes
 from spt_fast.support.distributed import Processes, find_processes
 from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.versions import version_facts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -137,7 +137,7 @@ def build_prototypes(
             "seed": str(seed),
             **({"processes": str(processes.size)} if processes.size > 1 else {}),
             **describe(unwrap(model)),
-            **_versions(),
+            **version_facts("spt_fast", "torch", "timm"),
         }
     processes.check_same(
         {"num_prompts": num_prompts, "max_images": max_images, "last_output": last_output, **metadata}
@@ -299,15 +299,3 @@ def _check_seed(seed: int) -> int:
     if number >= _SEED_LIMIT:
         raise ValueError(f"seed must be below 2**63, got {number}")
     return number
-
-
-def _versions() -> dict[str, str]:
-    return {f"{name}_version": _version(name) for name in ("spt_fast", "torch", "timm")}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        # Used from a source tree.
-        return "unknown"

@@ -68,6 +68,12 @@ class Processes:
         results = {index: result for part in self.gather(done) for index, result in part.items()}
         return [results[index] for index in range(count)]
 
+    def on_rank_0(self, work: Callable[[], object]) -> None:
+        """`work()` by rank 0 alone, as for files and output; an exception is raised on all ranks."""
+        with self.together():
+            if self.rank == 0:
+                work()
+
     def rank_0_first(self, work: Callable[[], Result]) -> Result:
         """`work()` by every rank, but by rank 0 before the others, who find what it has fetched."""
         done = []
@@ -162,6 +168,13 @@ def joined_by_environment(device: torch.device) -> Iterator[Processes]:
         yield find_processes(None)
     finally:
         dist.destroy_process_group()
+
+
+def check_single_process(command: str) -> None:
+    """Raise ValueError where torchrun started this process together with others."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        raise ValueError(f"{command} runs in one process, got WORLD_SIZE={size}; start it without torchrun")
 
 
 def device_of_this_process(device: str | None) -> torch.device:
