@@ -22,20 +22,18 @@ from spt_fast.support.distributed import ALONE, device_of_this_process, find_pro
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
 RANKS_SCRIPT = Path(__file__).with_name("distributed_ranks.py")
-SHORT_TIMEOUT = 4.0  # of distributed_ranks.py
 
 
 class Outcomes:
-    """What the ranks of each scenario returned or raised, and how long it took them."""
+    """What the ranks of each scenario returned or raised."""
 
     def __init__(self, folder: Path, errors: str) -> None:
         self.folder, self.errors = folder, errors
 
     def of(self, scenario: str) -> list[Any]:
-        return [result for result, _ in self._load(scenario)]
-
-    def seconds(self, scenario: str) -> list[float]:
-        return [seconds for _, seconds in self._load(scenario)]
+        paths = sorted(self.folder.glob(f"{scenario}.[0-9].pt"))
+        assert paths, self.errors
+        return [torch.load(path, weights_only=False) for path in paths]
 
     def same(self, scenario: str) -> Any:
         """The result of every rank, which must be the same to the bit."""
@@ -44,11 +42,6 @@ class Outcomes:
         for other in others:
             assert_same(first, other)
         return first
-
-    def _load(self, scenario: str) -> list[tuple[Any, float]]:
-        paths = sorted(self.folder.glob(f"{scenario}.[0-9].pt"))
-        assert paths, self.errors
-        return [torch.load(path, weights_only=False) for path in paths]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +53,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
         env=package_under_test(),
         capture_output=True,
         text=True,
-        timeout=240,
         check=False,
     )
     return Outcomes(folder, done.stderr)
@@ -187,7 +179,7 @@ def test_max_images_is_shared(outcomes: Outcomes, scenario: str, images: int) ->
 @pytest.mark.parametrize("mode", ["stream", "exact"])
 def test_bad_tokens_on_one_rank_are_an_error_on_all(outcomes: Outcomes, mode: str) -> None:
     (kind, message), own = (rank[mode] for rank in outcomes.of("nan_on_rank_1"))
-    assert kind == own[0] == "ValueError"
+    assert (kind, own[0]) == ("ValueError", "NonFiniteError")
     assert message == f"rank 1: {own[1]}"
     assert "for image 8 (counted from 0)" in message
 
@@ -245,7 +237,7 @@ def test_a_group_may_be_part_of_the_processes(outcomes: Outcomes) -> None:
     ("scenario", "ranks"),
     [("rank_dies_in_the_pass", 2), ("rank_dies_in_an_iteration", 1), ("rank_stays_silent", 1)],
 )
-def test_a_rank_that_dies_ends_the_others_within_the_timeout(
+def test_a_rank_that_dies_or_stays_silent_ends_the_others(
     outcomes: Outcomes, scenario: str, ranks: int
 ) -> None:
     errors = outcomes.of(scenario)
@@ -253,47 +245,27 @@ def test_a_rank_that_dies_ends_the_others_within_the_timeout(
     for kind, message in errors:
         assert kind == "RuntimeError"
         assert "another process of the group died, or did not answer within the group's timeout" in message
-    assert max(outcomes.seconds(scenario)) < SHORT_TIMEOUT + 10
 
 
 def test_command_line_fails_and_succeeds_on_all_ranks_and_prints_on_the_first(outcomes: Outcomes) -> None:
     ranks = outcomes.of("command_line")
     assert [rank["codes"] for rank in ranks] == [(0, 2, 2)] * 3
-    assert "31 images in" in ranks[0]["printed"]
+    assert "13 images in" in ranks[0]["printed"]
     assert [rank["printed"] for rank in ranks[1:]] == ["", ""]
     built = Prototypes.load(outcomes.folder / "prototypes.safetensors")
-    assert built.num_images == 31
+    assert built.num_images == 13
     assert not (outcomes.folder / "other").exists()
 
 
-def test_command_line_under_torchrun(tmp_path: Path) -> None:
+def test_command_line_under_torchrun(outcomes: Outcomes, tmp_path: Path) -> None:
     """The same images in one process and in two give the same prototypes."""
-    options = (
-        "prototypes",
-        "--model",
-        "shipped",
-        "--data",
-        "digits",
-        "--num-prompts",
-        "3",
-        "--device",
-        "cpu",
-    )
-    options += ("--max-images", "48", "--mode", "exact", "--batch-size", "24", "--out")
-    assert cli.main([*options, str(tmp_path / "one")]) == 0
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = subprocess.run(
-        [*torchrun, "-m", "spt_fast", *options, "two"],
-        cwd=tmp_path,
-        env={**package_under_test(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("48 images in") == 1
-    one, two = (Prototypes.load(tmp_path / name) for name in ("one", "two"))
+    options = "prototypes --model shipped --data digits --num-prompts 3 --device cpu --max-images 24"
+    assert cli.main([*options.split(), "--mode", "exact", "--out", str(tmp_path / "one")]) == 0
+    ranks = torch.load(outcomes.folder / "under_torchrun.pt")
+    assert [code for code, _ in ranks] == [0, 0], outcomes.errors
+    assert "24 images in" in ranks[0][1]
+    assert ranks[1][1] == ""
+    one, two = Prototypes.load(tmp_path / "one"), Prototypes.load(outcomes.folder / "two")
     torch.testing.assert_close(one.prompts, two.prompts, rtol=1e-6, atol=1e-6)
     assert torch.equal(one.counts, two.counts)
     assert (one.num_images, one.num_tokens) == (two.num_images, two.num_tokens)
