@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import spt_fast
 from spt_fast.commands import main as cli
 from spt_fast.prototypes.build import build_prototypes
 from spt_fast.prototypes.result import Prototypes
@@ -45,12 +43,12 @@ class Outcomes:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]) -> Outcomes:
     folder = tmp_path_factory.mktemp("ranks")
     done = subprocess.run(
         [sys.executable, str(RANKS_SCRIPT), str(folder)],
         cwd=folder,
-        env=package_under_test(),
+        env=child_environment,
         capture_output=True,
         text=True,
         check=False,
@@ -317,8 +315,3 @@ def test_overlap_hands_on_everything_in_order_one_batch_late() -> None:
         assert len(seen) == 2 * batch
     overlap.finish()
     assert seen == [(layer, batch) for batch in (0.0, 1.0, 2.0) for layer in (0, 1)]
-
-
-def package_under_test() -> dict[str, str]:
-    """Environment in which a fresh interpreter, in a folder of its own, imports the package imported here."""
-    return {**os.environ, "PYTHONPATH": str(Path(spt_fast.__file__).resolve().parents[1])}
