@@ -1,4 +1,4 @@
-"""Whether the operations are right on this machine, each against float64: `spt-fast doctor --check`.
+"""Compares every operation on this machine with float64: `spt-fast doctor --check`.
 
 Limits: small problems, seconds on a CPU. After an illegal address on a GPU everything later fails there too:
 the first WRONG line is the one to look at.
@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
         return not self.message and all(found.ok for found in self.deviations.values())
 
     def line(self) -> str:
-        """Its result that is nearest to its bound, or farthest beyond it, and the verdict."""
+        """The operation, the result with the largest share of its bound, and the verdict."""
         result, numbers = "-", ("-", "-")
         if self.deviations:
             result, worst = max(self.deviations.items(), key=lambda item: _share_of_bound(item[1]))
@@ -64,6 +64,8 @@ class Outcome(NamedTuple):
 
 
 class Case(NamedTuple):
+    """How one operation is checked: its inputs, its call, and the comparison with float64."""
+
     op: str
     backend: Backend
     inputs: Callable[[torch.dtype, torch.device], Inputs]
@@ -97,7 +99,7 @@ def report() -> bool:
 
 
 def check() -> Iterator[Outcome]:
-    """Check every operation on every device in every dtype; whatever goes wrong is an outcome, too."""
+    """Check every operation on every device in every dtype; an exception is an outcome, too."""
     for device in devices():
         for case in cases(device):
             for dtype in DTYPES:
@@ -105,6 +107,7 @@ def check() -> Iterator[Outcome]:
 
 
 def check_case(case: Case, device: torch.device, dtype: torch.dtype) -> Outcome:
+    """Run one check."""
     backend, fallback, message = "-", "", ""
     found: Mapping[str, Deviation] = {}
     with warnings.catch_warnings():
@@ -129,6 +132,7 @@ def _share_of_bound(found: Deviation) -> float:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
+    """Every check of a device; some are for CUDA devices only."""
     # G, B, N_e, prefix, D, K: the paths and variants of docs/kmeans-cuda.md; sizes that divide no tile.
     yield _assign("21 centres", 1, 3, 197, 1, 768, 21)
     yield _assign("32 centres", 1, 3, 197, 1, 768, 32)
