@@ -1,4 +1,4 @@
-"""Is it the direction or the length of the first prompts that matters in `spt-fast demo`? Prints a table.
+"""Which matters in `spt-fast demo`, the direction or the length of the first prompts? Prints a table.
 
     python examples/demo_scales.py            accuracies, each start at both lengths
     python examples/demo_scales.py --scores   what eq. 7 makes of the two starts, block by block
@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from spt_fast import PromptedViT, build_prototypes, sigmoid_nmi
 from spt_fast.backbones.token_extractor import TokenTap
-from spt_fast.commands.demo import Budget, classifier
+from spt_fast.commands.demo.budget import Budget
+from spt_fast.commands.demo.run import classifier
 from spt_fast.data.shipped import few_per_class, load_backbone, load_digits
 from spt_fast.training.loop import fit, shuffled_loader
 
@@ -28,7 +29,7 @@ HEAD_RATE = 1e-2
 
 
 def random_prompts(num_prompts: int, seed: int) -> Tensor:
-    """VPT's start [L, N_p, D]."""
+    """Random prompts [L, N_p, D], as VPT starts from."""
     torch.manual_seed(seed)
     return PromptedViT(load_backbone(), num_prompts).prompts.detach()
 
@@ -39,7 +40,8 @@ def root_mean_square(prompts: Tensor) -> Tensor:
 
 
 def starts(images: Tensor, num_prompts: int, seed: int) -> dict[str, Tensor]:
-    loader = [(part,) for part in images.split(100)]
+    """Prompts [L, N_p, D] of both directions at both lengths, by the name of the start."""
+    loader = [(batch,) for batch in images.split(100)]
     prototypes = build_prototypes(
         load_backbone(), loader, num_prompts=num_prompts, seed=seed, progress=False
     ).prompts

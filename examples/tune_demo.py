@@ -2,9 +2,9 @@
 
     python examples/tune_demo.py [--head-lrs 0.003 0.01 ...] [--prompt-lrs 0.01 0.03 ...] [--seeds 100 101]
 
-First the head's rate of the methods that train the head alone; then, with the linear probe's for every
-head, the prompts' rate of VPT-Deep and of SPT-Deep. Code and budget are the demo's own. The seeds are not
-the demo's, so the training images are other draws, and test images are never looked at.
+First the head's rate, for the methods that train the head alone; then the prompts' rate of VPT-Deep and
+SPT-Deep, with the best head's rate of the linear probe. Code and budget are the demo's own. The seeds are
+not the demo's, so the training images are other draws, and test images are never used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spt_fast.commands.demo import Budget, Rates, Task, run_method
+from spt_fast.commands.demo.budget import Budget, Rates, Task
+from spt_fast.commands.demo.run import run_method
 from spt_fast.data.shipped import backbone_facts, load_digits
 
 HEAD_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -24,7 +25,7 @@ PROMPT_METHODS = ("VPT-Deep", "SPT-Deep")
 
 
 def validation_task() -> Task:
-    """The shipped digits with the validation images in the place of the test images."""
+    """The shipped digits with the validation images in place of the test images."""
     val = load_digits("val")
     return Task(load_digits("train"), val=val, test=val)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Read when torch is loaded: threads that wait sleep instead of spinning. The tests are many small ops, which
@@ -16,6 +17,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+
+import spt_fast
 
 Batch = tuple[Tensor, Tensor]
 
@@ -51,6 +54,12 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def child_environment() -> dict[str, str]:
+    """Environment in which a fresh interpreter imports the package that is imported here, in any folder."""
+    return {**os.environ, "PYTHONPATH": str(Path(spt_fast.__file__).resolve().parents[1])}
 
 
 @pytest.fixture(params=list(FLAVOURS))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,14 +20,23 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(spt_fast.__file__).resolve().parent
 
 
-def run_python(code: str, folder: Path) -> str:
-    """Standard output of `code` in a fresh interpreter that sees the package under test, not the checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+@pytest.fixture
+def run_python(tmp_path: Path, child_environment: dict[str, str]) -> Callable[[str], str]:
+    """Standard output of code in a fresh interpreter that sees the package under test, not the checkout."""
+
+    def run(code: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=child_environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
 
 
 def extension_path() -> Path:
@@ -42,22 +51,32 @@ def extension_path() -> Path:
     return found[0]
 
 
-def test_import_adds_no_heavy_module_and_starts_no_cuda(tmp_path):
+def test_import_and_help_add_no_heavy_module_and_start_no_cuda(run_python):
     code = """
 import json, sys
 import torch, timm
 before = set(sys.modules)
 import spt_fast
+from spt_fast.commands.main import main
+public = set(sys.modules)
+try:
+    main(["--help"])
+except SystemExit as stop:
+    code = stop.code
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(json.dumps({"new": sorted(new), "cuda": torch.cuda.is_initialized()}))
+work = sorted(name for name in set(sys.modules) - public if name.startswith("spt_fast."))
+print(json.dumps({"new": sorted(new), "work": work, "code": code, "cuda": torch.cuda.is_initialized()}))
 """
-    seen = json.loads(run_python(code, tmp_path).splitlines()[-1])
+    seen = json.loads(run_python(code).splitlines()[-1])
     heavy = {"faiss", "matplotlib", "pandas", "scipy", "sklearn", "tensorboard", "torchvision", "triton"}
     assert heavy.isdisjoint(seen["new"])
     assert seen["cuda"] is False
+    assert seen["code"] == 0
+    # The commands import what they do their work with when they run.
+    assert seen["work"] == []
 
 
-def test_extension_imports_without_torch(tmp_path):
+def test_extension_imports_without_torch(run_python):
     code = f"""
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("_kmeans", {str(extension_path())!r})
@@ -65,7 +84,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 print("torch" in sys.modules, "baseline" in module.build_info()["isas"])
 """
-    assert run_python(code, tmp_path).split() == ["False", "True"]
+    assert run_python(code).split() == ["False", "True"]
 
 
 def test_extension_links_neither_torch_nor_libcudart():

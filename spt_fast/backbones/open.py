@@ -9,6 +9,7 @@ from torch import nn
 
 from spt_fast.data.shipped import load_backbone
 from spt_fast.support.errors import first_line
+from spt_fast.support.files import check_input_path
 from spt_fast.support.randomness import seeded
 
 SHIPPED_MODEL = "shipped"
@@ -30,8 +31,8 @@ def open_model(name: str, *, pretrained: bool = True, checkpoint: str | Path | N
         ValueError: no such model, or a checkpoint that does not fit it.
         RuntimeError: the pretrained weights cannot be had.
     """
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"checkpoint: there is no file {checkpoint}")
+    if checkpoint is not None:
+        check_input_path(checkpoint, argument="checkpoint")
     if name == SHIPPED_MODEL:
         return load_backbone()
     if Path(name).is_file():
@@ -46,7 +47,7 @@ def _check_timm_name(name: str) -> None:
     if name.startswith(_HUB_PREFIXES) or timm.is_model(name):
         return
     if "/" in name or name.endswith((".safetensors", ".pth", ".pt", ".bin")):
-        raise FileNotFoundError(f"model: there is no file {name}")
+        check_input_path(name, argument="model")
     close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.5)
     hint = f"; close names: {', '.join(close)}" if close else ""
     raise ValueError(f"model: timm has no model named {name!r}{hint}")

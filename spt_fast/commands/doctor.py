@@ -1,21 +1,20 @@
-"""What is installed here, and which code each operation will run: `spt-fast doctor`."""
+"""`spt-fast doctor`: what is installed here, and which code each operation will run."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-import torch
+from spt_fast.support.versions import installed_version
 
-from spt_fast.clustering import faiss_backend
-from spt_fast.commands.self_check import devices
-from spt_fast.data.shipped import backbone_facts
-from spt_fast.ops import kmeans, kmeans_native, nmi, prompt_attention
-from spt_fast.prompting.engines import known_blocks
+if TYPE_CHECKING:
+    from spt_fast.commands.options import Commands
 
+WRONG = 1  # exit code
 _REQUIRED = ("torch", "timm", "safetensors", "numpy", "tqdm")
 _OPTIONAL = {
     "triton": "Linux only",
@@ -27,8 +26,34 @@ _OPTIONAL = {
 Line = tuple[str, str]
 
 
+def add(commands: Commands) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "doctor",
+        help="what is installed, which code each operation runs here, and why",
+        description="What is installed, which code each operation runs here, and why; "
+        "or, with --check, whether the results are right.",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="run every operation on every device and compare it with float64; exit code 1 if one is wrong",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report or the outcomes of the check; returns the exit code."""
+    if args.check:
+        from spt_fast.commands import self_check
+
+        return 0 if self_check.report() else WRONG
+    print(report())
+    return 0
+
+
 def report() -> str:
-    """All facts, one per line, in sections; never raises because something is missing."""
+    """All facts, one per line, in sections; nothing that is missing makes it fail."""
     sections = {
         "versions": _versions(),
         "machine": _machine(),
@@ -46,30 +71,31 @@ def _section(title: str, lines: list[Line]) -> str:
 
 
 def _versions() -> Iterator[Line]:
-    yield "spt_fast", _version("spt_fast") or "not installed (run from a checkout)"
+    yield "spt_fast", installed_version("spt_fast") or "not installed (run from a checkout)"
     yield "python", f"{platform.python_version()} ({sys.executable})"
     for name in _REQUIRED:
-        yield name, _version(name) or "MISSING"
+        yield name, installed_version(name) or "MISSING"
     for name, note in _OPTIONAL.items():
-        yield name, _version(name) or f"not installed ({note})"
+        yield name, installed_version(name) or f"not installed ({note})"
 
 
 def _machine() -> Iterator[Line]:
+    import torch
+
     yield "system", f"{platform.system()} {platform.machine()}"
     yield "cpu", f"{os.cpu_count()} cores; torch uses {torch.get_num_threads()} threads"
-    yield "cuda", _cuda()
-
-
-def _cuda() -> str:
     if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    if not torch.cuda.is_available():
-        return f"no device available (torch is built for CUDA {torch.version.cuda})"
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return f"{', '.join(names)} (torch is built for CUDA {torch.version.cuda})"
+        yield "cuda", "this torch is built without CUDA"
+    elif not torch.cuda.is_available():
+        yield "cuda", f"no device available (torch is built for CUDA {torch.version.cuda})"
+    else:
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        yield "cuda", f"{', '.join(names)} (torch is built for CUDA {torch.version.cuda})"
 
 
 def _extension() -> Iterator[Line]:
+    from spt_fast.ops import kmeans_native
+
     try:
         info = kmeans_native.build_info()
     except RuntimeError as error:
@@ -83,6 +109,12 @@ def _extension() -> Iterator[Line]:
 
 
 def _backends() -> Iterator[Line]:
+    import torch
+
+    from spt_fast.clustering import faiss_backend
+    from spt_fast.commands.self_check import devices
+    from spt_fast.ops import kmeans, nmi, prompt_attention
+
     for device in devices():
         name, reason = kmeans.explain_backend(device)
         yield f"k-means on {device}", f"{name}: {reason}" if reason else name
@@ -95,18 +127,15 @@ def _backends() -> Iterator[Line]:
 
 
 def _engines() -> Iterator[Line]:
+    from spt_fast.prompting.engines import known_blocks
+
     yield "kv", f"deep prompts in timm's {', '.join(known_blocks())}: the prompts' outputs are discarded"
     yield "concat", "shallow prompts, whose outputs go on to the next block, and all other blocks"
 
 
 def _backbone() -> Iterator[Line]:
+    from spt_fast.data.shipped import backbone_facts
+
     facts = backbone_facts()
     yield "architecture", ", ".join(f"{name} {value}" for name, value in facts["architecture"].items())
     yield "pretraining", f"masked autoencoding, {facts['epochs']} epochs, last loss {facts['loss']:.4f}"
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None

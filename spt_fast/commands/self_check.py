@@ -1,4 +1,4 @@
-"""Whether the operations are right on this machine, each against float64: `spt-fast doctor --check`.
+"""Compares every operation on this machine with float64: `spt-fast doctor --check`.
 
 Limits: small problems, seconds on a CPU. After an illegal address on a GPU everything later fails there too:
 the first WRONG line is the one to look at.
@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
         return not self.message and all(found.ok for found in self.deviations.values())
 
     def line(self) -> str:
-        """Its result that is nearest to its bound, or farthest beyond it, and the verdict."""
+        """The operation, the result with the largest share of its bound, and the verdict."""
         result, numbers = "-", ("-", "-")
         if self.deviations:
             result, worst = max(self.deviations.items(), key=lambda item: _share_of_bound(item[1]))
@@ -63,7 +63,9 @@ class Outcome(NamedTuple):
         return f"WRONG: {'; '.join(filter(None, reasons))}"
 
 
-class _Case(NamedTuple):
+class Case(NamedTuple):
+    """How one operation is checked: its inputs, its call, and the comparison with float64."""
+
     op: str
     backend: Backend
     inputs: Callable[[torch.dtype, torch.device], Inputs]
@@ -97,14 +99,15 @@ def report() -> bool:
 
 
 def check() -> Iterator[Outcome]:
-    """Check every operation on every device in every dtype; whatever goes wrong is an outcome, too."""
+    """Check every operation on every device in every dtype; an exception is an outcome, too."""
     for device in devices():
-        for case in _cases(device):
+        for case in cases(device):
             for dtype in DTYPES:
-                yield _check(case, device, dtype)
+                yield check_case(case, device, dtype)
 
 
-def _check(case: _Case, device: torch.device, dtype: torch.dtype) -> Outcome:
+def check_case(case: Case, device: torch.device, dtype: torch.dtype) -> Outcome:
+    """Run one check."""
     backend, fallback, message = "-", "", ""
     found: Mapping[str, Deviation] = {}
     with warnings.catch_warnings():
@@ -128,7 +131,8 @@ def _share_of_bound(found: Deviation) -> float:
     return math.inf if math.isnan(found.error) else found.error / found.bound
 
 
-def _cases(device: torch.device) -> Iterator[_Case]:
+def cases(device: torch.device) -> Iterator[Case]:
+    """Every check of a device; some are for CUDA devices only."""
     # G, B, N_e, prefix, D, K: the paths and variants of docs/kmeans-cuda.md; sizes that divide no tile.
     yield _assign("21 centres", 1, 3, 197, 1, 768, 21)
     yield _assign("32 centres", 1, 3, 197, 1, 768, 32)
@@ -141,14 +145,14 @@ def _cases(device: torch.device) -> Iterator[_Case]:
         yield _assign("many tokens, weighted", 1, 1, 1_100_003, 0, 8, 3, weighted=True)
         # What SPT_FAST_CUDA_SCREEN=1 sends through the screen, in half precision, on Hopper.
         yield _assign("many tokens, no distances", 1, 170, 197, 1, 384, 100, with_distances=False)
-    yield _Case(
+    yield Case(
         "squared_distances",
         _kmeans_backend,
         partial(_kmeans_inputs, (1, 3, 197, 1, 768, 121), False),
         lambda tokens, centers, shift, _: [kmeans.squared_distances(tokens, centers, shift=shift)],
         _compare_distances,
     )
-    yield _Case(
+    yield Case(
         "Lloyd's algorithm",
         _kmeans_backend,
         accuracy.lloyd_problem,
@@ -164,8 +168,8 @@ def _cases(device: torch.device) -> Iterator[_Case]:
     yield _nmi((100, 1, 300, 64))
 
 
-def _assign(name: str, *sizes: int, weighted: bool = False, with_distances: bool = True) -> _Case:
-    return _Case(
+def _assign(name: str, *sizes: int, weighted: bool = False, with_distances: bool = True) -> Case:
+    return Case(
         f"assign_accumulate, {name}",
         _kmeans_backend,
         partial(_kmeans_inputs, sizes, weighted),
@@ -225,7 +229,7 @@ def _compare_lloyd(results: Sequence[Tensor], inputs: Inputs) -> Mapping[str, De
     return {"centres": deviation(results[0], *accuracy.lloyd_reference(tokens, starts, _LLOYD_ITERATIONS))}
 
 
-def _attention(name: str, shape: Sequence[int], attention: Callable[..., Tensor]) -> _Case:
+def _attention(name: str, shape: Sequence[int], attention: Callable[..., Tensor]) -> Case:
     *_, prompts, width = shape
 
     def backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -244,7 +248,7 @@ def _attention(name: str, shape: Sequence[int], attention: Callable[..., Tensor]
             for ours, (name, (exact, bound)) in zip(results, bounds.items(), strict=True)
         }
 
-    return _Case(f"{name}, {prompts} prompts, d = {width}", backend, inputs, run, compare)
+    return Case(f"{name}, {prompts} prompts, d = {width}", backend, inputs, run, compare)
 
 
 def _through_projection(
@@ -256,7 +260,7 @@ def _through_projection(
     return out.reshape(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
-def _nmi(shape: Sequence[int]) -> _Case:
+def _nmi(shape: Sequence[int]) -> Case:
     def backend(device: torch.device, _: torch.dtype) -> tuple[str, str]:
         return nmi.explain_backend(device)
 
@@ -271,7 +275,7 @@ def _nmi(shape: Sequence[int]) -> _Case:
         return found
 
     run = partial(_nmi_and_gradients, nmi.sigmoid_nmi)
-    return _Case(f"sigmoid_nmi, {shape[0]} prompts", backend, inputs, run, compare)
+    return Case(f"sigmoid_nmi, {shape[0]} prompts", backend, inputs, run, compare)
 
 
 def _nmi_and_gradients(op: Callable[..., Tensor], *inputs: Tensor) -> Sequence[Tensor]:

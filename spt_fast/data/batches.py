@@ -1,6 +1,6 @@
-"""The images in the batches of whatever loader a user has.
+"""The image tensors in the batches of any loader.
 
-Limits: labels are not looked at; pixels must be floating-point and scaled already.
+Limits: labels are ignored; pixels must be floating-point and scaled already.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def image_batches(loader: Iterable[Any], max_images: int | None = None) -> Itera
 
     Raises:
         TypeError: `loader` is not iterable, a batch holds no image tensor, or pixels are not floating-point.
-        ValueError: images are not [B, C, H, W].
-        NonFiniteError: one, counted over the whole pass, holds NaN or infinity.
+        ValueError: images are not [B, C, H, W], or a batch is empty.
+        NonFiniteError: an image holds NaN or infinity; `image` is its number in the whole pass.
     """
     if not isinstance(loader, Iterable):
         raise TypeError(f"loader must be an iterable of image batches, got {type(loader).__name__}")

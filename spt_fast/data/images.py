@@ -1,4 +1,4 @@
-"""Images by the names a user gives on the command line: folders, timm's data sets, and what ships here."""
+"""Images by name: folders, timm's data sets, and the digits that ship with the package."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spt_fast.data.shipped import DIGITS_CLASSES, load_digits
+from spt_fast.support.arguments import check_int, check_seed
 from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.errors import first_line
 
@@ -34,7 +35,7 @@ def open_images(
 ) -> Iterable[Any]:
     """Batches of images, shuffled by `seed`, in the size and scale `model` expects (timm's eval transform).
 
-    Each of several processes gets its part of the same order, none twice; the parts may differ by one image.
+    Several processes share the images: each gets its own, none twice, and their numbers differ by at most 1.
 
     Args:
         data: a folder of images (sub-folders welcome), a timm data set name ("torch/cifar10", "hfds/...";
@@ -44,9 +45,13 @@ def open_images(
         max_images: of all processes together; a data set that can only be iterated is not cut here.
 
     Raises:
-        FileNotFoundError: neither a folder nor the name of a data set.
+        FileNotFoundError: `data` is neither a folder nor the name of a data set.
+        TypeError: a number is not an integer.
         ValueError: the folder holds no image, or an argument is out of range.
     """
+    seed = check_seed(seed)
+    if max_images is not None:
+        max_images = check_int("max_images", max_images, 1)
     dataset = _open_dataset(data, model, root, split, download)
     order = _order(dataset, seed, max_images, processes)
     return _loader(dataset, batch_size, workers, seed, sampler=order)
@@ -54,7 +59,13 @@ def open_images(
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Batches of (images, labels), their number, and the names of the classes in the order of the labels."""
+    """Batches of images and labels, with what is known of them.
+
+    Attributes:
+        loader: batches of (images [B, C, H, W], labels [B]).
+        num_images: in all batches together.
+        class_names: of the labels 0, 1, ... in this order.
+    """
 
     loader: DataLoader[Any]
     num_images: int
@@ -79,19 +90,23 @@ def open_labelled_images(
 
     Args:
         data, root, split, download: as in `open_images`.
-        training: every epoch in a new order, which depends on `seed` alone, with timm's random resized crops
-            and horizontal flips (Sec. 4.1, FGVC), but for the digits; else in the order of the data set, with
-            timm's transform of evaluation. Crops and flips are drawn from the global generators of Python
-            and torch: with `workers`, theirs, which `seed` decides, else this process's, as `fit` seeds them.
-        class_names: classes of the model; labels are then places in it. None takes those of the data.
-        num_classes: size of the model's head, where there is one to agree with.
+        training: True gives every epoch in a new order, which depends on `seed` alone, with timm's random
+            resized crops and horizontal flips (Sec. 4.1, FGVC), except for the digits. False gives the order
+            of the data set and timm's transform of evaluation. Crops and flips come from the global
+            generators of Python and torch: those of the workers, which `seed` decides, or, without workers,
+            those of this process, which `fit` seeds.
+        class_names: classes of the model; a label is then the place of its class in them. None takes the
+            classes of the data.
+        num_classes: size of the model's head, if the data must have as many classes.
 
     Raises:
-        FileNotFoundError: neither a folder nor the name of a data set.
+        FileNotFoundError: `data` is neither a folder nor the name of a data set.
+        TypeError: a number is not an integer.
         ValueError: the data set does not name its classes or can only be iterated, has a class that is not
-            in `class_names`, has images outside the folders of its classes, has fewer classes than two to
-            train on or another number than `num_classes`, or an argument is out of range.
+            in `class_names`, has images outside the folders of its classes, has one class only to train on
+            or another number of classes than `num_classes`, or an argument is out of range.
     """
+    seed = check_seed(seed)
     dataset = _open_dataset(data, model, root, split, download, training=training)
     found = _class_names(dataset, data)
     if training and len(found) < 2:
@@ -107,26 +122,58 @@ def open_labelled_images(
     return LabelledImages(loader, len(dataset), found)
 
 
+def open_validation_images(
+    data: str,
+    model: nn.Module,
+    *,
+    val_data: str | None = None,
+    val_split: str | None = None,
+    split: str = "train",
+    class_names: Sequence[str] | None = None,
+    **options: Any,
+) -> LabelledImages | None:
+    """Labelled images to validate with, beside those to train on; None where neither is asked for.
+
+    Args:
+        data, split: name the training images.
+        val_data, val_split: name the validation images; where one is None, it is that of training.
+        class_names, options: as in `open_labelled_images`.
+
+    Raises:
+        FileNotFoundError: `val_data` is neither a folder nor the name of a data set.
+        ValueError: `val_split` without a data set that has splits; the images are those of training; or as
+            `open_labelled_images`.
+    """
+    if val_data is None and val_split is None:
+        return None
+    if val_data is None and not has_splits(data):
+        raise ValueError(f"val_split is for data sets with splits, but data is the folder {data}")
+    val_data, val_split = val_data or data, val_split or split
+    if are_same_images(val_data, val_split, data, split):
+        raise ValueError(
+            f"val_data and val_split must name other images than those of training, got {val_data}, "
+            f"split {val_split}"
+        )
+    return open_labelled_images(val_data, model, split=val_split, class_names=class_names, **options)
+
+
 def has_splits(data: str) -> bool:
-    """Whether `split` means something for `data`, as it does not for a folder."""
+    """Whether `data` is divided by `split`; a folder is not."""
     return data == SHIPPED_IMAGES or data.lower().startswith(_DATASET_PREFIXES)
 
 
 def are_same_images(data: str, split: str, other: str, other_split: str) -> bool:
-    """Whether two pairs of names lead to the same images; a folder may be written in several ways."""
+    """Whether two pairs of names are of the same images; paths are compared as the folders they lead to."""
     if has_splits(data) and has_splits(other):
         return (data.lower(), split) == (other.lower(), other_split)
     return not (has_splits(data) or has_splits(other)) and Path(data).resolve() == Path(other).resolve()
 
 
 def _loader(dataset: Any, batch_size: int, workers: int, seed: int, **order: Any) -> DataLoader[Any]:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be an integer >= 1, got {batch_size}")
-    if workers < 0:
-        raise ValueError(f"workers must be an integer >= 0, got {workers}")
+    workers = check_int("workers", workers, 0)
     return DataLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=check_int("batch_size", batch_size, 1),
         generator=torch.Generator().manual_seed(seed),
         num_workers=0 if isinstance(dataset, TensorDataset) else workers,
         pin_memory=torch.cuda.is_available(),
@@ -136,7 +183,9 @@ def _loader(dataset: Any, batch_size: int, workers: int, seed: int, **order: Any
 
 def _class_names(dataset: Any, data: str) -> tuple[str, ...]:
     if isinstance(dataset, IterableDataset):
-        raise ValueError(f"data: {data} can only be iterated; give a folder or a torch/ data set")
+        raise ValueError(
+            f"data: {data} can only be iterated, not read by index; give a folder or a torch/ data set"
+        )
     if isinstance(dataset, TensorDataset):
         return DIGITS_CLASSES
     numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
@@ -148,18 +197,18 @@ def _class_names(dataset: Any, data: str) -> tuple[str, ...]:
         places = ", ".join(name or "no folder" for name in stray)
         raise ValueError(
             f"data: {data} must hold its images in one folder per class, but some are in {places}; "
-            "move them away, or into the folder of their class"
+            "move them away or into the folder of their class"
         )
     return tuple(map(str, names))
 
 
 def _renumber(dataset: Any, data: str, found: Sequence[str], class_names: Sequence[str]) -> None:
-    """Make labels places in `class_names`."""
+    """Make each label the place of its class in `class_names`."""
     foreign = [name for name in found if name not in class_names]
     if foreign:
         raise ValueError(
-            f"data: {data} has {len(foreign)} classes that the model has not ({', '.join(foreign[:3])}); "
-            f"it has {len(class_names)} ({', '.join(class_names[:3])}, ...)"
+            f"data: {data} has {len(foreign)} classes that the model does not know "
+            f"({', '.join(foreign[:3])}); it knows {len(class_names)} ({', '.join(class_names[:3])}, ...)"
         )
     places = [class_names.index(name) for name in found]
     if isinstance(dataset, TensorDataset):
@@ -170,7 +219,7 @@ def _renumber(dataset: Any, data: str, found: Sequence[str], class_names: Sequen
 
 
 def _order(dataset: Any, seed: int, max_images: int | None, processes: Processes) -> list[int] | None:
-    """Which images, and in which order; None where timm's reader decides, which knows of the processes."""
+    """The images of this process, in order; None for a data set that timm divides among the processes."""
     if isinstance(dataset, IterableDataset):
         return None
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]

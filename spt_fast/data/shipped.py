@@ -7,15 +7,18 @@ handwritten digits of Alpaydin and Kaynak (assets/DIGITS.md). Nothing is downloa
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
+from spt_fast.support.arguments import check_choice, check_int, check_seed
+from spt_fast.support.files import open_safetensors
 from spt_fast.support.randomness import seeded
 
 if TYPE_CHECKING:
@@ -37,17 +40,19 @@ def load_backbone(path: str | Path | None = None) -> VisionTransformer:
     and image size are in `model.pretrained_cfg`, where timm looks for them.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is not a backbone of that kind.
     """
     from timm.models.vision_transformer import VisionTransformer
 
-    tensors, facts = _read_backbone(path)
-    # Weights are drawn before they are read; the caller's random state shall not notice.
+    with _backbone_file(path) as (file, facts):
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    # The constructor draws weights, which the file's replace; the caller's random state stays as it is.
     with seeded(0):
         model = VisionTransformer(
             **facts["architecture"], class_token=False, global_pool="avg", fc_norm=False, num_classes=0
         )
-    model.load_state_dict({name: value.float() for name, value in tensors.items()})
+    model.load_state_dict(weights)
     size = facts["architecture"]["img_size"]
     config: dict[str, Any] = {
         "architecture": BACKBONE_NAME if path is None else Path(path).stem,
@@ -64,8 +69,13 @@ def load_backbone(path: str | Path | None = None) -> VisionTransformer:
 
 
 def backbone_facts(path: str | Path | None = None) -> dict[str, Any]:
-    """What the pretraining script wrote beside the weights: architecture, mean, std, epochs, loss."""
-    return _read_backbone(path)[1]
+    """What the pretraining script wrote beside the weights: architecture, mean, std, epochs, loss.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_backbone`.
+    """
+    with _backbone_file(path) as (_, facts):
+        return facts
 
 
 def load_digits(split: str) -> tuple[Tensor, Tensor]:
@@ -77,11 +87,12 @@ def load_digits(split: str) -> tuple[Tensor, Tensor]:
     Returns:
         images [M, 3, 32, 32] float32, upsampled bilinearly from 8x8 and normalised with the
         backbone's mean and standard deviation, and labels [M] int64 in 0..9.
+
+    Raises:
+        ValueError: there is no such split.
     """
-    if split not in DIGITS_SPLITS:
-        raise ValueError(f"split must be one of {sorted(DIGITS_SPLITS)}, got {split!r}")
-    first, last = DIGITS_SPLITS[split]
-    with as_file(_asset("digits.safetensors")) as file, safe_open(str(file), framework="pt") as stored:
+    first, last = DIGITS_SPLITS[check_choice("split", split, DIGITS_SPLITS)]
+    with as_file(_asset("digits.safetensors")) as path, open_safetensors(path) as stored:
         raw: Tensor = stored.get_slice("images")[first:last]
         labels: Tensor = stored.get_slice("labels")[first:last]
     facts = backbone_facts()
@@ -95,11 +106,11 @@ def few_per_class(labels: Tensor, per_class: int, *, seed: int) -> Tensor:
     """Indices [classes * per_class] of a random draw with `per_class` images of every class.
 
     Raises:
-        ValueError: a class has fewer than `per_class` images.
+        TypeError: `per_class` or `seed` is not an integer.
+        ValueError: `per_class` is below 1, or a class has fewer images.
     """
-    if per_class < 1:
-        raise ValueError(f"per_class must be an integer >= 1, got {per_class}")
-    generator = torch.Generator().manual_seed(seed)
+    per_class = check_int("per_class", per_class, 1)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     chosen = []
     for label in torch.unique(labels).tolist():
         rows = (labels == label).nonzero().squeeze(1)
@@ -115,16 +126,12 @@ def _asset(name: str) -> Any:
     return files("spt_fast") / "assets" / name
 
 
-def _read_backbone(path: str | Path | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    source = _asset("backbone.safetensors") if path is None else Path(path)
-    with as_file(source) as file:
-        try:
-            with safe_open(str(file), framework="pt") as stored:
-                metadata = stored.metadata() or {}
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{source} is not a complete safetensors file: {error}") from error
-    return tensors, _parse_facts(metadata, source)
+@contextmanager
+def _backbone_file(path: str | Path | None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The open file of a backbone, and the facts in its metadata."""
+    asset = _asset("backbone.safetensors") if path is None else Path(path)
+    with as_file(asset) as source, open_safetensors(source) as file:
+        yield file, _parse_facts(file.metadata() or {}, source)
 
 
 def _parse_facts(metadata: dict[str, str], source: object) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What figures are given, arrays or CSV files, brought into one shape and checked.
+"""Input of the figures: arrays and CSV files are checked and brought into one form.
 
-CSV files are tidy: one value a line; the columns task, run and seed may be missing.
+CSV files hold one value per line; the columns task, run and seed may be missing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def nmi_of_layers(source: Any) -> dict[str, tuple[list[int], Values]]:
     if isinstance(source, (str, os.PathLike)):
         tasks = _read_nmi(source)
         return {
-            ", ".join(part for part in (task, run) if part): (curve.layers, curve.values[:, -1])
+            ", ".join(name for name in (task, run) if name): (curve.layers, curve.values[:, -1])
             for task, runs in tasks.items()
             for run, curve in runs.items()
         }
@@ -71,8 +71,7 @@ def cka_maps(source: Any) -> dict[str, Values]:
     if not isinstance(source, Mapping):
         source = {"": source}
     _check_mapping("maps", source, "names to maps")
-    found = {name: _cka_map(f"maps[{name!r}]" if name else "maps", value) for name, value in source.items()}
-    return found
+    return {name: _cka_map(f"maps[{name!r}]" if name else "maps", value) for name, value in source.items()}
 
 
 def accuracy_of_lengths(source: Any) -> dict[str, tuple[Values, Values]]:
@@ -85,21 +84,21 @@ def accuracy_of_lengths(source: Any) -> dict[str, tuple[Values, Values]]:
 
 
 def times_of_shares(source: Any) -> tuple[dict[str, tuple[Values, Values]], dict[str, tuple[Values, Values]]]:
-    """Strategy to (shares [X], seconds [R, X]): measured, and the paper's where the file holds them."""
+    """Strategy to (shares [X], seconds [R, X]): those measured, and the paper's, if the file holds any."""
     if not isinstance(source, (str, os.PathLike)):
         return _pairs("times", source, "shares"), {}
     rows = read_csv(source, ("share", "seconds", "paper_seconds"), ("strategy", "seed"))
     ours = [((strategy,), seed, (share, seconds)) for (strategy, seed), (share, seconds, _) in rows]
     paper = {((strategy,), "", (share, papers)) for (strategy, _), (share, _, papers) in rows}
     measured, published = (
-        {name: pair for (name,), pair in _grouped(source, sorted(part)).items()}
-        for part in (ours, [row for row in paper if row[2][1] is not None])
+        {name: pair for (name,), pair in _grouped(source, sorted(side)).items()}
+        for side in (ours, [row for row in paper if row[2][1] is not None])
     )
     return measured, published
 
 
 def training_of_epochs(source: PathLike) -> tuple[Values, Values]:
-    """Pairs [T, 2] of epoch and loss, and of epoch and validation accuracy where the file holds one."""
+    """Pairs [T, 2] of epoch and loss, and pairs of epoch and validation accuracy, if the file holds any."""
     rows = [numbers for _, numbers in read_csv(source, ("epoch", "loss", "val_accuracy"))]
     loss = [_no_blank(source, (epoch, value)) for epoch, value, _ in rows]
     accuracy = [_no_blank(source, (epoch, value)) for epoch, _, value in rows if value is not None]
@@ -107,10 +106,11 @@ def training_of_epochs(source: PathLike) -> tuple[Values, Values]:
 
 
 def check_array(name: str, values: Any, layout: str, ranks: tuple[int, ...]) -> Values:
-    """`values` as float64, of an allowed rank, not empty, and finite.
+    """`values` as a finite float64 array that is not empty; `layout` is what errors call its shape.
 
     Raises:
-        TypeError, ValueError: it is not; the message names it and says what is allowed.
+        TypeError: it does not consist of numbers.
+        ValueError: it has another rank, is empty, or holds NaN or infinity.
     """
     if hasattr(values, "detach"):
         values = values.detach().cpu().double()
@@ -119,7 +119,7 @@ def check_array(name: str, values: Any, layout: str, ranks: tuple[int, ...]) -> 
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be numbers {layout}, got {type(values).__name__}") from None
     if array.ndim not in ranks or array.size == 0:
-        raise ValueError(f"{name} must have shape {layout}, none of it 0, got {array.shape}")
+        raise ValueError(f"{name} must have shape {layout}, no size of it 0, got {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")
     return array
@@ -162,7 +162,7 @@ def _read_nmi(path: PathLike) -> dict[str, dict[str, NmiCurve]]:
 
 
 def _curve_of_cells(path: PathLike, seeds: list[dict[tuple[float, float], float]]) -> NmiCurve:
-    steps, layers = (sorted({key[part] for cells in seeds for key in cells}) for part in (0, 1))
+    steps, layers = (sorted({key[place] for cells in seeds for key in cells}) for place in (0, 1))
     try:
         values = [[[cells[step, layer] for layer in layers] for step in steps] for cells in seeds]
     except KeyError as error:
@@ -202,8 +202,9 @@ def _pairs(name: str, source: Any, axis: str) -> dict[str, tuple[Values, Values]
         x = check_array(f"{axis} of {where}", pair[0], "[X]", (1,))
         values = np.atleast_2d(check_array(f"values of {where}", pair[1], "[X] or [R, X]", (1, 2)))
         if values.shape[1] != len(x):
-            raise ValueError(f"values of {where} must have the length of its {axis}, {len(x)}, "
-                             f"got {values.shape[1]}")  # fmt: skip
+            raise ValueError(
+                f"values of {where} must have the length of its {axis}, {len(x)}, got {values.shape[1]}"
+            )
         order = np.argsort(x)
         pairs[key] = x[order], values[:, order]
     return pairs

@@ -1,4 +1,4 @@
-"""The figures: NMI over training and per layer, CKA between layers, accuracy and time, and the demo's.
+"""The figures: NMI over training and per layer, CKA between layers, accuracy, time, training and the demo.
 
 Each takes arrays or CSV files and returns a matplotlib Figure; `figure.savefig(path)` writes it.
 """
@@ -42,7 +42,7 @@ _DURATIONS = (
 
 @dataclass(frozen=True)
 class MethodCurves:
-    """What the demo's figure shows of one method, one row per seed.
+    """What the demo's figure shows of one method; the arrays have one row per seed.
 
     Attributes:
         epochs: [T] epochs at which accuracy was measured.
@@ -111,8 +111,8 @@ def nmi_per_layer(runs: Any, *, title: str = "") -> Figure:
 def cka_heatmap(maps: Any, *, title: str = "") -> Figure:
     """CKA of the prompts of each layer (rows) and the patch tokens of each (columns), Fig. S4.
 
-    The largest value of a row is framed: where it lies off the diagonal, the prompts resemble the tokens of
-    another layer more than those of their own. All maps share one scale.
+    The largest value of a row has a frame. Where that is off the diagonal, the prompts resemble the tokens
+    of another layer more than those of their own. All maps share one scale.
 
     Args:
         maps: an array [L, L] or a CSV file with the columns prompt_layer, token_layer, cka, as

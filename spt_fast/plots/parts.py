@@ -1,6 +1,6 @@
-"""What every figure is made of: an empty figure, one style per method, lines with their range, a heat map.
+"""What every figure consists of: panels, one style per method, lines with their range, a heat map.
 
-Nothing here knows what is drawn; matplotlib is imported when the first figure is made.
+Nothing here depends on what is drawn. matplotlib is imported when the first figure is made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SPARE_STYLES: tuple[Style, ...] = (
 )
 _MOST_MARKERS = 10
 _MOST_TICKS = 12
-# Told from both ends of the map's colours.
+# Contrasts with both ends of the map's colours.
 _FRAME = "#D55E00"
 # Above this many rows the numbers in the cells of a heat map would be too small to read.
 _MOST_NUMBERED_ROWS = 12
@@ -69,7 +69,7 @@ def panels(count: int, *, width: float, height: float, per_row: int = 4) -> tupl
 
 
 def styles(names: Sequence[str]) -> dict[str, Style]:
-    """One style per name; what starts with SPT or VPT keeps its colour in every figure."""
+    """One style per name; names that start with SPT or VPT have the same colour in every figure."""
     chosen: dict[str, Style] = {}
     for name in names:
         relative = next((f"{kind}-Deep" for kind in ("SPT", "VPT") if name.startswith(kind)), None)
@@ -141,7 +141,7 @@ def legend(axes: Axes, **options: Any) -> None:
 
 
 def whole_ticks(axes: Axes, numbers: Sequence[int]) -> None:
-    """A tick at every layer, or at every so many of them where there are many."""
+    """A tick at every layer, or at every n-th where there are too many for that."""
     axes.set_xticks(list(numbers)[:: _tick_step(len(numbers))])
 
 

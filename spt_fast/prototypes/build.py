@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -24,9 +23,10 @@ from spt_fast.prototypes.pooling import POOLS, pool
 from spt_fast.prototypes.result import Prototypes, summed_inertia
 from spt_fast.prototypes.side_stream import SideStream
 from spt_fast.prototypes.token_store import TokenStore
-from spt_fast.support.arguments import check_choice, check_int, parse_bytes
+from spt_fast.support.arguments import SEED_LIMIT, check_choice, check_int, check_seed, parse_bytes
 from spt_fast.support.distributed import Processes, find_processes
 from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.versions import version_facts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,8 +36,6 @@ MODES = ("stream", "exact")
 # Prompt lengths of the paper (Sec. 3.4, remark I).
 DEFAULT_NUM_PROMPTS = {"deep": 20, "shallow": 100}
 DEFAULT_MEMORY_BUDGET = "4GiB"
-# torch's and numpy's generators both take seeds below this.
-_SEED_LIMIT = 2**63
 
 
 def build_prototypes(
@@ -120,7 +118,7 @@ def build_prototypes(
         capacity = _choose_capacity(capacity, num_prompts, strategy, mode)
         budget = _choose_budget(memory_budget, strategy, mode)
         max_images = None if max_images is None else check_int("max_images", max_images, 1)
-        seed = _check_seed(seed)
+        seed = check_seed(seed)
         backbone = BackbonePass(
             model,
             loader,
@@ -139,7 +137,7 @@ def build_prototypes(
             "seed": str(seed),
             **({"processes": str(processes.size)} if processes.size > 1 else {}),
             **describe(unwrap(model)),
-            **_versions(),
+            **version_facts("spt_fast", "torch", "timm"),
         }
     processes.check_same(
         {"num_prompts": num_prompts, "max_images": max_images, "last_output": last_output, **metadata}
@@ -240,7 +238,7 @@ def _layer_bar(backbone: BackbonePass) -> tqdm[Any]:
 
 def _seed_of_rank(seed: int, rank: int) -> int:
     """Ranks draw independently of each other; rank 0 as a single process would."""
-    return seed if rank == 0 else int(np.random.default_rng([seed, rank]).integers(_SEED_LIMIT - 1))
+    return seed if rank == 0 else int(np.random.default_rng([seed, rank]).integers(SEED_LIMIT - 1))
 
 
 def _check_finite(tokens: Tensor) -> None:
@@ -282,22 +280,3 @@ def _has_effect(argument: str, value: object, its_mode: str, strategy: str, mode
             f"got {value!r} for strategy={strategy!r} with mode={mode!r}"
         )
     return False
-
-
-def _check_seed(seed: int) -> int:
-    number = check_int("seed", seed, 0)
-    if number >= _SEED_LIMIT:
-        raise ValueError(f"seed must be below 2**63, got {number}")
-    return number
-
-
-def _versions() -> dict[str, str]:
-    return {f"{name}_version": _version(name) for name in ("spt_fast", "torch", "timm")}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        # Used from a source tree.
-        return "unknown"

@@ -16,6 +16,7 @@ _UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
     for infix, base in (("", 1000), ("i", 1024))
 }
+SEED_LIMIT = 2**63
 
 
 def check_int(name: str, value: Any, minimum: int, otherwise: str = "") -> int:
@@ -45,6 +46,19 @@ def check_number(
     if not math.isfinite(value) or too_small:
         raise ValueError(f"{name} must be {allowed}, got {value}")
     return float(value)
+
+
+def check_seed(value: Any, name: str = "seed") -> int:
+    """`value` as a seed that the generators of torch and NumPy both take: an integer in [0, 2**63).
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: out of range.
+    """
+    seed = check_int(name, value, 0)
+    if seed >= SEED_LIMIT:
+        raise ValueError(f"{name} must be below 2**63, got {seed}")
+    return seed
 
 
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:

@@ -1,7 +1,7 @@
-"""Several processes as one: what the ranks of a torch.distributed group tell each other.
+"""Several processes that work on one result: what the ranks of a torch.distributed group exchange.
 
-Limits: gloo and NCCL (NCCL has never been run here). Every rank makes every call, in the same order; a rank
-that died ends the others' calls with a RuntimeError, at the latest after the group's timeout.
+Limits: gloo and NCCL (NCCL has never been run here). Every rank makes every call, in the same order. If a
+rank dies, the calls of the others end with a RuntimeError, at the latest after the group's timeout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes:
-    """The processes that work on one result; one process without a group, whose calls cost nothing."""
+    """The processes that work on one result. Without a group it is this process alone, and calls are free."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
@@ -70,8 +70,14 @@ class Processes:
         results = {index: result for part in self.gather(done) for index, result in part.items()}
         return [results[index] for index in range(count)]
 
+    def on_rank_0(self, work: Callable[[], object]) -> None:
+        """`work()` by rank 0 alone, as for files and output; an exception is raised on all ranks."""
+        with self.together():
+            if self.rank == 0:
+                work()
+
     def rank_0_first(self, work: Callable[[], Result]) -> Result:
-        """`work()` by every rank, but by rank 0 before the others, who find what it has fetched."""
+        """`work()` by every rank, first by rank 0: the others find the files that it has downloaded."""
         done = []
         for turn_of_rank_0 in (True, False):
             with self.together():
@@ -81,22 +87,22 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Wait at the end for all ranks; an exception on one rank is raised on all of them.
+        """Wait at the end of the context for all ranks; an exception on one rank is raised on all of them.
 
-        The others raise its message with the number of the rank in front: as NonFiniteError, with the same
-        attributes, ValueError, TypeError or OSError if it is one, else as RuntimeError.
+        The other ranks raise it with the number of its rank in front of the message: as NonFiniteError, with
+        the same attributes, ValueError, TypeError or OSError if it is one of these, else as RuntimeError.
         """
         try:
             yield
         except Exception as error:
-            # If the others are gone too, what went wrong here is still the news.
+            # This error is raised in any case, also where the other ranks are gone and cannot be told.
             with suppress(RuntimeError):
                 self._report(error)
             raise
         self._report(None)
 
     def _report(self, error: Exception | None) -> None:
-        """Tell all ranks how it went here; raises the first error of another, if there is none here."""
+        """Tell all ranks of the error here, or of none; without one here, raise the first of another rank."""
         reports = self.gather(None if error is None else _describe(error))
         for rank, report in enumerate(reports):
             if report is not None and error is None:
@@ -104,7 +110,7 @@ class Processes:
                 raise kind(f"rank {rank}: {message}", **attributes)
 
     def check_same(self, settings: Mapping[str, object]) -> None:
-        """Raise ValueError where the ranks were called differently."""
+        """Raise ValueError where another rank has other settings than this one."""
         for rank, theirs in enumerate(self.gather(dict(settings))):
             for name, value in settings.items():
                 if theirs.get(name) != value:
@@ -147,9 +153,9 @@ def find_processes(process_group: Any) -> Processes:
 
 @contextmanager
 def joined_by_environment(device: torch.device) -> Iterator[Processes]:
-    """The processes that torchrun started with this one, for as long as the context is open.
+    """The processes that torchrun started together with this one, joined while the context is open.
 
-    gloo on the CPU, NCCL on CUDA. Without torchrun's environment variables, this process alone; where
+    gloo for the CPU, NCCL for CUDA. Without torchrun's environment variables it is this process alone; where
     torch.distributed is initialised already, its default group.
     """
     started = all(name in os.environ for name in _ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
@@ -166,8 +172,15 @@ def joined_by_environment(device: torch.device) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+def check_single_process(command: str) -> None:
+    """Raise ValueError where torchrun started this process together with others."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        raise ValueError(f"{command} runs in one process, got WORLD_SIZE={size}; start it without torchrun")
+
+
 def device_of_this_process(device: str | None) -> torch.device:
-    """`device`, or CUDA where there is one; CUDA without a number is the device of torchrun's LOCAL_RANK."""
+    """`device`, by default CUDA where there is one; "cuda" alone is the one of torchrun's LOCAL_RANK."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if str(chosen) == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -39,5 +39,10 @@ class NonFiniteError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, shortened to its first line; the name of its class where it says nothing."""
+    """The first line of an error's message; the name of its class where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException) -> str:
+    """The whole message of an error in one line; the name of its class where the message is empty."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -7,7 +7,8 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,29 +74,53 @@ def write_safetensors(
     write_bytes(path, _reproducible(serialize(stored, header)), overwrite=overwrite)
 
 
+def check_input_path(path: str | os.PathLike[str], *, argument: str = "") -> Path:
+    """Return `path` as a `Path` that can be read; error messages begin with `argument`, if there is one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
+    """
+    source = Path(path)
+    prefix = f"{argument}: " if argument else ""
+    if not source.exists():
+        raise FileNotFoundError(f"{prefix}there is no file {source}")
+    if source.is_dir():
+        raise IsADirectoryError(f"{prefix}cannot read {source}: it is a folder, a file name is needed")
+    return source
+
+
+@contextmanager
+def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open any safetensors file, as `safetensors.safe_open` does; its tensors are views of the file.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: as `check_input_path`.
+        ValueError: the file is truncated or is not a safetensors file.
+    """
+    source = check_input_path(path)
+    try:
+        with safe_open(source, framework="pt") as file:
+            yield file
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} is truncated or not a safetensors file ({error})") from error
+
+
 def read_safetensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what `write_safetensors` wrote: the tensors (CPU, independent of the file) and the metadata.
 
     The two keys that `write_safetensors` adds are not part of the metadata returned.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, IsADirectoryError: as `check_input_path`.
         ValueError: the file is truncated, is not a safetensors file, was written by another program, holds
             another kind of thing, or has a newer format version.
     """
-    source = Path(path)
-    if not source.exists():
-        raise FileNotFoundError(f"there is no file {source}")
-    if source.is_dir():
-        raise IsADirectoryError(f"cannot read {source}: it is a folder, a file name is needed")
-    try:
-        with safe_open(source, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            _check_header(source, metadata, kind)
-            # Copied, because tensors of a memory-mapped file change when the file does.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} is truncated or not a safetensors file ({error})") from error
+    with open_safetensors(path) as file:
+        metadata = dict(file.metadata() or {})
+        _check_header(Path(path), metadata, kind)
+        # Copied, because tensors of a memory-mapped file change when the file does.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     del metadata[_KIND_KEY], metadata[_VERSION_KEY]
     return tensors, metadata
 

@@ -1,6 +1,6 @@
-"""Random numbers that a seed decides, without leaving a trace in the caller's global generators.
+"""Random numbers that a seed decides, while the caller's global generators stay as they are.
 
-Limits: the generators of Python, NumPy, torch's CPU and one CUDA device; of this process only.
+Limits: the generators of Python, NumPy, torch on the CPU and torch on one CUDA device, in this process.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Within `with seeded(seed):`, all global generators start from `seed`; they come back as they were.
+    """Within `with seeded(seed):`, all global generators start from `seed`; afterwards they are as before.
 
-    `device` is the one besides the CPU whose random numbers are drawn, if it is CUDA. The generators of other
-    devices are left alone, which `torch.manual_seed` would not do.
+    The generator of `device` is one of them, if it is a CUDA device. Those of other CUDA devices stay as they
+    are, which `torch.manual_seed` would change.
     """
     cuda = [device] if device is not None and device.type == "cuda" else []
     python, numpy = random.getstate(), np.random.get_state()

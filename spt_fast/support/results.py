@@ -51,9 +51,9 @@ def result_paths(
 def result_folder(
     out: str | os.PathLike[str], names: Sequence[str], *, overwrite: bool = False
 ) -> Iterator[dict[str, Path]]:
-    """`result_paths` for work to be done in the context, before which the folder `out` is made if need be.
+    """`result_paths`, with the folder `out` made for the time of the context, and for good if it is filled.
 
-    A folder that was made for it and is still empty at the end, as after an error, is taken away again.
+    Folders made here that are still empty at the end, as after an error, are removed.
     """
     paths = result_paths(out, names, overwrite=overwrite)
     folder = Path(out)

@@ -9,7 +9,8 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+
+from spt_fast.support.files import check_input_path
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
@@ -42,12 +43,10 @@ def read_csv(
         names: columns that may be there; "" where one is not.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, IsADirectoryError: there is no such file.
         ValueError: a column is missing, a cell is no number, or there are no rows; file and line are named.
     """
-    source = Path(path)
-    if not source.is_file():
-        raise FileNotFoundError(f"there is no file {source}")
+    source = check_input_path(path)
     with source.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         missing = [column for column in numbers if column not in (reader.fieldnames or ())]

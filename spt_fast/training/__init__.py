@@ -1,4 +1,4 @@
-"""Training of what a tuned model leaves trainable."""
+"""Training of prompts and heads: the loop, its schedule, and what is kept of a run."""
 
 from spt_fast.training.loop import History, evaluate, fit, warmup_cosine
 

@@ -1,4 +1,4 @@
-"""Training of what a tuned model leaves trainable: AdamW, linear warm-up, cosine (paper, Sec. 4.1).
+"""Train the parameters of a model that require a gradient: AdamW, linear warm-up, cosine (paper, Sec. 4.1).
 
 For one process and a classification task; mixed precision and several processes are up to the caller.
 """
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.support.arguments import check_int, check_number, check_seed
 from spt_fast.support.randomness import seeded
 from spt_fast.support.tables import csv_bytes
 
@@ -32,16 +33,17 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Batches(Iterable[Batch], Sized, Protocol):
-    """A loader of (images, labels): iterated once per epoch, with a length known beforehand."""
+    """A loader of (images [B, ...], labels [B]) that is iterated once per epoch and has a length."""
 
 
 @dataclass
 class History:
-    """What `fit` saw, one entry per epoch (per evaluation for the two of validation).
+    """Loss, accuracy, rate and time of a run of `fit`, one entry per epoch or per evaluation.
 
     Attributes:
         loss: mean training loss (cross entropy) over the images of the epoch.
-        val_accuracy: share of right answers in [0, 1] after each of `val_epochs`; empty without `val_loader`.
+        val_accuracy: accuracy in [0, 1] on the validation images after each of `val_epochs`; empty without
+            `val_loader`.
         val_epochs: epochs (from 1) after which the model was evaluated.
         lr: learning rate of the epoch's last step, the first parameter group's.
         seconds: wall-clock time of the epoch's training steps; evaluation is not counted.
@@ -55,11 +57,20 @@ class History:
 
     @property
     def epochs(self) -> int:
+        """The number of epochs so far."""
         return len(self.loss)
 
     @property
     def train_seconds(self) -> float:
+        """The time of all training steps."""
         return sum(self.seconds)
+
+    def summary(self) -> str:
+        """Epochs, time and last loss in one line, and the last validation accuracy in another, if any."""
+        lines = [f"{self.epochs} epochs in {self.train_seconds:.1f} s, loss {self.loss[-1]:.4g}"]
+        if self.val_accuracy:
+            lines.append(f"validation accuracy {self.val_accuracy[-1]:.2%}")
+        return "\n".join(lines)
 
     def to_csv(self) -> bytes:
         """A row per epoch: epoch, loss, val_accuracy (empty where not evaluated), lr, seconds."""
@@ -88,36 +99,37 @@ def fit(
     progress: bool = True,
     on_epoch: Callable[[int, History], None] | None = None,
 ) -> History:
-    """Train every parameter of `tuned` that asks for a gradient, in place.
+    """Train every parameter of `tuned` that requires a gradient, in place.
 
-    AdamW; the learning rate rises linearly over `warmup_epochs` (a fraction is fine; None: a tenth of
-    `epochs`), then falls as a cosine to 1e-8 at the last step (Sec. 4.1; there 100 epochs, 10 of warm-up,
-    batches of 32).
+    AdamW; the learning rate rises linearly over `warmup_epochs`, then falls as a cosine to 1e-8 at the last
+    step. The paper trains for 100 epochs, 10 of them warm-up, with batches of 32 (Sec. 4.1).
 
     Args:
         tuned: maps images to logits, e.g. a `PromptedViT`; trained on the device its parameters are on.
-        train_loader: batches of (images, labels) with a length; shuffling is the loader's business.
+        train_loader: batches of (images, labels), with a length; it decides the order of the images.
         val_loader: batches of (images, labels), evaluated after every `val_every`-th epoch and the last.
+        epochs: passes over `train_loader`, at least 1.
         lr: highest learning rate.
-        prompt_lr: highest learning rate of the parameters named `prompts`; None = `lr`. Blocks normalise
+        prompt_lr: highest learning rate of the parameters named `prompts`; None is `lr`. Blocks normalise
             their input, so they see a prompt's direction only: a prompt far from zero needs longer steps.
         weight_decay: for tensors of two or more dimensions; biases and norms have none.
-        seed: for what is random in the model's forward pass, such as dropout, and in transforms of images
-            that the loader runs in this process; the global random states of Python, NumPy and torch are
-            then as before. Order of the images: see `shuffled_loader`.
+        warmup_epochs: length of the linear rise, below `epochs`; it may be a fraction. None is a tenth of
+            `epochs`.
+        seed: of the random numbers that the model's forward pass draws, as for dropout, and of those that
+            transforms of images draw in this process. The global random states of Python, NumPy and torch
+            are restored at the end. For the order of the images see `shuffled_loader`.
         on_epoch: called as `on_epoch(epoch, history)` after every epoch, from 1; it may raise to stop.
 
     Raises:
-        TypeError: `train_loader` has no length.
-        ValueError: an argument is out of range, a loader is empty, nothing is trainable.
+        TypeError: `train_loader` has no length, or an argument is of the wrong type.
+        ValueError: an argument is out of range, a loader is empty, or no parameter requires a gradient.
         FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate.
     """
     _check_loader(train_loader)
     check_recipe(
         epochs=epochs, lr=lr, prompt_lr=prompt_lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs
     )
-    if val_every < 1:
-        raise ValueError(f"val_every must be an integer >= 1, got {val_every}")
+    val_every, seed = check_int("val_every", val_every, 1), check_seed(seed)
     if warmup_epochs is None:
         warmup_epochs = WARMUP_SHARE * epochs
     optimizer = _adamw(tuned, lr, lr if prompt_lr is None else prompt_lr, weight_decay)
@@ -141,21 +153,25 @@ def fit(
 def check_recipe(
     *, epochs: int, lr: float, prompt_lr: float | None, weight_decay: float, warmup_epochs: float | None
 ) -> None:
-    """Raise ValueError where `fit` would refuse these arguments; for callers with long work before it."""
-    if epochs < 1:
-        raise ValueError(f"epochs must be an integer >= 1, got {epochs}")
-    for name, rate in (("lr", lr), ("prompt_lr", prompt_lr)):
-        if rate is not None and not (math.isfinite(rate) and rate > FINAL_LR):
-            raise ValueError(f"{name} must be a finite number above {FINAL_LR}, got {rate}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay must be a finite number >= 0, got {weight_decay}")
-    if warmup_epochs is not None and not 0 <= warmup_epochs < epochs:
-        raise ValueError(f"warmup_epochs must be >= 0 and below epochs ({epochs}), got {warmup_epochs}")
+    """Check these arguments of `fit`, for callers that have long work to do before they call it.
+
+    Raises:
+        TypeError: `epochs` is not an integer, or another argument is not a number.
+        ValueError: an argument is out of range.
+    """
+    check_int("epochs", epochs, 1)
+    for name, rate in (("lr", lr), ("prompt_lr", lr if prompt_lr is None else prompt_lr)):
+        check_number(name, rate, above=FINAL_LR)
+    check_number("weight_decay", weight_decay, 0)
+    if warmup_epochs is not None and check_number("warmup_epochs", warmup_epochs, 0) >= epochs:
+        raise ValueError(f"warmup_epochs must be below epochs ({epochs}), got {warmup_epochs}")
 
 
 @torch.no_grad()
 def evaluate(tuned: nn.Module, loader: Iterable[Batch]) -> float:
-    """Share of images in [0, 1] whose largest logit is the label; `tuned` comes back in the mode it was in.
+    """Accuracy in [0, 1]: the share of images whose largest logit is their label.
+
+    `tuned` is evaluated on its own device, without gradients, and then is in the mode that it was in.
 
     Raises:
         ValueError: the loader gave no image.
@@ -173,22 +189,23 @@ def evaluate(tuned: nn.Module, loader: Iterable[Batch]) -> float:
     finally:
         tuned.train(was_training)
     if total == 0:
-        raise ValueError("loader is empty: it gave no image to evaluate")
+        raise ValueError("loader must give at least one image, got none")
     return right / total
 
 
 def shuffled_loader(
     images: Tensor, labels: Tensor, *, batch_size: int, seed: int
 ) -> DataLoader[tuple[Tensor, ...]]:
-    """A loader over tensors in memory whose order, epoch after epoch, depends on `seed` alone."""
-    generator = torch.Generator().manual_seed(seed)
+    """A loader over tensors in memory, in an order that is new in each epoch and depends on `seed` alone."""
+    batch_size = check_int("batch_size", batch_size, 1)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     return DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True, generator=generator)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LRScheduler:
     """Each group's rate from peak / (warmup_steps + 1) linearly to its peak, then as a cosine to 1e-8.
 
-    The peak is the rate the group has now; 1e-8 is reached at the last step. `scheduler.step()` is due
+    The peak is the rate that the group has now; 1e-8 is reached at the last step. Call `scheduler.step()`
     after every optimiser step.
     """
 
@@ -229,14 +246,14 @@ def _train_epoch(
         total_loss += loss.item() * len(labels)
         count += len(labels)
     if count == 0:
-        raise ValueError("train_loader is empty: it gave no image")
+        raise ValueError("train_loader must give at least one image, got none")
     history.loss.append(total_loss / count)
     history.lr.append(rate)
     history.seconds.append(time.perf_counter() - started)
 
 
 def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over what is trainable, in groups by rate and decay."""
+    """AdamW over the parameters that require a gradient, in groups by rate and decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
@@ -244,7 +261,7 @@ def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -
             decay = weight_decay if parameter.ndim >= 2 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     if not groups:
-        raise ValueError("tuned has no parameter that requires a gradient: there is nothing to train")
+        raise ValueError("tuned must have a parameter that requires a gradient, got none to train")
     return torch.optim.AdamW(
         [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
     )
@@ -252,9 +269,12 @@ def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -
 
 def _check_loader(train_loader: Batches) -> None:
     if not hasattr(train_loader, "__len__"):
-        raise TypeError(f"train_loader must have a length, which a {type(train_loader).__name__} has not")
+        raise TypeError(
+            "train_loader must have a length, as a list or a DataLoader has, "
+            f"got {type(train_loader).__name__}"
+        )
     if len(train_loader) == 0:
-        raise ValueError("train_loader is empty: it gives no batch")
+        raise ValueError("train_loader must give at least one batch, got none")
 
 
 def _device(tuned: nn.Module) -> torch.device:

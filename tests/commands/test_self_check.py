@@ -7,8 +7,10 @@ import torch
 
 from spt_fast.commands import main as cli
 from spt_fast.commands import self_check
+from spt_fast.commands.doctor import WRONG
 from spt_fast.ops import accuracy, kmeans, nmi, prompt_attention
 
+CPU = torch.device("cpu")
 CPU_OPS = {
     "assign_accumulate": 5 * 3,
     "squared_distances": 3,
@@ -40,38 +42,52 @@ def test_summary_says_what_was_not_checked(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(self_check, "_cases", lambda _: [])
+    monkeypatch.setattr(self_check, "cases", lambda _: [])
     assert self_check.report()
     assert capsys.readouterr().out.splitlines()[-1].startswith("no CUDA device is available")
 
 
-# Of the calls that are patched, and the lines that then have to say WRONG.
-BROKEN = [
-    (kmeans, "assign_accumulate", "assign_accumulate"),
-    (kmeans, "squared_distances", "squared_distances"),
-    (prompt_attention, "packed_prompt_attention", "packed_prompt_attention"),
-    (nmi, "sigmoid_nmi", "sigmoid_nmi"),
-    (self_check, "lloyd", "Lloyd's algorithm"),
+# By the operation whose lines then have to say WRONG: the calls to break, each of them broken once.
+BREAKS = [
+    {
+        "assign_accumulate": (kmeans, "assign_accumulate"),
+        "packed_prompt_attention": (prompt_attention, "packed_prompt_attention"),
+        "sigmoid_nmi": (nmi, "sigmoid_nmi"),
+    },
+    {
+        "squared_distances": (kmeans, "squared_distances"),
+        "Lloyd's algorithm": (self_check, "lloyd"),
+    },
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "op"), BROKEN, ids=[name for _, name, _ in BROKEN])
+@pytest.mark.parametrize("broken", BREAKS, ids=", ".join)
 def test_an_operation_that_raises_is_reported_and_the_others_still_run(
-    module: object, name: str, op: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    broken: dict[str, tuple[object, str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("an illegal memory access\nwas encountered")
 
-    monkeypatch.setattr(module, name, fail)
+    for module, name in broken.values():
+        monkeypatch.setattr(module, name, fail)
     code, lines = checked(capsys)
-    assert code == cli.WRONG
+    assert code == WRONG
     assert {op: len(found) for op, found in lines.items()} == CPU_OPS
-    for other, found in lines.items():
-        end = "WRONG: RuntimeError: an illegal memory access was encountered" if other == op else "  ok"
+    for op, found in lines.items():
+        end = "WRONG: RuntimeError: an illegal memory access was encountered" if op in broken else "  ok"
         assert all(line.endswith(end) for line in found)
 
 
-def test_a_wrong_label_shows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def outcomes(op: str, *dtypes: torch.dtype) -> list[self_check.Outcome]:
+    """What the check of one operation finds on the CPU."""
+    cases = [case for case in self_check.cases(CPU) if case.op.startswith(op)]
+    assert cases
+    return [self_check.check_case(case, CPU, dtype) for case in cases for dtype in dtypes]
+
+
+def test_a_wrong_label_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     right = kmeans.assign_accumulate
 
     def wrong(*args: object, **options: object) -> kmeans.Assigned:
@@ -81,10 +97,8 @@ def test_a_wrong_label_shows(capsys: pytest.CaptureFixture[str], monkeypatch: py
         return found
 
     monkeypatch.setattr(kmeans, "assign_accumulate", wrong)
-    code, lines = checked(capsys)
-    assert code == cli.WRONG
-    for line in lines["assign_accumulate"]:
-        assert "WRONG: beyond the bound: labels, distances, counts" in line
+    for outcome in outcomes("assign_accumulate", *self_check.DTYPES):
+        assert "WRONG: beyond the bound: labels, distances, counts" in outcome.line()
 
 
 @pytest.mark.parametrize(
@@ -100,8 +114,7 @@ def test_a_wrong_label_shows(capsys: pytest.CaptureFixture[str], monkeypatch: py
 def test_a_wrong_value_shows(change, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = nmi.sigmoid_nmi
     monkeypatch.setattr(nmi, "sigmoid_nmi", lambda *inputs: change(right(*inputs)))
-    case = self_check._nmi((20, 2, 31, 48))
-    outcome = self_check._check(case, torch.device("cpu"), torch.float32)
+    (outcome,) = outcomes("sigmoid_nmi, 20 prompts", torch.float32)
     assert not outcome.ok
     assert verdict in outcome.line()
 
@@ -116,9 +129,7 @@ def test_a_gradient_that_is_wrong_shows(monkeypatch: pytest.MonkeyPatch) -> None
         return [out, *gradients]
 
     monkeypatch.setattr(accuracy, "value_and_gradients", wrong)
-    case = self_check._attention("attention", (2, 2, 17, 5, 16), prompt_attention.prompt_attention)
-    for dtype in self_check.DTYPES:
-        outcome = self_check._check(case, torch.device("cpu"), dtype)
+    for outcome in outcomes("prompt_attention, 7 prompts", *self_check.DTYPES):
         assert outcome.line().endswith("WRONG: beyond the bound: dprompt_k")
 
 
@@ -130,11 +141,11 @@ def test_a_fallback_on_a_gpu_is_named() -> None:
 
 def test_problems_that_only_a_gpu_checks_are_right_here() -> None:
     """They would take longer than all others; the float32 ones stand for them."""
-    on_cpu = {case.op for case in self_check._cases(torch.device("cpu"))}
-    more = [case for case in self_check._cases(torch.device("cuda", 0)) if case.op not in on_cpu]
+    on_cpu = {case.op for case in self_check.cases(CPU)}
+    more = [case for case in self_check.cases(torch.device("cuda", 0)) if case.op not in on_cpu]
     assert len(more) == 3
     for case in more:
-        assert self_check._check(case, torch.device("cpu"), torch.float32).ok
+        assert self_check.check_case(case, CPU, torch.float32).ok
 
 
 def test_reference_of_lloyd_refuses_ties() -> None:

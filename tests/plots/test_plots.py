@@ -212,7 +212,7 @@ def test_demo_figure_of_nothing_is_refused():
         (plots.nmi_per_layer, {"r": np.ones((1, 2, 3))}, ValueError, r"shape \[L\] or \[R, L\].*\(1, 2, 3\)"),
         (plots.nmi_per_layer, {"r": "text"}, FileNotFoundError, "there is no file text"),
         (plots.cka_heatmap, np.ones((2, 3)), ValueError, r"shape \[L, L\], got \(2, 3\)"),
-        (plots.cka_heatmap, np.ones((0, 0)), ValueError, "none of it 0"),
+        (plots.cka_heatmap, np.ones((0, 0)), ValueError, "no size of it 0"),
         (plots.cka_heatmap, {"a": object()}, TypeError, r"maps\['a'\] must be numbers \[L, L\], got object"),
         (plots.accuracy_against_prompt_length, {"a": ([1], [80])}, ValueError, r"in \[0, 1\], got up to 80"),
         (plots.accuracy_against_prompt_length, {"a": ([1, 2], [0.8])}, ValueError, "lengths, 2, got 1"),

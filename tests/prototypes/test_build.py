@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import os
 import tempfile
@@ -28,19 +27,12 @@ from spt_fast.support.errors import NonFiniteError
 Loader = list[tuple[Tensor, Tensor]]
 MakeLoader = Callable[..., Loader]
 MakeViT = Callable[..., VisionTransformer]
-READ_VERSION = functools.cache(importlib.metadata.version)
 
 
 @pytest.fixture
 def vit(make_vit: MakeViT) -> VisionTransformer:
     """Two blocks: the time of a test goes with the number of layers."""
     return make_vit(depth=2)
-
-
-@pytest.fixture(autouse=True)
-def versions_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading the versions of packages takes longer than a small build."""
-    monkeypatch.setattr(importlib.metadata, "version", READ_VERSION)
 
 
 def build(model: nn.Module, loader: Any, **options: Any) -> Prototypes:
@@ -413,15 +405,6 @@ class TestSettings:
         assert metadata.items() >= {**expected, **backbone, "seed": "4"}.items()
         assert metadata["torch_version"] == importlib.metadata.version("torch")
         assert "mode" not in build(vit, make_loader(4), strategy="mean").metadata
-
-    def test_version_is_unknown_in_a_source_tree(
-        self, vit: VisionTransformer, loader: Loader, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def version(package: str) -> str:
-            raise importlib.metadata.PackageNotFoundError(package)
-
-        monkeypatch.setattr(importlib.metadata, "version", version)
-        assert build(vit, loader, strategy="mean").metadata["spt_fast_version"] == "unknown"
 
     @pytest.mark.parametrize(
         ("options", "error", "reason"),

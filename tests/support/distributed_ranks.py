@@ -3,7 +3,8 @@
     python distributed_ranks.py FOLDER
 
 Every rank of scenario S leaves FOLDER/S.RANK.pt: what S returned there, or the kind and text of its error.
-The ranks are forks of this process, which pay for no import, and which start no thread before they fork.
+The ranks are forks of this process, so that they need not import anything; it forks before it has threads.
+Scenarios of one size share one group of processes, except those in which a rank is lost.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 from spt_fast.analysis.nmi_tracker import NMITracker
 from spt_fast.clustering import StreamingKMeans
@@ -36,19 +39,21 @@ from spt_fast.prototypes.result import Prototypes
 from spt_fast.prototypes.token_store import TokenStore
 from spt_fast.support.distributed import Processes, find_processes
 
-TIMEOUT = timedelta(seconds=30)
-SHORT = timedelta(seconds=4)  # where a rank is meant to stay silent
+TIMEOUT = timedelta(minutes=5)  # waited for only where a test fails
+SHORT = timedelta(seconds=3)  # where a rank stays silent on purpose
+SECONDS_TO_LIVE = 900  # of a process that hangs
 
 Batches = list[Tensor]
 Scenario = Callable[[Path], Any]
-SCENARIOS: dict[str, tuple[int, timedelta, Scenario]] = {}
+# By the processes that run them: their number, and the first scenario of a group that cannot be shared.
+LAUNCHES: dict[tuple[int, str], dict[str, Scenario]] = {}
 
 
-def scenario(*sizes: int, timeout: timedelta = TIMEOUT) -> Callable[[Scenario], Scenario]:
+def scenario(*sizes: int, loses_a_rank: bool = False) -> Callable[[Scenario], Scenario]:
     def register(function: Scenario) -> Scenario:
         for size in sizes:
             name = function.__name__ if len(sizes) == 1 else f"{function.__name__}_{size}"
-            SCENARIOS[name] = size, timeout, function
+            LAUNCHES.setdefault((size, name if loses_a_rank else ""), {})[name] = function
         return function
 
     return register
@@ -311,7 +316,7 @@ def part_of_the_processes(_: Path) -> Any:
     return build(make_batches()[rank::2], process_group=group, mode="exact")
 
 
-@scenario(3, timeout=SHORT)
+@scenario(3, loses_a_rank=True)
 def rank_dies_in_the_pass(_: Path) -> Any:
     def loader() -> Iterator[Tensor]:
         for batch in mine(make_batches()):
@@ -322,7 +327,7 @@ def rank_dies_in_the_pass(_: Path) -> Any:
     return build(loader())
 
 
-@scenario(2, timeout=SHORT)
+@scenario(2, loses_a_rank=True)
 def rank_dies_in_an_iteration(_: Path) -> Any:
     whole = OutOfCoreKMeans._iterate
 
@@ -335,35 +340,57 @@ def rank_dies_in_an_iteration(_: Path) -> Any:
     return build(mine(make_batches()), mode="exact")
 
 
-@scenario(2, timeout=SHORT)
-def rank_stays_silent(_: Path) -> Any:
+@scenario(2, loses_a_rank=True)
+def rank_stays_silent(folder: Path) -> Any:
+    dist.barrier()
+    group = dist.new_group(timeout=SHORT)
     if dist.get_rank() == 1:
-        time.sleep(2 * SHORT.total_seconds())
+        # It outlives rank 0, whose call can therefore only have been ended by the timeout.
+        while not _outcome(folder, "rank_stays_silent", 0).exists():
+            time.sleep(0.05)
         os._exit(0)
-    return build(mine(make_batches()))
+    return build(mine(make_batches()), process_group=group)
+
+
+COMMAND = ("prototypes", "--model=shipped", "--data=digits", "--num-prompts=3", "--device=cpu")
 
 
 @scenario(3)
 def command_line(folder: Path) -> Any:
-    out = folder / "prototypes.safetensors"
-    base = (
-        "prototypes",
-        "--model",
-        "shipped",
-        "--data",
-        "digits",
-        "--num-prompts",
-        "3",
-        "--max-images",
-        "31",
+    base = (*COMMAND, "--max-images=13")
+    out = str(folder / "prototypes.safetensors")
+    code, printed = _printed(*base, "--batch-size", "4", "--out", out)
+    dist.barrier()
+    again = cli.main([*base, "--out", out])  # it is there already
+    missing = cli.main([*base, "--out", str(folder / "other"), "--checkpoint", "no_such_file"])
+    return {"codes": (code, again, missing), "printed": printed}
+
+
+def under_torchrun(folder: Path) -> None:
+    """The command line in two processes, started by the launcher behind torchrun."""
+    signal.alarm(SECONDS_TO_LIVE)
+    options = (*COMMAND, "--max-images=24", "--mode=exact", "--batch-size=12", "--out")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="test",
+        max_restarts=0,
+        start_method="fork",
     )
+    ranks = elastic_launch(config, _printed)(*options, str(folder / "two"))
+    torch.save([ranks[0], ranks[1]], folder / "under_torchrun.pt")
+
+
+def _printed(*arguments: str) -> tuple[int, str]:
+    """Exit code and standard output of the command line."""
+    torch.set_num_threads(1)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = cli.main([*base, "--batch-size", "4", "--mode", "exact", "--out", str(out)])
-    dist.barrier()
-    again = cli.main([*base, "--out", str(out)])  # it is there already
-    missing = cli.main([*base, "--out", str(folder / "other"), "--checkpoint", "no_such_file"])
-    return {"codes": (code, again, missing), "printed": printed.getvalue()}
+        code = cli.main(arguments)
+    return code, printed.getvalue()
 
 
 def _caught(work: Callable[[], Any]) -> Any:
@@ -373,36 +400,39 @@ def _caught(work: Callable[[], Any]) -> Any:
         return type(error).__name__, str(error)
 
 
-def _run_rank(name: str, rank: int, folder: Path) -> None:
-    size, timeout, function = SCENARIOS[name]
+def _outcome(folder: Path, name: str, rank: int) -> Path:
+    return folder / f"{name}.{rank}.pt"
+
+
+def _run_rank(scenarios: dict[str, Scenario], size: int, rank: int, folder: Path) -> None:
+    signal.alarm(SECONDS_TO_LIVE)
     torch.set_num_threads(1)
     if size > 1:
-        store = dist.FileStore(str(folder / f"{name}.store"), size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
-    started = time.monotonic()
-    outcome = _caught(lambda: function(folder))
-    torch.save((outcome, time.monotonic() - started), folder / f"{name}.{rank}.pt")
+        store = dist.FileStore(str(folder / f"{next(iter(scenarios))}.store"), size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    for name, function in scenarios.items():
+        torch.save(_caught(partial(function, folder)), _outcome(folder, name, rank))
 
 
-def _fork(name: str, rank: int, folder: Path) -> int:
+def _fork(work: Callable[[], None]) -> int:
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        _run_rank(name, rank, folder)
+        work()
         code = 0
     finally:
-        # Without the group's farewell, which waits for ranks that are gone.
+        # Skips the group's own shutdown, which waits for ranks that are gone.
         os._exit(code)
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    for name, (size, _, _) in SCENARIOS.items():
-        children = [_fork(name, rank, folder) for rank in range(size)]
-        for child in children:
+    for (size, _), scenarios in LAUNCHES.items():
+        for child in [_fork(partial(_run_rank, scenarios, size, rank, folder)) for rank in range(size)]:
             os.waitpid(child, 0)
+    os.waitpid(_fork(partial(under_torchrun, folder)), 0)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from spt_fast.support.arguments import check_choice, check_int, check_number, check_tensor, parse_bytes
+from spt_fast.support.arguments import (
+    check_choice,
+    check_int,
+    check_number,
+    check_seed,
+    check_tensor,
+    parse_bytes,
+)
 
 
 @pytest.mark.parametrize("value", [1, 7, np.int64(3)])
@@ -53,6 +60,16 @@ def test_a_number_may_have_to_be_above_a_bound() -> None:
     assert check_number("x", 0.1, above=0) == 0.1
     with pytest.raises(ValueError, match=r"^x must be a finite number > 0, got 0$"):
         check_number("x", 0, above=0)
+
+
+def test_seeds_are_integers_that_all_generators_take() -> None:
+    assert check_seed(2**63 - 1) == 2**63 - 1
+    with pytest.raises(ValueError, match=r"^seed must be below 2\*\*63, got 9223372036854775808$"):
+        check_seed(2**63)
+    with pytest.raises(ValueError, match=r"^random_state must be an integer >= 0, got -1$"):
+        check_seed(-1, "random_state")
+    with pytest.raises(TypeError, match=r"^seed must be an integer >= 0, got 1\.5$"):
+        check_seed(1.5)
 
 
 @pytest.mark.parametrize("value", ["c", 1, None, ["a"]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import spt_fast
 from spt_fast.commands import main as cli
 from spt_fast.prototypes.build import build_prototypes
 from spt_fast.prototypes.result import Prototypes
@@ -23,20 +21,18 @@ from spt_fast.support.errors import NonFiniteError
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 
 RANKS_SCRIPT = Path(__file__).with_name("distributed_ranks.py")
-SHORT_TIMEOUT = 4.0  # of distributed_ranks.py
 
 
 class Outcomes:
-    """What the ranks of each scenario returned or raised, and how long it took them."""
+    """What the ranks of each scenario returned or raised."""
 
     def __init__(self, folder: Path, errors: str) -> None:
         self.folder, self.errors = folder, errors
 
     def of(self, scenario: str) -> list[Any]:
-        return [result for result, _ in self._load(scenario)]
-
-    def seconds(self, scenario: str) -> list[float]:
-        return [seconds for _, seconds in self._load(scenario)]
+        paths = sorted(self.folder.glob(f"{scenario}.[0-9].pt"))
+        assert paths, self.errors
+        return [torch.load(path, weights_only=False) for path in paths]
 
     def same(self, scenario: str) -> Any:
         """The result of every rank, which must be the same to the bit."""
@@ -46,22 +42,16 @@ class Outcomes:
             assert_same(first, other)
         return first
 
-    def _load(self, scenario: str) -> list[tuple[Any, float]]:
-        paths = sorted(self.folder.glob(f"{scenario}.[0-9].pt"))
-        assert paths, self.errors
-        return [torch.load(path, weights_only=False) for path in paths]
-
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]) -> Outcomes:
     folder = tmp_path_factory.mktemp("ranks")
     done = subprocess.run(
         [sys.executable, str(RANKS_SCRIPT), str(folder)],
         cwd=folder,
-        env=package_under_test(),
+        env=child_environment,
         capture_output=True,
         text=True,
-        timeout=240,
         check=False,
     )
     return Outcomes(folder, done.stderr)
@@ -254,7 +244,7 @@ def test_a_group_may_be_part_of_the_processes(outcomes: Outcomes) -> None:
     ("scenario", "ranks"),
     [("rank_dies_in_the_pass", 2), ("rank_dies_in_an_iteration", 1), ("rank_stays_silent", 1)],
 )
-def test_a_rank_that_dies_ends_the_others_within_the_timeout(
+def test_a_rank_that_dies_or_stays_silent_ends_the_others(
     outcomes: Outcomes, scenario: str, ranks: int
 ) -> None:
     errors = outcomes.of(scenario)
@@ -262,47 +252,27 @@ def test_a_rank_that_dies_ends_the_others_within_the_timeout(
     for kind, message in errors:
         assert kind == "RuntimeError"
         assert "another process of the group died, or did not answer within the group's timeout" in message
-    assert max(outcomes.seconds(scenario)) < SHORT_TIMEOUT + 10
 
 
 def test_command_line_fails_and_succeeds_on_all_ranks_and_prints_on_the_first(outcomes: Outcomes) -> None:
     ranks = outcomes.of("command_line")
     assert [rank["codes"] for rank in ranks] == [(0, 2, 2)] * 3
-    assert "31 images in" in ranks[0]["printed"]
+    assert "13 images in" in ranks[0]["printed"]
     assert [rank["printed"] for rank in ranks[1:]] == ["", ""]
     built = Prototypes.load(outcomes.folder / "prototypes.safetensors")
-    assert built.num_images == 31
+    assert built.num_images == 13
     assert not (outcomes.folder / "other").exists()
 
 
-def test_command_line_under_torchrun(tmp_path: Path) -> None:
+def test_command_line_under_torchrun(outcomes: Outcomes, tmp_path: Path) -> None:
     """The same images in one process and in two give the same prototypes."""
-    options = (
-        "prototypes",
-        "--model",
-        "shipped",
-        "--data",
-        "digits",
-        "--num-prompts",
-        "3",
-        "--device",
-        "cpu",
-    )
-    options += ("--max-images", "48", "--mode", "exact", "--batch-size", "24", "--out")
-    assert cli.main([*options, str(tmp_path / "one")]) == 0
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = subprocess.run(
-        [*torchrun, "-m", "spt_fast", *options, "two"],
-        cwd=tmp_path,
-        env={**package_under_test(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("48 images in") == 1
-    one, two = (Prototypes.load(tmp_path / name) for name in ("one", "two"))
+    options = "prototypes --model shipped --data digits --num-prompts 3 --device cpu --max-images 24"
+    assert cli.main([*options.split(), "--mode", "exact", "--out", str(tmp_path / "one")]) == 0
+    ranks = torch.load(outcomes.folder / "under_torchrun.pt")
+    assert [code for code, _ in ranks] == [0, 0], outcomes.errors
+    assert "24 images in" in ranks[0][1]
+    assert ranks[1][1] == ""
+    one, two = Prototypes.load(tmp_path / "one"), Prototypes.load(outcomes.folder / "two")
     torch.testing.assert_close(one.prompts, two.prompts, rtol=1e-6, atol=1e-6)
     assert torch.equal(one.counts, two.counts)
     assert (one.num_images, one.num_tokens) == (two.num_images, two.num_tokens)
@@ -354,8 +324,3 @@ def test_side_stream_hands_on_everything_in_order_one_batch_late() -> None:
         assert len(seen) == 2 * batch
     side_stream.finish()
     assert seen == [(layer, batch) for batch in (0.0, 1.0, 2.0) for layer in (0, 1)]
-
-
-def package_under_test() -> dict[str, str]:
-    """Environment in which a fresh interpreter, in a folder of its own, imports the package imported here."""
-    return {**os.environ, "PYTHONPATH": str(Path(spt_fast.__file__).resolve().parents[1])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,38 +11,20 @@ import pytest
 import torch
 
 import spt_fast
+from spt_fast.backbones.open import open_model
 from spt_fast.commands import main as cli
-from spt_fast.data import images as sources
-from spt_fast.data import shipped as samples
+from spt_fast.commands import options
+from spt_fast.data import shipped
 from spt_fast.data.images import open_images, open_labelled_images
 from spt_fast.support.tables import read_csv
-from spt_fast.training import loop as trainer
+from spt_fast.training.loop import HISTORY_COLUMNS, fit
+from spt_fast.training.run import FILE_NAMES, TUNED_NAME
 
 # timm leaves closing the files it reads to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 CLASSES = ("even", "odd")
 QUICK = ("--epochs", 2, "--warmup-epochs", 1, "--batch-size", 5, "--workers", 0)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Even and odd digits as PNG files, "train" with both classes, "odd" and "foreign" with one each."""
-    from torchvision.utils import save_image
-
-    root = tmp_path_factory.mktemp("images")
-    images, labels = samples.load_digits("train")
-    for index in range(24):
-        name = CLASSES[int(labels[index]) % 2]
-        places = [("train", name)] + ([("odd", "odd"), ("foreign", "prime")] if name == "odd" else [])
-        for place, label in places:
-            folder = root / place / label
-            folder.mkdir(parents=True, exist_ok=True)
-            save_image(images[index], folder / f"{index}.png", normalize=True)
-    for place in ("flat", "stray", "stray/even", "stray/odd", "stray/.ipynb_checkpoints"):
-        (root / place).mkdir()
-        save_image(images[0], root / place / "0.png", normalize=True)
-    return root
 
 
 def train(*arguments: object) -> int:
@@ -52,30 +35,20 @@ def evaluate(*arguments: object) -> int:
     return cli.main(["eval", "--model", "shipped", *map(str, arguments)])
 
 
-def only_error(capsys, code: int, command: str) -> str:
-    """The last line on stderr of a command that failed with exit code 2."""
-    errors = capsys.readouterr().err
-    assert code == cli.BAD_INPUT
-    assert errors.count("error:") == 1
-    line = errors.strip().splitlines()[-1]
-    assert line.startswith(f"spt-fast {command}: error: ")
-    return line
-
-
 def reopened(path):
-    return spt_fast.PromptedViT.from_file(path, samples.load_backbone())
+    return spt_fast.PromptedViT.from_file(path, shipped.load_backbone())
 
 
 def test_train_and_eval_of_a_folder(folders, tmp_path, capsys):
     data = ("--data", folders / "train", "--num-prompts", 3, "--out", tmp_path)
     assert train(*data, "--val-data", folders / "odd") == 0
     printed = capsys.readouterr().out
-    assert all(f"wrote {tmp_path / name}" in printed for name in cli.TRAINED_NAMES)
+    assert all(f"wrote {tmp_path / name}" in printed for name in FILE_NAMES)
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
-    rows = [numbers for _, numbers in read_csv(tmp_path / "train.csv", trainer.HISTORY_COLUMNS)]
+    rows = [numbers for _, numbers in read_csv(tmp_path / "train.csv", HISTORY_COLUMNS)]
     assert [row[0] for row in rows] == [1, 2]
 
-    tuned = reopened(tmp_path / cli.TUNED_NAME)
+    tuned = reopened(tmp_path / TUNED_NAME)
     assert tuned.class_names == CLASSES
     assert tuned.prompts.shape[:2] == (6, 3)
     # By hand: the folder has one of the two classes, whose label is 1 to the model.
@@ -83,32 +56,32 @@ def test_train_and_eval_of_a_folder(folders, tmp_path, capsys):
     with torch.no_grad():
         expected = float((tuned(images).argmax(dim=1) == 1).double().mean())
     assert rows[-1][2] == pytest.approx(expected)
-    assert evaluate("--tuned", tmp_path / cli.TUNED_NAME, "--data", folders / "odd", "--workers", 0) == 0
+    assert evaluate("--tuned", tmp_path / TUNED_NAME, "--data", folders / "odd", "--workers", 0) == 0
     assert f"accuracy {expected:.2%} of {len(images)} images" in capsys.readouterr().out
 
 
-def test_train_is_prototypes_and_fit(tmp_path):
-    """The command against the three library calls that it stands for; it makes its folder."""
-    recipe = ("--lr", 0.02, "--prompt-lr", 0.5, "--weight-decay", 0.01, "--seed", 4, "--split", "val")
-    data = ("--data", "digits", "--num-prompts", 2, "--batch-size", 100)
-    assert train(*data, *recipe, "--out", tmp_path / "out") == 0
+def test_train_is_prototypes_and_fit(folders, tmp_path):
+    """The command against the library calls that it stands for; it makes its folder."""
+    recipe = ("--lr", 0.02, "--prompt-lr", 0.5, "--weight-decay", 0.01, "--epochs", 1, "--warmup-epochs", 0.5)
+    data = str(folders / "train")
+    assert train("--data", data, "--num-prompts", 2, "--seed", 4, *recipe, "--out", tmp_path / "out") == 0
 
-    model = samples.load_backbone()
-    images = open_images("digits", model, split="val", batch_size=100, seed=4)
+    model = shipped.load_backbone()
+    images = open_images(data, model, batch_size=5, workers=0, seed=4)
     built = spt_fast.build_prototypes(model, images, num_prompts=2, seed=4, progress=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        tuned = spt_fast.PromptedViT(model, built, num_classes=10)
-    loader = trainer.shuffled_loader(*samples.load_digits("val"), batch_size=100, seed=4)
+        tuned = spt_fast.PromptedViT(model, built, num_classes=2)
+    loader = open_labelled_images(data, model, batch_size=5, workers=0, seed=4, training=True).loader
     rates = {"lr": 0.02, "prompt_lr": 0.5, "weight_decay": 0.01}
-    trainer.fit(tuned, loader, epochs=2, warmup_epochs=1, seed=4, progress=False, **rates)
-    learned = reopened(tmp_path / "out" / cli.TUNED_NAME)
+    fit(tuned, loader, epochs=1, warmup_epochs=0.5, seed=4, progress=False, **rates)
+    learned = reopened(tmp_path / "out" / TUNED_NAME)
     torch.testing.assert_close(learned.prompts, tuned.prompts)
     torch.testing.assert_close(learned.head.weight, tuned.head.weight)
 
 
 def test_training_images_are_augmented_and_those_of_eval_are_not(folders):
-    model, data = samples.load_backbone(), str(folders / "odd")
+    model, data = shipped.load_backbone(), str(folders / "odd")
     first, again = (
         torch.cat([images for images, _ in open_labelled_images(data, model, workers=0).loader])
         for _ in range(2)
@@ -121,34 +94,35 @@ def test_training_images_are_augmented_and_those_of_eval_are_not(folders):
 
 
 @pytest.mark.parametrize(
-    "options", [("--random", 4), ("--depth", "shallow", "--num-prompts", 3), ("--freeze-prompts",)]
+    "start", [("--random", 4), ("--depth", "shallow", "--num-prompts", 3), ("--freeze-prompts",)]
 )
-def test_other_starts(options, tmp_path):
-    base = ("--data", "digits", "--split", "val", "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 100)
-    assert train(*base, *options, "--out", tmp_path) == 0
-    tuned = reopened(tmp_path / cli.TUNED_NAME)
-    assert tuned.depth == ("shallow" if "shallow" in options else "deep")
-    assert tuned.num_prompts == {"--random": 4, "--depth": 3}.get(options[0], 20)
+def test_other_starts(start, folders, tmp_path):
+    base = ("--data", folders / "train", "--epochs", 1, "--warmup-epochs", 0)
+    assert train(*base, *start, "--out", tmp_path) == 0
+    tuned = reopened(tmp_path / TUNED_NAME)
+    assert tuned.depth == ("shallow" if "shallow" in start else "deep")
+    assert tuned.num_prompts == {"--random": 4, "--depth": 3}.get(start[0], 20)
 
 
-def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, capsys, monkeypatch):
-    calls = []
+def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, only_error, monkeypatch, ctrl_c):
+    steps = []
 
-    def interrupted(*arguments: object) -> None:
-        calls.append(arguments)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        original(*arguments)
+    def interrupted(self: spt_fast.PromptedViT, images: torch.Tensor) -> torch.Tensor:
+        steps.append(len(images))
+        # 24 images in batches of 5: the second step of the second epoch.
+        if len(steps) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, images)
 
-    original = trainer._train_epoch
-    monkeypatch.setattr(trainer, "_train_epoch", interrupted)
+    original = spt_fast.PromptedViT.forward
+    monkeypatch.setattr(spt_fast.PromptedViT, "forward", interrupted)
     base = ("--data", folders / "train", "--random", 2, "--out", tmp_path)
     assert train(*base) == cli.INTERRUPTED
-    assert reopened(tmp_path / cli.TUNED_NAME).num_prompts == 2
+    assert reopened(tmp_path / TUNED_NAME).num_prompts == 2
     assert len(read_csv(tmp_path / "train.csv", ("epoch",))) == 1
-    before = (tmp_path / cli.TUNED_NAME).read_bytes()
-    assert f"{cli.TUNED_NAME} exists already" in only_error(capsys, train(*base), "train")
-    assert (tmp_path / cli.TUNED_NAME).read_bytes() == before
+    before = (tmp_path / TUNED_NAME).read_bytes()
+    assert f"{TUNED_NAME} exists already" in only_error(train(*base), "train")
+    assert (tmp_path / TUNED_NAME).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -159,20 +133,20 @@ def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, capsys
         (("--data", "{stray}"), "but some are in no folder, .ipynb_checkpoints; move them away"),
         (("--data", "no_such_folder"), "there is no folder no_such_folder"),
         (("--data", "digits", "--split", "tset"), "split must be one of"),
-        (("--val-data", "{train}"), "name the images of training"),
-        (("--val-data", "{train}/../train/", "--val-split", "val"), "name the images of training"),
-        (("--val-split", "val"), "--val-split is for data sets with splits"),
-        (("--val-data", "{foreign}"), "1 classes that the model has not (prime)"),
+        (("--val-data", "{train}"), "must name other images than those of training"),
+        (("--val-data", "{train}/../train/", "--val-split", "val"), "other images than those of training"),
+        (("--val-split", "val"), "val_split is for data sets with splits"),
+        (("--val-data", "{foreign}"), "1 classes that the model does not know (prime)"),
         (("--epochs", "0"), "epochs must be an integer >= 1, got 0"),
         (("--lr", "nan"), "lr must be a finite number"),
-        (("--warmup-epochs", "2"), "warmup_epochs must be >= 0 and below epochs (2), got 2.0"),
+        (("--warmup-epochs", "2"), "warmup_epochs must be below epochs (2), got 2.0"),
         (("--prompts", "no_such_file"), "there is no file no_such_file"),
         (("--random", "-1"), "prompts must be an integer >= 0, got -1"),
         (("--out", "{tmp}/missing", "--random", "-1"), "prompts must be an integer >= 0, got -1"),
     ],
     ids=" ".join,
 )
-def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, capsys):
+def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, only_error):
     places = {"{tmp}": tmp_path, **{f"{{{path.name}}}": path for path in folders.iterdir()}}
     options = {"--data": "{train}", "--out": "{tmp}", "--random": "2"}
     options |= dict(zip(changes[::2], changes[1::2], strict=True))
@@ -181,25 +155,25 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, ca
     arguments = [part for pair in options.items() for part in pair]
     for name, path in places.items():
         arguments = [argument.replace(name, str(path)) for argument in arguments]
-    assert expected in only_error(capsys, train(*arguments), "train")
+    assert expected in only_error(train(*arguments), "train")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [("--epochs", 0), ("--lr", "nan"), ("--weight-decay", -1)])
-def test_a_bad_recipe_is_refused_before_any_work(options, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_open_model", lambda _: pytest.fail("work was begun"))
-    name = options[0].strip("-").replace("-", "_")
-    error = only_error(capsys, train("--data", "digits", *options, "--out", tmp_path), "train")
+@pytest.mark.parametrize("recipe", [("--epochs", 0), ("--lr", "nan"), ("--weight-decay", -1)])
+def test_a_bad_recipe_is_refused_before_any_work(recipe, tmp_path, only_error, monkeypatch):
+    monkeypatch.setattr(options, "open_model", lambda _: pytest.fail("work was begun"))
+    name = recipe[0].strip("-").replace("-", "_")
+    error = only_error(train("--data", "digits", *recipe, "--out", tmp_path), "train")
     assert f"{name} must be" in error
 
 
-def test_warm_up_is_a_tenth_of_the_epochs_unless_given(tmp_path, monkeypatch):
-    found = []
-    monkeypatch.setattr(trainer, "warmup_cosine", lambda _, *steps: found.append(steps) or 1 / 0)
-    arguments = ["train", "--model", "shipped", "--data", "digits", "--split", "val", "--random", "1"]
-    assert cli.main([*arguments, "--epochs", "5", "--out", str(tmp_path)]) == cli.BAD_INPUT
-    steps_per_epoch = 10  # 300 images in batches of 32
-    assert found == [(steps_per_epoch / 2, 5 * steps_per_epoch)]
+def test_warm_up_is_a_tenth_of_the_epochs_unless_given(folders, tmp_path):
+    """The first of ten steps, two in each epoch: the last step of the first epoch is at the highest rate."""
+    command = f"train --model shipped --data {folders / 'train'} --random 1 --workers 0 --batch-size 12"
+    assert cli.main([*command.split(), "--epochs", "5", "--lr", "0.01", "--out", str(tmp_path)]) == 0
+    rates = [numbers[0] for _, numbers in read_csv(tmp_path / "train.csv", ("lr",))]
+    assert rates[0] == pytest.approx(0.01)
+    assert rates == sorted(rates, reverse=True)
 
 
 def test_the_seed_decides_a_run_and_leaves_the_callers_random_states(folders, tmp_path):
@@ -222,26 +196,28 @@ def test_the_seed_decides_a_run_and_leaves_the_callers_random_states(folders, tm
 
 def test_random_weights_are_the_same_every_time():
     before = torch.get_rng_state()
-    first, second = (sources.open_model("test_vit", pretrained=False) for _ in range(2))
+    first, second = (open_model("test_vit", pretrained=False) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("change", [{"architecture": "another.mae"}, {"depth": "7"}])
-def test_prototypes_of_another_backbone_are_refused(change, tmp_path, capsys):
-    model = samples.load_backbone()
-    images = [samples.load_digits("val")[0][:8]]
+def test_prototypes_of_another_backbone_are_refused(change, tmp_path, only_error):
+    model = shipped.load_backbone()
+    images = [shipped.load_digits("val")[0][:8]]
     built = spt_fast.build_prototypes(model, images, num_prompts=2, progress=False)
     replace(built, metadata={**built.metadata, **change}).save(tmp_path / "p.safetensors")
     options = ("--data", "digits", "--prompts", tmp_path / "p.safetensors", "--out", tmp_path / "out")
     ((key, theirs),) = change.items()
-    assert f"p.safetensors is for {key} {theirs!r}, but" in only_error(capsys, train(*options), "train")
+    assert f"p.safetensors is for {key} {theirs!r}, but" in only_error(train(*options), "train")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("num_classes", [2, 1000, None])
-def test_eval_without_class_names_wants_the_number_of_classes(num_classes, folders, tmp_path, capsys):
-    tuned = spt_fast.PromptedViT(samples.load_backbone(), 2, num_classes=num_classes)
+def test_eval_without_class_names_wants_the_number_of_classes(
+    num_classes, folders, tmp_path, capsys, only_error
+):
+    tuned = spt_fast.PromptedViT(shipped.load_backbone(), 2, num_classes=num_classes)
     tuned.save(tmp_path / "t.safetensors")
     base = ("--tuned", tmp_path / "t.safetensors", "--workers", 0, "--data")
     code = evaluate(*base, folders / "train")
@@ -251,31 +227,31 @@ def test_eval_without_class_names_wants_the_number_of_classes(num_classes, folde
             capsys.readouterr().err
         )
     else:
-        error = only_error(capsys, code, "eval")
+        error = only_error(code, "eval")
         assert f"has 2 classes, but the head of the model is for {num_classes or 0}" in error
 
 
-def test_train_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):
+def test_train_under_torchrun_is_refused(tmp_path, only_error, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code = train("--data", "digits", "--random", 1, "--out", tmp_path)
-    assert "train runs in one process, got WORLD_SIZE=2" in only_error(capsys, code, "train")
+    assert "train runs in one process, got WORLD_SIZE=2" in only_error(code, "train")
 
 
 def test_labels_of_the_digits_are_places_in_the_models_classes():
-    model = samples.load_backbone()
+    model = shipped.load_backbone()
     names = (*"9876543210", "ten")
     loader = open_labelled_images("digits", model, split="val", class_names=names).loader
     labels = torch.cat([labels for _, labels in loader])
-    assert torch.equal(labels, 9 - samples.load_digits("val")[1])
+    assert torch.equal(labels, 9 - shipped.load_digits("val")[1])
 
 
-def test_bad_input_of_eval_is_one_line(folders, tmp_path, capsys):
+def test_bad_input_of_eval_is_one_line(folders, tmp_path, only_error):
     missing = ("--tuned", tmp_path / "no_such_file", "--data", "digits")
-    assert "there is no file" in only_error(capsys, evaluate(*missing), "eval")
-    tuned = spt_fast.PromptedViT(samples.load_backbone(), 2, num_classes=2)
+    assert "there is no file" in only_error(evaluate(*missing), "eval")
+    tuned = spt_fast.PromptedViT(shipped.load_backbone(), 2, num_classes=2)
     tuned.class_names = CLASSES
     tuned.save(tmp_path / "t.safetensors")
     foreign = ("--tuned", tmp_path / "t.safetensors", "--data", folders / "foreign")
-    assert "classes that the model has not (prime)" in only_error(capsys, evaluate(*foreign), "eval")
+    assert "classes that the model does not know (prime)" in only_error(evaluate(*foreign), "eval")
     digits = ("--tuned", tmp_path / "t.safetensors", "--data", "digits")
-    assert "10 classes that the model has not (0, 1, 2)" in only_error(capsys, evaluate(*digits), "eval")
+    assert "10 classes that the model does not know (0, 1, 2)" in only_error(evaluate(*digits), "eval")

@@ -1,9 +1,10 @@
-"""Trainer: the paper's schedule, what it trains, what it leaves alone, what it refuses."""
+"""The training loop: the paper's schedule, what it trains, what it leaves alone, what it refuses."""
 
 from __future__ import annotations
 
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -193,20 +194,42 @@ def test_bad_numbers_are_named(blobs, options, name):
         train(make_net(), blobs, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"epochs": 2.5}, "epochs must be an integer >= 1, got 2.5"),
+        ({"val_every": 1.0}, "val_every must be an integer >= 1, got 1.0"),
+        ({"lr": "0.1"}, "lr must be a finite number > 1e-08, got '0.1'"),
+        ({"warmup_epochs": True}, "warmup_epochs must be a finite number >= 0, got True"),
+        ({"seed": 1.5}, "seed must be an integer >= 0, got 1.5"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type_are_named(options, expected):
+    """Before the first batch is asked for."""
+    with pytest.raises(TypeError, match=f"^{re.escape(expected)}$"):
+        fit(make_net(), [()], **{"epochs": 2, "warmup_epochs": 0, "progress": False, **options})
+
+
+def test_a_shuffled_loader_wants_a_batch_size(blobs):
+    with pytest.raises(ValueError, match=r"^batch_size must be an integer >= 1, got 0$"):
+        shuffled_loader(*blobs, batch_size=0, seed=0)
+
+
 def test_empty_loaders_are_refused(blobs):
-    with pytest.raises(ValueError, match="train_loader is empty"):
+    with pytest.raises(ValueError, match="train_loader must give at least one batch, got none"):
         fit(make_net(), [], epochs=2, warmup_epochs=0, progress=False)
-    with pytest.raises(ValueError, match="loader is empty"):
+    with pytest.raises(ValueError, match=r"^loader must give at least one image, got none"):
         evaluate(make_net(), [])
 
 
 def test_loader_without_a_length_is_refused(blobs):
-    with pytest.raises(TypeError, match="train_loader must have a length"):
+    with pytest.raises(TypeError, match=r"train_loader must have a length, as .*, got list_iterator"):
         fit(make_net(), iter([blobs]), epochs=2, warmup_epochs=0, progress=False)
 
 
 def test_nothing_trainable_is_refused(blobs):
-    with pytest.raises(ValueError, match="nothing to train"):
+    with pytest.raises(ValueError, match="must have a parameter that requires a gradient, got none"):
         train(make_net().requires_grad_(False), blobs)
 
 

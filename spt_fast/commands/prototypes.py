@@ -1,0 +1,92 @@
+"""`spt-fast prototypes`: prompts from a model and images, in one pass."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spt_fast.commands import options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spt_fast.commands.options import Commands
+    from spt_fast.support.distributed import Processes
+
+
+def add(commands: Commands) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "prototypes",
+        help="build prompts from a model and images, in one pass",
+        description="Prototypes of a data set's patch tokens, for SPT; written as safetensors.",
+        epilog="example: spt-fast prototypes --model vit_small_patch16_224 --data photos --out p.safetensors "
+        "(several processes share the images: torchrun --nproc-per-node 4 -m spt_fast prototypes ...)",
+    )
+    options.add_limit(options.add_model_and_data(parser))
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--overwrite", action="store_true", help="write over FILE if it is there")
+    prompts = parser.add_argument_group("prompts")
+    prompts.add_argument("--num-prompts", type=int, help="default: 20 (deep), 100 (shallow)")
+    prompts.add_argument("--depth", choices=("deep", "shallow"), default="deep")
+    prompts.add_argument("--strategy", choices=("kmeans", "mean", "max", "random"), default="kmeans")
+    prompts.add_argument(
+        "--mode", choices=("stream", "exact"), default="stream", help="of kmeans (default: stream)"
+    )
+    prompts.add_argument(
+        "--capacity", type=int, help="of stream: tokens kept per layer (default: 20000 or 500 per prompt)"
+    )
+    prompts.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="of exact: memory for tokens, such as 800MB; the others go to a temporary file (default: 4GiB)",
+    )
+    prompts.add_argument("--device", help="default: cuda where there is one (torchrun: one each), else cpu")
+    options.add_seed(prompts)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Build the prototypes, in all processes that torchrun started."""
+    from spt_fast.support.distributed import device_of_this_process, joined_by_environment
+
+    with joined_by_environment(device_of_this_process(args.device)) as processes:
+        _build_and_save(args, processes)
+
+
+def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
+    import time
+
+    from spt_fast.prototypes.build import build_prototypes
+    from spt_fast.prototypes.report import summary
+    from spt_fast.support.files import check_output_path
+
+    def open_both() -> tuple[nn.Module, Iterable[Any]]:
+        model = options.open_model(args)
+        return model, options.open_images(args, model, max_images=args.max_images, processes=processes)
+
+    processes.on_rank_0(partial(check_output_path, args.out, overwrite=args.overwrite))
+    model, images = processes.rank_0_first(open_both)
+    started = time.perf_counter()
+    prototypes = build_prototypes(
+        model,
+        images,
+        num_prompts=args.num_prompts,
+        depth=args.depth,
+        strategy=args.strategy,
+        capacity=args.capacity,
+        mode=args.mode,
+        max_images=args.max_images,
+        memory_budget=args.memory_budget,
+        seed=args.seed,
+    )
+    seconds = time.perf_counter() - started
+
+    def save_and_print() -> None:
+        prototypes.save(args.out, overwrite=args.overwrite)
+        print(f"{args.out}: {summary(prototypes, seconds)}")
+
+    processes.on_rank_0(save_and_print)

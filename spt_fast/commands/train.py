@@ -1,0 +1,133 @@
+"""`spt-fast train`: prompts and a new head, learned on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spt_fast.commands import options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spt_fast.commands.options import Commands
+    from spt_fast.prototypes.result import Prototypes
+
+
+def add(commands: Commands) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "train",
+        help="tune prompts and a head on labelled images",
+        description="Prompts and a new head, learned on images in one folder per class (Sec. 4.1: AdamW, "
+        "linear warm-up, cosine; random crops and flips, except for the digits). Writes tuned.safetensors, "
+        "train.csv, train.png; the first two after every epoch.",
+        epilog="example: spt-fast train --model shipped --data digits --val-split val --epochs 20 "
+        "--out folder",
+    )
+    options.add_model_and_data(parser, batch_size=32)
+    images = parser.add_argument_group("validation")
+    images.add_argument("--val-data", help="as --data; default: that, if --val-split is given")
+    images.add_argument("--val-split", help="as --split")
+    _add_prompts(parser)
+    _add_recipe(parser)
+    options.add_folder(parser)
+    options.add_device(parser)
+    options.add_seed(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    prompts = parser.add_argument_group("prompts")
+    source = prompts.add_mutually_exclusive_group()
+    source.add_argument("--prompts", type=Path, metavar="FILE", help="of `spt-fast prototypes`")
+    options.add_random(source)
+    source.add_argument(
+        "--num-prompts", type=int, help="of prototypes built first (default: 20 deep, 100 shallow)"
+    )
+    prompts.add_argument("--depth", choices=("deep", "shallow"), default="deep")
+    prompts.add_argument("--freeze-prompts", action="store_true", help="learn the head only (Table 4a)")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=int, default=100)
+    recipe.add_argument("--warmup-epochs", type=float, help="default: a tenth of --epochs")
+    recipe.add_argument("--lr", type=float, default=1e-2, help="highest, of the head (default: 0.01)")
+    recipe.add_argument("--prompt-lr", type=float, help="highest, of the prompts (default: as --lr)")
+    recipe.add_argument("--weight-decay", type=float, default=1e-4)
+    # float16 would need its gradients scaled.
+    recipe.add_argument("--weight-dtype", choices=("bf16",), help="run the frozen backbone in it")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, and write what was learned."""
+    from spt_fast.support.distributed import check_single_process
+    from spt_fast.support.results import result_folder
+    from spt_fast.training.loop import check_recipe
+    from spt_fast.training.run import FILE_NAMES
+
+    check_single_process("train")
+    check_recipe(**_recipe(args))
+    with result_folder(args.out, FILE_NAMES, overwrite=args.overwrite) as paths:
+        _train_into(paths, args)
+
+
+def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
+    from spt_fast.data.images import open_validation_images
+    from spt_fast.training.run import add_prompts_and_head, fit_and_save
+
+    model = options.open_model(args)
+    train = options.open_labelled(args, model, training=True, seed=args.seed)
+    val = open_validation_images(
+        model=model,
+        val_data=args.val_data,
+        val_split=args.val_split,
+        class_names=train.class_names,
+        **options.image_options(args),
+    )
+    tuned = add_prompts_and_head(
+        model,
+        _prompts(args, model),
+        class_names=train.class_names,
+        depth=args.depth,
+        freeze_prompts=args.freeze_prompts,
+        weight_dtype=args.weight_dtype,
+        seed=args.seed,
+    )
+    history = fit_and_save(
+        tuned,
+        train.loader,
+        None if val is None else val.loader,
+        paths,
+        overwrite=args.overwrite,
+        title=f"{args.data}, {tuned.num_prompts} prompts",
+        seed=args.seed,
+        **_recipe(args),
+    )
+    print(history.summary())
+    for path in paths.values():
+        print(f"wrote {path}")
+
+
+def _prompts(args: argparse.Namespace, model: nn.Module) -> Path | int | Prototypes:
+    """What the prompts start from: a file, random ones, or prototypes of the training images."""
+    if args.prompts is not None:
+        return Path(args.prompts)
+    if args.random is not None:
+        return int(args.random)
+    from spt_fast.prototypes.build import build_prototypes
+
+    return build_prototypes(
+        model,
+        options.open_images(args, model),
+        num_prompts=args.num_prompts,
+        depth=args.depth,
+        seed=args.seed,
+    )
+
+
+def _recipe(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("epochs", "lr", "prompt_lr", "weight_decay", "warmup_epochs")
+    return {name: getattr(args, name) for name in names}

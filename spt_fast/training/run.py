@@ -1,0 +1,103 @@
+"""A training run from its start to its files: prompts with a new head, and what each epoch leaves on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from spt_fast.backbones.anatomy import check_backbone
+from spt_fast.plots import training_curves
+from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.prototypes.result import Prototypes
+from spt_fast.support.arguments import check_seed
+from spt_fast.support.randomness import seeded
+from spt_fast.support.results import png, write_results
+from spt_fast.training.loop import Batch, Batches, History, fit
+
+if TYPE_CHECKING:
+    import torch
+
+TUNED_NAME = "tuned.safetensors"
+HISTORY_NAME = "train.csv"
+FIGURE_NAME = "train.png"
+FILE_NAMES = (TUNED_NAME, HISTORY_NAME, FIGURE_NAME)
+
+
+def add_prompts_and_head(
+    model: nn.Module,
+    prompts: Prototypes | Path | str | int,
+    *,
+    class_names: Sequence[str],
+    depth: Literal["deep", "shallow"] = "deep",
+    freeze_prompts: bool = False,
+    weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
+    seed: int = 0,
+) -> PromptedViT:
+    """`model` with prompts and with a new head for `class_names`, which `seed` decides.
+
+    Args:
+        model: taken over, as `PromptedViT` does.
+        prompts: what they start from: `Prototypes`, a file of `Prototypes.save`, or how many random ones.
+        depth, freeze_prompts, weight_dtype: as in `PromptedViT`.
+        seed: of the head and of random prompts; the caller's random state is not touched.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError, ValueError: the file holds something else, or prototypes of another backbone; or as
+            `PromptedViT`.
+    """
+    if isinstance(prompts, str | Path):
+        path = prompts
+        prompts = Prototypes.load(path)
+        check_backbone(path, prompts.metadata, model)
+    with seeded(check_seed(seed)):
+        tuned = PromptedViT(
+            model,
+            prompts,
+            depth=depth,
+            num_classes=len(class_names),
+            freeze_prompts=freeze_prompts,
+            weight_dtype=weight_dtype,
+        )
+    tuned.class_names = tuple(class_names)
+    return tuned
+
+
+def fit_and_save(
+    tuned: PromptedViT,
+    train_loader: Batches,
+    val_loader: Iterable[Batch] | None,
+    paths: Mapping[str, Path],
+    *,
+    overwrite: bool = False,
+    title: str = "",
+    **recipe: Any,
+) -> History:
+    """`fit`, with the model and its history written after every epoch and a figure of it at the end.
+
+    Args:
+        tuned, train_loader, val_loader, recipe: as in `fit`.
+        paths: where each of FILE_NAMES goes, from `result_folder`, which leaves the figure out where
+            matplotlib is missing.
+        overwrite: write over files that were there before.
+        title: of the figure.
+
+    Raises:
+        FileExistsError: one of the files appeared after `paths` were checked, and not `overwrite`.
+        TypeError, ValueError, FloatingPointError: as `fit`.
+    """
+
+    def save(epoch: int, history: History) -> None:
+        # After the first epoch the files there are this run's own.
+        again = overwrite or epoch > 1
+        tuned.save(paths[TUNED_NAME], overwrite=again)
+        write_results(paths, {HISTORY_NAME: history.to_csv()}, overwrite=again)
+
+    history = fit(tuned, train_loader, val_loader, on_epoch=save, **recipe)
+    if FIGURE_NAME in paths:
+        figure = training_curves(paths[HISTORY_NAME], title=title)
+        write_results(paths, {FIGURE_NAME: png(figure)}, overwrite=overwrite)
+    return history
