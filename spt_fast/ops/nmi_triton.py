@@ -102,7 +102,7 @@ def _excess(share, own, per_row, row, per_column, column, scale):
     far = share * per_row * per_column - 1.0
     far = tl.where(tl.abs(far) < _ROUNDING, 0.0, far)
     largest = tl.maximum(tl.abs(own), tl.maximum(tl.abs(row), tl.abs(column)))
-    return tl.where(largest < _NEARLY_EQUAL * scale, near, far)
+    return tl.where(largest < scale * _NEARLY_EQUAL, near, far)
 
 
 @triton.jit
