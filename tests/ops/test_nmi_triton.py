@@ -140,13 +140,17 @@ def test_op_on_a_gpu_uses_the_kernels_and_matches_float64() -> None:
 
 
 def test_kernels_compile_without_spills_for_sm_80_90_and_100() -> None:
-    """In a process of its own, because the interpreter's switch is read once."""
+    """In a process of its own, because the interpreter's switch is read once.
+
+    Of the fused kernel the largest tiles, 16 warps: smaller ones have as many scores a thread, and more
+    registers. All of them: `python -m benchmarks.nmi_compiled`.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(spt_fast.__file__).parents[1])
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--json", "--least-scores", "4096"]
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--json", "--least-scores", "8192"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     for arch in (80, 90, 100):
-        assert len([case for case in found if case["arch"] == arch]) == 2 * (5 + 1) + 2
+        assert len([case for case in found if case["arch"] == arch]) == 2 * (2 + 1) + 2
     assert not [case for case in found if case["spills"]]

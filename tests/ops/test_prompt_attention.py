@@ -100,8 +100,8 @@ def test_scale_is_honoured(backend: str) -> None:
     shape=st.tuples(
         st.integers(1, 2),
         st.integers(1, 2),
-        st.integers(1, 40),
-        st.integers(0, 40),
+        st.integers(1, 33),
+        st.integers(0, 33),
         st.sampled_from([8, 16, 24]),
     ),
     seed=st.integers(0, 2**16),
@@ -220,10 +220,8 @@ def test_each_image_gets_the_prompts_of_its_task(backend: str, per_image: bool) 
     prompt_k, prompt_v = torch.randn(2, tasks, 2, 5, 16, device=device)
     task = torch.arange(4, device=device) if per_image else torch.tensor([1, 0, 0, 1], device=device)
     together = prompt_attention(q, k, v, prompt_k, prompt_v, task=task)
-    for image, index in enumerate(task.tolist()):
-        one = slice(image, image + 1)
-        alone = prompt_attention(q[one], k[one], v[one], prompt_k[index], prompt_v[index])
-        torch.testing.assert_close(together[one], alone)
+    exact = (tensor.double().cpu() for tensor in (q, k, v, prompt_k, prompt_v))
+    assert worst_error(together, prompt_attention_reference(*exact, task=task.cpu())) <= 1e-5
     qkv = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4)
     packed = packed_prompt_attention(qkv, prompt_k, prompt_v, task=task)
     torch.testing.assert_close(packed, together.transpose(1, 2).flatten(2))
