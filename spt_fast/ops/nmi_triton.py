@@ -6,7 +6,8 @@ have never run on a GPU.
 
 An image of up to 64 prompts, 256 tokens and 8,192 scores, padded, is one program that reads prompts and
 tokens once and writes only the results. Larger ones go through a buffer of scores of bounded size, small
-enough for a GPU's second-level cache, which a second kernel sweeps. How precision is kept: docs/nmi.md.
+enough for a GPU's second-level cache, which a second kernel sweeps. How precision is kept: docs/nmi.md. `p_row`, `e_image` and `e_row` are the elements between two rows
+of the prompts, two images and two rows of the tokens.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -26,7 +27,7 @@ from spt_fast.ops.triton_math import LEAST, SERIES_LIMIT, divergence_series, exp
 from spt_fast.ops.triton_support import interpreting, on_device
 
 # A new batch size or number of prompts must not compile the kernels anew.
-COUNTS = ("num_prompts", "num_tokens", "images")
+COUNTS = ["num_prompts", "num_tokens", "images"]
 # Deviations below this share of 1 + their mean: their differences keep more digits than the ratio pi / (r c).
 _NEARLY_EQUAL = tl.constexpr(0.25)
 # A few roundings of a ratio near 1 in float32; less than this is no information.
@@ -136,7 +137,7 @@ def _store_parts(parts, image, images, information, prompt_entropy, token_entrop
     tl.store(parts + 3 * images + image, token_entropy + poison)
 
 
-@triton.jit(do_not_specialize=list(COUNTS))
+@triton.jit(do_not_specialize=COUNTS)
 def nmi_fused_kernel(
     prompts,  # IN [N_p, D]
     tokens,  # IN [B, N_e, D]
@@ -146,12 +147,12 @@ def nmi_fused_kernel(
     p_row, e_image, e_row, num_prompts, num_tokens, images, width,
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """All of one image, whose scores are one tile: pi = sigmoid(x) / sum, its marginals r and c (eq. 7),
+    """NMI = 2 I / (H(P) + H(E)) (eq. 8) of one image, from its scores x in one tile:
 
-        I = sum r c [(1 + e) log(1 + e) - e],   H(P) = -sum r log r,   H(E) = -sum c log c,
-        NMI = 2 I / (H(P) + H(E))   (eq. 8)
+        pi = sigmoid(x) / sum (eq. 7),   r, c = its marginals,   e = pi / (r c) - 1,
+        I = sum r c [(1 + e) log(1 + e) - e],   H(P) = -sum r log r,   H(E) = -sum c log c
 
-    with the excess e = pi / (r c) - 1; docs/nmi.md says why not I = sum pi log(pi / (r c)).
+    docs/nmi.md says why I is not computed as sum pi log(pi / (r c)).
     """
     image = tl.program_id(0).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_E)
@@ -188,7 +189,7 @@ def nmi_fused_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=list(COUNTS))
+@triton.jit(do_not_specialize=COUNTS)
 def nmi_scores_kernel(
     prompts,  # IN [N_p, D]
     tokens,  # IN [B, N_e, D]
@@ -219,7 +220,7 @@ def _load_tile(scores, first_row, first_column, num_prompts, num_tokens, BLOCK_P
     return tl.load(places, mask=valid, other=0.0), valid, rows, columns, places
 
 
-@triton.jit(do_not_specialize=list(COUNTS))
+@triton.jit(do_not_specialize=COUNTS)
 def nmi_sweep_kernel(
     scores,  # IN [B, N_p, N_e] float32: x; OUT dL/dx with GRADIENT
     parts,  # OUT [4, B] float32: NMI, I, H(P), H(E); IN with GRADIENT
@@ -232,12 +233,13 @@ def nmi_sweep_kernel(
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, ALL_P: tl.constexpr, ALL_E: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """What the fused kernel computes, of one image, from its scores; or with GRADIENT in place of them
+    """The formulas of `nmi_fused_kernel` for one image whose scores are in memory; with GRADIENT, instead,
 
         dL/dx = pi (1 - sigmoid(x)) (A u - B log r - C log c - (A I + B H(P) + C H(E))),  u = log(pi / (r c))
 
-    for A, B, C = dL/dI, dL/dH(P), dL/dH(E). Four sweeps over tiles, which come from the cache: the largest
-    score; sums of rows; sums of columns; information or gradient.
+    in place of the scores, for A, B, C = dL/dI, dL/dH(P), dL/dH(E). The program sweeps four times over the
+    tiles, which come from the cache: for the largest score, for sums of rows, for sums of columns, and for
+    the information or the gradient.
     """
     image = tl.program_id(0).to(tl.int64)
     scores += image * num_prompts * num_tokens
@@ -364,9 +366,9 @@ def launch_nmi_forward(
         else:
             for first, chunk in _chunks(prompts, tokens):
                 last = first + len(chunk)
-                part = torch.empty_like(parts[:, first:last])
-                _launch_sweep(_launch_scores(prompts, chunk), part, r[first:last], c[first:last], None)
-                parts[:, first:last] = part
+                found = torch.empty_like(parts[:, first:last])
+                _launch_sweep(_launch_scores(prompts, chunk), found, r[first:last], c[first:last], None)
+                parts[:, first:last] = found
     nmi, information, prompt_entropy, token_entropy = (row.clone() for row in parts)
     return nmi, information, prompt_entropy, token_entropy, r, c
 
