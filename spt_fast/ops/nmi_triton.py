@@ -6,8 +6,9 @@ have never run on a GPU.
 
 An image of up to 64 prompts, 256 tokens and 8,192 scores, padded, is one program that reads prompts and
 tokens once and writes only the results. Larger ones go through a buffer of scores of bounded size, small
-enough for a GPU's second-level cache, which a second kernel sweeps. How precision is kept: docs/nmi.md. `p_row`, `e_image` and `e_row` are the elements between two rows
-of the prompts, two images and two rows of the tokens.
+enough for a GPU's second-level cache, which a second kernel sweeps. How precision is kept: docs/nmi.md.
+`p_row`, `e_image` and `e_row` are the elements between two rows of the prompts, two images and two rows of
+the tokens.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
