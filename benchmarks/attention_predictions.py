@@ -7,7 +7,7 @@ products over a product rate; kernels add up. Ours: the forward kernel; the back
 with the padding of its tiles, which takes the queries' side and float32 sums of their gradients through L2
 for every tile of keys (through memory, where the programs in flight hold more than L2), in whole programs
 per multiprocessor; and the prompts' partial sums, written and read. "joined": attention over tensors that
-are joined already, five products on the way back. "join": the same with the copies that join keys and
+are joined already, five products in backward. "join": the same with the copies that join keys and
 values, and split and stack their gradients. Both get the product rate of ours. ViT-B (12 heads of 64),
 bfloat16. Limits: no measurement. The rates are assumptions; launches, and for the peers caches and the tail
 of a grid, are left out.
@@ -110,7 +110,7 @@ def joined(gpu: Gpu, shape: Shape) -> tuple[float, float]:
 
 
 def join(gpu: Gpu, shape: Shape) -> tuple[float, float]:
-    """The same with the copies: k and v joined in front, gradients split and stacked on the way back."""
+    """The same with the copies: k and v joined in front, gradients split and stacked in backward."""
     s, more = shape.share, shape.keys / shape.tokens
     forward, backward = joined(gpu, shape)
     return forward + (2 + 2 * more) * s / gpu.copy, backward + (4 + 2 * more) * s / gpu.copy

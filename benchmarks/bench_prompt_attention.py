@@ -61,7 +61,7 @@ def flex(qkv: Tensor, prompt_k: Tensor, prompt_v: Tensor, keys: Tensor, values: 
 
 SIDES: dict[str, Form] = {"ours": ours, "join + sdpa": join_and_attend, "sdpa on joined": already_joined}
 if GPU:
-    # On the CPU FlexAttention has no backward pass.
+    # On the CPU FlexAttention has no backward.
     SIDES["join + flex"] = flex
 
 

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spt_fast.ops.modes import refuse_tangents
+from spt_fast.ops.autograd_guards import refuse_tangents
+from spt_fast.ops.cka_cpu import cka_forward, cka_of_hsic, hsic, own_hsic
+from spt_fast.support.arguments import check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError
 
 MIN_EXAMPLES = 4
-# Below this share of the sum that it is the small rest of, an HSIC in float64 is rounding.
-_ROUNDING = 1e-12
-# What subtracting its mean leaves of a constant, at most, in float64.
-_REST_OF_A_CONSTANT = 1e-13
 
 
 def cka(x: Tensor, y: Tensor) -> Tensor:
@@ -44,12 +42,22 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
             forward-mode differentiation.
         NonFiniteError: a row holds NaN or infinity (not checked while compiling).
     """
-    _check_features("x", x, ("n", "D1"))
-    _check_features("y", y, ("n", "D2"))
-    _check_pair(x, y)
+    check_tensor("x", x, ("n", "D1"))
+    _check_examples("x", x)
+    check_tensor("y", y, (len(x), "D2"), dtype=x.dtype, device=x.device)
     refuse_tangents("cka", {"x": x, "y": y})
-    value: Tensor = _cka(x.detach(), y.detach())
-    return value
+    _check_finite({"x": x, "y": y})
+    return torch.ops.spt_fast.cka(x.detach(), y.detach())  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("spt_fast::cka", mutates_args=())
+def _cka(x: Tensor, y: Tensor) -> Tensor:
+    return cka_forward(x, y)
+
+
+@_cka.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class StreamingCKA:
@@ -65,9 +73,7 @@ class StreamingCKA:
     """
 
     def __init__(self, num_x: int, num_y: int) -> None:
-        for name, number in (("num_x", num_x), ("num_y", num_y)):
-            if number < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {number}")
+        num_x, num_y = check_int("num_x", num_x, 1), check_int("num_y", num_y, 1)
         self._cross, self._own_x, self._own_y = torch.zeros(3, num_x, num_y, dtype=torch.float64)
         self._minibatches = torch.zeros(num_y, dtype=torch.int64)
 
@@ -88,16 +94,19 @@ class StreamingCKA:
             raise ValueError(f"xs must hold num_x = {rows} tensors, got {len(xs)}")
         if not 0 <= column < columns:
             raise ValueError(f"column must be 0 to {columns - 1}, got {column}")
-        _check_features("y", y, ("B", "n", "D"))
-        own, centred, count = *_own(y), len(y)
-        for row, x in enumerate(xs):
-            name = f"xs[{row}]"
-            _check_features(name, x, ("B", "n", "D"))
-            _check_pair(x, y, name)
+        check_tensor("y", y, ("B", "n", "D"))
+        _check_examples("y", y)
+        count = len(y)
+        named = {f"xs[{row}]": x for row, x in enumerate(xs)}
+        for name, x in named.items():
+            check_tensor(name, x, ("B", y.shape[1], "D"), dtype=y.dtype, device=y.device)
             if len(x) not in (1, count):
                 raise ValueError(f"{name} must hold 1 or {count} minibatches as y does, got {len(x)}")
-            own_x, centred_x = _own(x)
-            self._cross[row, column] += _hsic(centred_x, centred).expand(count).sum().cpu()
+        _check_finite({"y": y, **named})
+        own, centred = own_hsic(y)
+        for row, x in enumerate(xs):
+            own_x, centred_x = own_hsic(x)
+            self._cross[row, column] += hsic(centred_x, centred).expand(count).sum().cpu()
             self._own_x[row, column] += own_x.expand(count).sum().cpu()
             self._own_y[row, column] += own.sum().cpu()
         self._minibatches[column] += count
@@ -114,91 +123,22 @@ class StreamingCKA:
                 "each y must have had the same number of minibatches, at least 1, "
                 f"got {self._minibatches.tolist()}"
             )
-        return _ratio(self._cross, self._own_x, self._own_y)
+        return cka_of_hsic(self._cross, self._own_x, self._own_y)
 
 
-@torch.library.custom_op("spt_fast::cka", mutates_args=())
-def _cka(x: Tensor, y: Tensor) -> Tensor:
-    (own_x, centred_x), (own_y, centred_y) = _own(x), _own(y)
-    value = _ratio(_hsic(centred_x, centred_y), own_x, own_y)
-    return value.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@_cka.register_fake
-def _(x: Tensor, y: Tensor) -> Tensor:
-    return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _own(x: Tensor) -> tuple[Tensor, Tensor]:
-    """HSIC_1 [...] of features [..., n, D] with themselves, 0 where it is rounding, and the features centred.
-
-    HSIC_1 does not depend on the mean of a feature; without it nothing large cancels.
-    """
-    wide = x.double()
-    centred = wide - wide.mean(dim=-2, keepdim=True)
-    largest = _cross_products(centred, centred)
-    own = _hsic(centred, centred)
-    n = x.shape[-2]
-    constant = centred.norm(dim=(-2, -1)) <= _REST_OF_A_CONSTANT * wide.norm(dim=(-2, -1))
-    return own.masked_fill(constant | (own * (n * (n - 3)) <= _ROUNDING * largest), 0), centred
-
-
-def _hsic(x: Tensor, y: Tensor) -> Tensor:
-    """HSIC_1 [...] of centred features [..., n, D1] and [..., n, D2] with the kernels x x^T and y y^T.
-
-    The rows of both kernels sum to 0, so the sums over kernels without their diagonals, k and l, in
-    Song et al. (2012) are sums over the diagonals alone: K~ 1 = -k, 1^T K~ 1 = -sum k.
-    """
-    n = x.shape[-2]
-    k, l = x.square().sum(dim=-1), y.square().sum(dim=-1)  # noqa: E741
-    total = _cross_products(x, y)
-    total = total - n / (n - 2) * (k * l).sum(dim=-1) + k.sum(-1) * l.sum(-1) / ((n - 1) * (n - 2))
-    return total / (n * (n - 3))
-
-
-def _cross_products(x: Tensor, y: Tensor) -> Tensor:
-    """tr(x x^T y y^T) = |x^T y|^2, by whichever of the two needs fewer operations."""
-    n, width_x, width_y = x.shape[-2], x.shape[-1], y.shape[-1]
-    if n * (width_x + width_y) < width_x * width_y:
-        return ((x @ x.mT) * (y @ y.mT)).sum(dim=(-2, -1))
-    return (x.mT @ y).square().sum(dim=(-2, -1))
-
-
-def _ratio(cross: Tensor, own_x: Tensor, own_y: Tensor) -> Tensor:
-    scale = own_x.sqrt() * own_y.sqrt()
-    positive = scale > 0
-    return torch.where(positive, cross / torch.where(positive, scale, 1), 0)
-
-
-def _check_features(name: str, tensor: Tensor, layout: tuple[str, ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-    if tensor.ndim != len(layout):
-        raise ValueError(f"{name} must have shape [{', '.join(layout)}], got {tuple(tensor.shape)}")
-    if tensor.shape[-2] < MIN_EXAMPLES:
+def _check_examples(name: str, features: Tensor) -> None:
+    if features.shape[-2] < MIN_EXAMPLES:
         raise ValueError(
             f"{name} must hold at least {MIN_EXAMPLES} examples, which unbiased CKA needs, "
-            f"got {tensor.shape[-2]}"
+            f"got {features.shape[-2]}"
         )
-    if tensor.numel() == 0:
-        raise ValueError(f"{name} must not be empty, got shape {tuple(tensor.shape)}")
 
 
-def _check_pair(x: Tensor, y: Tensor, name: str = "x") -> None:
-    if x.shape[-2] != y.shape[-2]:
-        raise ValueError(f"y must hold as many examples as {name}, {x.shape[-2]}, got {y.shape[-2]}")
-    if x.device != y.device:
-        raise ValueError(f"y must be on the device of {name}, {x.device}, got {y.device}")
-    if x.dtype != y.dtype:
-        raise TypeError(f"y must have the dtype of {name}, {x.dtype}, got {y.dtype}")
-    if not (torch.compiler.is_compiling() or x.is_meta):
-        _check_finite(name, x)
-        _check_finite("y", y)
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        row = int((~torch.isfinite(tensor)).any(dim=-1).flatten().nonzero()[0])
-        raise NonFiniteError(f"{name} must be finite, but row {row} holds NaN or infinity", row=row)
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    """NonFiniteError naming a row of NaN or infinity; nothing where there are no values to look at."""
+    for name, tensor in tensors.items():
+        if torch.compiler.is_compiling() or tensor.is_meta:
+            return
+        if not bool(torch.isfinite(tensor).all()):
+            row = int((~torch.isfinite(tensor)).any(dim=-1).flatten().nonzero()[0])
+            raise NonFiniteError(f"{name} must be finite, but row {row} holds NaN or infinity", row=row)

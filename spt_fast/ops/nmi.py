@@ -1,7 +1,7 @@
 """Normalised mutual information between prompts and patch tokens (eq. 7, 8): one number per image.
 
-Limits: differentiable once; a Triton kernel serves CUDA tensors in float32, float16 and bfloat16, PyTorch
-with float64 inside serves the rest.
+Limits: differentiable once. Triton's kernels serve CUDA tensors in float32, float16 and bfloat16; PyTorch,
+with float64 inside, serves the rest.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from spt_fast.ops import triton_support
-from spt_fast.ops.modes import refuse_second_derivative, refuse_tangents
-from spt_fast.ops.nmi_portable import nmi_backward, nmi_coefficients, nmi_forward
+from spt_fast.ops.autograd_guards import refuse_second_derivative, refuse_tangents
+from spt_fast.ops.nmi_cpu import nmi_backward, nmi_coefficients, nmi_forward
+from spt_fast.support.arguments import check_tensor
 
 
 class NMIParts(NamedTuple):
@@ -61,16 +62,23 @@ def sigmoid_nmi(prompts: Tensor, tokens: Tensor, *, with_parts: bool = False) ->
     return NMIParts(nmi, information, prompt_entropy, token_entropy, r.detach(), c.detach())
 
 
-def explain_backend(device: torch.device) -> tuple[str, str]:
-    """Name of the code that serves tensors on `device`, and why."""
-    if device.type != "cuda":
-        return "portable", "PyTorch, float32 scores where they hold the tolerance, else float64"
+def explain_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """Name of the code that serves such tensors, and why; all dispatch goes by it."""
+    if device.type == "cpu":
+        return "cpu", "PyTorch, float32 scores where they hold the tolerance, else float64"
     reason = triton_support.why_not(device)
+    if not reason and dtype == torch.float64:
+        reason = "Triton's kernels have no float64"
     return ("portable", f"PyTorch in float64: {reason}") if reason else ("triton", "compiled at first use")
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    return explain_backend(tensor.device, tensor.dtype)[0] == "triton"
 
 
 @torch.library.custom_op("spt_fast::sigmoid_nmi", mutates_args=())
 def _sigmoid_nmi(prompts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `NMIParts`."""
     if _has_kernel(prompts):
         from spt_fast.ops.nmi_triton import launch_nmi_forward
 
@@ -80,13 +88,14 @@ def _sigmoid_nmi(prompts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 @torch.library.custom_op("spt_fast::sigmoid_nmi_backward", mutates_args=())
 def _sigmoid_nmi_backward(
-    prompts: Tensor,
-    tokens: Tensor,
-    coefficients: Tensor,
-    information: Tensor,
-    prompt_entropy: Tensor,
-    token_entropy: Tensor,
+    prompts: Tensor,  # [N_p, D]
+    tokens: Tensor,  # [B, N_e, D]
+    coefficients: Tensor,  # [B, 3] float64: dL/dI, dL/dH(P), dL/dH(E)
+    information: Tensor,  # [B]
+    prompt_entropy: Tensor,  # [B]
+    token_entropy: Tensor,  # [B]
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of prompts and tokens."""
     if _has_kernel(prompts):
         from spt_fast.ops.nmi_triton import launch_nmi_backward
 
@@ -132,25 +141,6 @@ _sigmoid_nmi.register_autograd(_differentiate, setup_context=_save)
 _sigmoid_nmi_backward.register_autograd(refuse_second_derivative("sigmoid_nmi"))
 
 
-def _has_kernel(prompts: Tensor) -> bool:
-    return prompts.is_cuda and prompts.dtype != torch.float64 and not triton_support.why_not(prompts.device)
-
-
 def _check(prompts: Tensor, tokens: Tensor) -> None:
-    for name, tensor, layout in (("prompts", prompts, "[N_p, D]"), ("tokens", tokens, "[B, N_e, D]")):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.ndim != layout.count(",") + 1:
-            raise ValueError(f"{name} must have shape {layout}, got {tuple(tensor.shape)}")
-        if tensor.numel() == 0:
-            raise ValueError(f"{name} must not be empty, got shape {tuple(tensor.shape)}")
-    if prompts.shape[-1] != tokens.shape[-1]:
-        raise ValueError(
-            f"tokens must have the width of prompts, {prompts.shape[-1]}, got {tokens.shape[-1]}"
-        )
-    if prompts.device != tokens.device:
-        raise ValueError(f"tokens must be on the device of prompts, {prompts.device}, got {tokens.device}")
-    if prompts.dtype != tokens.dtype:
-        raise TypeError(f"tokens must have the dtype of prompts, {prompts.dtype}, got {tokens.dtype}")
+    check_tensor("prompts", prompts, ("N_p", "D"))
+    check_tensor("tokens", tokens, ("B", "N_e", prompts.shape[1]), dtype=prompts.dtype, device=prompts.device)

@@ -7,6 +7,8 @@ have never run on a GPU.
 An image of up to 64 prompts, 256 tokens and 8,192 scores, padded, is one program that reads prompts and
 tokens once and writes only the results. Larger ones go through a buffer of scores of bounded size, small
 enough for a GPU's second-level cache, which a second kernel sweeps. How precision is kept: docs/nmi.md.
+`p_row`, `e_image` and `e_row` are the elements between two rows of the prompts, two images and two rows of
+the tokens.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -20,73 +22,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spt_fast.ops.nmi_portable import Parts
-from spt_fast.ops.triton_support import Compiled, compile_ahead, interpreting, on_device
+from spt_fast.ops import nmi_tiles as tiles
+from spt_fast.ops.nmi_cpu import Parts
+from spt_fast.ops.triton_math import LEAST, SERIES_LIMIT, divergence_series, expm1, log1p
+from spt_fast.ops.triton_support import interpreting, on_device
 
-# The largest tiles that leave no register to memory on sm_80, sm_90 and sm_100.
-FUSED_PROMPTS, FUSED_TOKENS, FUSED_SCORES = 64, 256, 8192
-TILE_PROMPTS, TILE_TOKENS = 32, 64
-SWEEP_PROMPTS, SWEEP_TOKENS = 16, 64
-# 2 ** 23 float32 scores are 32 MiB.
-BUFFERED_SCORES = 2**23
-# Within so many channels a dot product is summed plainly, between them with the rounding errors kept.
-CHANNELS = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
-TILE_WARPS, STAGES = 8, 2
-# Of the sweep: for two programs a multiprocessor. Triton 3.8 aims at three, and spills.
-SWEEP_REGISTERS = 128
 # A new batch size or number of prompts must not compile the kernels anew.
-_COUNTS = ["num_prompts", "num_tokens", "images"]
-# The least that logarithms are taken of. Triton makes float64 of a constant below float32's 2 ** -126, and of
-# whatever meets it.
-_LEAST = tl.constexpr(2.0**-126)
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1 for x <= 0."""
-    series = 1.0 + x * 0.125
-    series = 1.0 + x * series * 0.14285715
-    series = 1.0 + x * series * 0.16666667
-    series = 1.0 + x * series * 0.2
-    series = 1.0 + x * series * 0.25
-    series = 1.0 + x * series * 0.33333334
-    series = 1.0 + x * series * 0.5
-    return tl.where(x > -0.5, x * series, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x); -87 where that is below -87, which no result notices."""
-    series = 0.11111111 - 0.1 * x
-    series = 0.125 - x * series
-    series = 0.14285715 - x * series
-    series = 0.16666667 - x * series
-    series = 0.2 - x * series
-    series = 0.25 - x * series
-    series = 0.33333334 - x * series
-    series = 0.5 - x * series
-    return tl.where(tl.abs(x) < 0.25, x * (1.0 - x * series), tl.log(tl.maximum(1.0 + x, _LEAST)))
-
-
-@triton.jit
-def _divergence_series(x):
-    """((1 + x) log(1 + x) - x) / x^2 for |x| < 0.25."""
-    series = 0.013888889 - 0.011111111 * x
-    series = 0.017857144 - x * series
-    series = 0.023809524 - x * series
-    series = 0.033333335 - x * series
-    series = 0.05 - x * series
-    series = 0.083333336 - x * series
-    series = 0.16666667 - x * series
-    return 0.5 - x * series
+COUNTS = ["num_prompts", "num_tokens", "images"]
+# Deviations below this share of 1 + their mean: their differences keep more digits than the ratio pi / (r c).
+_NEARLY_EQUAL = tl.constexpr(0.25)
+# A few roundings of a ratio near 1 in float32; less than this is no information.
+_ROUNDING = tl.constexpr(1e-6)
+# A smaller share has no reciprocal in float32.
+_LEAST_SHARE = tl.constexpr(1e-37)
 
 
 @triton.jit
 def _score_tile(
-    prompts, tokens, p_row, e_row, rows, columns, row_valid, column_valid, width,
+    prompts,  # IN [N_p, D]
+    tokens,  # IN [N_e, D], of one image
+    p_row, e_row, rows, columns, row_valid, column_valid, width,
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Scores [BLOCK_P, BLOCK_E]: sums over BLOCK_D channels, added up with their rounding errors."""
+    """Scores x_kj = p_k . e_j of `rows` k and `columns` j, [BLOCK_P, BLOCK_E].
+
+    Products over BLOCK_D channels, added up with the rounding error of every sum (Knuth's two-sum).
+    """
     high = tl.zeros([BLOCK_P, BLOCK_E], tl.float32)
     low = tl.zeros([BLOCK_P, BLOCK_E], tl.float32)
     prompt_lines = prompts + rows.to(tl.int64) * p_row
@@ -102,50 +63,56 @@ def _score_tile(
             mask=column_valid[None, :] & in_width[:, None],
             other=0.0,
         )
-        part = tl.dot(p, e, input_precision="ieee")
-        total = high + part
-        back = total - high
-        low += (high - (total - back)) + (part - back)
+        product = tl.dot(p, e, input_precision="ieee")
+        total = high + product
+        added = total - high
+        low += (high - (total - added)) + (product - added)
         high = total
     return high + low
 
 
 @triton.jit
 def _mass(scores, top, valid):
-    """sigmoid(x) / sigmoid(top), and by how much that is below 1, each to float32's relative precision."""
+    """m = sigmoid(x) / sigmoid(top) and its deviation m - 1, each to float32's relative precision.
+
+    With b = x - top: m = sigmoid(x) + exp(b) (1 - sigmoid(x)) and m - 1 = (exp(b) - 1) (1 - sigmoid(x)).
+    """
     below = tl.where(valid, scores - top, 0.0)
     rest = 1.0 / (1.0 + tl.exp(scores))  # 1 - sigmoid
     mass = 1.0 / (1.0 + tl.exp(-scores)) + tl.exp(below) * rest
-    return tl.where(valid, mass, 0.0), tl.where(valid, _expm1(below) * rest, 0.0)
+    return tl.where(valid, mass, 0.0), tl.where(valid, expm1(below) * rest, 0.0)
 
 
 @triton.jit
 def _inverse(shares):
     """1 / shares, 0 where a share is too small to have one."""
-    return tl.where(shares > 1e-37, 1.0 / tl.where(shares > 1e-37, shares, 1.0), 0.0)
+    return tl.where(shares > _LEAST_SHARE, 1.0 / tl.where(shares > _LEAST_SHARE, shares, 1.0), 0.0)
 
 
 @triton.jit
 def _excess(share, own, per_row, row, per_column, column, scale):
-    """pi / (r c) - 1, from the share pi, 1 / r and 1 / c, and from deviations less their mean.
+    """The excess e = pi / (r c) - 1, from the share pi, 1 / r and 1 / c, and from deviations less their mean.
 
-    Where all is nearly equal it follows from differences of deviations; elsewhere from the ratio, where what
-    is below a few roundings is none. `scale` is 1 plus the mean.
+    With the mean deviation g, and d, a and b of the pair, its row and its column less g:
+
+        e = ((1 + g) (d - a - b) - a b) / ((1 + g + a) (1 + g + b))
+
+    which is used where all deviations are small; elsewhere the ratio. `scale` is 1 + g.
     """
     interaction = scale * (own - row - column) - row * column
     near = interaction / ((scale + row) * (scale + column))
     far = share * per_row * per_column - 1.0
-    far = tl.where(tl.abs(far) < 1e-6, 0.0, far)
+    far = tl.where(tl.abs(far) < _ROUNDING, 0.0, far)
     largest = tl.maximum(tl.abs(own), tl.maximum(tl.abs(row), tl.abs(column)))
-    return tl.where(largest < 0.25 * scale, near, far)
+    return tl.where(largest < scale * _NEARLY_EQUAL, near, far)
 
 
 @triton.jit
 def _information_terms(share, excess, independent):
-    """r c [(1 + e) log(1 + e) - e], e the excess: never negative."""
-    near = independent * excess * excess * _divergence_series(excess)
-    far = share * (_log1p(excess) - 1.0) + independent
-    return tl.where(tl.abs(excess) < 0.25, near, far)
+    """r c [(1 + e) log(1 + e) - e], whose sum is I: no term is negative. `independent` is r c."""
+    near = independent * excess * excess * divergence_series(excess)
+    far = share * (log1p(excess) - 1.0) + independent
+    return tl.where(tl.abs(excess) < SERIES_LIMIT, near, far)
 
 
 @triton.jit
@@ -156,7 +123,7 @@ def _entropy(shares, index):
     others = tl.where(is_top, 0.0, shares)
     rest = tl.sum(others, 0)
     logs = tl.log(tl.where(others > 0, others, 1.0))
-    return -tl.sum(others * logs, 0) - (1.0 - rest) * _log1p(-rest)
+    return -tl.sum(others * logs, 0) - (1.0 - rest) * log1p(-rest)
 
 
 @triton.jit
@@ -171,12 +138,23 @@ def _store_parts(parts, image, images, information, prompt_entropy, token_entrop
     tl.store(parts + 3 * images + image, token_entropy + poison)
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def nmi_fused_kernel(
-    prompts, tokens, parts, r, c, p_row, e_image, e_row, num_prompts, num_tokens, images, width,
+    prompts,  # IN [N_p, D]
+    tokens,  # IN [B, N_e, D]
+    parts,  # OUT [4, B] float32: NMI, I, H(P), H(E)
+    r,  # OUT [B, N_p] float32
+    c,  # OUT [B, N_e] float32
+    p_row, e_image, e_row, num_prompts, num_tokens, images, width,
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """All of one image, whose scores are one tile."""
+    """NMI = 2 I / (H(P) + H(E)) (eq. 8) of one image, from its scores x in one tile:
+
+        pi = sigmoid(x) / sum (eq. 7),   r, c = its marginals,   e = pi / (r c) - 1,
+        I = sum r c [(1 + e) log(1 + e) - e],   H(P) = -sum r log r,   H(E) = -sum c log c
+
+    docs/nmi.md says why I is not computed as sum pi log(pi / (r c)).
+    """
     image = tl.program_id(0).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_E)
     row_valid, column_valid = rows < num_prompts, columns < num_tokens
@@ -212,12 +190,15 @@ def nmi_fused_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def nmi_scores_kernel(
-    prompts, tokens, scores, p_row, e_image, e_row, num_prompts, num_tokens, width,
+    prompts,  # IN [N_p, D]
+    tokens,  # IN [B, N_e, D]
+    scores,  # OUT [B, N_p, N_e] float32
+    p_row, e_image, e_row, num_prompts, num_tokens, width,
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the scores [B, N_p, N_e] of one image."""
+    """x_kj = p_k . e_j: one tile of the scores of one image."""
     image = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     columns = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -232,6 +213,7 @@ def nmi_scores_kernel(
 
 @triton.jit
 def _load_tile(scores, first_row, first_column, num_prompts, num_tokens, BLOCK_P, BLOCK_E):
+    """A tile of one image's scores [N_p, N_e], where it is valid, its rows, columns and pointers."""
     rows = first_row + tl.arange(0, BLOCK_P)
     columns = first_column + tl.arange(0, BLOCK_E)
     valid = (rows < num_prompts)[:, None] & (columns < num_tokens)[None, :]
@@ -239,17 +221,26 @@ def _load_tile(scores, first_row, first_column, num_prompts, num_tokens, BLOCK_P
     return tl.load(places, mask=valid, other=0.0), valid, rows, columns, places
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=COUNTS)
 def nmi_sweep_kernel(
-    scores, parts, r, c, row_deviations, column_deviations, coefficients,
+    scores,  # IN [B, N_p, N_e] float32: x; OUT dL/dx with GRADIENT
+    parts,  # OUT [4, B] float32: NMI, I, H(P), H(E); IN with GRADIENT
+    r,  # OUT [B, N_p] float32; with GRADIENT scratch
+    c,  # OUT [B, N_e] float32; with GRADIENT scratch
+    row_deviations,  # scratch [B, N_p] float32
+    column_deviations,  # scratch [B, N_e] float32
+    coefficients,  # IN [B, 3] float32: dL/dI, dL/dH(P), dL/dH(E); not read without GRADIENT
     num_prompts, num_tokens, images,
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, ALL_P: tl.constexpr, ALL_E: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """All of one image from its scores [N_p, N_e], tile by tile; with GRADIENT, scores become dL/dscores.
+    """The formulas of `nmi_fused_kernel` for one image whose scores are in memory; with GRADIENT, instead,
 
-    `parts` is read with GRADIENT, written without. Sweeps: the largest score; sums of rows; sums of columns;
-    information or gradient. Tiles come from the cache.
+        dL/dx = pi (1 - sigmoid(x)) (A u - B log r - C log c - (A I + B H(P) + C H(E))),  u = log(pi / (r c))
+
+    in place of the scores, for A, B, C = dL/dI, dL/dH(P), dL/dH(E). The program sweeps four times over the
+    tiles, which come from the cache: for the largest score, for sums of rows, for sums of columns, and for
+    the information or the gradient.
     """
     image = tl.program_id(0).to(tl.int64)
     scores += image * num_prompts * num_tokens
@@ -331,9 +322,9 @@ def nmi_sweep_kernel(
                 _inverse(column)[None, :], (column_deviation - mean)[None, :], 1.0 + mean,
             )  # fmt: skip
             if GRADIENT:
-                inner = of_information * _log1p(excess) - average
-                inner -= of_prompts * tl.log(tl.maximum(row, _LEAST))[:, None]
-                inner -= of_tokens * tl.log(tl.maximum(column, _LEAST))[None, :]
+                inner = of_information * log1p(excess) - average
+                inner -= of_prompts * tl.log(tl.maximum(row, LEAST))[:, None]
+                inner -= of_tokens * tl.log(tl.maximum(column, LEAST))[None, :]
                 slope = share / (1.0 + tl.exp(x)) * inner + poison
                 tl.store(places, slope, mask=valid)
             else:
@@ -354,41 +345,44 @@ def nmi_sweep_kernel(
         _store_parts(parts, image, images, result, prompt_entropy, token_entropy, poison)
 
 
-def launch_nmi_forward(prompts: Tensor, tokens: Tensor) -> Parts:
-    """What `nmi_portable.nmi_forward` returns, in float32."""
+def launch_nmi_forward(
+    prompts: Tensor,  # [N_p, D]
+    tokens: Tensor,  # [B, N_e, D]
+) -> Parts:
+    """What `nmi_cpu.nmi_forward` returns, in float32."""
     prompts, tokens = _rows_contiguous(prompts), _rows_contiguous(tokens)
     (num_prompts, width), (images, num_tokens, _) = prompts.shape, tokens.shape
     parts = tokens.new_empty((4, images), dtype=torch.float32)
     r = tokens.new_empty((images, num_prompts), dtype=torch.float32)
     c = tokens.new_empty((images, num_tokens), dtype=torch.float32)
-    block_p, block_e = _padded(num_prompts), _padded(num_tokens)
+    block_p, block_e = tiles.padded(num_prompts), tiles.padded(num_tokens)
     with on_device(tokens):
-        if _is_fused(block_p, block_e):
+        if tiles.is_fused(block_p, block_e):
             nmi_fused_kernel[(images,)](
                 prompts, tokens, parts, r, c, prompts.stride(0), tokens.stride(0), tokens.stride(1),
                 num_prompts, num_tokens, images, width,
-                BLOCK_P=block_p, BLOCK_E=block_e, BLOCK_D=CHANNELS[tokens.dtype],
-                num_warps=_fused_warps(block_p, block_e), num_stages=STAGES,
+                BLOCK_P=block_p, BLOCK_E=block_e, BLOCK_D=tiles.CHANNELS[tokens.dtype],
+                num_warps=tiles.fused_warps(block_p, block_e), num_stages=tiles.STAGES,
             )  # fmt: skip
         else:
             for first, chunk in _chunks(prompts, tokens):
                 last = first + len(chunk)
-                part = torch.empty_like(parts[:, first:last])
-                _sweep(_scores(prompts, chunk), part, r[first:last], c[first:last], None)
-                parts[:, first:last] = part
+                found = torch.empty_like(parts[:, first:last])
+                _launch_sweep(_launch_scores(prompts, chunk), found, r[first:last], c[first:last], None)
+                parts[:, first:last] = found
     nmi, information, prompt_entropy, token_entropy = (row.clone() for row in parts)
     return nmi, information, prompt_entropy, token_entropy, r, c
 
 
 def launch_nmi_backward(
-    prompts: Tensor,
-    tokens: Tensor,
-    coefficients: Tensor,  # [B, 3]: dL/dI, dL/dH(P), dL/dH(E)
-    information: Tensor,
-    prompt_entropy: Tensor,
-    token_entropy: Tensor,
+    prompts: Tensor,  # [N_p, D]
+    tokens: Tensor,  # [B, N_e, D]
+    coefficients: Tensor,  # [B, 3] float64: dL/dI, dL/dH(P), dL/dH(E)
+    information: Tensor,  # [B]
+    prompt_entropy: Tensor,  # [B]
+    token_entropy: Tensor,  # [B]
 ) -> tuple[Tensor, Tensor]:
-    """What `nmi_portable.nmi_backward` returns."""
+    """What `nmi_cpu.nmi_backward` returns."""
     grad_tokens = torch.empty_like(tokens, memory_format=torch.contiguous_format)
     rows, tokens = _rows_contiguous(prompts), _rows_contiguous(tokens)
     coefficients = coefficients.float().contiguous()
@@ -398,99 +392,50 @@ def launch_nmi_backward(
     with on_device(tokens), torch.autocast(tokens.device.type, enabled=False):
         for first, chunk in _chunks(prompts, tokens):
             last = first + len(chunk)
-            slopes = _scores(rows, chunk)
-            shares = slopes.new_empty((len(chunk), prompts.shape[0] + tokens.shape[1]))
-            r, c = (
-                part.contiguous() for part in torch.split(shares, [prompts.shape[0], tokens.shape[1]], dim=1)
-            )
-            _sweep(slopes, parts[:, first:last].contiguous(), r, c, coefficients[first:last])
+            slopes = _launch_scores(rows, chunk)
+            r, c = (slopes.new_empty(slopes.shape[0], count) for count in slopes.shape[1:])
+            _launch_sweep(slopes, parts[:, first:last].contiguous(), r, c, coefficients[first:last])
             grad_prompts += (slopes @ chunk.float()).sum(0)
             grad_tokens[first:last] = slopes.mT @ wide
     return grad_prompts.to(prompts.dtype), grad_tokens
 
 
-def _scores(prompts: Tensor, tokens: Tensor) -> Tensor:
+def _launch_scores(prompts: Tensor, tokens: Tensor) -> Tensor:
     """Scores [B, N_p, N_e] in float32."""
     (num_prompts, width), (images, num_tokens, _) = prompts.shape, tokens.shape
     scores = tokens.new_empty((images, num_prompts, num_tokens), dtype=torch.float32)
-    grid = (images, triton.cdiv(num_prompts, TILE_PROMPTS), triton.cdiv(num_tokens, TILE_TOKENS))
-    nmi_scores_kernel[grid](
+    block_p, block_e = tiles.SCORES_PROMPTS, tiles.SCORES_TOKENS
+    nmi_scores_kernel[(images, triton.cdiv(num_prompts, block_p), triton.cdiv(num_tokens, block_e))](
         prompts, tokens, scores, prompts.stride(0), tokens.stride(0), tokens.stride(1),
         num_prompts, num_tokens, width,
-        BLOCK_P=TILE_PROMPTS, BLOCK_E=TILE_TOKENS, BLOCK_D=CHANNELS[tokens.dtype],
-        num_warps=TILE_WARPS, num_stages=STAGES,
+        BLOCK_P=block_p, BLOCK_E=block_e, BLOCK_D=tiles.CHANNELS[tokens.dtype],
+        num_warps=tiles.WARPS, num_stages=tiles.STAGES,
     )  # fmt: skip
     return scores
 
 
-def _sweep(scores: Tensor, parts: Tensor, r: Tensor, c: Tensor, coefficients: Tensor | None) -> None:
+def _launch_sweep(scores: Tensor, parts: Tensor, r: Tensor, c: Tensor, coefficients: Tensor | None) -> None:
+    """Fill `parts`, `r` and `c` from scores; with coefficients turn scores into dL/dscores."""
     images, num_prompts, num_tokens = scores.shape
     nmi_sweep_kernel[(images,)](
         scores, parts, r, c, torch.empty_like(r), torch.empty_like(c),
         parts if coefficients is None else coefficients, num_prompts, num_tokens, images,
-        BLOCK_P=SWEEP_PROMPTS, BLOCK_E=SWEEP_TOKENS, ALL_P=_padded(num_prompts), ALL_E=_padded(num_tokens),
-        GRADIENT=coefficients is not None,
-        num_warps=TILE_WARPS, num_stages=STAGES, maxnreg=SWEEP_REGISTERS,
+        BLOCK_P=tiles.SWEEP_PROMPTS, BLOCK_E=tiles.SWEEP_TOKENS,
+        ALL_P=tiles.padded(num_prompts), ALL_E=tiles.padded(num_tokens), GRADIENT=coefficients is not None,
+        num_warps=tiles.WARPS, num_stages=tiles.STAGES, maxnreg=tiles.SWEEP_REGISTERS,
     )  # fmt: skip
 
 
 def _chunks(prompts: Tensor, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Images whose scores fit into the buffer, each with the index of the first."""
-    images = max(1, BUFFERED_SCORES // (prompts.shape[0] * tokens.shape[1]))
+    images = tiles.images_per_chunk(prompts.shape[0], tokens.shape[1])
     for first in range(0, tokens.shape[0], images):
         yield first, tokens[first : first + images]
 
 
-def _is_fused(block_p: int, block_e: int) -> bool:
-    """Whether the scores of an image, padded to this size, stay in registers."""
-    return block_p <= FUSED_PROMPTS and block_e <= FUSED_TOKENS and block_p * block_e <= FUSED_SCORES
-
-
-def _fused_warps(block_p: int, block_e: int) -> int:
-    return min(16, max(2, block_p * block_e // 512))
-
-
-def _padded(count: int) -> int:
-    """A power of two that `tl.dot` takes."""
-    return max(16, int(triton.next_power_of_2(count)))
-
-
 def _rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor if its last dimension is contiguous, else a copy."""
     if interpreting() and tensor.dtype == torch.bfloat16:
         # The interpreter multiplies the bits of bfloat16 as if they were integers; float32 holds the numbers.
         tensor = tensor.float()
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def compile_all(arch: int, least_scores: int = 0) -> Iterator[tuple[str, Compiled]]:
-    """What each kernel takes of a multiprocessor of capability `arch`, by name; the fused one in all its
-    tiles of at least so many scores."""
-    counts = {name: "i32" for name in _COUNTS}
-    for dtype, channels in (("fp32", CHANNELS[torch.float32]), ("bf16", CHANNELS[torch.bfloat16])):
-        inputs = {name: f"*{dtype}:16" for name in ("prompts", "tokens")}
-        inputs |= {name: "i32:16" for name in ("p_row", "e_image", "e_row", "width")} | counts
-        results = {name: "*fp32:16" for name in ("parts", "r", "c")}
-        for block_p, block_e in _fused_tiles(least_scores):
-            blocks = {"BLOCK_P": block_p, "BLOCK_E": block_e, "BLOCK_D": channels}
-            warps = _fused_warps(block_p, block_e)
-            compiled = compile_ahead(nmi_fused_kernel, inputs | results, blocks, arch, warps, STAGES)
-            yield f"fused {dtype} {block_p} x {block_e}", compiled
-        scored = {name: kind for name, kind in inputs.items() if name != "images"} | {"scores": "*fp32:16"}
-        blocks = {"BLOCK_P": TILE_PROMPTS, "BLOCK_E": TILE_TOKENS, "BLOCK_D": channels}
-        compiled = compile_ahead(nmi_scores_kernel, scored, blocks, arch, TILE_WARPS, STAGES)
-        yield f"scores {dtype} {TILE_PROMPTS} x {TILE_TOKENS}", compiled
-    names = ("scores", "parts", "r", "c", "row_deviations", "column_deviations", "coefficients")
-    swept = {name: "*fp32:16" for name in names} | counts
-    blocks = {"BLOCK_P": SWEEP_PROMPTS, "BLOCK_E": SWEEP_TOKENS, "ALL_P": 128, "ALL_E": 1024}
-    for gradient in (False, True):
-        constants = blocks | {"GRADIENT": gradient}
-        compiled = compile_ahead(
-            nmi_sweep_kernel, swept, constants, arch, TILE_WARPS, STAGES, maxnreg=SWEEP_REGISTERS
-        )
-        yield f"sweep{' gradient' if gradient else ''} {SWEEP_PROMPTS} x {SWEEP_TOKENS}", compiled
-
-
-def _fused_tiles(least_scores: int) -> list[tuple[int, int]]:
-    sides = [2**power for power in range(4, 9)]
-    tiles = [(block_p, block_e) for block_p in sides for block_e in sides if _is_fused(block_p, block_e)]
-    return [tile for tile in tiles if tile[0] * tile[1] >= least_scores]

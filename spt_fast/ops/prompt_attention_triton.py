@@ -4,8 +4,9 @@ Limits: float32, float16 and bfloat16 with float32 sums; head widths up to 128; 
 tensor contiguous; the caller has checked everything else. These kernels have never run on a GPU.
 
 Keys are counted as if the prompts stood in front of the image's tokens: a tile of keys may hold some of both,
-so that the two are padded together, and each row knows which tensor it comes from. Rows beyond an end are
-masked. Offsets of rows are 64-bit.
+so that the two are padded together. A row's number tells which tensor it comes from. Rows beyond an end are
+masked. Offsets of rows are 64-bit. `x_image`, `x_head`, `x_row` and `x_task` are the elements between two
+images, heads, rows and tasks of a tensor x.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -21,14 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from spt_fast.ops import prompt_attention_tiles as tiles
-from spt_fast.ops.prompt_attention_ops import empty_gradients
+from spt_fast.ops.prompt_attention_shapes import empty_gradients, empty_output
 from spt_fast.ops.triton_support import architecture, interpreting, on_device
 
-_LOG2_E = 1.4426950408889634
-# Three products of TensorFloat-32 give float32's precision but for the last two bits or so.
+# exp(x) is exp2(x log2(e)): the hardware has exp2.
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# Three products of TensorFloat-32 give float32's precision, except for the last two bits or so.
 FLOAT32_PRODUCT = "tf32x3"
 # The interpreter multiplies the bits of bfloat16 as if they were integers; float32 holds the same numbers.
 INTERPRETED = tl.constexpr("interpreted")
+# Elements that a program of the last kernel sums: enough for coalesced reads, few enough for many programs.
 SUM_BLOCK = 512
 # A new batch size or number of prompts must not compile the kernels anew.
 _COUNTS = ["images", "tokens", "prompts", "tasks", "splits", "per_split"]
@@ -45,7 +48,7 @@ def _product(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def _places(pointers, valid, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers [ROWS, BLOCK_D] and their mask, from a pointer to the start of each row.
+    """Pointers [ROWS, BLOCK_D] and their mask, from pointers [ROWS] to the start of each row.
 
     The compiler does not see that rows are aligned, which `_aligned` ensures; it would load single elements.
     """
@@ -65,13 +68,14 @@ def _load_rows(pointers, valid, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _store_rows(pointers, valid, values, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store `values` [ROWS, BLOCK_D] up to WIDTH, where valid."""
     places, mask = _places(pointers, valid, WIDTH, BLOCK_D)
     tl.store(places, values.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _key_rows(index, prompts, prompt_base, prompt_stride, image_base, image_stride):
-    """Pointers to keys (or values) `index`, counted with the prompts in front."""
+    """Pointers [ROWS] to keys (or values) `index` [ROWS], counted with the prompts in front."""
     row = index.to(tl.int64)
     from_prompt, from_image = prompt_base + row * prompt_stride, image_base + (row - prompts) * image_stride
     return tl.where(index < prompts, from_prompt, from_image)
@@ -87,14 +91,26 @@ def _tile_head_image(tiles, heads):
 
 @triton.jit(do_not_specialize=_COUNTS)
 def prompt_attention_forward_kernel(
-    q, k, v, prompt_k, prompt_v, task, out, lse,
+    q,  # IN [B, H, N, d]
+    k,  # IN [B, H, N, d]
+    v,  # IN [B, H, N, d]
+    prompt_k,  # IN [H, N_p, d]; with HAS_TASK [T, H, N_p, d]
+    prompt_v,  # IN like prompt_k
+    task,  # IN [B] int64; not read without HAS_TASK
+    out,  # OUT [B, N, H, d] contiguous
+    lse,  # OUT [B, H, N] float32 contiguous
     q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,
     pk_task, pk_head, pk_row, pv_task, pv_head, pv_row,
     tokens, prompts, heads, tasks, scale_log2,
     HAS_TASK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output of ROWS queries of one head of one image, and the logarithm of their softmax sums."""
+    """O = softmax(s Q K^T) V with K = [prompt_k; k], V = [prompt_v; v] (eq. 6, 13); L = log sum exp(s Q K^T).
+
+    A program makes ROWS queries of one head of one image, STEP keys at a time, with an online softmax: sums
+    and output are kept relative to the largest score so far, and shrunk where a larger one turns up.
+    `scale_log2` is s log2(e). An image whose task is out of range gets NaN.
+    """
     tile, head, image = _tile_head_image(tl.cdiv(tokens, ROWS), heads)
     known = True
     if HAS_TASK:
@@ -134,23 +150,36 @@ def prompt_attention_forward_kernel(
         result = tl.where(known, result, float("nan"))
     line = (image * tokens + row) * heads + head
     _store_rows(out + line * WIDTH, row_valid, result, WIDTH, BLOCK_D)
-    sums = (highest + tl.log2(total)) / 1.4426950408889634
+    sums = (highest + tl.log2(total)) / _LOG2_E
     tl.store(lse + (image * heads + head) * tokens + row, sums, mask=row_valid)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def prompt_attention_backward_kernel(
-    grad, q, k, v, prompt_k, prompt_v, out, lse, running, packed, partial,
+    grad,  # IN [B, H, N, d]: dL/dO
+    q,  # IN [B, H, N, d]
+    k,  # IN [B, H, N, d]
+    v,  # IN [B, H, N, d]
+    prompt_k,  # IN [H, N_p, d]
+    prompt_v,  # IN [H, N_p, d]
+    out,  # IN [B, H, N, d]: O
+    lse,  # IN [B, H, N] float32 contiguous: L
+    running,  # INOUT [B, H, N, d] float32 contiguous: dL/dQ up to now; unused with one tile of keys
+    packed,  # OUT [B, N, 3, H, d] contiguous: dL/dQ, dL/dK, dL/dV of the images; unused without IMAGES
+    partial,  # OUT [2, splits, H, N_p, d] float32 contiguous: dL/dK, dL/dV of the prompts, if PROMPTS
     grad_image, grad_head, grad_row, q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,
     pk_head, pk_row, pv_head, pv_row, out_image, out_head, out_row,
     images, tokens, prompts, heads, splits, per_split, scale,
     IMAGES: tl.constexpr, PROMPTS: tl.constexpr, TRANSPOSED: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one head of one image; or, without IMAGES, of its prompts alone over some images.
+    """The gradients of O = P V, P = exp(s Q K^T - L), from dO = dL/dO, with K, V, L as in the forward kernel:
 
-    A program owns all keys and all queries, so that it adds up the gradients of the queries by itself: tile
-    of keys by tile of keys, in `running`, the last one into `packed`. Sums of prompts go to `partial`.
+        dV = P^T dO,   dS = P * (dO V^T - rowsum(dO * O)),   dQ = s dS K,   dK = s dS^T Q
+
+    A program owns all keys and all queries of one head of one image, so that it adds up dQ by itself: ROWS
+    keys after ROWS keys, in `running`, the last ones into `packed`. Without IMAGES it owns the prompts of
+    one head and the queries of `per_split` images. dK and dV of the prompts go to `partial`, to be summed.
     """
     _tile, head, split = _tile_head_image(1, heads)
     first_image = split * per_split
@@ -189,9 +218,9 @@ def prompt_attention_backward_kernel(
             )
             dots = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
             statistic = (image * heads + head) * tokens + token
-            sums = tl.load(lse + statistic, mask=valid, other=float("inf")) * 1.4426950408889634
+            sums = tl.load(lse + statistic, mask=valid, other=float("inf")) * _LOG2_E
             # Transposed: keys down, queries across.
-            scores = _product(keys, queries.T, None, PRECISION) * (scale * 1.4426950408889634)
+            scores = _product(keys, queries.T, None, PRECISION) * (scale * _LOG2_E)
             weights = tl.exp2(scores - sums[None, :] + bias[:, None])
             grad_values = _product(weights.to(grads.dtype), grads, grad_values, PRECISION)
             grad_weights = _product(values, grads.T, None, PRECISION)
@@ -224,8 +253,13 @@ def prompt_attention_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["splits", "size"])
-def prompt_attention_sum_kernel(partial, grad_k, grad_v, splits, size, BLOCK: tl.constexpr):
-    """Sum partial results [2, splits, size] in a fixed order into the prompts' gradients."""
+def prompt_attention_sum_kernel(
+    partial,  # IN [2, splits, size] float32, with size = H N_p d
+    grad_k,  # OUT [size]
+    grad_v,  # OUT [size]
+    splits, size, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum partial results over the splits, in a fixed order, into the gradients of the prompts."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = index < size
     partial += tl.program_id(1).to(tl.int64) * splits * size
@@ -239,14 +273,19 @@ def prompt_attention_sum_kernel(partial, grad_k, grad_v, splits, size, BLOCK: tl
         tl.store(grad_v + index, total.to(grad_v.dtype.element_ty), mask=valid)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, task: Tensor | None, scale: float
+def launch_prompt_attention_forward(
+    q: Tensor,  # [B, H, N, d]
+    k: Tensor,  # [B, H, N, d]
+    v: Tensor,  # [B, H, N, d]
+    prompt_k: Tensor,  # [H, N_p, d]; [T, H, N_p, d] with a task
+    prompt_v: Tensor,  # as prompt_k
+    task: Tensor | None,  # [B] int64
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, N, H, d], contiguous, and the logarithm of each softmax sum [B, H, N]."""
     q, k, v, prompt_k, prompt_v = (_aligned(tensor) for tensor in (q, k, v, prompt_k, prompt_v))
     batch, heads, tokens, width = q.shape
-    out = q.new_empty(batch, tokens, heads, width)
-    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    out, lse = empty_output(q)
     prompts = prompt_k.shape[-2]
     per_task = [
         tensor.stride()[:-1] if task is not None else (0, *tensor.stride()[:-1])
@@ -255,7 +294,7 @@ def attend(
     arguments = [
         q, k, v, prompt_k, prompt_v, q if task is None else task, out, lse,
         *_strides(q, k, v), *per_task[0], *per_task[1],
-        tokens, prompts, heads, prompt_k.shape[0], scale * _LOG2_E, task is not None,
+        tokens, prompts, heads, prompt_k.shape[0], scale * _LOG2_E.value, task is not None,
     ]  # fmt: skip
     tile = tiles.forward_tiles(architecture(q.device), width, q.element_size(), tokens, tokens + prompts)
     programs = batch * heads * -(-tokens // tile.rows)
@@ -263,14 +302,20 @@ def attend(
     return out, lse
 
 
-def gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, out: Tensor,
-    lse: Tensor, scale: float, images: bool, prompts: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients [B, N, 3, H, d] of q, k and v in one buffer, and the sums over images of the prompts'.
-
-    Whatever is not asked for is empty and not computed.
-    """
+def launch_prompt_attention_backward(
+    grad: Tensor,  # [B, N, H, d]
+    q: Tensor,  # [B, H, N, d]
+    k: Tensor,  # [B, H, N, d]
+    v: Tensor,  # [B, H, N, d]
+    prompt_k: Tensor,  # [H, N_p, d]
+    prompt_v: Tensor,  # [H, N_p, d]
+    out: Tensor,  # [B, N, H, d]
+    lse: Tensor,  # [B, H, N]
+    scale: float,
+    images: bool,
+    prompts: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v [B, N, 3, H, d], of `prompt_k` and of `prompt_v`; [0] where not asked for."""
     results = empty_gradients(q, prompt_k, images, prompts)
     # Batch, head and row in this order, whatever the order in memory.
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
@@ -283,7 +328,7 @@ def gradients(
     per_split = 1 if images else tiles.images_per_split(arch, batch, heads)
     splits = -(-batch // per_split)
     partial = q.new_empty((2, splits, heads * count * width) if prompts else (0,), dtype=torch.float32)
-    # One tile of all keys has no sum to carry on.
+    # Where all keys are one tile, no sum is carried on.
     running = q.new_empty(q.shape if images and keys > tile.rows else (0,), dtype=torch.float32)
     arguments = [
         *tensors, lse, running, results[0], partial, *_strides(*tensors),
@@ -292,11 +337,11 @@ def gradients(
     if keys:
         _launch(prompt_attention_backward_kernel, splits * heads, tile, q, arguments)
     if prompts and count:
-        _sum_splits(partial, results[1], results[2])
+        _launch_sum(partial, results[1], results[2])
     return results
 
 
-def _sum_splits(partial: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
+def _launch_sum(partial: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
     _, splits, size = partial.shape
     with on_device(partial):
         grid = (-(-size // SUM_BLOCK), 2)

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Attention  # type: ignore[attr-define
 from torch import Tensor, nn
 
 from spt_fast.ops.prompt_attention import packed_prompt_attention, prompt_attention
+from spt_fast.ops.prompt_attention_cpu import join_prompts
 
 # Older timm has none.
 _ATTENTION_ROPE: type[nn.Module] | None = getattr(timm.layers, "AttentionRope", None)
@@ -161,10 +162,8 @@ def _biased_attention(
     q: Tensor, k: Tensor, v: Tensor, prompts: KeysValues, bias: Tensor, scale: float
 ) -> Tensor:
     """Attention with a bias on the scores of image tokens, and none on those of prompts."""
-    batch, num_prompts = q.shape[0], prompts.keys.shape[1]
-    keys = torch.cat((k, prompts.keys.expand(batch, -1, -1, -1)), dim=2)
-    values = torch.cat((v, prompts.values.expand(batch, -1, -1, -1)), dim=2)
-    mask = F.pad(bias.to(q.dtype), (0, num_prompts))
+    keys, values = join_prompts(k, prompts.keys), join_prompts(v, prompts.values)
+    mask = F.pad(bias.to(q.dtype), (0, prompts.keys.shape[1]))
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spt_fast.ops.modes import autocast_dtype
+from spt_fast.ops.autocast import autocast_dtype
 from spt_fast.prompting.engines.attention import KeysValues
 
 

@@ -1,4 +1,4 @@
-"""`sigmoid_nmi` and its gradient in PyTorch, for CPU tensors and wherever the Triton kernel cannot serve.
+"""`sigmoid_nmi` and its gradient in PyTorch, for CPU tensors and wherever no Triton kernel serves.
 
 Limits: scores are held for a bounded number of images at a time; a device without float64 cannot run it.
 """
@@ -27,7 +27,7 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def nmi_forward(prompts: Tensor, tokens: Tensor) -> Parts:
     """`Parts` of prompts [N_p, D] and tokens [B, N_e, D]; float64 for float64, else float32."""
     dtype = torch.promote_types(prompts.dtype, torch.float32)
-    # Whether an input is to be learned decides how matmul multiplies, and must not decide the last bit.
+    # matmul goes another way for inputs that need gradients, whose last bits differ.
     prompts, tokens = prompts.detach(), tokens.detach()
     with torch.autocast(tokens.device.type, enabled=False):
         parts = [_forward_chunk(prompts, chunk) for chunk in _chunks(prompts, tokens)]
@@ -35,8 +35,8 @@ def nmi_forward(prompts: Tensor, tokens: Tensor) -> Parts:
 
 
 def nmi_backward(
-    prompts: Tensor,
-    tokens: Tensor,
+    prompts: Tensor,  # [N_p, D]
+    tokens: Tensor,  # [B, N_e, D]
     coefficients: Tensor,  # [B, 3] float64: dL/dI, dL/dH(P), dL/dH(E)
 ) -> tuple[Tensor, Tensor]:
     """dL/dprompts [N_p, D] and dL/dtokens [B, N_e, D] in the dtypes of prompts and tokens."""
@@ -60,7 +60,7 @@ class _Joint:
 
     def __init__(self, scores: Tensor) -> None:
         self.scores = scores
-        # exp(-shift) * sigmoid(scores): the factor drops out of pi, and keeps it from underflowing.
+        # exp(-shift) * sigmoid(scores): the factor cancels in pi, and keeps the numbers from underflowing.
         shift = scores.amax(dim=(1, 2), keepdim=True).clamp(max=0)
         mass = (shift - scores).exp_().add_(shift.exp()).reciprocal_()
         # Summed in two steps: the order of a sum down to one number would depend on the number of threads.
@@ -74,7 +74,7 @@ class _Joint:
         tiny = torch.finfo(torch.float64).tiny
         ratio = (self.pi / self.r.clamp(min=tiny)).div_(self.c.clamp(min=tiny))
         self.excess = ratio.sub_(1).clamp_(min=-1 + 2**-52)
-        # Rounding is no information, and would outweigh what there is where one pair has nearly all mass.
+        # Rounding is no information, and would be larger than it where one pair has nearly all the mass.
         self.excess.mul_(self.excess.abs() > _EXCESS_OF_ROUNDING)
         self.log_ratio = self.excess.log1p()
         self.information = self._information()
@@ -84,7 +84,7 @@ class _Joint:
     def _information(self) -> Tensor:
         """I = sum r c [(1 + e) log(1 + e) - e], e the excess: terms that are never negative; [B]."""
         terms = (self.pi * self.log_ratio).sub_(self.excess.mul(self.r).mul_(self.c))
-        # A score of infinity makes NaN, as one of NaN does.
+        # The result is NaN where a score is infinite, as where it is NaN.
         return terms.sum(dim=2).sum(dim=1).clamp_(min=0) + 0 * self.scores.sum(dim=2).sum(dim=1)
 
     @functools.cached_property
@@ -161,8 +161,10 @@ def _chunks(prompts: Tensor, tokens: Tensor) -> Iterator[Tensor]:
 
 
 def _entropy(p: Tensor) -> Tensor:
-    """-sum p log p over all but the first dimension. The logarithm of the largest p, which may round to 1,
-    comes from the sum of the others."""
+    """-sum p log p over all but the first dimension.
+
+    The logarithm of the largest p, which may round to 1, comes from the sum of the others.
+    """
     p = p.flatten(1)
     largest = p.argmax(dim=1, keepdim=True)
     others = p.scatter(1, largest, 0)
