@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spt_fast.backbones.token_extractor import TokenTap
+from spt_fast.backbones.token_extractor import TokenExtractor
 from spt_fast.data.batches import image_batches
 from spt_fast.ops.kmeans import TOKEN_DTYPES
 from spt_fast.prototypes.result import Prototypes, from_layers
@@ -44,7 +44,7 @@ class BackbonePass:
         self.progress = progress and processes.rank == 0
         self.num_images = 0
         self.num_tokens = 0
-        self.tap = TokenTap(model, self._take, **tap_options)
+        self.tap = TokenExtractor(model, self._take, **tap_options)
         self._loader = loader
         self._length = _length(loader)
         self._max_images = None if max_images is None else len(processes.part_of(max_images))
