@@ -2,10 +2,10 @@
 
 `pytest benchmarks/bench_prompted_step.py --benchmark-only` times each side by itself. The ratios to quote are
 those of `python -m benchmarks.bench_prompted_step`, which alternates the sides within one process, so that
-whatever else the machine does meets all of them alike. A step is forward and backward, without the optimiser:
-that is the same for all sides that learn prompts, and the plain model has none. `--memory` prints what a step
-keeps per image; `--inference` times a forward pass with and without `fixed_prompts()`; `--prompt-keys` times
-what a step does for the prompts alone.
+other work of the machine slows all of them alike. A step is forward and backward, without the optimiser,
+which costs the same on all sides that learn prompts. `--memory` prints what a step keeps per image;
+`--inference` times a forward pass with and without `fixed_prompts()`; `--prompt-keys` times what a step does
+for the prompts alone.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def textbook(model: Any, prompts: Tensor) -> nn.Module:
 
 
 def plain(model: Any, prompts: Tensor) -> nn.Module:
-    """The model without prompts, with the same way back: a gradient for the tokens that enter block 1."""
+    """The model without prompts; backward goes as far, to a gradient for the tokens that enter block 1."""
     model.requires_grad_(False).get_classifier().requires_grad_(True)
     # Added, not set on an input: `torch.compile` takes that.
     model.start = nn.Parameter(torch.zeros(model.embed_dim, device=model.pos_embed.device))
@@ -193,7 +193,7 @@ def memory_of(model: nn.Module, images: Tensor, step: Step, dtype: str) -> int:
 def interleaved_medians(steps: dict[str, Step], rounds: int, warmup: int = 1) -> dict[str, float]:
     """Median seconds per step, one step of each side per round; the rounds of warm-up are not counted.
 
-    Each round has an order of its own: what a side leaves behind in caches would always meet the same other.
+    The order changes in each round: in a fixed one, the same side would always find the same caches.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
@@ -262,7 +262,7 @@ def memory_by_form(name: str, depth: int, num_prompts: int, dtype: str) -> dict[
     """Bytes kept per image by the first `depth` blocks of a model, embedding and head included."""
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=NUM_CLASSES, depth=depth)
-    # Values do not matter here, and filling a ViT-H with random ones takes longer than all the rest.
+    # Values do not matter here, and drawing those of a ViT-H takes longer than the measurement.
     model = model.to_empty(device="cpu").eval()
     prompts = torch.zeros(depth, num_prompts, model.embed_dim)
     tuned: Any = ours(model, prompts)
@@ -312,7 +312,7 @@ def report_inference(options: argparse.Namespace) -> None:
 def report_prompt_keys(options: argparse.Namespace) -> None:
     """Norm, keys and values of all layers' prompts, forward and backward: layer by layer, and as one product.
 
-    The one product needs the weights of all layers in one tensor, a copy made beforehand and kept.
+    The one product needs a copy of the weights of all layers in one tensor, made beforehand.
     """
     model = make_model(options.model).requires_grad_(False)
     width, eps = model.embed_dim, model.blocks[0].norm1.eps

@@ -24,7 +24,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from spt_fast import KMeans, StreamingKMeans
-from spt_fast.backbones.token_extractor import TokenTap
+from spt_fast.backbones.token_extractor import TokenExtractor
 from spt_fast.data.shipped import backbone_facts, load_backbone
 from spt_fast.ops.kmeans import assign_accumulate
 
@@ -55,10 +55,12 @@ def untrained_vit() -> nn.Module:
 def block_inputs(model: nn.Module, images: Tensor, block: int) -> Tensor:
     """Patch tokens [images, tokens, D] that enter a block, counted from 1."""
     kept: list[Tensor] = []
-    tap = TokenTap(model, lambda layer, tokens: kept.append(tokens.clone()) if layer == block - 1 else None)
-    with tap:
+    extractor = TokenExtractor(
+        model, lambda layer, tokens: kept.append(tokens.clone()) if layer == block - 1 else None
+    )
+    with extractor:
         for batch in images.split(200):
-            tap.run(batch)
+            extractor.run(batch)
     return torch.cat(kept)
 
 

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast import build_prototypes
-from spt_fast.backbones.token_extractor import TokenTap
+from spt_fast.backbones.token_extractor import TokenExtractor
 from spt_fast.clustering.out_of_core import MAX_ITER, OutOfCoreKMeans
 from spt_fast.data.batches import image_batches
 from spt_fast.prototypes.token_store import TokenStore
@@ -136,9 +136,9 @@ def time_clustering(model: nn.Module, loader: Loader, device: torch.device, **op
         return time.perf_counter() - start - loader.seconds
 
     def bare_pass() -> None:
-        with TokenTap(model, lambda _, __: None) as tap:
+        with TokenExtractor(model, lambda _, __: None) as extractor:
             for images in image_batches(loader):
-                tap.run(images)
+                extractor.run(images)
 
     built = timed(lambda: build_prototypes(model, loader, num_prompts=NUM_PROMPTS, progress=False, **options))
     one_batch = options["strategy"] != "kmeans"

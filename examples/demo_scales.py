@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from spt_fast import PromptedViT, build_prototypes, sigmoid_nmi
-from spt_fast.backbones.token_extractor import TokenTap
+from spt_fast.backbones.token_extractor import TokenExtractor
 from spt_fast.commands.demo.budget import Budget
 from spt_fast.commands.demo.run import classifier
 from spt_fast.data.shipped import few_per_class, load_backbone, load_digits
@@ -87,8 +87,8 @@ def print_scores(budget: Budget, seed: int) -> None:
     images = pool[few_per_class(labels, budget.images_per_class, seed=seed)]
     both = starts(images, budget.num_prompts, seed)
     tokens: list[Tensor] = []
-    with TokenTap(load_backbone(), lambda _, entering: tokens.append(entering.clone())) as tap:
-        tap.run(images)
+    with TokenExtractor(load_backbone(), lambda _, entering: tokens.append(entering.clone())) as extractor:
+        extractor.run(images)
     for name in ("random, short (VPT)", "prototypes, long (SPT)"):
         for block, (entering, prompts) in enumerate(zip(tokens, both[name], strict=True), start=1):
             scores = entering @ prompts.T

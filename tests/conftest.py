@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,9 @@ def flavour(request: pytest.FixtureRequest) -> dict[str, Any]:
 def make_vit() -> Callable[..., VisionTransformer]:
     """Factory of random ViTs of width 32 and depth 3 for images of 32 x 32 in 16 patches; timm's options."""
 
-    def make(**options: Any) -> VisionTransformer:
+    def make(
+        *, model_class: type[VisionTransformer] = VisionTransformer, **options: Any
+    ) -> VisionTransformer:
         sizes = {
             "img_size": 32,
             "patch_size": 8,
@@ -82,7 +86,7 @@ def make_vit() -> Callable[..., VisionTransformer]:
             "num_classes": 5,
         }
         torch.manual_seed(1)
-        return VisionTransformer(**{**sizes, **options})
+        return model_class(**{**sizes, **options})
 
     return make
 
@@ -91,6 +95,16 @@ def make_vit() -> Callable[..., VisionTransformer]:
 def vit(make_vit: Callable[..., VisionTransformer]) -> VisionTransformer:
     """The ViT that `make_vit` gives without options."""
     return make_vit()
+
+
+@pytest.fixture(scope="session")
+def make_images() -> Callable[..., Tensor]:
+    """Factory of images [batch, 3, size, size] of normal noise, the same for the same seed."""
+
+    def make(batch: int = 4, *, size: int = 32, seed: int = 0) -> Tensor:
+        return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +122,58 @@ def make_loader() -> Callable[..., list[Batch]]:
 def loader(make_loader: Callable[..., list[Batch]]) -> list[Batch]:
     """40 images in 5 batches."""
     return make_loader()
+
+
+# Runs behind a script that defines `work(rank)`. The ranks are forks of one process, so that imports are paid
+# once; each ends without the group's farewell, which waits for ranks that are gone.
+_FORK_TWO_RANKS = """
+import datetime as _datetime, os as _os, sys as _sys, traceback as _traceback
+import torch as _torch, torch.distributed as _dist
+
+def _run(rank):
+    _torch.set_num_threads(1)
+    store = _dist.FileStore("store", 2)
+    timeout = _datetime.timedelta(seconds=60)
+    _dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    work(rank)
+    _dist.barrier()
+
+def _fork(rank):
+    child = _os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        _run(rank)
+        code = 0
+    except BaseException:
+        _traceback.print_exc()
+    finally:
+        _sys.stderr.flush()
+        _os._exit(code)
+
+_children = [_fork(rank) for rank in range(2)]
+_sys.exit(any([_os.waitpid(child, 0)[1] for child in _children]))
+"""
+
+
+@pytest.fixture
+def run_two_ranks(tmp_path: Path) -> Callable[[str], None]:
+    """Run a script's `work(rank)` in two gloo processes in `tmp_path`; errors of theirs fail the test."""
+
+    def run(script: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", script + _FORK_TWO_RANKS],
+            env={**os.environ, "PYTHONPATH": str(Path(spt_fast.__file__).parents[1])},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
 
 
 def structured_images(num_images: int, size: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,14 @@ import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from spt_fast.backbones.anatomy import get_blocks
+from spt_fast.backbones.anatomy import block_input_hooks
+from spt_fast.prompting.nmi import nmi_per_image
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.arguments import check_int
 from spt_fast.support.distributed import Processes, find_processes
@@ -27,8 +28,8 @@ from spt_fast.support.tables import csv_bytes
 
 Callback = Callable[[int, Mapping[str, float]], None]
 
-# Trackers that are attached, by the number that their hooks pass to the op. An op, unlike a Python call, can
-# be part of a compiled graph; it looks up what to do when it runs, so no step makes it compile again.
+# Attached trackers, by the number that their hooks pass to the op. An op, unlike a Python call, can be part
+# of a compiled graph. It looks up its tracker whenever it runs, so no step leads to another compilation.
 _ATTACHED: dict[int, NMITracker] = {}
 _KEYS = itertools.count()
 _BEGIN = -1
@@ -48,25 +49,26 @@ class NMITracker:
     ...     train(tuned)
     >>> steps, values = tracker.history()  # values [S, L]
 
-    It measures what the training forward computes anyway, without gradients, and never waits for a GPU:
-    values travel to the host on their own and are read when asked for. Calls in evaluation mode, calls of
-    copies of the module (such as moving averages) and the recomputations of gradient checkpointing are not
-    steps. With `torch.compile` the measuring is an op of the compiled graph: attach before the first compiled
-    call (or call `torch.compiler.reset()`).
+    It measures the tokens of the training forward itself, without gradients, and never waits for a GPU:
+    values are copied to the host asynchronously. Calls in evaluation mode, calls of copies of the module
+    (such as moving averages) and the recomputations of gradient checkpointing are not steps. With
+    `torch.compile` the measuring is an op of the compiled graph: attach before the first compiled call (or
+    call `torch.compiler.reset()`).
 
-    A record takes 4 L + 8 bytes of host memory, and no device memory once it has travelled.
+    A record takes 4 L + 8 bytes of host memory, and no device memory once it is on the host.
 
     Args:
         module: a `PromptedViT`, also one inside `DistributedDataParallel` or a compiled module.
         every: record the steps 0, every, 2 * every, ...; step 0 is the first call, before any update.
-        callback: called as `callback(step, values)` with the values of this process as soon as they have
-            arrived on the host, at the latest by `detach()`; keys "nmi/block_1", ..., and "nmi/mean". On the
-            CPU that is at the end of the step's forward, on a GPU usually during the next one.
-        max_images: measure the first so many images of each batch; None, the default, measures all.
+        callback: called as `callback(step, values)` with the values of this process once they are on the
+            host, at the latest by `detach()`; keys "nmi/block_1", ..., and "nmi/mean". On the CPU that is at
+            the end of the step's forward, on a GPU usually during the next one.
+        max_images: measure the first `max_images` images of each batch; None measures all.
 
     Raises:
         TypeError: `module` is no `PromptedViT`, or another argument is of the wrong type.
         ValueError: the module has no prompts, or `every` or `max_images` is below 1.
+        RuntimeError: the `PromptedViT` has released its model.
     """
 
     def __init__(
@@ -83,9 +85,9 @@ class NMITracker:
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
         self._callback = callback
-        self._num_blocks = len(get_blocks(self._tuned.model))
+        self._num_blocks = len(self._tuned.prompted_blocks)
         self._key = next(_KEYS)
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: ExitStack | None = None  # while attached
         self._step = 0
         self._row: list[Tensor] | None = None  # of the forward now running, where it is to be recorded
         self._travelling: deque[_Record] = deque()
@@ -98,28 +100,26 @@ class NMITracker:
         Raises:
             RuntimeError: attached already, or the `PromptedViT` has released its model.
         """
-        if self._hooks:
+        if self._hooks is not None:
             raise RuntimeError("this NMITracker is attached already")
-        self._tuned._check_held()
+        blocks = self._tuned.prompted_blocks
         # Mutated by the op, so that a compiler neither drops nor reorders its calls.
         order = torch.zeros(1, dtype=torch.int64)
-
-        def hook(function: Callable[..., None], layer: int) -> _Hook:
-            # A tensor, because a compiler makes another graph for every integer.
-            return _Hook(function, order, torch.tensor([self._key, layer]))
-
-        self._hooks = [self._tuned.register_forward_pre_hook(hook(_mark, _BEGIN))]
-        for index, block in enumerate(get_blocks(self._tuned.model)):
-            self._hooks.append(block.register_forward_pre_hook(hook(_observe_input, index)))
-        self._hooks.append(self._tuned.register_forward_hook(hook(_mark, self._num_blocks)))
+        # Tensors: a compiler makes another graph for every number.
+        begin, *inside, end = (torch.tensor([self._key, layer]) for layer in range(_BEGIN, len(blocks) + 1))
+        with ExitStack() as stack:
+            stack.callback(self._tuned.register_forward_pre_hook(_Hook(_mark, order, begin)).remove)
+            stack.enter_context(block_input_hooks(blocks, _Hook(_observe_input, order, inside)))
+            stack.callback(self._tuned.register_forward_hook(_Hook(_mark, order, end)).remove)
+            self._hooks = stack.pop_all()
         _ATTACHED[self._key] = self
         return self
 
     def detach(self) -> None:
-        """Stop recording, remove all hooks, and hand the last values to the callback; waits for those."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Stop recording, remove all hooks, wait for the last values and hand them to the callback."""
+        if self._hooks is not None:
+            self._hooks.close()
+        self._hooks = None
         self._row = None
         _ATTACHED.pop(self._key, None)
         self._receive(wait=True)
@@ -131,11 +131,11 @@ class NMITracker:
         self.detach()
 
     def history(self, *, local: bool = False, allow_nonfinite: bool = False) -> NMIHistory:
-        """All records so far; waits for values that are still on their way.
+        """All records so far; waits for values that are still on their way to the host.
 
-        Where `torch.distributed` is initialised the values are averaged over all processes, each counting
-        alike. That is a collective: every process must call it, after equally many steps. With `local` it is
-        none, and the values are those of this process.
+        Where `torch.distributed` is initialised, the values are averaged over all processes with equal
+        weights. That is a collective: every process must call it, after equally many steps. With `local` it
+        is not, and the values are those of this process.
 
         Raises:
             NonFiniteError: prompts or tokens of a block were NaN or infinite, unless `allow_nonfinite`.
@@ -156,8 +156,7 @@ class NMITracker:
     ) -> None:
         """Write one line per step and block (from 1): step,layer,nmi, and `run` in a fourth column if given.
 
-        A collective like `history`, and raises what that raises; process 0 writes. What stops it there is
-        raised by the others, too.
+        A collective like `history`, with its errors; process 0 writes. An error there is raised by all.
 
         Raises:
             FileExistsError: there is such a file, and not `overwrite`.
@@ -183,8 +182,8 @@ class NMITracker:
     def to_tensorboard(self, writer: Any) -> None:
         """Add all records to a `torch.utils.tensorboard.SummaryWriter` (extra: train), or one like it.
 
-        A collective like `history`, and raises what that raises; process 0 writes, others may pass None.
-        To watch while training, give `callback` a function that calls `writer.add_scalar`.
+        A collective like `history`, with its errors; process 0 writes, others may pass None. To watch while
+        training, give `callback` a function that calls `writer.add_scalar`.
         """
         processes = find_processes(None)
         writes = processes.rank == 0
@@ -205,7 +204,8 @@ class NMITracker:
         elif layer == self._num_blocks:
             self._end()
         elif self._row is not None and x is not None:
-            self._row.append(self._tuned._nmi_at(layer, x[: self._max_images]).mean())
+            prompts, tokens = self._tuned.prompts_and_tokens(layer, x[: self._max_images])
+            self._row.append(nmi_per_image(prompts, tokens).mean())
 
     def _begin(self) -> None:
         self._row = None
@@ -221,7 +221,7 @@ class NMITracker:
         self._receive(wait=False)
 
     def _receive(self, *, wait: bool) -> None:
-        """Take in the records that have arrived, or all of them, in order."""
+        """Store the records that are on the host, or all of them, in order."""
         while self._travelling and (wait or self._travelling[0].has_arrived()):
             record = self._travelling.popleft()
             row = record.values()
@@ -232,7 +232,7 @@ class NMITracker:
 
 
 class _Hook(functools.partial[None]):
-    """A hook that stays behind where its module is copied or pickled: a moving average takes no steps."""
+    """A hook that does nothing in a copy of its module, pickled or not: a moving average takes no steps."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial, (_ignore,)
@@ -280,8 +280,8 @@ def _(x: Tensor | None, order: Tensor, where: Tensor) -> None:
     return None
 
 
-def _observe_input(order: Tensor, where: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    torch.ops.spt_fast.observe_nmi(inputs[0].detach(), order, where)
+def _observe_input(order: Tensor, where: list[Tensor], layer: int, x: Tensor) -> None:
+    torch.ops.spt_fast.observe_nmi(x.detach(), order, where[layer])
 
 
 def _mark(order: Tensor, where: Tensor, *_: object) -> None:
@@ -324,7 +324,6 @@ def _prompted_vit(module: nn.Module) -> PromptedViT:
         if not isinstance(wrapped, nn.Module):
             raise TypeError(f"module must be a PromptedViT, got {type(module).__name__}")
         inner = wrapped
-    inner._check_held()
     if inner.num_prompts == 0:
         raise ValueError("module must have prompts to track, got a PromptedViT with none")
     return inner

@@ -6,24 +6,24 @@ One pass for deep prompts, two per batch for shallow ones; memory is that of one
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spt_fast.backbones.anatomy import check_backbone, get_blocks, num_prefix_tokens
+from spt_fast.backbones.anatomy import block_input_hooks, check_backbone
 from spt_fast.data.batches import image_batches
 from spt_fast.ops.cka import StreamingCKA
 from spt_fast.plots import analysis_figure
+from spt_fast.prompting.file_format import TunedState
+from spt_fast.prompting.nmi import nmi_per_image
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_int
 from spt_fast.support.errors import NonFiniteError
-from spt_fast.support.files import read_safetensors
 from spt_fast.support.randomness import seeded
 from spt_fast.support.results import png
 from spt_fast.support.tables import csv_bytes, format_table
@@ -32,16 +32,13 @@ FILE_NAMES = ("nmi.csv", "cka.csv", "nmi.png")
 NMI_COLUMNS = ("step", "layer", "nmi")
 CKA_COLUMNS = ("prompt_layer", "token_layer", "cka")
 
-# Called with the index of a block and what enters it, [B, N, D].
-_Measure = Callable[[int, Tensor], None]
-
 
 @dataclass(frozen=True)
 class Analysis:
     """What was measured of one set of prompts.
 
     Attributes:
-        nmi: [M, L] NMI of each image's patch tokens and the prompts entering the same block.
+        nmi: [M, L], NMI of each image's patch tokens and the prompts of the same block.
         cka: [L, L], linear CKA without bias; rows are prompts, columns patch tokens, of block 1 to L.
     """
 
@@ -95,8 +92,8 @@ def analyse(
 ) -> Analysis:
     """NMI per layer and CKA between layers, over the images of `loader`.
 
-    CKA takes channels as examples, D of them, and prompts or patch tokens as features: so sets of different
-    number are compared, by how their values vary together over channels. Each image is a minibatch.
+    CKA takes the D channels as examples, and prompts or patch tokens as features. So it compares sets of
+    different sizes, by how their values vary together over the channels. Each image is a minibatch.
 
     Args:
         tuned: the model with its prompts; its mode and its prompts stay as they are.
@@ -104,13 +101,14 @@ def analyse(
         max_images: stop after this many; None reads the whole loader.
 
     Raises:
-        TypeError, ValueError: the loader is empty or holds something else; tokens are NaN or infinite (the
-            layer is named); fewer than 4 channels; no prompts.
+        TypeError: the loader holds something else than images.
+        ValueError: the loader is empty; fewer than 4 channels; no prompts.
+        NonFiniteError: a token is NaN or infinite; names the image in its batch and the layer.
     """
-    max_images = None if max_images is None else check_int("max_images", max_images, 1)
+    max_images = None if max_images is None else check_int("max_images", max_images, 1, "or None")
     if tuned.num_prompts == 0:
         raise ValueError("tuned must have at least one prompt per block, got none")
-    depth = len(get_blocks(tuned.model))
+    depth = len(tuned.prompted_blocks)
     device = tuned.prompts.device
     cka, nmi = StreamingCKA(depth, depth), []
     with torch.no_grad(), tqdm(desc="analysis", unit=" images", disable=not progress) as bar:
@@ -131,7 +129,7 @@ def random_prompts(
 
 
 def load_prompts(path: str | os.PathLike[str], model: nn.Module) -> PromptedViT:
-    """`model` with the prompts of a file of `Prototypes.save` or `PromptedViT.save`; the head is left out.
+    """`model` with the prompts of a file of `Prototypes.save` or `PromptedViT.save`, without the file's head.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -149,57 +147,44 @@ def _read_prompts(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, str]]
         return prototypes.prompts, prototypes.metadata
     except ValueError as error:
         try:
-            tensors, facts = read_safetensors(path, kind="prompted_vit")
+            tuned = TunedState.read(path)
         except ValueError:
             raise error from None
-    return tensors["prompts"], facts
+    return tuned.tensors["prompts"], dict(tuned.facts)
 
 
 def _analyse_batch(tuned: PromptedViT, images: Tensor, cka: StreamingCKA) -> Tensor:
     """NMI [B, L] of one batch, whose tokens are also added to `cka`."""
     nmi: list[Tensor] = []
-    every_prompt: list[Tensor] = []
-
-    def collect(layer: int, x: Tensor) -> None:
-        every_prompt.append(_split(tuned, layer, x)[0])
+    every_prompt = _prompts_of_all_blocks(tuned, images)
 
     def measure(layer: int, x: Tensor) -> None:
-        tokens = _split(tuned, layer, x)[1]
+        prompts, tokens = tuned.prompts_and_tokens(layer, x)
         _check_finite(layer, tokens)
-        nmi.append(tuned._nmi_at(layer, x))
-        cka.update([prompts.mT for prompts in every_prompt], tokens.mT, layer)
+        nmi.append(nmi_per_image(prompts, tokens))
+        cka.update([each.mT for each in every_prompt], tokens.to(tuned.prompts.dtype).mT, layer)
 
-    if tuned.depth == "deep":
-        every_prompt += [prompts[None] for prompts in tuned.prompts.detach()]
-    else:
-        # What block 1 sees is compared with what the last block sees, so all prompts must be known first.
-        _at_each_block(tuned, images, collect)
-    _at_each_block(tuned, images, measure)
+    with block_input_hooks(tuned.prompted_blocks, measure):
+        tuned.forward_features(images)
     return torch.stack(nmi, dim=1).cpu()
 
 
-def _at_each_block(tuned: PromptedViT, images: Tensor, measure: _Measure) -> None:
-    """Run the model on `images` and hand out what enters each block."""
+def _prompts_of_all_blocks(tuned: PromptedViT, images: Tensor) -> list[Tensor]:
+    """Prompts [1 or B, N_p, D] of each block, all in one dtype.
 
-    def hook(layer: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        measure(layer, inputs[0])
+    In a shallow model they are outputs, for which it runs once more: CKA compares the prompts of each block
+    with the tokens of all blocks, so all prompts must be known before the first tokens.
+    """
+    if tuned.depth == "deep":
+        return [prompts[None] for prompts in tuned.prompts]
+    found: list[Tensor] = []
 
-    blocks = get_blocks(tuned.model)
-    handles = [block.register_forward_pre_hook(partial(hook, layer)) for layer, block in enumerate(blocks)]
-    try:
+    def collect(layer: int, x: Tensor) -> None:
+        found.append(tuned.prompts_and_tokens(layer, x)[0].to(tuned.prompts.dtype))
+
+    with block_input_hooks(tuned.prompted_blocks, collect):
         tuned.forward_features(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _split(tuned: PromptedViT, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts [1 or B, N_p, D] of a block and the patch tokens [B, N_e, D] of its input x, in one dtype."""
-    tokens = x.to(tuned.prompts.dtype)[:, num_prefix_tokens(tuned.model) :]
-    if tuned.depth == "deep" or layer == 0:
-        return tuned.prompts[layer].detach()[None], tokens
-    first_prompt = tokens.shape[1] - tuned.num_prompts
-    return tokens[:, first_prompt:], tokens[:, :first_prompt]
+    return found
 
 
 def _check_finite(layer: int, tokens: Tensor) -> None:

@@ -1,12 +1,18 @@
-"""What the project needs to know of a backbone: its blocks, its width, its prefix tokens, its name."""
+"""The parts of a backbone: its blocks and hooks on them, its width, its prefix tokens, its name."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+# Called with the index of a block and the tokens [B, N, D] that enter it.
+BlockInput = Callable[[int, Tensor], None]
 
 _LAYOUTS_WITHOUT_BLOCKS = {
     "layers": "stages in `.layers`, as a Swin Transformer has",
@@ -51,7 +57,7 @@ def get_blocks(model: nn.Module, argument: str = "model") -> nn.ModuleList | nn.
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile` and data-parallel wrappers, where hooks on blocks might not run."""
+    """The model inside `torch.compile` and data-parallel wrappers, in which hooks on blocks might not run."""
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
@@ -59,6 +65,20 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+@contextmanager
+def block_input_hooks(blocks: Iterable[nn.Module], callback: BlockInput) -> Iterator[None]:
+    """Within the context, each block calls `callback(index, tokens)` before it runs; `index` is from 0.
+
+    `tokens` are the block's first argument, unchecked. `torch.compile` traces through these hooks; a model
+    that is copied or pickled meanwhile carries them with it.
+    """
+    with ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            hook = functools.partial(_hand_input, callback, index)
+            stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
 
 
 def num_prefix_tokens(model: nn.Module) -> int:
@@ -102,7 +122,7 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
 
 
 def describe(model: nn.Module) -> dict[str, str]:
-    """Facts that tell one backbone from another, as metadata of saved files.
+    """Facts by which backbones differ, as metadata of saved files.
 
     Keys: `architecture` (only where the model carries timm's configuration; with the tag of its pretrained
     weights, such as "vit_base_patch16_224.mae"), `depth` (L), `width` (D), `num_prefix_tokens`.
@@ -117,10 +137,21 @@ def describe(model: nn.Module) -> dict[str, str]:
 
 
 def check_backbone(path: str | os.PathLike[str], facts: Mapping[str, str], model: nn.Module) -> None:
-    """ValueError where the facts of the file `path` are those of another backbone; it may lack some."""
-    for key, mine in describe(model).items():
-        if facts.get(key, mine) != mine:
-            raise ValueError(f"{Path(path)} is for {key} {facts[key]!r}, but this model has {mine!r}")
+    """ValueError where `facts`, read from the file `path`, are those of another backbone than `model`."""
+    check_facts(path, facts, describe(model))
+
+
+def check_facts(path: str | os.PathLike[str], found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """ValueError where a fact found in the file `path` differs from the one expected; either may lack it."""
+    for name, mine in expected.items():
+        if found.get(name, mine) != mine:
+            raise ValueError(f"{Path(path)} is for {name} {found[name]!r}, but this model has {mine!r}")
+
+
+def _hand_input(
+    callback: BlockInput, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    callback(index, next(iter((*args, *kwargs.values())), None))  # type: ignore[arg-type]
 
 
 def _needs_blocks(model: nn.Module, argument: str) -> str:

@@ -22,14 +22,14 @@ def open_model(name: str, *, pretrained: bool = True, checkpoint: str | Path | N
     Args:
         name: a timm model name ("vit_base_patch16_224.mae"; hub names too), "shipped" for this package's
             backbone, or a file that examples/pretrain_backbone.py wrote.
-        pretrained: fetch timm's weights, from cache or network; without effect with `checkpoint`. False:
-            random weights, the same in every process. The caller's random state is not touched either way.
+        pretrained: timm's weights, from its cache or the network; ignored with `checkpoint`. False: random
+            weights, the same in every process. The caller's random generators do not advance.
         checkpoint: file with weights for the timm model `name`.
 
     Raises:
         FileNotFoundError: a file that does not exist.
         ValueError: no such model, or a checkpoint that does not fit it.
-        RuntimeError: the pretrained weights cannot be had.
+        RuntimeError: the pretrained weights cannot be loaded.
     """
     if checkpoint is not None:
         check_input_path(checkpoint, argument="checkpoint")
@@ -61,7 +61,7 @@ def _timm_model(name: str, pretrained: bool, checkpoint: str | Path | None) -> n
         return _with_checkpoint(timm.create_model(name, pretrained=False, num_classes=0), checkpoint)
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    # What a hub client raises without a network depends on its version; all of it means the same here.
+    # Hub clients raise different errors without a network, depending on their version.
     except Exception as error:
         if not pretrained:
             raise
@@ -80,7 +80,7 @@ def _with_checkpoint(model: nn.Module, checkpoint: str | Path) -> nn.Module:
             name: value for name, value in load_state_dict(str(checkpoint)).items() if not _of_head(name)
         }
         missing, foreign = model.load_state_dict(state, strict=False)
-    # timm picks a reader by the file's ending, and each raises something else for a broken file.
+    # timm picks a reader by the file's ending; each raises other errors for a broken file.
     except Exception as error:
         raise ValueError(
             f"checkpoint {checkpoint} cannot be read into this model: {first_line(error)}"

@@ -1,4 +1,4 @@
-"""Take a model over and give it back as it was: head, grad flags, training modes, forwards, weights.
+"""Remember a model before it is taken over, and restore it: head, grad flags, modes, forwards, weights.
 
 Knows nothing of prompts; `PromptedViT` is its only user.
 """
@@ -15,8 +15,8 @@ from spt_fast.backbones.anatomy import get_blocks
 _CAST_MODULES = (nn.Linear, nn.Conv2d)
 
 
-class Loan:
-    """What is needed to give a model back as it was taken over."""
+class ModelSnapshot:
+    """What is needed to restore a model: head, grad flags, training modes, forwards, weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self._grad_flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -28,9 +28,9 @@ class Loan:
         self._originals: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def cast_frozen_weights(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Put copies in `dtype` in the place of what autocast would cast in every step, if it is frozen.
+        """Replace the frozen weights that autocast would cast in every step by copies in `dtype`.
 
-        That is the weights of linear layers and convolutions; norms stay as they are. The originals are kept.
+        These are weights of linear layers and convolutions; norms stay as they are. The originals are kept.
         """
         for module in model.modules():
             if isinstance(module, _CAST_MODULES):
@@ -40,7 +40,8 @@ class Loan:
                         module._parameters[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
         self._placement = placement(model)
 
-    def give_back(self, model: nn.Module) -> None:
+    def restore(self, model: nn.Module) -> None:
+        """Make `model` what it was, on the device and in the dtype that it has now."""
         now = placement(model)
         for block, forward in zip(get_blocks(model), self._forwards, strict=True):
             if forward is None:
@@ -59,7 +60,7 @@ class Loan:
             module.training = self._training[name]
 
     def _follow_move(self, model: nn.Module, now: tuple[torch.device, torch.dtype]) -> None:
-        """Bring what was set aside to where the model has been moved meanwhile."""
+        """Move the original head and weights to the device and dtype that the model has got meanwhile."""
         if now == self._placement:
             return
         device = now[0]
@@ -85,19 +86,33 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
     return [module for module in candidates if isinstance(module, nn.Module)]
 
 
-def separate_head(model: nn.Module) -> None:
-    """Put a copy in the place of each child that holds a classifier: the original is never trained.
+def replace_head(model: nn.Module, num_classes: int | None) -> None:
+    """Give `model` a trainable head, a new one of timm's or a copy of its own; its own is never trained.
 
     Raises:
-        TypeError: a child holds the blocks too, so that the copy would run blocks of its own.
+        TypeError: a child of the model holds head and blocks, so that a copy would run blocks of its own.
     """
+    _copy_head(model)
+    if num_classes is not None:
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+    for classifier in classifiers(model):
+        if num_classes is not None:
+            # Older timm makes the new head in float32 on the CPU.
+            classifier.to(*placement(model))
+        classifier.requires_grad_(True)
+
+
+def _copy_head(model: nn.Module) -> None:
+    """Put a copy in the place of each child that holds a classifier."""
     blocks = get_blocks(model)
     for classifier in classifiers(model):
         for name, child in list(model.named_children()):
-            if any(module is classifier for module in child.modules()):
-                if any(module is blocks for module in child.modules()):
-                    raise TypeError(
-                        "model must hold its blocks and its head in children of its own, got "
-                        f"{type(model).__name__} with both in `{name}`; give that child instead"
-                    )
-                setattr(model, name, copy.deepcopy(child))
+            modules = list(child.modules())
+            if not any(module is classifier for module in modules):
+                continue
+            if any(module is blocks for module in modules):
+                raise TypeError(
+                    "model must hold its blocks and its head in children of its own, got "
+                    f"{type(model).__name__} with both in `{name}`; give that child instead"
+                )
+            setattr(model, name, copy.deepcopy(child))

@@ -1,4 +1,4 @@
-"""Run a backbone over images and hand out the patch tokens that enter its blocks; the model stays as it was.
+"""Run a backbone over images and hand out the patch tokens that enter its blocks, without changing it.
 
 Limits: no gradients; block inputs must be [B, N, D] with the same N and D in every block.
 """
@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from spt_fast.backbones.anatomy import get_blocks, num_prefix_tokens, unwrap
+from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, num_prefix_tokens, unwrap
+from spt_fast.support.arguments import check_choice
 
 DEPTHS = ("deep", "shallow")
 
@@ -21,28 +22,27 @@ TokenCallback = Callable[[int, Tensor], None]
 
 
 class _ForwardDone(BaseException):
-    """Ends a forward pass once the last tokens are out. No `Exception`, so that no model swallows it."""
+    """Ends a forward pass after the last tokens. No `Exception`, so that no model catches it."""
 
 
-class TokenTap:
-    """Context manager that hands each block's input patch tokens to a callback, where they are produced.
+class TokenExtractor:
+    """Context manager that hands the patch tokens of each block's input to a callback.
 
-    `callback(layer, tokens)` gets `tokens` [B, N_e, D], a view into the block's own input that skips the
-    prefix tokens (class, registers): nothing is copied, so copy what is to outlive the call. Layer i is the
-    input of block i + 1 (E_i of eq. 2). The forward pass ends with the last layer asked for: the last block,
-    the final norm and the head never run, and for "shallow" no block does. With `last_output` all blocks run,
-    and one more layer, numbered `n_layers`, is the output of the last block.
+    `callback(layer, tokens)` gets `tokens` [B, N_e, D], a view of the block's input without its prefix tokens
+    (class, registers); copy what is needed after the call. Layer i is the input of block i + 1 (E_i of
+    eq. 2). The forward pass ends with the last layer wanted: the last block, the final norm and the head
+    never run, and for "shallow" no block does. With `last_output` all blocks run, and one more layer,
+    numbered `n_layers`, is the output of the last block.
 
-    While the context is open the model is in evaluation mode. On leaving it, also by an exception, the
-    training flags of every submodule are what they were and the hooks are gone. Parameters and buffers are
-    never touched.
+    Within the context the model is in evaluation mode. After it, also after an exception, the training flags
+    of all modules are what they were and the hooks are removed. Parameters and buffers are never changed.
 
     Args:
         model: a timm Vision Transformer, or any module that calls its `.blocks` in order, each once, on
-            tokens [B, N, D]. Wrappers (`torch.compile`, DistributedDataParallel) are seen through.
+            tokens [B, N, D]; it may be inside `torch.compile` or DistributedDataParallel.
         callback: called without autocast and without gradients, in order of layers.
         depth: "deep", the input of every block, or "shallow", of the first block only.
-        amp_dtype: autocast dtype; None is bfloat16 on CUDA and none elsewhere, torch.float32 is none.
+        amp_dtype: autocast dtype; None is bfloat16 on CUDA and no autocast elsewhere, torch.float32 none.
 
     Raises:
         TypeError: `model` has no blocks, or its blocks do not work on tokens [B, N, D].
@@ -58,8 +58,7 @@ class TokenTap:
         last_output: bool = False,
         amp_dtype: torch.dtype | None = None,
     ) -> None:
-        if depth not in DEPTHS:
-            raise ValueError(f"depth must be 'deep' or 'shallow', got {depth!r}")
+        check_choice("depth", depth, DEPTHS)
         self._model = unwrap(model)
         self._blocks = get_blocks(self._model)
         self._prefix = num_prefix_tokens(self._model)
@@ -81,17 +80,13 @@ class TokenTap:
         """What `layer` is, in words, for messages."""
         return "the output of the last block" if layer == self.n_layers else f"the input of block {layer + 1}"
 
-    def __enter__(self) -> TokenTap:
+    def __enter__(self) -> TokenExtractor:
         with ExitStack() as stack:
-            # Flags are set one by one: a module's own `train` may do more than that, and may not undo it.
+            # Flags are set one by one: a module's own `train` may do more, which nothing would undo.
             for module in self._model.modules():
                 stack.callback(setattr, module, "training", module.training)
                 module.training = False
-            for layer in range(self.n_layers):
-                hook = self._blocks[layer].register_forward_pre_hook(
-                    self._input_hook(layer), with_kwargs=True
-                )
-                stack.callback(hook.remove)
+            stack.enter_context(block_input_hooks(self._blocks[: self.n_layers], self._take_input))
             if self._last_output:
                 stack.callback(self._blocks[-1].register_forward_hook(self._output_hook).remove)
             self._cleanup = stack.pop_all()
@@ -108,14 +103,14 @@ class TokenTap:
         self._cleanup.close()
 
     def run(self, images: Tensor) -> None:
-        """Run the model on `images` [B, C, H, W], of any floating dtype and device, for the callback.
+        """Run the model on `images` [B, C, H, W] of any floating-point dtype and device.
 
         Raises:
             ValueError: the model refuses the images, for their size or their channels.
             TypeError: the blocks are not called in order on tokens [B, N, D].
         """
         if not self._entered:
-            raise RuntimeError("TokenTap.run works inside `with tap:` only")
+            raise RuntimeError("TokenExtractor.run works inside `with extractor:` only")
         self._start_batch(len(images))
         try:
             with torch.no_grad(), _without_compilation(self._model), self._autocast():
@@ -123,7 +118,7 @@ class TokenTap:
         except _ForwardDone:
             return
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            # Before the first block there is only the embedding of the images, so that is what failed.
+            # No block has run, so the embedding of the images has failed.
             if self._shape is not None or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise ValueError(
@@ -142,15 +137,10 @@ class TokenTap:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self._amp_dtype, enabled=self._amp_dtype is not None)
 
-    def _input_hook(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        is_last = layer == self.n_outputs - 1
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._hand_out(layer, next(iter((*args, *kwargs.values())), None))
-            if is_last:
-                raise _ForwardDone
-
-        return hook
+    def _take_input(self, layer: int, tokens: Any) -> None:
+        self._hand_out(layer, tokens)
+        if layer == self.n_outputs - 1:
+            raise _ForwardDone
 
     def _output_hook(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> NoReturn:
         self._hand_out(self.n_layers, output[0] if isinstance(output, (tuple, list)) else output)
@@ -201,7 +191,7 @@ def _choose_amp_dtype(given: torch.dtype | None, device: torch.device) -> torch.
 
 
 def _without_compilation(model: nn.Module) -> AbstractContextManager[Any]:
-    # `model.compile()` leaves no wrapper to see through. Only then is the compiler loaded, which takes long.
+    # `model.compile()` leaves no wrapper to remove. The compiler, which loads slowly, is needed only then.
     if any(module._compiled_call_impl is not None for module in model.modules()):
         stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
         return stance

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spt_fast.backbones.token_extractor import TokenTap
+from spt_fast.backbones.token_extractor import TokenExtractor
 from spt_fast.data.batches import image_batches
 from spt_fast.ops.kmeans import TOKEN_DTYPES
 from spt_fast.prototypes.result import Prototypes, from_layers
@@ -31,12 +31,12 @@ class BackbonePass:
     together.
 
     Args:
-        model: the backbone, as `TokenTap` takes it.
+        model: the backbone, as `TokenExtractor` takes it.
         loader: this rank's batches, as `image_batches` takes them.
         processes: the ranks that run together, each over its own loader.
         max_images: of all ranks together, shared evenly; None for no limit.
         progress: show a bar on rank 0.
-        extractor_options: keyword arguments of `TokenTap`.
+        extractor_options: keyword arguments of `TokenExtractor`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class BackbonePass:
         self.progress = progress and processes.rank == 0
         self.num_images = 0
         self.num_tokens = 0
-        self._extractor = TokenTap(model, self._receive, **extractor_options)
+        self._extractor = TokenExtractor(model, self._receive, **extractor_options)
         self._loader = loader
         self._length = _length_of(loader)
         self._max_images = None if max_images is None else len(processes.part_of(max_images))

@@ -93,8 +93,9 @@ def make_prompts(layers: int = DEPTH) -> Tensor:
     return torch.randn(layers, NUM_PROMPTS, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-def make_images(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+@pytest.fixture(scope="module")
+def images(make_images: Callable[..., Tensor]) -> Tensor:
+    return make_images(2, size=SIZE)
 
 
 def textbook(model: Any, prompts: Tensor, images: Tensor) -> Tensor:
@@ -137,13 +138,13 @@ def pad(bias: Tensor, count: int) -> Tensor:
     return F.pad(bias, (0, count, 0, count))
 
 
-def check_against_textbook(model: Any, engine: Any) -> None:
+def check_against_textbook(model: Any, engine: Any, images: Tensor) -> None:
     prompts = make_prompts().requires_grad_()
-    expected = textbook(model, prompts, make_images())
+    expected = textbook(model, prompts, images)
     (expected_gradient,) = torch.autograd.grad(expected.square().sum(), [prompts])
     tuned = PromptedViT(copy.deepcopy(model), prompts, engine=engine)
     assert tuned.engine == engine
-    logits = tuned(make_images())
+    logits = tuned(images)
     (gradient,) = torch.autograd.grad(logits.square().sum(), [tuned.prompts])
     for got, wanted in ((logits, expected), (gradient, expected_gradient)):
         assert wanted.abs().max() > 0
@@ -152,45 +153,47 @@ def check_against_textbook(model: Any, engine: Any) -> None:
 
 @pytest.mark.parametrize("name", [*MODELS, *NEWER_MODELS])
 class TestFamilies:
-    def test_kv_equals_prompts_as_tokens(self, name: str) -> None:
-        check_against_textbook(make_model(name), "kv")
+    def test_kv_equals_prompts_as_tokens(self, name: str, images: Tensor) -> None:
+        check_against_textbook(make_model(name), "kv", images)
 
-    def test_concat_equals_prompts_as_tokens(self, name: str) -> None:
+    def test_concat_equals_prompts_as_tokens(self, name: str, images: Tensor) -> None:
         if name.startswith("beit"):
             with pytest.raises(TypeError, match="model cannot take prompts: Block ties positions"):
                 PromptedViT(make_model(name), make_prompts(), engine="concat")
         else:
-            check_against_textbook(make_model(name), "concat")
+            check_against_textbook(make_model(name), "concat", images)
 
-    def test_prototypes_are_built_and_taken(self, name: str) -> None:
+    def test_prototypes_are_built_and_taken(
+        self, name: str, make_images: Callable[..., Tensor], images: Tensor
+    ) -> None:
         model = make_model(name)
         patches = model.patch_embed.num_patches if hasattr(model, "patch_embed") else 16
-        prototypes = build_prototypes(model, [make_images(6)] * 2, num_prompts=3, progress=False)
+        prototypes = build_prototypes(model, [make_images(6, size=SIZE)] * 2, num_prompts=3, progress=False)
         assert prototypes.prompts.shape == (DEPTH, 3, WIDTH)
         assert prototypes.num_tokens == 12 * patches
         tuned = PromptedViT(model, prototypes, num_classes=2)
         assert tuned.engine == "kv"
-        assert tuned(make_images()).isfinite().all()
+        assert tuned(images).isfinite().all()
         assert tuned.release() is model
 
 
 class TestEva:
     @pytest.mark.parametrize("engine", ["kv", "concat"])
     @pytest.mark.parametrize("flavour", EVA_OPTIONS)
-    def test_engines_equal_prompts_as_tokens(self, flavour: str, engine: Any) -> None:
-        check_against_textbook(make_eva(**EVA_OPTIONS[flavour]), engine)
+    def test_engines_equal_prompts_as_tokens(self, flavour: str, engine: Any, images: Tensor) -> None:
+        check_against_textbook(make_eva(**EVA_OPTIONS[flavour]), engine, images)
 
     @pytest.mark.parametrize("engine", ["kv", "concat"])
-    def test_gate_and_bias_added_separately(self, engine: Any) -> None:
+    def test_gate_and_bias_added_separately(self, engine: Any, images: Tensor) -> None:
         model = make_eva()
         for block in model.blocks:
             if not hasattr(block.attn, "gate"):
                 pytest.skip("this timm has no gated attention")
             block.attn.gate = randomise(nn.Linear(WIDTH, WIDTH))
             block.attn.qkv_bias_separate = True
-        check_against_textbook(model, engine)
+        check_against_textbook(model, engine, images)
 
-    def test_shallow_rotates_no_prompt(self) -> None:
+    def test_shallow_rotates_no_prompt(self, images: Tensor) -> None:
         """Prompts counted as prefix tokens by timm's own blocks."""
         model, prompts = make_eva(global_pool="token"), make_prompts(1)
         other = copy.deepcopy(model)
@@ -199,29 +202,29 @@ class TestEva:
         other.pos_drop.register_forward_hook(
             lambda _, __, x: torch.cat([x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]], dim=1)
         )
-        expected = other(make_images())
-        got = PromptedViT(model, prompts, depth="shallow")(make_images())
+        expected = other(images)
+        got = PromptedViT(model, prompts, depth="shallow")(images)
         assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
-    def test_pooling_with_prompts(self) -> None:
+    def test_pooling_with_prompts(self, images: Tensor) -> None:
         """The head sees prompts and patches alike after the last block."""
         model, prompts = make_eva(global_pool="avg"), make_prompts()
         features: list[Tensor] = []
         for engine in ("kv", "concat"):
             tuned = PromptedViT(copy.deepcopy(model), prompts, engine=engine, pool_prompts=True)
-            features.append(tuned.forward_features(make_images()))
+            features.append(tuned.forward_features(images))
         assert features[0].shape[1] == 1 + 16 + NUM_PROMPTS
         assert (features[0] - features[1]).abs().max() <= 1e-5 * features[1].abs().max()
         pooled = tuned.forward_head(features[0], pre_logits=True)
         torch.testing.assert_close(pooled, tuned.model.fc_norm(features[0][:, 1:].mean(1)))  # type: ignore[operator]
 
     @pytest.mark.parametrize("engine", ["kv", "concat"])
-    def test_checkpointing_gives_the_same_gradients(self, engine: Any) -> None:
+    def test_checkpointing_gives_the_same_gradients(self, engine: Any, images: Tensor) -> None:
         tuned = PromptedViT(make_eva(), make_prompts(), engine=engine)
         gradients = []
         for enabled in (False, True):
             tuned.model.set_grad_checkpointing(enabled)  # type: ignore[operator]
-            gradients += torch.autograd.grad(tuned(make_images()).square().sum(), [tuned.prompts])
+            gradients += torch.autograd.grad(tuned(images).square().sum(), [tuned.prompts])
         assert torch.equal(*gradients)
 
 
@@ -236,14 +239,14 @@ class TestBeit:
             {"use_rel_pos_bias": True, "qkv_bias": False, "init_values": 0.5},
         ],
     )
-    def test_kv_gives_prompts_no_bias(self, options: dict[str, Any]) -> None:
-        check_against_textbook(make_beit(**options), "kv")
+    def test_kv_gives_prompts_no_bias(self, options: dict[str, Any], images: Tensor) -> None:
+        check_against_textbook(make_beit(**options), "kv", images)
 
-    def test_autocast_in_bfloat16_is_close(self) -> None:
+    def test_autocast_in_bfloat16_is_close(self, images: Tensor) -> None:
         tuned = PromptedViT(make_beit(use_rel_pos_bias=True), make_prompts())
-        logits = tuned(make_images())
+        logits = tuned(images)
         with torch.autocast("cpu", torch.bfloat16):
-            half = tuned(make_images())
+            half = tuned(images)
         assert (half.float() - logits).abs().max() <= 0.05 * logits.abs().max()
 
     def test_what_needs_prompts_as_tokens_is_refused(self) -> None:
@@ -311,11 +314,11 @@ def test_blocks_that_need_more_than_tokens_are_refused(name: str, reason: str) -
         tuned(torch.zeros(1, 3, *size))
 
 
-def test_count_of_prompts_is_enough_for_naflexvit() -> None:
+def test_count_of_prompts_is_enough_for_naflexvit(images: Tensor) -> None:
     tuned = PromptedViT(make_model("naflexvit_base_patch16_gap"), 200)
     bound = (6 / (3 * 16 * 16 + WIDTH)) ** 0.5
     assert 0.98 * bound < float(tuned.prompts.detach().abs().max()) <= bound
-    assert tuned(make_images()).isfinite().all()
+    assert tuned(images).isfinite().all()
 
 
 def test_engine_says_why() -> None:

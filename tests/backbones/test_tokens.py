@@ -13,7 +13,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from spt_fast.backbones.token_extractor import TokenTap
+from spt_fast.backbones.anatomy import block_input_hooks
+from spt_fast.backbones.token_extractor import TokenExtractor
 from spt_fast.data.batches import image_batches, images_of
 
 MakeViT = Callable[..., VisionTransformer]
@@ -27,7 +28,7 @@ def tap(model: nn.Module, images: Tensor, **options: Any) -> list[Tensor]:
         assert layer == len(taken)
         taken.append(tokens.clone())
 
-    with TokenTap(model, keep, **options) as opened:
+    with TokenExtractor(model, keep, **options) as opened:
         opened.run(images)
         assert len(taken) == opened.n_outputs
     return taken
@@ -80,7 +81,7 @@ class TestTokens:
         inputs: list[Tensor] = []
         views: list[Tensor] = []
         model.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        with TokenTap(model, lambda _, tokens: views.append(tokens), depth="shallow") as opened:
+        with TokenExtractor(model, lambda _, tokens: views.append(tokens), depth="shallow") as opened:
             opened.run(images)
         assert views[0].data_ptr() == inputs[0][:, 5:].data_ptr()
         assert not views[0].is_contiguous()
@@ -92,7 +93,7 @@ class TestTokens:
 
         with (
             torch.autocast("cpu", torch.bfloat16),
-            TokenTap(vit, check, amp_dtype=torch.float16) as opened,
+            TokenExtractor(vit, check, amp_dtype=torch.float16) as opened,
         ):
             opened.run(images)
 
@@ -174,16 +175,17 @@ class CallbackError(Exception):
     """Raised by a callback."""
 
 
-class TestModelComesBack:
-    @pytest.fixture
-    def model(self, vit: VisionTransformer) -> VisionTransformer:
-        """A model in a mixed state: some parts in training mode, some frozen, one with a hook."""
-        vit.train()
-        vit.blocks[1].eval()
-        vit.head.requires_grad_(False)
-        vit.blocks[2].register_forward_pre_hook(lambda *_: None)
-        return vit
+@pytest.fixture
+def model(vit: VisionTransformer) -> VisionTransformer:
+    """A model in a mixed state: some parts in training mode, some frozen, one with a hook."""
+    vit.train()
+    vit.blocks[1].eval()
+    vit.head.requires_grad_(False)
+    vit.blocks[2].register_forward_pre_hook(lambda *_: None)
+    return vit
 
+
+class TestModelComesBack:
     @pytest.mark.parametrize("error", [None, CallbackError, KeyboardInterrupt, SystemExit])
     @pytest.mark.parametrize("last_output", [False, True])
     def test_as_it_was(
@@ -200,10 +202,10 @@ class TestModelComesBack:
                 raise error
 
         if error is None:
-            with TokenTap(model, fail, last_output=last_output) as opened:
+            with TokenExtractor(model, fail, last_output=last_output) as opened:
                 opened.run(images)
         else:
-            with pytest.raises(error), TokenTap(model, fail, last_output=last_output) as opened:
+            with pytest.raises(error), TokenExtractor(model, fail, last_output=last_output) as opened:
                 opened.run(images)
         assert state_of(model) == before
         torch.testing.assert_close(dict(model.state_dict()), dict(weights), rtol=0, atol=0)
@@ -215,9 +217,9 @@ class TestModelComesBack:
         assert state_of(model) == before
 
     def test_is_in_eval_mode_inside_only(self, model: VisionTransformer, images: Tensor) -> None:
-        with TokenTap(model, lambda *_: None) as opened:
+        with TokenExtractor(model, lambda *_: None) as opened:
             assert not any(module.training for module in model.modules())
-        with pytest.raises(RuntimeError, match=r"inside `with tap:` only"):
+        with pytest.raises(RuntimeError, match=r"inside `with extractor:` only"):
             opened.run(images)
 
     def test_callbacks_error_is_not_taken_for_the_models(
@@ -226,8 +228,34 @@ class TestModelComesBack:
         def fail(_: int, __: Tensor) -> None:
             raise RuntimeError("mine")
 
-        with pytest.raises(RuntimeError, match=r"^mine$"), TokenTap(vit, fail) as opened:
+        with pytest.raises(RuntimeError, match=r"^mine$"), TokenExtractor(vit, fail) as opened:
             opened.run(images)
+
+
+class TestBlockInputHooks:
+    def test_each_block_hands_out_its_first_argument(self) -> None:
+        blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
+        seen: list[tuple[int, Tensor]] = []
+        first, second = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+        with block_input_hooks(blocks[1:], lambda index, tokens: seen.append((index, tokens))):
+            blocks[0](first)
+            blocks[2](src=second)
+            blocks[1](first)
+        blocks[1](first)
+        assert [index for index, _ in seen] == [1, 0]
+        assert seen[0][1] is second
+        assert seen[1][1] is first
+
+    def test_are_removed_after_an_error(self, model: VisionTransformer, images: Tensor) -> None:
+        before = state_of(model)
+
+        def fail(index: int, _: Tensor) -> None:
+            if index == 1:
+                raise CallbackError
+
+        with pytest.raises(CallbackError), block_input_hooks(model.blocks, fail):
+            model(images)
+        assert state_of(model) == before
 
 
 def state_of(model: nn.Module) -> list[Any]:
@@ -256,7 +284,7 @@ class TestRefusedModels:
     )
     def test_model_without_token_blocks(self, name: str, reason: str) -> None:
         with pytest.raises(TypeError, match=reason):
-            TokenTap(timm.create_model(name), lambda *_: None)
+            TokenExtractor(timm.create_model(name), lambda *_: None)
 
     def test_blocks_over_maps(self, images: Tensor) -> None:
         self._refuse(
@@ -305,13 +333,13 @@ class TestRefusedModels:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            ({"depth": "middle"}, "depth must be 'deep' or 'shallow', got 'middle'"),
+            ({"depth": "middle"}, "depth must be one of 'deep', 'shallow', got 'middle'"),
             ({"amp_dtype": torch.int8}, "amp_dtype must be .*, got torch.int8"),
         ],
     )
     def test_bad_arguments(self, vit: VisionTransformer, options: dict[str, Any], reason: str) -> None:
         with pytest.raises(ValueError, match=reason):
-            TokenTap(vit, lambda *_: None, **options)
+            TokenExtractor(vit, lambda *_: None, **options)
 
 
 class TestBatches:

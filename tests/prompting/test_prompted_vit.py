@@ -34,35 +34,41 @@ from spt_fast.support.files import write_safetensors
 WIDTH, DEPTH, NUM_PROMPTS = 32, 3, 7
 
 
-def make_vit(model_class: type[VisionTransformer] = VisionTransformer, **options: Any) -> VisionTransformer:
-    """A tiny ViT in which every parameter is random, so that a branch left out would show."""
-    sizes: dict[str, Any] = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": WIDTH,
-        "depth": DEPTH,
-        "num_heads": 4,
-    }
-    model = model_class(**{**sizes, "num_classes": 5, **options})
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_vector = parameter.ndim == 1
-            noise = torch.randn(parameter.shape, generator=generator) * (0.5 if is_vector else 0.15)
-            parameter.copy_(noise + (1 if is_vector and name.endswith("weight") else 0))
-    return model.eval()
+MakeViT = Callable[..., VisionTransformer]
+MakeImages = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module")
+def make_random(make_vit: MakeViT) -> MakeViT:
+    """`make_vit` in evaluation mode with every parameter random, so that a branch left out would show."""
+
+    def make(**options: Any) -> VisionTransformer:
+        model = make_vit(**options)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                is_vector = parameter.ndim == 1
+                noise = torch.randn(parameter.shape, generator=generator) * (0.5 if is_vector else 0.15)
+                parameter.copy_(noise + (1 if is_vector and name.endswith("weight") else 0))
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def images(make_images: MakeImages) -> Tensor:
+    return make_images(3)
 
 
 def make_prompts(layers: int = DEPTH, num_prompts: int = NUM_PROMPTS, width: int = WIDTH) -> Tensor:
     return torch.randn(layers, num_prompts, width, generator=torch.Generator().manual_seed(1))
 
 
-def make_images(batch: int = 3, size: int = 32) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
-
-
-def logits_and_gradient(tuned: PromptedViT, images: Tensor) -> tuple[Tensor, Tensor]:
-    logits = tuned(images)
+def logits_and_gradient(
+    tuned: PromptedViT, images: Tensor, run: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of `tuned`, or of what runs it, such as a compiled module."""
+    logits = (tuned if run is None else run)(images)
     (gradient,) = torch.autograd.grad(logits.square().sum(), [tuned.prompts])
     return logits.detach(), gradient
 
@@ -105,18 +111,23 @@ def gated_attention(*args: Any, **kwargs: Any) -> Attention:
     return Attention(*args, gated=True, **kwargs)
 
 
-def make_flavour(name: str) -> VisionTransformer:
-    options = dict(FLAVOURS[name])
-    if (
-        "scale_attn_norm" in options
-        and "scale_attn_norm" not in VisionTransformer.__init__.__code__.co_varnames
-    ):
-        pytest.skip("this timm has no norm after attention")
-    if options.pop("attn_layer", None) is None:
-        return make_vit(**options)
-    if "gated" not in Attention.__init__.__code__.co_varnames:
-        pytest.skip("this timm has no gated attention")
-    return make_vit(block_fn=make_gated_block, **options)
+@pytest.fixture
+def make_flavour(make_random: MakeViT) -> Callable[[str], VisionTransformer]:
+    def make(name: str) -> VisionTransformer:
+        options = dict(FLAVOURS[name])
+        if "scale_attn_norm" in options and not takes(VisionTransformer, "scale_attn_norm"):
+            pytest.skip("this timm has no norm after attention")
+        if options.pop("attn_layer", None) is None:
+            return make_random(**options)
+        if not takes(Attention, "gated"):
+            pytest.skip("this timm has no gated attention")
+        return make_random(block_fn=make_gated_block, **options)
+
+    return make
+
+
+def takes(cls: type[nn.Module], option: str) -> bool:
+    return option in cls.__init__.__code__.co_varnames
 
 
 def make_gated_block(**options: Any) -> Block:
@@ -127,14 +138,16 @@ def make_gated_block(**options: Any) -> Block:
 
 
 @pytest.fixture
-def tuned() -> PromptedViT:
+def tuned(make_random: MakeViT) -> PromptedViT:
     torch.manual_seed(0)
-    return PromptedViT(make_vit(), make_prompts(), num_classes=4)
+    return PromptedViT(make_random(), make_prompts(), num_classes=4)
 
 
 class TestEngines:
     @pytest.mark.parametrize("flavour", FLAVOURS)
-    def test_kv_equals_concat(self, flavour: str) -> None:
+    def test_kv_equals_concat(
+        self, flavour: str, make_flavour: Callable[[str], VisionTransformer], make_images: MakeImages
+    ) -> None:
         size = 48 if flavour == "dynamic-image-size" else 32
         model = make_flavour(flavour)
         results = {}
@@ -147,9 +160,11 @@ class TestEngines:
             assert relative_difference(kv, concat) <= 1e-5
 
     @pytest.mark.parametrize("flavour", ["class-token", "qk-norm", "layer-scale", "gated"])
-    def test_concat_equals_prompts_as_tokens_by_hand(self, flavour: str) -> None:
+    def test_concat_equals_prompts_as_tokens_by_hand(
+        self, flavour: str, make_flavour: Callable[[str], VisionTransformer], images: Tensor
+    ) -> None:
         """Eq. 6 with the prompts between prefix and patches, as the paper writes it."""
-        model, prompts, images = make_flavour(flavour), make_prompts(), make_images()
+        model, prompts = make_flavour(flavour), make_prompts()
         x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
         for block, layer in zip(model.blocks, prompts, strict=True):
             x = block(torch.cat([x[:, :1], layer.expand(len(x), -1, -1), x[:, 1:]], dim=1))
@@ -158,9 +173,9 @@ class TestEngines:
         got = PromptedViT(model, prompts, engine="concat")(images).detach()
         assert relative_difference(got, expected) <= 1e-5
 
-    def test_shallow_equals_prompts_as_tokens_by_hand(self) -> None:
+    def test_shallow_equals_prompts_as_tokens_by_hand(self, make_random: MakeViT, images: Tensor) -> None:
         """Eq. 4 and 5: what becomes of the prompts goes on to the next block."""
-        model, prompts, images = make_vit(), make_prompts(1), make_images()
+        model, prompts = make_random(), make_prompts(1)
         x = model._pos_embed(model.patch_embed(images))
         x = model.blocks(torch.cat([x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]], dim=1))
         expected = model.forward_head(model.norm(x)).detach()
@@ -171,8 +186,10 @@ class TestEngines:
 
     @pytest.mark.parametrize("depth", ["deep", "shallow"])
     @pytest.mark.parametrize("engine", ["auto", "concat"])
-    def test_zero_prompts_equals_timm(self, depth: Any, engine: Any) -> None:
-        model, images = make_vit(), make_images()
+    def test_zero_prompts_equals_timm(
+        self, depth: Any, engine: Any, make_random: MakeViT, images: Tensor
+    ) -> None:
+        model = make_random()
         expected = model(images).detach()
         prompts = make_prompts(DEPTH if depth == "deep" else 1, num_prompts=0)
         tuned = PromptedViT(model, prompts, depth=depth, engine=engine)
@@ -180,16 +197,18 @@ class TestEngines:
         assert not tuned.prompts.requires_grad
 
     @pytest.mark.parametrize("block_class", [ParallelScalingBlock, type("OwnBlock", (Block,), {})])
-    def test_auto_takes_concat_for_blocks_it_does_not_know(self, block_class: type[nn.Module]) -> None:
-        tuned = PromptedViT(make_vit(block_fn=block_class), make_prompts())
+    def test_auto_takes_concat_for_blocks_it_does_not_know(
+        self, block_class: type[nn.Module], make_random: MakeViT, images: Tensor
+    ) -> None:
+        tuned = PromptedViT(make_random(block_fn=block_class), make_prompts())
         assert tuned.engine == "concat"
-        assert tuned(make_images()).isfinite().all()
+        assert tuned(images).isfinite().all()
 
-    def test_auto_takes_concat_for_attention_it_does_not_know(self) -> None:
+    def test_auto_takes_concat_for_attention_it_does_not_know(self, make_random: MakeViT) -> None:
         class OwnAttention(Attention):
             pass
 
-        model = make_vit()
+        model = make_random()
         model.blocks[1].attn.__class__ = OwnAttention
         with pytest.raises(
             ValueError, match="engine='kv' is not exact here: block 2: its attention is OwnAttention"
@@ -197,8 +216,10 @@ class TestEngines:
             PromptedViT(model, make_prompts(), engine="kv")
         assert PromptedViT(model, make_prompts()).engine == "concat"
 
-    def test_auto_takes_concat_where_attention_has_hooks_or_another_forward(self) -> None:
-        model = make_vit()
+    def test_auto_takes_concat_where_attention_has_hooks_or_another_forward(
+        self, make_random: MakeViT
+    ) -> None:
+        model = make_random()
         hook = model.blocks[0].attn.register_forward_hook(lambda *_: None)
         with pytest.raises(ValueError, match="block 1: its attention has hooks"):
             PromptedViT(model, make_prompts(), engine="kv")
@@ -211,11 +232,11 @@ class TestEngines:
         tuned.release()
         assert "forward" in vars(model.blocks[2])
 
-    def test_kv_is_refused_where_prompts_need_outputs(self) -> None:
+    def test_kv_is_refused_where_prompts_need_outputs(self, make_random: MakeViT) -> None:
         with pytest.raises(ValueError, match="engine='kv' is not exact here: in depth='shallow'"):
-            PromptedViT(make_vit(), make_prompts(1), depth="shallow", engine="kv")
+            PromptedViT(make_random(), make_prompts(1), depth="shallow", engine="kv")
 
-    def test_kv_takes_a_wrapped_projection(self) -> None:
+    def test_kv_takes_a_wrapped_projection(self, make_random: MakeViT, images: Tensor) -> None:
         """Adapters put their own module in the place of qkv."""
 
         class Doubled(nn.Module):
@@ -226,25 +247,27 @@ class TestEngines:
             def forward(self, x: Tensor) -> Tensor:
                 return 2 * self.inner(x)
 
-        model = make_vit()
+        model = make_random()
         model.blocks[0].attn.qkv = Doubled(model.blocks[0].attn.qkv)
         other = copy.deepcopy(model)
-        kv = logits_and_gradient(PromptedViT(model, make_prompts(), engine="kv"), make_images())
-        concat = logits_and_gradient(PromptedViT(other, make_prompts(), engine="concat"), make_images())
+        kv = logits_and_gradient(PromptedViT(model, make_prompts(), engine="kv"), images)
+        concat = logits_and_gradient(PromptedViT(other, make_prompts(), engine="concat"), images)
         assert all(relative_difference(a, b) <= 1e-5 for a, b in zip(kv, concat, strict=True))
 
-    def test_hooks_on_blocks_fire_in_both_engines(self) -> None:
+    def test_hooks_on_blocks_fire_in_both_engines(self, make_random: MakeViT, images: Tensor) -> None:
         for engine in ("kv", "concat"):
-            tuned = PromptedViT(make_vit(), make_prompts(), engine=engine)
+            tuned = PromptedViT(make_random(), make_prompts(), engine=engine)
             seen: list[torch.Size] = []
             for block in tuned.model.blocks:
                 block.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output.shape))
-            tuned(make_images())
+            tuned(images)
             assert seen == [torch.Size([3, 17, WIDTH])] * DEPTH
 
     @pytest.mark.parametrize("engine", ["kv", "concat"])
-    def test_pooling_with_prompts_averages_their_outputs(self, engine: Any) -> None:
-        model, prompts, images = make_vit(global_pool="avg"), make_prompts(), make_images()
+    def test_pooling_with_prompts_averages_their_outputs(
+        self, engine: Any, make_random: MakeViT, images: Tensor
+    ) -> None:
+        model, prompts = make_random(global_pool="avg"), make_prompts()
         plain = PromptedViT(copy.deepcopy(model), prompts, engine="concat")
         last_input: list[Tensor] = []
         plain.model.blocks[-1].register_forward_pre_hook(lambda _, inputs: last_input.append(inputs[0]))
@@ -256,8 +279,8 @@ class TestEngines:
         assert relative_difference(tuned(images).detach(), expected) <= 1e-5
         assert tuned.forward_features(images).shape == (3, 17 + NUM_PROMPTS, WIDTH)
 
-    def test_pooling_with_prompts_in_shallow_depth(self) -> None:
-        model, prompts, images = make_vit(global_pool="avg"), make_prompts(1), make_images()
+    def test_pooling_with_prompts_in_shallow_depth(self, make_random: MakeViT, images: Tensor) -> None:
+        model, prompts = make_random(global_pool="avg"), make_prompts(1)
         x = model._pos_embed(model.patch_embed(images))
         x = model.blocks(torch.cat([x, prompts.expand(3, -1, -1)], dim=1))
         expected = model.head(model.fc_norm(x[:, 1:].mean(1))).detach()
@@ -266,135 +289,141 @@ class TestEngines:
 
 
 class TestTraining:
-    def test_only_prompts_and_head_learn(self, tuned: PromptedViT) -> None:
+    def test_only_prompts_and_head_learn(self, tuned: PromptedViT, images: Tensor) -> None:
         learned = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
         assert learned == {"prompts", "model.head.weight", "model.head.bias"}
         assert len(tuned.trainable_parameters()) == 3
         before = {name: parameter.clone() for name, parameter in tuned.named_parameters()}
         optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=0.1)
-        tuned(make_images()).square().sum().backward()
+        tuned(images).square().sum().backward()
         optimizer.step()
         changed = {
             name for name, parameter in tuned.named_parameters() if not torch.equal(parameter, before[name])
         }
         assert changed == learned
 
-    def test_frozen_prompts_leave_the_head(self) -> None:
-        tuned = PromptedViT(make_vit(), make_prompts(), num_classes=4, freeze_prompts=True)
+    def test_frozen_prompts_leave_the_head(self, make_random: MakeViT, images: Tensor) -> None:
+        tuned = PromptedViT(make_random(), make_prompts(), num_classes=4, freeze_prompts=True)
         assert [tuple(parameter.shape) for parameter in tuned.trainable_parameters()] == [(4, WIDTH), (4,)]
-        features = tuned.forward_features(make_images())
+        features = tuned.forward_features(images)
         assert not features.requires_grad
 
     @pytest.mark.parametrize("engine", ["kv", "concat"])
-    def test_no_graph_before_the_first_prompt(self, engine: Any) -> None:
-        tuned = PromptedViT(make_vit(), make_prompts(), engine=engine)
+    def test_no_graph_before_the_first_prompt(
+        self, engine: Any, make_random: MakeViT, images: Tensor
+    ) -> None:
+        tuned = PromptedViT(make_random(), make_prompts(), engine=engine)
         needs_grad: list[bool] = []
         for block in tuned.model.blocks:
             block.register_forward_pre_hook(lambda _, inputs: needs_grad.append(inputs[0].requires_grad))
-        tuned(make_images())
+        tuned(images)
         assert needs_grad == [False, True, True]
 
-    def test_train_leaves_the_backbone_in_eval_mode(self) -> None:
-        model = make_vit(drop_rate=0.5, drop_path_rate=0.5)
+    def test_train_leaves_the_backbone_in_eval_mode(self, make_random: MakeViT) -> None:
+        model = make_random(drop_rate=0.5, drop_path_rate=0.5)
         tuned = PromptedViT(model, make_prompts(), num_classes=4).train()
         training = {name for name, module in tuned.named_modules() if module.training}
         assert training == {"", "model.head", "model.head_drop"}
         assert not any(module.training for module in tuned.eval().modules())
 
-    def test_training_mode_is_taken_from_the_model(self) -> None:
-        assert PromptedViT(make_vit().train(), make_prompts()).training
-        assert not PromptedViT(make_vit().eval(), make_prompts()).training
+    def test_training_mode_is_taken_from_the_model(self, make_random: MakeViT) -> None:
+        assert PromptedViT(make_random().train(), make_prompts()).training
+        assert not PromptedViT(make_random().eval(), make_prompts()).training
 
-    def test_given_prompts_are_copied(self) -> None:
+    def test_given_prompts_are_copied(self, make_random: MakeViT) -> None:
         prompts = make_prompts()
-        tuned = PromptedViT(make_vit(), prompts)
+        tuned = PromptedViT(make_random(), prompts)
         with torch.no_grad():
             tuned.prompts.zero_()
         assert torch.equal(prompts, make_prompts())
 
-    def test_random_prompts_follow_vpt(self) -> None:
-        tuned = PromptedViT(make_vit(), 50)
+    def test_random_prompts_follow_vpt(self, make_random: MakeViT) -> None:
+        tuned = PromptedViT(make_random(), 50)
         bound = math.sqrt(6 / (3 * 8 * 8 + WIDTH))
         assert tuned.prompts.shape == (DEPTH, 50, WIDTH)
         assert tuned.num_prompts == 50
         assert 0.98 * bound < float(tuned.prompts.detach().abs().max()) <= bound
-        assert PromptedViT(make_vit(), 3, depth="shallow").prompts.shape == (1, 3, WIDTH)
+        assert PromptedViT(make_random(), 3, depth="shallow").prompts.shape == (1, 3, WIDTH)
 
-    def test_prototypes_are_taken_by_their_prompts(self) -> None:
-        tuned = PromptedViT(make_vit(), SimpleNamespace(prompts=make_prompts()))  # type: ignore[arg-type]
+    def test_prototypes_are_taken_by_their_prompts(self, make_random: MakeViT) -> None:
+        tuned = PromptedViT(make_random(), SimpleNamespace(prompts=make_prompts()))  # type: ignore[arg-type]
         assert torch.equal(tuned.prompts, make_prompts())
 
-    def test_half_precision_model_keeps_float32_prompts(self) -> None:
-        tuned = PromptedViT(make_vit().bfloat16(), make_prompts(), num_classes=4)
+    def test_half_precision_model_keeps_float32_prompts(self, make_random: MakeViT, images: Tensor) -> None:
+        tuned = PromptedViT(make_random().bfloat16(), make_prompts(), num_classes=4)
         assert tuned.prompts.dtype == torch.float32
-        logits = tuned(make_images().bfloat16())
+        logits = tuned(images.bfloat16())
         logits.sum().backward()
         assert logits.dtype == torch.bfloat16
         assert tuned.prompts.grad is not None
 
-    def test_gradient_checkpointing_gives_the_same_gradients(self) -> None:
+    def test_gradient_checkpointing_gives_the_same_gradients(
+        self, make_random: MakeViT, images: Tensor
+    ) -> None:
         for engine in ("kv", "concat"):
-            tuned = PromptedViT(make_vit(), make_prompts(), engine=engine)
-            plain = logits_and_gradient(tuned, make_images())
+            tuned = PromptedViT(make_random(), make_prompts(), engine=engine)
+            plain = logits_and_gradient(tuned, images)
             tuned.model.set_grad_checkpointing()
             recomputed: list[int] = []
             tuned.model.blocks[0].norm2.register_forward_hook(lambda *_, seen=recomputed: seen.append(1))
-            saved = logits_and_gradient(tuned, make_images())
+            saved = logits_and_gradient(tuned, images)
             assert len(recomputed) == 2
             assert all(torch.equal(a, b) for a, b in zip(plain, saved, strict=True))
 
     # What PyTorch loads for forward mode is compiled by its own deprecated means.
     @pytest.mark.filterwarnings("ignore:.torch.jit.script")
-    def test_forward_mode_is_refused(self) -> None:
-        tuned, images = PromptedViT(make_vit(), make_prompts(), engine="kv"), make_images()
+    def test_forward_mode_is_refused(self, make_random: MakeViT, images: Tensor) -> None:
+        tuned = PromptedViT(make_random(), make_prompts(), engine="kv")
         with pytest.raises(ValueError, match="qkv must carry no tangent, got one: prompt_attention has no"):
             torch.func.jvp(tuned, (images,), (images,))
 
-    def test_autocast_in_bfloat16_is_close(self) -> None:
+    def test_autocast_in_bfloat16_is_close(self, make_random: MakeViT, images: Tensor) -> None:
         for engine in ("kv", "concat"):
-            tuned = PromptedViT(make_vit(qk_norm=True), make_prompts(), engine=engine)
-            logits, gradient = logits_and_gradient(tuned, make_images())
+            tuned = PromptedViT(make_random(qk_norm=True), make_prompts(), engine=engine)
+            logits, gradient = logits_and_gradient(tuned, images)
             with torch.autocast("cpu", torch.bfloat16):
-                half, half_gradient = logits_and_gradient(tuned, make_images())
+                half, half_gradient = logits_and_gradient(tuned, images)
             assert half.dtype == torch.bfloat16
             assert relative_difference(half.float(), logits) < 0.05
             assert torch.cosine_similarity(half_gradient.flatten(), gradient.flatten(), dim=0) > 0.99
 
-    def test_data_parallel_gives_the_same_gradients(self, tuned: PromptedViT, tmp_path: Path) -> None:
-        expected = logits_and_gradient(tuned, make_images())[1]
+    def test_data_parallel_gives_the_same_gradients(
+        self, tuned: PromptedViT, tmp_path: Path, images: Tensor
+    ) -> None:
+        expected = logits_and_gradient(tuned, images)[1]
         store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         try:
             parallel = nn.parallel.DistributedDataParallel(tuned).train()
             assert not tuned.model.blocks.training
-            parallel(make_images()).square().sum().backward()
+            parallel(images).square().sum().backward()
         finally:
             torch.distributed.destroy_process_group()
         torch.testing.assert_close(tuned.prompts.grad, expected)
 
-    def test_deepcopy_is_independent(self, tuned: PromptedViT) -> None:
-        expected = tuned(make_images()).detach()
+    def test_deepcopy_is_independent(self, tuned: PromptedViT, images: Tensor) -> None:
+        expected = tuned(images).detach()
         other = copy.deepcopy(tuned)
         with torch.no_grad():
             tuned.prompts.copy_(tuned.prompts.flip(-1))
-        torch.testing.assert_close(other(make_images()).detach(), expected)
-        assert not torch.allclose(tuned(make_images()), expected)
+        torch.testing.assert_close(other(images).detach(), expected)
+        assert not torch.allclose(tuned(images), expected)
 
 
 @pytest.mark.parametrize("engine", ["kv", "concat"])
 class TestUnusualInputs:
-    def test_no_image_gives_no_logits(self, engine: Any) -> None:
-        tuned = PromptedViT(make_vit(), make_prompts(), engine=engine)
-        logits, gradient = logits_and_gradient(tuned, make_images()[:0])
+    def test_no_image_gives_no_logits(self, engine: Any, make_random: MakeViT, images: Tensor) -> None:
+        tuned = PromptedViT(make_random(), make_prompts(), engine=engine)
+        logits, gradient = logits_and_gradient(tuned, images[:0])
         assert logits.shape == (0, 5)
         assert not gradient.any()
 
-    def test_meta_device_gives_shapes(self, engine: Any) -> None:
-        tuned = PromptedViT(make_vit().to("meta"), make_prompts(), engine=engine).eval()
-        logits, gradient = logits_and_gradient(tuned, make_images().to("meta"))
+    def test_meta_device_gives_shapes(self, engine: Any, make_random: MakeViT, images: Tensor) -> None:
+        tuned = PromptedViT(make_random().to("meta"), make_prompts(), engine=engine).eval()
+        logits, gradient = logits_and_gradient(tuned, images.to("meta"))
         assert (logits.shape, gradient.shape) == ((3, 5), (DEPTH, NUM_PROMPTS, WIDTH))
         with torch.no_grad(), tuned.fixed_prompts():
-            assert tuned(make_images().to("meta")).is_meta
+            assert tuned(images.to("meta")).is_meta
 
 
 class TestFacts:
@@ -405,106 +434,101 @@ class TestFacts:
         assert expected != timm.data.resolve_model_data_config(nn.Identity())
         tuned = PromptedViT(model, make_prompts())
         assert timm.data.resolve_model_data_config(tuned) == expected
-        assert tuned.default_cfg == model.default_cfg
 
-    def test_number_of_classes_is_the_head_s(self) -> None:
-        assert PromptedViT(make_vit(), 2).num_classes == 5
-        assert PromptedViT(make_vit(), 2, num_classes=9).num_classes == 9
+    def test_number_of_classes_is_the_head_s(self, make_random: MakeViT) -> None:
+        assert PromptedViT(make_random(), 2).num_classes == 5
+        assert PromptedViT(make_random(), 2, num_classes=9).num_classes == 9
 
-    def test_what_the_model_does_not_state_is_missing(self) -> None:
-        model = make_vit()
+    def test_what_the_model_does_not_state_is_missing(self, make_random: MakeViT) -> None:
+        model = make_random()
         del model.num_classes
         tuned = PromptedViT(model, 2)
-        assert not any(hasattr(tuned, name) for name in ("num_classes", "pretrained_cfg", "default_cfg"))
+        assert not any(hasattr(tuned, name) for name in ("num_classes", "pretrained_cfg"))
 
-    def test_numpy_integers_are_taken(self) -> None:
-        tuned = PromptedViT(make_vit(), np.int64(3), num_classes=np.int32(4))  # type: ignore[arg-type]
-        assert (tuned.num_prompts, tuned(make_images()).shape) == (3, (3, 4))
+    def test_numpy_integers_are_taken(self, make_random: MakeViT, images: Tensor) -> None:
+        tuned = PromptedViT(make_random(), np.int64(3), num_classes=np.int32(4))  # type: ignore[arg-type]
+        assert (tuned.num_prompts, tuned(images).shape) == (3, (3, 4))
 
 
 class TestTracing:
     @pytest.mark.parametrize("engine", ["kv", "concat"])
-    def test_compiles_without_graph_break(self, engine: Any) -> None:
+    def test_compiles_without_graph_break(self, engine: Any, make_random: MakeViT, images: Tensor) -> None:
         torch.compiler.reset()
-        tuned = PromptedViT(make_vit(), make_prompts(), engine=engine)
-        expected = logits_and_gradient(tuned, make_images())
+        tuned = PromptedViT(make_random(depth=2), make_prompts(2), engine=engine)
+        expected = logits_and_gradient(tuned, images)
         compiled = torch.compile(tuned, fullgraph=True, backend="aot_eager")
-        got = logits_and_gradient_of(compiled, tuned, make_images())
+        got = logits_and_gradient(tuned, images, compiled)
         assert all(relative_difference(a, b) <= 1e-5 for a, b in zip(got, expected, strict=True))
 
-    def test_compiles_shallow_under_autocast(self) -> None:
+    def test_compiles_shallow_under_autocast(self, make_random: MakeViT, images: Tensor) -> None:
         torch.compiler.reset()
-        tuned = PromptedViT(make_vit(), make_prompts(1), depth="shallow")
+        tuned = PromptedViT(make_random(depth=2), make_prompts(1), depth="shallow")
         compiled = torch.compile(tuned, fullgraph=True, backend="eager")
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(compiled(make_images()), tuned(make_images()))
+            assert torch.equal(compiled(images), tuned(images))
 
-    def test_compiled_model_sees_new_prompts(self) -> None:
+    def test_compiled_model_sees_new_prompts(self, make_random: MakeViT, images: Tensor) -> None:
         torch.compiler.reset()
-        tuned = PromptedViT(make_vit(), make_prompts()).eval()
+        tuned = PromptedViT(make_random(depth=2), make_prompts(2)).eval()
         compiled = torch.compile(tuned, fullgraph=True, backend="eager")
         with torch.no_grad():
-            first = compiled(make_images())
+            first = compiled(images)
             tuned.prompts.mul_(2)
-            assert torch.equal(compiled(make_images()), tuned(make_images()))
-            assert not torch.equal(first, tuned(make_images()))
+            assert torch.equal(compiled(images), tuned(images))
+            assert not torch.equal(first, tuned(images))
 
-    def test_exports_with_dynamic_batch(self) -> None:
-        tuned = PromptedViT(make_vit(), make_prompts()).eval()
+    def test_exports_with_dynamic_batch(self, make_random: MakeViT, make_images: MakeImages) -> None:
+        tuned = PromptedViT(make_random(depth=2), make_prompts(2)).eval()
         batch = torch.export.Dim("batch", min=2, max=64)
         program = torch.export.export(tuned, (make_images(3),), dynamic_shapes=({0: batch},))
         torch.testing.assert_close(program.module()(make_images(5)), tuned(make_images(5)))
         assert "prompts" in program.state_dict
 
 
-def logits_and_gradient_of(
-    run: Callable[[Tensor], Tensor], tuned: PromptedViT, images: Tensor
-) -> tuple[Tensor, Tensor]:
-    logits = run(images)
-    (gradient,) = torch.autograd.grad(logits.square().sum(), [tuned.prompts])
-    return logits.detach(), gradient
-
-
 class TestRelease:
     @pytest.mark.parametrize("num_classes", [None, 5, 9])
     @pytest.mark.parametrize("depth", ["deep", "shallow"])
-    def test_gives_the_model_back_as_it_was(self, num_classes: int | None, depth: Any) -> None:
-        model = make_vit().train()
+    def test_gives_the_model_back_as_it_was(
+        self, num_classes: int | None, depth: Any, make_random: MakeViT, images: Tensor
+    ) -> None:
+        model = make_random().train()
         model.blocks[1].eval()
         model.cls_token.requires_grad_(False)
-        before = fingerprint(model)
+        before = fingerprint(model, images)
         tuned = PromptedViT(
             model, make_prompts(DEPTH if depth == "deep" else 1), depth=depth, num_classes=num_classes
         )
         optimizer = torch.optim.SGD(tuned.trainable_parameters(), lr=0.1)
-        tuned(make_images()).square().sum().backward()
+        tuned(images).square().sum().backward()
         optimizer.step()
-        tuned.layer_nmi(make_images())
+        tuned.layer_nmi(images)
         assert tuned.release() is model
-        assert_same(fingerprint(model), before)
+        assert_same(fingerprint(model, images), before)
 
-    def test_gives_a_distilled_model_back(self) -> None:
-        model = make_vit(VisionTransformerDistilled)
-        before = fingerprint(model)
+    def test_gives_a_distilled_model_back(self, make_random: MakeViT, images: Tensor) -> None:
+        model = make_random(model_class=VisionTransformerDistilled)
+        before = fingerprint(model, images)
         tuned = PromptedViT(model, make_prompts(), num_classes=2)
         assert [tuple(p.shape) for p in tuned.head.parameters()] == [(2, WIDTH), (2,)] * 2
-        assert tuned(make_images()).shape == (3, 2)
+        assert tuned(images).shape == (3, 2)
         tuned.release()
-        assert_same(fingerprint(model), before)
+        assert_same(fingerprint(model, images), before)
 
-    def test_head_set_aside_follows_the_model(self) -> None:
-        tuned = PromptedViT(make_vit(), make_prompts(), num_classes=2)
+    def test_head_set_aside_follows_the_model(self, make_random: MakeViT) -> None:
+        tuned = PromptedViT(make_random(), make_prompts(), num_classes=2)
         model = tuned.double().release()
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
-    def test_released_object_says_so(self, tuned: PromptedViT, tmp_path: Path) -> None:
+    def test_released_object_says_so(self, tuned: PromptedViT, tmp_path: Path, images: Tensor) -> None:
         tuned.release()
         for call in (
-            lambda: tuned(make_images()),
-            lambda: tuned.forward_features(make_images()),
-            lambda: tuned.layer_nmi(make_images()),
+            lambda: tuned(images),
+            lambda: tuned.forward_features(images),
+            lambda: tuned.layer_nmi(images),
             lambda: tuned.save(tmp_path / "x.safetensors"),
             lambda: tuned.load(tmp_path / "x.safetensors"),
+            lambda: tuned.head,
+            lambda: tuned.prompted_blocks,
             tuned.release,
         ):
             with pytest.raises(RuntimeError, match="has released its model"):
@@ -516,12 +540,12 @@ class TestRelease:
             PromptedViT(tuned.model, make_prompts())
         PromptedViT(tuned.release(), make_prompts())
 
-    def test_failed_take_over_leaves_the_model_alone(self) -> None:
-        model = make_vit().train()
-        before = fingerprint(model)
+    def test_failed_take_over_leaves_the_model_alone(self, make_random: MakeViT, images: Tensor) -> None:
+        model = make_random().train()
+        before = fingerprint(model, images)
         with pytest.raises(ValueError, match="prompts must have shape"):
             PromptedViT(model, make_prompts(width=8), num_classes=3)
-        assert_same(fingerprint(model), copy.deepcopy(before))
+        assert_same(fingerprint(model, images), copy.deepcopy(before))
 
         def interrupted(num_classes: int) -> None:
             model.head = nn.Linear(1, 1)
@@ -531,10 +555,10 @@ class TestRelease:
             patch.setattr(model, "reset_classifier", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 PromptedViT(model, make_prompts(), num_classes=3)
-        assert_same(fingerprint(model), before)
+        assert_same(fingerprint(model, images), before)
 
 
-def fingerprint(model: VisionTransformer) -> dict[str, Any]:
+def fingerprint(model: VisionTransformer, images: Tensor) -> dict[str, Any]:
     """All that a user could see of a model."""
     return {
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
@@ -545,7 +569,7 @@ def fingerprint(model: VisionTransformer) -> dict[str, Any]:
         "hooks": [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
         "own forwards": [name for name, module in model.named_modules() if "forward" in vars(module)],
         "num_classes": model.num_classes,
-        "logits": copy.deepcopy(model).eval()(make_images()).detach(),
+        "logits": copy.deepcopy(model).eval()(images).detach(),
     }
 
 
@@ -558,36 +582,38 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 class TestHead:
-    def test_new_head_has_the_classes_asked_for(self, tuned: PromptedViT) -> None:
+    def test_new_head_has_the_classes_asked_for(self, tuned: PromptedViT, images: Tensor) -> None:
         assert tuple(tuned.head.weight.shape) == (4, WIDTH)  # type: ignore[arg-type]
-        assert tuned(make_images()).shape == (3, 4)
-        pooled = tuned.forward_head(tuned.forward_features(make_images()), pre_logits=True)
-        torch.testing.assert_close(tuned.head(pooled), tuned(make_images()))
+        assert tuned(images).shape == (3, 4)
+        pooled = tuned.forward_head(tuned.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(tuned.head(pooled), tuned(images))
 
-    def test_kept_head_starts_from_the_models_and_learns(self) -> None:
-        model = make_vit()
+    def test_kept_head_starts_from_the_models_and_learns(self, make_random: MakeViT) -> None:
+        model = make_random()
         original = model.head
         tuned = PromptedViT(model, make_prompts())
         assert torch.equal(tuned.head.weight, original.weight)  # type: ignore[arg-type]
         assert tuned.head is not original
         assert all(parameter.requires_grad for parameter in tuned.head.parameters())
 
-    def test_model_without_head_gives_features(self) -> None:
-        tuned = PromptedViT(make_vit(num_classes=0), make_prompts())
-        assert tuned(make_images()).shape == (3, WIDTH)
+    def test_model_without_head_gives_features(self, make_random: MakeViT, images: Tensor) -> None:
+        tuned = PromptedViT(make_random(num_classes=0), make_prompts())
+        assert tuned(images).shape == (3, WIDTH)
         assert [id(parameter) for parameter in tuned.trainable_parameters()] == [id(tuned.prompts)]
 
 
 class TestFiles:
-    def test_round_trip(self, tuned: PromptedViT, tmp_path: Path) -> None:
+    def test_round_trip(
+        self, tuned: PromptedViT, tmp_path: Path, make_random: MakeViT, images: Tensor
+    ) -> None:
         path = tmp_path / "tuned.safetensors"
-        expected = tuned(make_images()).detach()
+        expected = tuned(images).detach()
         tuned.save(path)
-        other = PromptedViT(make_vit(), 7, num_classes=4, engine="concat")
+        other = PromptedViT(make_random(), 7, num_classes=4, engine="concat")
         learned = [id(parameter) for parameter in other.trainable_parameters()]
-        assert relative_difference(other(make_images()).detach(), expected) > 1e-2
+        assert relative_difference(other(images).detach(), expected) > 1e-2
         other.load(path)
-        assert relative_difference(other(make_images()).detach(), expected) <= 1e-5
+        assert relative_difference(other(images).detach(), expected) <= 1e-5
         assert [id(parameter) for parameter in other.trainable_parameters()] == learned
 
     @pytest.mark.parametrize(
@@ -600,10 +626,10 @@ class TestFiles:
         ],
     )
     def test_from_file_builds_what_was_saved(
-        self, options: dict[str, Any], prompts: int, tmp_path: Path
+        self, options: dict[str, Any], prompts: int, tmp_path: Path, make_random: MakeViT, images: Tensor
     ) -> None:
         def make_model() -> nn.Module:
-            return make_vit(global_pool="avg" if "pool_prompts" in options else "token")
+            return make_random(global_pool="avg" if "pool_prompts" in options else "token")
 
         tuned = PromptedViT(make_model(), make_prompts(prompts), **options)
         tuned.class_names = [f"class {index}" for index in range(tuned.model.num_classes)]
@@ -611,27 +637,29 @@ class TestFiles:
             tuned.head.weight.mul_(1.5)
         tuned.save(tmp_path / "tuned.safetensors")
         found = PromptedViT.from_file(tmp_path / "tuned.safetensors", make_model())
-        assert torch.equal(found(make_images()), tuned(make_images()))
+        assert torch.equal(found(images), tuned(images))
         assert found.class_names == tuple(tuned.class_names)
         assert found.head.weight.requires_grad
 
     def test_from_file_refuses_another_model_and_leaves_it_alone(
-        self, tuned: PromptedViT, tmp_path: Path
+        self, tuned: PromptedViT, tmp_path: Path, make_random: MakeViT, images: Tensor
     ) -> None:
         path = tmp_path / "tuned.safetensors"
         tuned.save(path)
-        other = make_vit(reg_tokens=1)
+        other = make_random(reg_tokens=1)
         before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-        with pytest.raises(ValueError, match="saved with num_prefix_tokens '1'"):
+        with pytest.raises(ValueError, match="is for num_prefix_tokens '1'"):
             PromptedViT.from_file(path, other)
         assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
         assert all(parameter.requires_grad for parameter in other.parameters())
-        assert other(make_images()).shape == (3, other.num_classes)
+        assert other(images).shape == (3, other.num_classes)
 
-    def test_from_file_leaves_the_random_state_alone(self, tuned: PromptedViT, tmp_path: Path) -> None:
+    def test_from_file_leaves_the_random_state_alone(
+        self, tuned: PromptedViT, tmp_path: Path, make_random: MakeViT
+    ) -> None:
         path = tmp_path / "tuned.safetensors"
         tuned.save(path)
-        other = make_vit(num_classes=tuned.num_classes + 1)
+        other = make_random(num_classes=tuned.num_classes + 1)
         before = torch.get_rng_state()
         PromptedViT.from_file(path, other)
         assert torch.equal(torch.get_rng_state(), before)
@@ -654,55 +682,58 @@ class TestFiles:
         ("build", "message"),
         [
             (
-                lambda: PromptedViT(make_vit(depth=2), make_prompts(2), num_classes=4),
+                lambda make: PromptedViT(make(depth=2), make_prompts(2), num_classes=4),
                 r"prompts of shape \[3, 7, 32\].*needs \[2, 7, 32\]",
             ),
             (
-                lambda: PromptedViT(make_vit(embed_dim=48), make_prompts(width=48), num_classes=4),
+                lambda make: PromptedViT(make(embed_dim=48), make_prompts(width=48), num_classes=4),
                 r"\[3, 7, 32\].*\[3, 7, 48\]",
             ),
             (
-                lambda: PromptedViT(make_vit(), make_prompts(num_prompts=5), num_classes=4),
+                lambda make: PromptedViT(make(), make_prompts(num_prompts=5), num_classes=4),
                 r"\[3, 7, 32\].*\[3, 5, 32\]",
             ),
             (
-                lambda: PromptedViT(make_vit(), make_prompts(), num_classes=6),
+                lambda make: PromptedViT(make(), make_prompts(), num_classes=6),
                 r"head.weight of shape \[4, 32\].*needs \[6, 32\]",
             ),
-            (lambda: PromptedViT(make_vit(num_classes=0), make_prompts()), "this model needs"),
+            (lambda make: PromptedViT(make(num_classes=0), make_prompts()), "this model needs"),
             (
-                lambda: PromptedViT(make_vit(), make_prompts(1), num_classes=4, depth="shallow"),
+                lambda make: PromptedViT(make(), make_prompts(1), num_classes=4, depth="shallow"),
                 r"\[3, 7, 32\].*\[1, 7, 32\]",
             ),
             (
-                lambda: PromptedViT(make_vit(global_pool="avg"), make_prompts(), num_classes=4),
-                "saved with global_pool 'token'",
+                lambda make: PromptedViT(make(global_pool="avg"), make_prompts(), num_classes=4),
+                "is for global_pool 'token'",
             ),
             (
-                lambda: PromptedViT(make_vit(reg_tokens=1), make_prompts(), num_classes=4),
-                "saved with num_prefix_tokens '1'",
+                lambda make: PromptedViT(make(reg_tokens=1), make_prompts(), num_classes=4),
+                "is for num_prefix_tokens '1'",
             ),
         ],
     )
     def test_misfit_is_refused_and_changes_nothing(
-        self, tuned: PromptedViT, tmp_path: Path, build: Callable[[], PromptedViT], message: str
+        self,
+        tuned: PromptedViT,
+        tmp_path: Path,
+        build: Callable[[MakeViT], PromptedViT],
+        message: str,
+        make_random: MakeViT,
     ) -> None:
         path = tmp_path / "tuned.safetensors"
         tuned.save(path)
-        other = build()
+        other = build(make_random)
         before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
         with pytest.raises(ValueError, match=message):
             other.load(path)
         assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
-    def test_another_architecture_is_refused(self, tmp_path: Path) -> None:
-        first, second = make_vit(), make_vit()
+    def test_another_architecture_is_refused(self, tmp_path: Path, make_random: MakeViT) -> None:
+        first, second = make_random(), make_random()
         first.pretrained_cfg = {"architecture": "vit_toy", "tag": "mae"}
         second.pretrained_cfg = {"architecture": "vit_toy", "tag": "augreg"}
         PromptedViT(first, 2).save(tmp_path / "tuned.safetensors")
-        with pytest.raises(
-            ValueError, match=r"saved with architecture 'vit_toy\.mae', .* has 'vit_toy\.augreg'"
-        ):
+        with pytest.raises(ValueError, match=r"is for architecture 'vit_toy\.mae', .* has 'vit_toy\.augreg'"):
             PromptedViT(second, 2).load(tmp_path / "tuned.safetensors")
 
     def test_truncated_and_foreign_files_are_refused(self, tuned: PromptedViT, tmp_path: Path) -> None:
@@ -729,34 +760,36 @@ class TestFiles:
 
 
 class TestLayerNMI:
-    def test_matches_reference_on_the_block_inputs(self, tuned: PromptedViT) -> None:
+    def test_matches_reference_on_the_block_inputs(self, tuned: PromptedViT, images: Tensor) -> None:
         inputs: list[Tensor] = []
         for block in tuned.model.blocks:
             block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
-        tuned(make_images())
+        tuned(images)
         expected = torch.stack(
             [sigmoid_nmi_reference(p, x[:, 1:]) for p, x in zip(tuned.prompts.detach(), inputs, strict=True)]
         )
-        got = tuned.layer_nmi(make_images())
+        got = tuned.layer_nmi(images)
         assert got.shape == (DEPTH, 3)
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
         assert not got.requires_grad
 
-    def test_shallow_measures_what_became_of_the_prompts(self) -> None:
-        tuned = PromptedViT(make_vit(reg_tokens=2), make_prompts(1), depth="shallow")
+    def test_shallow_measures_what_became_of_the_prompts(self, make_random: MakeViT, images: Tensor) -> None:
+        tuned = PromptedViT(make_random(reg_tokens=2), make_prompts(1), depth="shallow")
         inputs: list[Tensor] = []
         for block in tuned.model.blocks:
             block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
-        got = tuned.layer_nmi(make_images())
+        got = tuned.layer_nmi(images)
         assert inputs[1].shape == (3, 3 + 16 + NUM_PROMPTS, WIDTH)
         expected = sigmoid_nmi_reference(inputs[1][2, -NUM_PROMPTS:], inputs[1][2:, 3:-NUM_PROMPTS])
         assert got.shape == (DEPTH, 3)
         torch.testing.assert_close(got[1, 2:].double(), expected, rtol=1e-5, atol=0)
 
-    def test_leaves_no_hooks_and_keeps_the_mode(self, tuned: PromptedViT) -> None:
+    def test_leaves_no_hooks_and_keeps_the_mode(
+        self, tuned: PromptedViT, make_images: MakeImages, images: Tensor
+    ) -> None:
         tuned.train()
         before = fingerprint_of_modes(tuned)
-        tuned.layer_nmi(make_images())
+        tuned.layer_nmi(images)
         with pytest.raises(ValueError, match="images must be 32 x 32"):
             tuned.layer_nmi(make_images(size=16))
         assert fingerprint_of_modes(tuned) == before
@@ -764,6 +797,45 @@ class TestLayerNMI:
 
 def fingerprint_of_modes(tuned: PromptedViT) -> list[tuple[bool, int]]:
     return [(module.training, len(module._forward_pre_hooks)) for module in tuned.modules()]
+
+
+class TestPromptsAndTokens:
+    def test_deep_blocks_have_prompts_of_their_own(self, make_random: MakeViT) -> None:
+        tuned, x = PromptedViT(make_random(reg_tokens=2), make_prompts()), torch.randn(4, 19, WIDTH)
+        for layer in range(DEPTH):
+            prompts, tokens = tuned.prompts_and_tokens(layer, x)
+            assert torch.equal(prompts, tuned.prompts[layer : layer + 1])
+            assert torch.equal(tokens, x[:, 3:])
+        (gradient,) = torch.autograd.grad(prompts.sum(), [tuned.prompts])
+        assert gradient.sum(dim=(1, 2)).tolist() == [0, 0, NUM_PROMPTS * WIDTH]
+
+    def test_shallow_blocks_find_prompts_behind_the_patches(self, make_random: MakeViT) -> None:
+        tuned = PromptedViT(make_random(), make_prompts(1), depth="shallow")
+        x = torch.randn(4, 17, WIDTH)
+        prompts, tokens = tuned.prompts_and_tokens(0, x)
+        assert torch.equal(prompts, tuned.prompts)
+        assert torch.equal(tokens, x[:, 1:])
+        outputs = torch.randn(4, NUM_PROMPTS, WIDTH)
+        prompts, tokens = tuned.prompts_and_tokens(1, torch.cat((x, outputs), dim=1))
+        assert torch.equal(prompts, outputs)
+        assert torch.equal(tokens, x[:, 1:])
+
+    @pytest.mark.parametrize(
+        ("layer", "x", "error", "message"),
+        [
+            (3, torch.ones(1, 17, WIDTH), ValueError, "layer must be below 3, the number of blocks, got 3"),
+            (-1, torch.ones(1, 17, WIDTH), ValueError, "layer must be an integer >= 0, got -1"),
+            (0.0, torch.ones(1, 17, WIDTH), TypeError, "layer must be an integer >= 0"),
+            (0, torch.ones(17, WIDTH), ValueError, r"x must be \[B, N, 32\], got \[17, 32\]"),
+            (0, torch.ones(1, 17, 8), ValueError, r"x must be \[B, N, 32\], got \[1, 17, 8\]"),
+            (0, [1.0], TypeError, "x must be a tensor, got list"),
+        ],
+    )
+    def test_others_are_refused(
+        self, tuned: PromptedViT, layer: Any, x: Any, error: type[Exception], message: str
+    ) -> None:
+        with pytest.raises(error, match=message):
+            tuned.prompts_and_tokens(layer, x)
 
 
 class PlainViT(nn.Module):
@@ -783,7 +855,7 @@ class PlainViT(nn.Module):
 
 
 class TestOtherModels:
-    def test_model_that_is_not_timms(self) -> None:
+    def test_model_that_is_not_timms(self, images: Tensor) -> None:
         torch.manual_seed(0)
         tuned = PromptedViT(PlainViT(), make_prompts(2))  # type: ignore[arg-type]
         assert {name for name, p in tuned.named_parameters() if p.requires_grad} == {
@@ -791,8 +863,8 @@ class TestOtherModels:
             "model.head.weight",
             "model.head.bias",
         }
-        assert tuned(make_images()).shape == (3, 5)
-        assert tuned.layer_nmi(make_images()).shape == (2, 3)
+        assert tuned(images).shape == (3, 5)
+        assert tuned.layer_nmi(images).shape == (2, 3)
         with pytest.raises(
             TypeError, match="num_classes needs a model with timm's `reset_classifier`, got PlainViT"
         ):
@@ -800,8 +872,8 @@ class TestOtherModels:
         with pytest.raises(TypeError, match="prompts given as an integer need a model that states"):
             PromptedViT(PlainViT(), 3)  # type: ignore[arg-type]
 
-    def test_blocks_that_are_given_more_than_tokens_are_refused(self) -> None:
-        tuned = PromptedViT(make_vit(), make_prompts())
+    def test_blocks_that_are_given_more_than_tokens_are_refused(self, make_random: MakeViT) -> None:
+        tuned = PromptedViT(make_random(), make_prompts())
         with pytest.raises(TypeError, match="Block cannot be prompted when it is also given attn_mask"):
             tuned.model.blocks[0](torch.ones(1, 17, WIDTH), attn_mask=torch.ones(17, 17))
 
@@ -829,13 +901,13 @@ class TestOtherModels:
         with pytest.raises(TypeError, match=reason):
             PromptedViT(model, 2)
 
-    def test_hierarchical_and_empty_models_are_refused(self) -> None:
-        model = make_vit()
+    def test_hierarchical_and_empty_models_are_refused(self, make_random: MakeViT) -> None:
+        model = make_random()
         model.blocks[1] = Block(16, 4)
         with pytest.raises(TypeError, match="width of its blocks changes from 16 to 32"):
             get_blocks(model)
         with pytest.raises(TypeError, match=r"its `\.blocks` is empty"):
-            get_blocks(make_vit(depth=0))
+            get_blocks(make_random(depth=0))
         with pytest.raises(
             TypeError, match=r"backbone must be a Vision Transformer .* got Linear: it has no `\.blocks`"
         ):
@@ -843,35 +915,41 @@ class TestOtherModels:
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
             get_blocks("vit_base")  # type: ignore[arg-type]
 
-    def test_description_of_a_backbone(self) -> None:
+    def test_description_of_a_backbone(self, make_random: MakeViT) -> None:
         model = timm.create_model("vit_tiny_patch16_224.augreg_in21k", depth=1, num_classes=0)
         facts = {"depth": "1", "width": "192", "num_prefix_tokens": "1"}
         assert describe(model) == {"architecture": "vit_tiny_patch16_224.augreg_in21k", **facts}
         assert describe(PlainViT()) == {"depth": "2", "width": "32", "num_prefix_tokens": "0"}
         assert embed_dim(PlainViT()) == WIDTH
-        assert num_prefix_tokens(make_vit(reg_tokens=4)) == 5
+        assert num_prefix_tokens(make_random(reg_tokens=4)) == 5
 
 
 class TestBadInput:
     @pytest.mark.parametrize(("depth", "other"), [("deep", "shallow"), ("shallow", "deep")])
-    def test_hint_for_prototypes_of_the_other_depth_works(self, depth: Any, other: str) -> None:
-        prompts = build_prototypes(make_vit(), [make_images(8)], num_prompts=2, depth=other, progress=False)
+    def test_hint_for_prototypes_of_the_other_depth_works(
+        self, depth: Any, other: str, make_random: MakeViT, make_images: MakeImages, images: Tensor
+    ) -> None:
+        prompts = build_prototypes(
+            make_random(), [make_images(8)], num_prompts=2, depth=other, progress=False
+        )
         with pytest.raises(ValueError, match="prompts must have shape") as raised:
-            PromptedViT(make_vit(), prompts, depth=depth)
+            PromptedViT(make_random(), prompts, depth=depth)
         hint = str(raised.value).rpartition("layer, " if depth == "shallow" else "all, ")[2]
         repaired = eval(hint, {"prompts": prompts})
-        assert PromptedViT(make_vit(), repaired, depth=depth)(make_images()).isfinite().all()
+        assert PromptedViT(make_random(), repaired, depth=depth)(images).isfinite().all()
 
     @pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
-    def test_wrapped_model_is_refused(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
-        model = make_vit()
+    def test_wrapped_model_is_refused(
+        self, wrap: Callable[[nn.Module], nn.Module], make_random: MakeViT
+    ) -> None:
+        model = make_random()
         wrapped = wrap(model)
         name = type(wrapped).__name__
         with pytest.raises(TypeError, match=f"model must be the VisionTransformer itself, got .* {name}"):
             PromptedViT(wrapped, make_prompts(), num_classes=3)
         assert all(parameter.requires_grad for parameter in model.parameters())
 
-    def test_blocks_and_head_in_one_child_are_refused(self) -> None:
+    def test_blocks_and_head_in_one_child_are_refused(self, make_random: MakeViT, images: Tensor) -> None:
         class Wrapper(nn.Module):
             def __init__(self, inner: nn.Module) -> None:
                 super().__init__()
@@ -883,11 +961,11 @@ class TestBadInput:
             def forward(self, images: Tensor) -> Tensor:
                 return self.inner(images)
 
-        model = Wrapper(make_vit())
-        before = fingerprint(model)
+        model = Wrapper(make_random())
+        before = fingerprint(model, images)
         with pytest.raises(TypeError, match="got Wrapper with both in `inner`; give that child instead"):
             PromptedViT(model, make_prompts(), num_classes=3)
-        assert_same(fingerprint(model), before)
+        assert_same(fingerprint(model, images), before)
 
     @pytest.mark.parametrize(
         ("prompts", "options", "error", "message"),
@@ -935,16 +1013,21 @@ class TestBadInput:
         ],
     )
     def test_bad_arguments_are_refused(
-        self, prompts: Any, options: dict[str, Any], error: type[Exception], message: str
+        self,
+        prompts: Any,
+        options: dict[str, Any],
+        error: type[Exception],
+        message: str,
+        make_random: MakeViT,
     ) -> None:
         with pytest.raises(error, match=message):
-            PromptedViT(make_vit(), prompts, **options)
+            PromptedViT(make_random(), prompts, **options)
 
-    def test_non_finite_prompts_are_refused(self) -> None:
+    def test_non_finite_prompts_are_refused(self, make_random: MakeViT) -> None:
         prompts = make_prompts()
         prompts[1, 2, 3] = math.nan
         with pytest.raises(NonFiniteError, match="prompts must be finite, but row 9 holds NaN"):
-            PromptedViT(make_vit(), prompts)
+            PromptedViT(make_random(), prompts)
 
     @pytest.mark.parametrize(
         ("images", "error", "message"),
@@ -958,12 +1041,12 @@ class TestBadInput:
             (
                 torch.ones(3, 32, 32),
                 ValueError,
-                r"images must have shape \[B, C, height, width\], got \(3, 32, 32\)",
+                r"images must be \[B, C, height, width\], got \[3, 32, 32\]",
             ),
             (
                 torch.ones(2, 3, 32, 40),
                 ValueError,
-                r"images must be 32 x 32 for this model, got \(2, 3, 32, 40\)",
+                r"images must be 32 x 32 for this model, got \[2, 3, 32, 40\]",
             ),
         ],
     )

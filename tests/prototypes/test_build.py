@@ -15,7 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from spt_fast.backbones.token_extractor import TokenTap
+from spt_fast.backbones.token_extractor import TokenExtractor
 from spt_fast.clustering import KMeans, StreamingKMeans
 from spt_fast.prototypes.backbone_pass import BackbonePass
 from spt_fast.prototypes.build import build_prototypes
@@ -48,7 +48,7 @@ def collect(model: nn.Module, loader: Any, **options: Any) -> list[Tensor]:
             taken.append([])
         taken[layer].append(tokens.reshape(-1, tokens.shape[-1]).clone())
 
-    with TokenTap(model, keep, **options) as tap:
+    with TokenExtractor(model, keep, **options) as tap:
         for images, _ in loader:
             tap.run(images)
     return [torch.cat(layer) for layer in taken]

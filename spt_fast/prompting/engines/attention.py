@@ -1,8 +1,8 @@
 """The attention modules of timm with the keys and values of prompts added, in two steps.
 
 `attention_keys_values` turns prompts into keys and values, which are the same for every image; `attend` is
-the attention itself. Both call the module's own submodules, never the module as a whole, so hooks on it do
-not fire. Dropout of attention weights is left out: a frozen backbone is in evaluation mode.
+the attention itself. Both call the submodules of the module, not the module, so its own hooks do not fire.
+There is no dropout of attention weights: a frozen backbone is in evaluation mode.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class KeysValues(NamedTuple):
 
 
 def attention_keys_values(attn: Any, prompts: Tensor) -> KeysValues:
-    """Keys and values of normalised prompts [N_p, D]; they get no rotation, for they have no position."""
+    """Keys and values of normalised prompts [N_p, D]; not rotated, since prompts have no position."""
     keys, values = _project_prompts(attn, prompts)
     keys, values = _split_heads(attn, keys[None]), _split_heads(attn, values[None])
     keys, values = _share_heads(attn, _normed(attn, "k_norm", keys)), _share_heads(attn, values)
@@ -42,7 +42,7 @@ def attention_keys_values(attn: Any, prompts: Tensor) -> KeysValues:
 
 
 def attend(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None = None) -> Tensor:
-    """The attention module over x [B, N, D] and over prompts that have no position; [B, N, D].
+    """The attention module over tokens x [B, N, D] and prompts, which have no position; [B, N, D].
 
     `position` is what the module takes beside x: the rotary embedding of the patches, or BEiT's shared bias.
     """
@@ -85,7 +85,7 @@ def _queries_keys_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if attn.qkv is None:
         q, k, v = (_split_heads(attn, project(x)) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
     else:
-        # Unbound before heads and tokens change places: the way back then joins three gradients in one copy.
+        # Unbound before heads and tokens change places, so that backward joins three gradients in one copy.
         q, k, v = (part.transpose(1, 2) for part in _packed_heads(attn, x).unbind(2))
     return _normed(attn, "q_norm", q), _normed(attn, "k_norm", k), v
 
@@ -110,7 +110,7 @@ def _project_prompts(attn: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:
     if type(attn.qkv) is not nn.Linear or has_hooks(attn.qkv):
         _, keys, values = _fused_projection(attn, prompts[None]).squeeze(0).chunk(3, dim=-1)
         return keys, values
-    # The query third of the projection has no use here.
+    # Prompts are no queries: the first third of the projection is not needed.
     first_key = attn.qkv.out_features // 3
     if getattr(attn, "q_bias", None) is not None:
         bias = torch.cat((attn.k_bias, attn.v_bias))
@@ -127,7 +127,7 @@ def _split_heads(attn: Any, projected: Tensor) -> Tensor:
 
 
 def _head_width(attn: Any) -> int:
-    # Not every attention of timm states it.
+    # Not every attention of timm has `head_dim`.
     return attn.proj.in_features // attn.num_heads  # type: ignore[no-any-return]
 
 

@@ -1,7 +1,8 @@
 """Keys and values of prompts kept between forward passes, for inference with prompts that do not change.
 
-A change is noticed by the version counter and the address of the prompts, which see optimisers, `load`,
-`copy_` and new storage, but no write through `.data`: the cache is therefore used only where asked for.
+Optimisers, `load`, `copy_` and new storage change the version counter or the address of the prompts, and keys
+and values are then computed again. A write through `.data` changes neither, so the cache is used only within
+`PromptedViT.fixed_prompts`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class KeysValuesCache:
     ) -> tuple[KeysValues, ...]:
         """What `compute()` gave for block `index` with the same `prompts`, `dtype` and autocast."""
         if prompts.is_inference():
-            # Such tensors count no versions.
+            # Tensors of inference mode have no version counter.
             return compute()
         autocast = autocast_dtype(prompts.device.type)
         key = (prompts.data_ptr(), prompts._version, prompts.device, dtype, autocast)
@@ -35,7 +36,7 @@ class KeysValuesCache:
         if found is not None and found[0] == key:
             return found[1]
         computed = compute()
-        # With a backbone that somebody unfroze, a second use would go through a graph that is gone.
+        # If the caller has unfrozen the backbone, a second backward would find the graph freed.
         if not any(part.requires_grad for keys_values in computed for part in keys_values):
             self._entries[index] = (key, computed)
         return computed

@@ -13,7 +13,7 @@ from timm.models import eva
 from torch import Tensor, nn
 
 _ROTARY_BLOCKS = (eva.EvaBlock, eva.EvaBlockPostNorm)
-# Parts of the names of modules, parameters and buffers that give a block away.
+# Parts of names of modules, parameters and buffers, by which a block is recognised.
 _RELATIVE_MARKS = ("rel_pos", "relative_position")
 _ROTARY_MARKS = ("rope", "rotary")
 _POSITION_MARKS = (*_RELATIVE_MARKS, *_ROTARY_MARKS, "pos_proj")
@@ -25,8 +25,8 @@ _TIED_TO_COUNT = "has a layer as wide as an image has tokens (`{}`), and prompts
 def append_prompts(x: Tensor, prompts: Tensor) -> Tensor:
     """Tokens [B, N, D] and prompts [N_p, D] to [B, N + N_p, D], prompts last.
 
-    A block with no position information treats every order alike; at the end they leave the positions of
-    prefix and patch tokens as the model's head expects them.
+    Their order does not matter to a block without positions. Behind the others they leave prefix and patch
+    tokens where the model's head expects them.
     """
     return torch.cat((x, prompts.expand(x.shape[0], -1, -1)), dim=1)
 
@@ -39,7 +39,7 @@ def drop_prompts(x: Tensor, num_prompts: int) -> Tensor:
 def concat_blocker(blocks: Iterable[nn.Module], model: nn.Module) -> str | None:
     """Why appended tokens would be wrong in `blocks` of `model`, or None.
 
-    Of positions, only a rotation that the model hands to its blocks can be made to skip the prompts.
+    The only positions that can skip the prompts are rotations that the model hands to its blocks.
     """
     blocks = list(blocks)
     for block in blocks:
@@ -48,7 +48,7 @@ def concat_blocker(blocks: Iterable[nn.Module], model: nn.Module) -> str | None:
         reason = reason or _first_with(_COUNT_MARKS, block, names, _TIED_TO_COUNT)
         if reason is not None:
             return reason
-    # What a model keeps beside its blocks it hands to each of them.
+    # A model hands positions that it keeps beside its blocks to each of them.
     rotated = all(concat_extras(block) for block in blocks)
     marks = _RELATIVE_MARKS if rotated else (*_RELATIVE_MARKS, *_ROTARY_MARKS)
     return _first_with(marks, model, _names(model, recurse=False), _TIED_TO_POSITIONS)
@@ -82,7 +82,7 @@ def fit_extras(extras: dict[str, Any], num_prompts: int) -> dict[str, Any]:
 
 
 def _without_rotation_of(num_prompts: int, rotary: Tensor) -> Tensor:
-    """Sines and cosines [..., N_e, 2 * r] with N_p more rows that rotate by nothing: sine 0, cosine 1."""
+    """Sines and cosines [..., N_e, 2 * r] and N_p more rows for a rotation by 0: sine 0, cosine 1."""
     half = rotary.shape[-1] // 2
     shape = (*rotary.shape[:-2], num_prompts, half)
     return torch.cat((rotary, torch.cat((rotary.new_zeros(shape), rotary.new_ones(shape)), dim=-1)), dim=-2)

@@ -1,6 +1,6 @@
 """Prompts as extra keys and values of a block, exact where the block's outputs at prompts are discarded.
 
-Knows the blocks of timm that are listed in `_RULES`, no subclass of them; `kv_blocker` says why not others.
+It runs the blocks of timm in `_RULES`, but no subclass of them; `kv_blocker` says why a block cannot run.
 """
 
 from __future__ import annotations
@@ -63,9 +63,13 @@ def prompt_keys_values(block: nn.Module, prompts: Tensor) -> tuple[KeysValues, .
 def kv_forward(block: nn.Module, x: Tensor, prompts: Sequence[KeysValues], **extras: Any) -> Tensor:
     """`block` over tokens x [B, N, D] that also attend to prompts; [B, N, D] (eq. 6, 13).
 
-    What eq. 6 and 13 discard is not computed: prompts are no queries and pass through no MLP. `prompts` is
-    what `prompt_keys_values` made of them, `extras` holds arguments named in `kv_extras(block)`, and
-    `kv_blocker(block)` must be None.
+    Outputs at the prompts, which eq. 6 and 13 discard, are not computed: prompts are no queries and pass
+    through no MLP.
+
+    Args:
+        block: one for which `kv_blocker` returns None.
+        prompts: from `prompt_keys_values`.
+        extras: arguments named in `kv_extras(block)`.
     """
     rule = _rule_of(block)
     position = None if rule.position is None else extras.get(rule.position)
@@ -78,7 +82,7 @@ class _Rule(NamedTuple):
     forward: Callable[[Any, Tensor, Sequence[KeysValues], Tensor | None], Tensor]
     # Each attention of a block, with the norm that its input and the prompts go through before it.
     attentions: Callable[[Any], list[tuple[nn.Module | None, nn.Module]]]
-    # The block's argument that tells its attention of positions.
+    # The argument by which the block hands positions to its attention.
     position: str | None = None
 
 

@@ -1,0 +1,126 @@
+"""Checks of what a `PromptedViT` is given: the model, options, images, and calls of its blocks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spt_fast.backbones.anatomy import unwrap
+from spt_fast.prompting.engines import concat_blocker
+from spt_fast.support.arguments import check_int, check_tensor
+
+_WEIGHT_DTYPES = {
+    None: None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    torch.bfloat16: torch.bfloat16,
+    torch.float16: torch.float16,
+}
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """TypeError where `model` is inside `torch.compile` or a data-parallel wrapper.
+
+    A compiled module hands out the attributes of the module inside, but runs its own compiled copy: a new
+    head would never be called.
+    """
+    inner = unwrap(model)
+    if inner is not model:
+        raise TypeError(
+            f"model must be the {type(inner).__name__} itself, got it inside {type(model).__name__}; "
+            "compile or distribute the PromptedViT instead"
+        )
+
+
+def check_not_taken_over(blocks: nn.ModuleList | nn.Sequential, owner: type[nn.Module]) -> None:
+    """ValueError where the forward of a block is a method of an `owner` already."""
+    for block in blocks:
+        forward = vars(block).get("forward")
+        if isinstance(forward, functools.partial) and isinstance(
+            getattr(forward.func, "__self__", None), owner
+        ):
+            raise ValueError(f"model already belongs to a {owner.__name__}; call its release() first")
+
+
+def check_num_classes(model: nn.Module, num_classes: int | None) -> int | None:
+    """`num_classes` as an int >= 1 for a model that can make a new head, or None."""
+    if num_classes is None:
+        return None
+    num_classes = check_int("num_classes", num_classes, 1, "or None")
+    if not callable(getattr(model, "reset_classifier", None)):
+        raise TypeError(
+            f"num_classes needs a model with timm's `reset_classifier`, got {type(model).__name__}; "
+            "leave it None to keep the model's own head"
+        )
+    return num_classes
+
+
+def check_weight_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    """bfloat16 or float16 for the dtype or its short name; None for None."""
+    if not isinstance(given, (torch.dtype, str, type(None))) or given not in _WEIGHT_DTYPES:
+        raise ValueError(
+            f"weight_dtype must be None, torch.bfloat16 ('bf16') or torch.float16 ('fp16'), got {given!r}"
+        )
+    return _WEIGHT_DTYPES[given]
+
+
+def check_pools_patches(model: nn.Module, blocks: nn.ModuleList | nn.Sequential) -> None:
+    """ValueError unless the head of `model` averages tokens, and its last block takes prompts as tokens."""
+    pool = getattr(model, "global_pool", None)
+    if pool != "avg":
+        raise ValueError(f"pool_prompts needs a model with global_pool='avg', got {pool!r}")
+    reason = concat_blocker([blocks[-1]], model)
+    if reason is not None:
+        raise ValueError(f"pool_prompts needs prompts as tokens of the last block, but {reason}")
+
+
+def check_images(images: Tensor, model: nn.Module) -> None:
+    """TypeError or ValueError unless `images` are [B, C, height, width] of a size that `model` takes."""
+    check_tensor("images", images)
+    if images.ndim != 4:
+        raise ValueError(f"images must be [B, C, height, width], got {list(images.shape)}")
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    size = getattr(patch_embed, "img_size", None)
+    if size is None or not getattr(patch_embed, "strict_img_size", False):
+        return
+    if images.shape[-2:] != tuple(size):
+        raise ValueError(f"images must be {size[0]} x {size[1]} for this model, got {list(images.shape)}")
+
+
+def check_block_call(
+    block: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], known: tuple[str, ...]
+) -> None:
+    """TypeError unless a block is called with tokens [B, N, D] and, beside them, `known` arguments only.
+
+    Masks, grids and positions are for the tokens of the image; no engine knows what they mean for prompts.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        found = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{type(block).__name__} must take tokens [B, N, D] to be prompted, got {found}")
+    positional = {f"argument {position}": value for position, value in enumerate(args, start=2)}
+    foreign = [
+        name
+        for name, value in (*positional.items(), *kwargs.items())
+        if name not in known and value is not None and value is not False
+    ]
+    if foreign:
+        raise TypeError(
+            f"{type(block).__name__} cannot be prompted when it is also given {', '.join(foreign)}"
+        )
+
+
+def check_class_names(names: Sequence[str] | None, num_classes: int | None) -> None:
+    """ValueError unless `names` are None, or strings, as many as there are classes where that is known."""
+    if names is None:
+        return
+    is_sequence = isinstance(names, Sequence) and not isinstance(names, str)
+    if not is_sequence or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"class_names must be a sequence of strings or None, got {names!r}")
+    if num_classes is not None and len(names) != num_classes:
+        raise ValueError(
+            f"class_names must hold one name for each of {num_classes} classes, got {len(names)}"
+        )
