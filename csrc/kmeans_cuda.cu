@@ -1,16 +1,14 @@
 // Assign-and-accumulate and all squared distances on the GPU: the contract in kmeans.h.
 //
-// Chooses between three paths, lays the workspace out and enqueues the kernels. Up to 32 centres,
-// without weights, take one read of the tokens, and so do up to 128 on Hopper, but for a few
-// tokens, where SPT_FAST_CUDA_SCREEN=1 asks for it; anything else takes a read for the labels and
-// one for the sums. No atomics and a fixed order of every sum: results repeat to the bit. Neither
-// path nor order depend on the number of multiprocessors, but the path does on the kind of GPU and
-// its shared memory. A token that is not finite goes to centre 0 at an infinite distance, so that
-// the inertia shows it; the sums are not to be used then. Limits: 65535 groups, 2^31 - 1 centres.
+// Chooses between two paths, lays the workspace out and enqueues the kernels. Up to 32 centres,
+// without weights, take one read of the tokens; anything else takes a read for the labels and one
+// for the sums. No atomics and a fixed order of every sum: results repeat to the bit. Neither path
+// nor order depend on the number of multiprocessors, but the path does on the shared memory of the
+// GPU. A token that is not finite goes to centre 0 at an infinite distance, so that the inertia
+// shows it; the sums are not to be used then. Limits: 65535 groups, 2^31 - 1 centres.
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cuda_intrinsics.cuh>
 #include <stdexcept>
 #include <string>
@@ -21,9 +19,6 @@
 #include "kmeans_cuda_centers.cuh"
 #include "kmeans_cuda_one_read.cuh"
 #include "kmeans_cuda_reduce.cuh"
-#include "kmeans_cuda_rest.cuh"
-#include "kmeans_cuda_screen_centers.cuh"
-#include "kmeans_cuda_screened.cuh"
 
 namespace spt_fast {
 namespace {
@@ -34,9 +29,6 @@ constexpr int64_t kMaxGridYZ = 65535;
 constexpr int64_t kMaxRuns = 264;
 constexpr int64_t kMinRows = 128;
 constexpr int64_t kMaxPartialBytes = int64_t{128} << 20;
-// Runs of the screen: two rounds of clusters of four on an H100. Fewer tokens are not worth it.
-constexpr int64_t kScreenRuns = 64;
-constexpr int64_t kMinScreenTokens = int64_t{1} << 15;
 
 void check(cudaError_t status, const char* what, int line) {
   if (status == cudaSuccess) return;
@@ -71,22 +63,6 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
 // What a block may have at most.
 int shared_memory(int device) {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
-
-// Not by itself until a GPU has run it: it is the one path that could wait for ever.
-bool screen_is_wanted() {
-  const char* value = std::getenv("SPT_FAST_CUDA_SCREEN");
-  return value != nullptr && std::string(value) == "1";
-}
-
-// Whether the kernels for sm_90a were compiled and can run.
-bool has_warpgroups(int device) {
-#ifdef SPT_HAVE_SM90A
-  return device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9;
-#else
-  static_cast<void>(device);
-  return false;
-#endif
 }
 
 // Depends on the sizes only, never on the GPU: the same input gives the same order of sums.
@@ -215,14 +191,14 @@ void launch_assign(const Problem& p, int device, cudaStream_t stream) {
 }
 
 template <typename T>
-void launch_accumulate(const Problem& p, int64_t runs, int device, cudaStream_t stream) {
+void launch_accumulate(const Problem& p, int device, cudaStream_t stream) {
   // Two blocks share a multiprocessor; each also has static memory, and some is the system's.
   const int64_t slab_bytes = kAccumulateColumns * int64_t{sizeof(float)};
   const int64_t most = std::min<int64_t>(kMaxSlab, (shared_memory(device) / 2 - 2048) / slab_bytes);
   const int64_t slabs = ceil_div(p.num_centers, most);
   const int64_t slab = ceil_div(p.num_centers, slabs);
   const int64_t tiles = ceil_div(p.tokens.width, kAccumulateColumns);
-  const dim3 grid(as_grid(tiles * ceil_div(p.num_centers, slab) + 1), as_grid(runs),
+  const dim3 grid(as_grid(tiles * ceil_div(p.num_centers, slab) + 1), as_grid(p.runs),
                   as_grid(p.tokens.groups));
   SPT_CUDA_CHECK(launch(accumulate_kernel<T>, grid, kAccumulateThreads,
                         static_cast<int>(slab * slab_bytes), stream, p, static_cast<int>(slab)));
@@ -257,103 +233,8 @@ OneRead choose_one_read(const Problem& p, int device) {
   }
 }
 
-// What the screen keeps in the workspace; no blocks where it does not serve the sizes.
-struct Screen {
-  ScreenedCenters centers{};
-  Undecided undecided{};
-  uint32_t* list = nullptr;
-  int64_t* listed = nullptr;
-};
-
-// A block's share of the centres and tokens; as few blocks as hold all columns.
-ScreenedCenters divide_columns(const Problem& p) {
-  const int64_t chunks = ceil_div(p.tokens.width, kChunkColumns);
-  ScreenedCenters centers{};
-  centers.blocks = 1;
-  while (centers.blocks * kChunksPerBlock < chunks) centers.blocks *= 2;
-  centers.columns_per_block = static_cast<int>(ceil_div(chunks, centers.blocks)) * kChunkColumns;
-  centers.half = p.num_centers <= 64 ? 32 : p.num_centers <= 112 ? 56 : 64;
-  return centers;
-}
-
-Screen take_screen(const Problem& p, Workspace& workspace) {
-  Screen screen;
-  if (p.num_centers <= kOneReadCenters || p.num_centers > kMaxScreenCenters ||
-      p.tokens.width > kMaxClusterBlocks * kScreenColumns || p.rows < kMinScreenTokens ||
-      p.rows > INT32_MAX || p.runs < 2) {
-    return screen;
-  }
-  const int64_t groups = p.tokens.groups;
-  screen.centers = divide_columns(p);
-  ScreenedCenters& centers = screen.centers;
-  const int64_t parts = groups * centers.blocks;
-  centers.packed = workspace.take<uint16_t>(parts * 2 * centers.half * kScreenColumns);
-  centers.offsets = workspace.take<float>(parts * kMaxScreenCenters);
-  centers.lengths = workspace.take<float>(parts * kMaxScreenCenters);
-  centers.base = workspace.take<float>(groups * kMaxScreenCenters);
-  centers.slope = workspace.take<float>(groups * kMaxScreenCenters);
-  centers.doubt = workspace.take<float>(groups * kMaxScreenCenters);
-  Undecided& undecided = screen.undecided;
-  undecided.runs = std::min(ceil_div(kScreenRuns, groups), p.runs / 2);
-  undecided.list_rows =
-      ceil_div(ceil_div(p.rows, undecided.runs), kScreenRows) * (kScreenRows / centers.blocks);
-  const int64_t lists = parts * undecided.runs;
-  undecided.lists = workspace.take<uint32_t>(lists * undecided.list_rows);
-  undecided.lengths = workspace.take<int32_t>(lists);
-  screen.list = workspace.take<uint32_t>(groups * p.rows);
-  screen.listed = workspace.take<int64_t>(groups);
-  return screen;
-}
-
 template <typename T>
-auto screen_kernel_of(int half) {
-  return half == 32   ? screen_kernel<T, 32>
-         : half == 56 ? screen_kernel<T, 56>
-                      : screen_kernel<T, 64>;
-}
-
-// One read for the tokens that the screen decides on, two for the rest, each with its own runs.
-template <typename T>
-void launch_screen(Problem& p, const Screen& screen, const ScreenShape& shape, int device,
-                   cudaStream_t stream) {
-  p.runs = 2 * screen.undecided.runs;
-  const int64_t groups = p.tokens.groups;
-  const int64_t slots = groups * kMaxScreenCenters;
-  SPT_CUDA_CHECK(launch(pack_screen_kernel<T>, as_grid(ceil_div(slots, kCenterThreads / kWarp)),
-                        kCenterThreads, 0, stream, p, screen.centers));
-  const int64_t lists = screen.undecided.runs * screen.centers.blocks;
-  const dim3 grid(as_grid(lists), as_grid(groups));
-  SPT_CUDA_CHECK(launch_clusters(screen_kernel_of<T>(screen.centers.half), grid,
-                                 screen.centers.blocks, kScreenThreads, shape.bytes, stream, p,
-                                 shape, screen.centers, screen.undecided));
-  SPT_CUDA_CHECK(launch(gather_lists_kernel, grid, kRestThreads, 0, stream, screen.undecided,
-                        p.rows, screen.list, screen.listed));
-  Problem rest = p;
-  rest.list = screen.list;
-  rest.listed = screen.listed;
-  rest.first_run = screen.undecided.runs;
-  launch_assign<T>(rest, device, stream);
-  launch_accumulate<T>(rest, p.runs - rest.first_run, device, stream);
-}
-
-// launch_screen, where the screen can do what is asked for; returns whether it can.
-template <typename T>
-bool try_screen(Problem& p, const Screen& screen, const AssignArgs& args, int device,
-                cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2) {
-    const ScreenShape shape = screen_shape(screen.centers.half);
-    if (screen.centers.blocks && !args.weights && !args.distances && screen_is_wanted() &&
-        has_warpgroups(device) && shape.bytes <= shared_memory(device)) {
-      launch_screen<T>(p, screen, shape, device, stream);
-      return true;
-    }
-  }
-  return false;
-}
-
-template <typename T>
-void launch_assign_accumulate(Problem p, const Screen& screen, const AssignArgs& args, int device,
-                              cudaStream_t stream) {
+void launch_assign_accumulate(Problem p, const AssignArgs& args, int device, cudaStream_t stream) {
   launch_pack_centers<T>(p, stream);
   const OneRead one_read = choose_one_read<T>(p, device);
   if (one_read.kernel) {
@@ -364,10 +245,8 @@ void launch_assign_accumulate(Problem p, const Screen& screen, const AssignArgs&
   } else {
     if (args.labels) p.labels = args.labels;
     if (args.distances) p.distances = args.distances;
-    if (!try_screen<T>(p, screen, args, device, stream)) {
-      launch_assign<T>(p, device, stream);
-      launch_accumulate<T>(p, p.runs, device, stream);
-    }
+    launch_assign<T>(p, device, stream);
+    launch_accumulate<T>(p, device, stream);
   }
   const int64_t elements = p.tokens.groups * p.num_centers * (p.tokens.width + kExtraColumns);
   SPT_CUDA_CHECK(launch(reduce_kernel, as_grid(ceil_div(elements, kWarp)), kReduceThreads, 0,
@@ -408,10 +287,7 @@ int64_t workspace_bytes(int64_t groups, int64_t rows, int64_t width, int64_t num
   Workspace workspace(nullptr);
   take_centers(p, workspace);
   workspace.take<float>(groups * width);
-  if (with_sums) {
-    take_sums(p, workspace);
-    take_screen(p, workspace);
-  }
+  if (with_sums) take_sums(p, workspace);
   return workspace.used();
 }
 
@@ -441,10 +317,9 @@ void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device,
   Workspace parts(workspace);
   set_inputs(p, args.centers, args.shift, parts, cuda_stream);
   take_sums(p, parts);
-  const Screen screen = take_screen(p, parts);
   p.weights = args.weights;
   visit_dtype(tokens.dtype, [&](auto element) {
-    launch_assign_accumulate<decltype(element)>(p, screen, args, device, cuda_stream);
+    launch_assign_accumulate<decltype(element)>(p, args, device, cuda_stream);
   });
 }
 

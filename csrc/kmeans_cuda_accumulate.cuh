@@ -45,10 +45,9 @@ __device__ inline void move_totals(float4* totals, double* partial, int64_t stri
   }
 }
 
-// The tokens of a run, numbers [begin, end) of the group's rows, and where its partial sums go.
+// The tokens of a run, rows [begin, end) of the group, and where its partial sums go.
 struct Run {
   int64_t group;
-  RowList rows;
   int64_t begin;
   int64_t end;
   double* partial;
@@ -70,7 +69,7 @@ __device__ inline void accumulate_columns(const Problem& p, const Run& run, int6
   for (int k = 0; k < slab; ++k) totals[k * kAccumulateThreads] = {0.0f, 0.0f, 0.0f, 0.0f};
 
   double* partial = run.partial + first_center * stride + first_column;
-  // Where all rows are done, they are counted up, which spares a division for each.
+  // The position is counted up, which spares a division for each row.
   int64_t i = run.begin / p.tokens.inner;
   int64_t j = run.begin - i * p.tokens.inner;
   bool first = true;
@@ -81,14 +80,12 @@ __device__ inline void accumulate_columns(const Problem& p, const Run& run, int6
     Quad<T> quads[kRowsInFlight];
 #pragma unroll
     for (int u = 0; u < kRowsInFlight; ++u) {
-      const int64_t row = run.rows.row(min(first_row + u, run.end - 1));
-      const int64_t label = first_row + u < run.end ? labels[row] - first_center : -1;
+      const int64_t row = first_row + u;
+      const int64_t label = row < run.end ? labels[row] - first_center : -1;
       center[u] = label < slab ? static_cast<int>(label) : -1;
       if (center[u] >= 0) {
         weight[u] = weights ? weights[row] : 1.0f;
-        const int64_t offset = run.rows.list
-                                   ? token_offset(p.tokens, row)
-                                   : i * p.tokens.outer_stride + j * p.tokens.inner_stride;
+        const int64_t offset = i * p.tokens.outer_stride + j * p.tokens.inner_stride;
         quads[u] = load_quad(tokens + offset, columns, p.granule == Granule::k16);
       }
       if (++j == p.tokens.inner) {
@@ -124,8 +121,7 @@ __device__ inline void accumulate_counts(const Problem& p, const Run& run) {
   for (int64_t k = threadIdx.x; k < p.num_centers; k += kAccumulateThreads) {
     double count = 0.0;
 #pragma unroll 8
-    for (int64_t i = run.begin; i < run.end; ++i) {
-      const int64_t row = run.rows.row(i);
+    for (int64_t row = run.begin; row < run.end; ++row) {
       const float weight = p.weights ? p.weights[first_token + row] : 1.0f;
       if (p.labels[first_token + row] == k) count += weight;
     }
@@ -133,8 +129,7 @@ __device__ inline void accumulate_counts(const Problem& p, const Run& run) {
   }
 
   double inertia = 0.0;
-  for (int64_t i = run.begin + threadIdx.x; i < run.end; i += kAccumulateThreads) {
-    const int64_t row = run.rows.row(i);
+  for (int64_t row = run.begin + threadIdx.x; row < run.end; row += kAccumulateThreads) {
     const double weight = p.weights ? p.weights[first_token + row] : 1.0f;
     inertia += weight * p.distances[first_token + row];
   }
@@ -146,17 +141,15 @@ __device__ inline void accumulate_counts(const Problem& p, const Run& run) {
   run.partial[p.tokens.width + 1] = total;
 }
 
-// grid = (tiles of columns x slabs of centres + 1, runs, groups); the extra block counts. The runs
-// are those from p.first_run on.
+// grid = (tiles of columns x slabs of centres + 1, runs, groups); the extra block counts.
 template <typename T>
 __global__ void __launch_bounds__(kAccumulateThreads) accumulate_kernel(Problem p, int slab) {
   Run run;
   run.group = blockIdx.z;
-  run.rows = rows_of(p, run.group);
-  const int64_t run_rows = ceil_div(run.rows.count, gridDim.y);
-  run.begin = min(blockIdx.y * run_rows, run.rows.count);
-  run.end = min(run.begin + run_rows, run.rows.count);
-  run.partial = run_partial(p, run.group, p.first_run + blockIdx.y);
+  const int64_t run_rows = ceil_div(p.rows, p.runs);
+  run.begin = min(blockIdx.y * run_rows, p.rows);
+  run.end = min(run.begin + run_rows, p.rows);
+  run.partial = run_partial(p, run.group, blockIdx.y);
   if (blockIdx.x + 1 == gridDim.x) {
     accumulate_counts(p, run);
     return;

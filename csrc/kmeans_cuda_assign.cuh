@@ -78,8 +78,8 @@ __device__ inline int64_t thread_row(int64_t warp_row, int tile, int half) {
 }
 
 // Products to scores: kept if nearest, or written as distances.
-__device__ inline void finish_chunk(const Problem& p, const RowList& rows, int64_t group,
-                                    int64_t warp_row, int first_tile, int tiles,
+__device__ inline void finish_chunk(const Problem& p, int64_t group, int64_t warp_row,
+                                    int first_tile, int tiles,
                                     const float (&product)[kRowTilesPerWarp][kChunkTiles][4],
                                     RowState& state) {
   const int64_t padded = int64_t{p.center_tiles} * kTileCenters;
@@ -101,7 +101,7 @@ __device__ inline void finish_chunk(const Problem& p, const RowList& rows, int64
             state.best_center[r][half] = center;
           }
           const int64_t row = thread_row(warp_row, r, half);
-          if (p.all_distances && row < rows.count && center < p.num_centers) {
+          if (p.all_distances && row < p.rows && center < p.num_centers) {
             const float distance = state.norm[r][half] + score;
             p.all_distances[(group * p.rows + row) * p.num_centers + center] =
                 distance < 0.0f ? 0.0f : distance;
@@ -113,8 +113,8 @@ __device__ inline void finish_chunk(const Problem& p, const RowList& rows, int64
 }
 
 // The nearest centre among those that the four lanes of a row have seen.
-__device__ inline void finish_rows(const Problem& p, const RowList& rows, int64_t group,
-                                   int64_t warp_row, RowState& state) {
+__device__ inline void finish_rows(const Problem& p, int64_t group, int64_t warp_row,
+                                   RowState& state) {
 #pragma unroll
   for (int r = 0; r < kRowTilesPerWarp; ++r) {
 #pragma unroll
@@ -131,9 +131,8 @@ __device__ inline void finish_rows(const Problem& p, const RowList& rows, int64_
         }
       }
       const int64_t row = thread_row(warp_row, r, half);
-      if (threadIdx.x % 4 == 0 && row < rows.count) {
-        store_nearest(p, group, rows.row(row),
-                      finish_distance(state.norm[r][half], best_score, best_center));
+      if (threadIdx.x % 4 == 0 && row < p.rows) {
+        store_nearest(p, group, row, finish_distance(state.norm[r][half], best_score, best_center));
       }
     }
   }
@@ -158,8 +157,6 @@ __global__ void __launch_bounds__(kAssignThreads, 1) assign_kernel(Problem p, As
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int64_t group = blockIdx.y;
-  const RowList rows = rows_of(p, group);
-  if (int64_t{blockIdx.x} * kAssignRows >= rows.count) return;
   const int64_t warp_row = int64_t{blockIdx.x} * kAssignRows + warp * kRowsPerWarp;
   const T* tokens = group_tokens<T>(p, group);
   const float* shift = p.shift + group * p.tokens.width;
@@ -178,8 +175,8 @@ __global__ void __launch_bounds__(kAssignThreads, 1) assign_kernel(Problem p, As
       const int first_tile = chunk * shape.tiles_per_chunk;
       unsigned char* stage = dynamic_shared() + step % shape.stages * kStageBytes;
       copy_rows<T, kRowsPerWarp>(stage + warp * kRowsPerWarp * kAssignStride, kAssignStride, p,
-                                 tokens, rows, warp_row, rows.count,
-                                 int64_t{first_block} * kBlockColumns, kStepBytes / 16);
+                                 tokens, warp_row, p.rows, int64_t{first_block} * kBlockColumns,
+                                 kStepBytes / 16);
       copy_centers(stage + kAssignRows * kAssignStride, p, group, first_block,
                    min(kStepBlocks, p.column_blocks - first_block), first_tile,
                    min(shape.tiles_per_chunk, p.center_tiles - first_tile));
@@ -233,7 +230,7 @@ __global__ void __launch_bounds__(kAssignThreads, 1) assign_kernel(Problem p, As
     }
     if (step_in_chunk == shape.steps_per_chunk - 1) {
       if (chunk == 0) sum_quads(state.norm);
-      finish_chunk(p, rows, group, warp_row, first_tile, tiles, product, state);
+      finish_chunk(p, group, warp_row, first_tile, tiles, product, state);
 #pragma unroll
       for (int r = 0; r < kRowTilesPerWarp; ++r) {
 #pragma unroll
@@ -244,7 +241,7 @@ __global__ void __launch_bounds__(kAssignThreads, 1) assign_kernel(Problem p, As
       }
     }
   }
-  if (!p.all_distances) finish_rows(p, rows, group, warp_row, state);
+  if (!p.all_distances) finish_rows(p, group, warp_row, state);
 }
 
 }  // namespace spt_fast

@@ -33,22 +33,19 @@ __global__ void __launch_bounds__(kCenterThreads)
 struct Split {
   uint32_t high;
   uint32_t low;
-  float high_value;
   float kept;
 };
 
 __device__ inline Split split(float x, __nv_bfloat16) {
   const __nv_bfloat16 high = __float2bfloat16_rn(x);
   const __nv_bfloat16 low = __float2bfloat16_rn(x - to_float(high));
-  return {__bfloat16_as_ushort(high), __bfloat16_as_ushort(low), to_float(high),
-          to_float(high) + to_float(low)};
+  return {__bfloat16_as_ushort(high), __bfloat16_as_ushort(low), to_float(high) + to_float(low)};
 }
 
 __device__ inline Split split(float x, __half) {
   const __half high = __float2half_rn(x);
   const __half low = __float2half_rn(x - to_float(high));
-  return {__half_as_ushort(high), __half_as_ushort(low), to_float(high),
-          to_float(high) + to_float(low)};
+  return {__half_as_ushort(high), __half_as_ushort(low), to_float(high) + to_float(low)};
 }
 
 // A power of two that brings `largest` to [2^13, 2^14); one for the types with float32's exponents.

@@ -270,10 +270,9 @@ __global__ void __launch_bounds__(kOneReadThreads, 1)
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int64_t group = blockIdx.y;
-  const RowList rows = rows_of(p, group);
-  const int64_t run_rows = ceil_div(rows.count, p.runs);
-  const int64_t begin = min(blockIdx.x * run_rows, rows.count);
-  const int64_t end = min(begin + run_rows, rows.count);
+  const int64_t run_rows = ceil_div(p.rows, p.runs);
+  const int64_t begin = min(blockIdx.x * run_rows, p.rows);
+  const int64_t end = min(begin + run_rows, p.rows);
   const int first_block = min(warp * shape.blocks_per_warp, p.column_blocks);
   const int num_blocks = min(shape.blocks_per_warp, p.column_blocks - first_block);
   double* partial = run_partial(p, group, blockIdx.x);
@@ -286,7 +285,7 @@ __global__ void __launch_bounds__(kOneReadThreads, 1)
       const int first_column = first_block * kBlockColumns;
       copy_rows<T, kTileRows>(
           tiles + stage * kTileRows * shape.stride + first_column * static_cast<int>(sizeof(T)),
-          shape.stride, p, tokens, rows, first_row, end, first_column, num_blocks * kPieces);
+          shape.stride, p, tokens, first_row, end, first_column, num_blocks * kPieces);
     }
     commit_copies();
   };

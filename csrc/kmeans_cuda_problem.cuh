@@ -31,19 +31,16 @@ struct Problem {
   const float* shift;  // [G, D], never null
   const float* weights;
   int64_t num_centers;
-  const uint32_t* list;   // [G, M] ascending rows, the only ones to be done; null: all of them
-  const int64_t* listed;  // [G] how many
-  int64_t runs;           // runs of tokens with partial sums of their own
-  int64_t first_run;      // which of them a kernel makes: blocks count from here
-  int column_blocks;      // ceil(D / 16)
-  int center_tiles;       // ceil(K / 8), at least kMinCenterTiles
-  uint4* packed;          // [G, column_blocks, center_tiles, 32]: see kmeans_cuda_centers.cuh
-  float* base;            // [G, 8 center_tiles]: |x - c|^2 = |x - shift|^2 + base + slope * product
-  float* slope;           // [G, 8 center_tiles]
-  double* partials;       // [G, runs, K, D + kExtraColumns]
-  int32_t* labels;        // [G, M], or null
-  float* distances;       // [G, M], or null
-  float* all_distances;   // [G, M, K], or null
+  int64_t runs;          // runs of tokens with partial sums of their own
+  int column_blocks;     // ceil(D / 16)
+  int center_tiles;      // ceil(K / 8), at least kMinCenterTiles
+  uint4* packed;         // [G, column_blocks, center_tiles, 32]: see kmeans_cuda_centers.cuh
+  float* base;           // [G, 8 center_tiles]: |x - c|^2 = |x - shift|^2 + base + slope * product
+  float* slope;          // [G, 8 center_tiles]
+  double* partials;      // [G, runs, K, D + kExtraColumns]
+  int32_t* labels;       // [G, M], or null
+  float* distances;      // [G, M], or null
+  float* all_distances;  // [G, M, K], or null
 };
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -65,19 +62,6 @@ __device__ inline int64_t token_offset(const TokenView& tokens, int64_t row) {
 template <typename T>
 __device__ const T* group_tokens(const Problem& p, int64_t group) {
   return static_cast<const T*>(p.tokens.data) + group * p.tokens.group_stride;
-}
-
-// A group's rows that are to be done, in order: row(0), row(1), ..., row(count - 1).
-struct RowList {
-  const uint32_t* list;
-  int64_t count;
-
-  __device__ int64_t row(int64_t i) const { return list ? list[i] : i; }
-};
-
-__device__ inline RowList rows_of(const Problem& p, int64_t group) {
-  if (!p.list) return {nullptr, p.rows};
-  return {p.list + group * p.rows, p.listed[group]};
 }
 
 __device__ inline double* run_partial(const Problem& p, int64_t group, int64_t run) {

@@ -33,18 +33,16 @@ __device__ inline void copy_piece(unsigned char* target, const T* source, int64_
   }
 }
 
-// Columns [first_column, first_column + pieces * 16 bytes) of `kRows` <= 32 of the rows, from
-// number `first_row` on, those from `end` on as zeros, to target, target + stride, ... One warp;
-// nothing is awaited.
+// Columns [first_column, first_column + pieces * 16 bytes) of `kRows` <= 32 rows from `first_row`
+// on, those from `end` on as zeros, to target, target + stride, ... One warp; nothing is awaited.
 template <typename T, int kRows>
 __device__ inline void copy_rows(unsigned char* target, int stride, const Problem& p,
-                                 const T* tokens, const RowList& rows, int64_t first_row,
-                                 int64_t end, int64_t first_column, int pieces) {
+                                 const T* tokens, int64_t first_row, int64_t end,
+                                 int64_t first_column, int pieces) {
   constexpr int kStep = kWarp / kCopyLanes;
   constexpr int kElements = 16 / sizeof(T);
   const int lane = threadIdx.x % kWarp;
-  const int64_t own_offset =
-      token_offset(p.tokens, rows.row(min(first_row + lane % kRows, end - 1)));
+  const int64_t own_offset = token_offset(p.tokens, min(first_row + lane % kRows, end - 1));
   const bool is_whole = p.granule == Granule::k16 && first_row + kRows <= end &&
                         first_column + pieces * kElements <= p.tokens.width;
   target += lane / kCopyLanes * stride + lane % kCopyLanes * 16;

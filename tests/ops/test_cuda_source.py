@@ -30,14 +30,10 @@ EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 CANARY = 64  # bytes behind the workspace that must not change
 H100_SHARED, A100_SHARED, SMALL_SHARED = 232448, 166912, 101376  # a block's shared memory at most
-GENERATIONS = {H100_SHARED: 9, A100_SHARED: 8, SMALL_SHARED: 12}
-# Sums move to float64 this often, so that runs of a test's size do it several times; few tokens are screened.
+# Sums move to float64 this often, so that runs of a test's size do it several times.
 SHORTER = {
     "kTokensPerFlush = 2048": "kTokensPerFlush = 64",
     "kRowsPerMove = 4096": "kRowsPerMove = 64",
-    "kTokensPerLane = 31": "kTokensPerLane = 2",
-    "kScreenRuns = 64": "kScreenRuns = 3",
-    "kMinScreenTokens = int64_t{1} << 15": "kMinScreenTokens = 256",
 }
 
 
@@ -57,7 +53,7 @@ def test_hot_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(tmp_path)
     cuda_sources = load_inspector()
     kernels = cuda_sources.inspect(nvcc, "90a", tmp_path)
     hot = {name: kernel for name, kernel in kernels.items() if name.startswith(cuda_sources.HOT)}
-    assert len(hot) == 22
+    assert len(hot) == 16
     for name, kernel in kernels.items():
         assert kernel.spill_bytes == 0, name
     tools = all(kernel.instructions is not None for kernel in hot.values())
@@ -67,7 +63,7 @@ def test_hot_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(tmp_path)
         if name.startswith("accumulate_kernel"):
             assert kernel.count("LDG.E.64") or kernel.count("LDG.E.128"), name
         else:
-            assert kernel.count("HGMMA" if name.startswith("screen_kernel") else "HMMA") > 0, name
+            assert kernel.count("HMMA") > 0, name
             assert kernel.count("LDGSTS", ".128") > 0, name
 
 
@@ -88,7 +84,6 @@ def build_emulated(folder: Path, changes: dict[str, str]) -> ctypes.CDLL:
     assert changed == len(changes)
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-DSPT_HAVE_CUDA=1"]
     command += [
-        "-DSPT_HAVE_SM90A=1",
         "-Itests/cuda_emulation",
         "-Icsrc",
         "tests/cuda_emulation/library.cpp",
@@ -107,11 +102,6 @@ def build_emulated(folder: Path, changes: dict[str, str]) -> ctypes.CDLL:
     library.emulated_distances.argtypes = [*tokens, pointer, size, *[pointer] * 3]
     library.emulated_assign_accumulate.restype = library.emulated_distances.restype = ctypes.c_char_p
     return library
-
-
-@pytest.fixture(autouse=True)
-def screen_wanted(monkeypatch) -> None:
-    monkeypatch.setenv("SPT_FAST_CUDA_SCREEN", "1")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +147,7 @@ def run_emulated(
         labels = torch.full((groups, num_rows), -7, dtype=torch.int32) if "labels" in rows else None
         distances = torch.full((groups, num_rows), torch.nan) if "distances" in rows else None
         outputs = (sums, counts, inertia, labels, distances)
-        library.emulated_machine(shared, GENERATIONS[shared], backwards)
+        library.emulated_machine(shared, backwards)
         call_emulated(library, "assign_accumulate", tokens, centers, (shift, weights, *outputs))
         results.append(outputs)
     for ours, again in zip(*results, strict=True):
@@ -168,17 +158,14 @@ def run_emulated(
 
 def run_emulated_distances(library, tokens, centers, shift=None):
     groups, outer, inner, _ = tokens.shape
-    library.emulated_machine(H100_SHARED, 9, False)
+    library.emulated_machine(H100_SHARED, False)
     distances = torch.full((groups, outer * inner, centers.shape[1]), torch.nan)
     call_emulated(library, "distances", tokens, centers, (shift, distances))
     return distances
 
 
 def assert_matches_reference(given, tokens, centers, shift, weights):
-    """`given` against float64: labels and distances within the rounding band, the rest by our own labels.
-
-    Without distances the tokens may have been screened.
-    """
+    """`given` against float64: labels and distances within the rounding band, the rest by our own labels."""
     found = assigned_deviations(given, tokens, centers, shift, weights)
     assert all(deviation.ok for deviation in found.values()), found
     # Labels are the reference's where nothing is close, which is nearly everywhere.
@@ -220,115 +207,6 @@ def test_emulated_cuda_matches_reference(
     assert_matches_reference(given, *problem)
     again = run_emulated(emulated, *problem, rows=())
     assert all(torch.equal(a, b) for a, b in zip(given[:3], again[:3], strict=True))
-
-
-# One read on Hopper: 33 to 128 centres, half types, no weights, no distances. Up to 192 columns a block.
-SCREENED = pytest.mark.parametrize(
-    ("groups", "images", "patches", "prefix", "width", "num_centers", "dtype"),
-    [
-        pytest.param(1, 1, 257, 0, 64, 33, BF16, id="G1-M257-D64-K33-bf16"),
-        pytest.param(2, 3, 97, 1, 100, 40, BF16, id="G2-M291-D100-K40-bf16-4-byte-rows"),
-        pytest.param(1, 2, 150, 0, 63, 65, FP16, id="G1-M300-D63-K65-fp16-odd-rows"),
-        pytest.param(3, 2, 130, 2, 200, 112, FP16, id="G3-M260-D200-K112-fp16-2-blocks"),
-        pytest.param(1, 1, 333, 0, 400, 100, BF16, id="G1-M333-D400-K100-bf16-4-blocks"),
-        pytest.param(1, 2, 131, 1, 768, 128, BF16, id="G1-M262-D768-K128-bf16-4-blocks"),
-        pytest.param(1, 1, 259, 0, 1030, 64, FP16, id="G1-M259-D1030-K64-fp16-8-blocks"),
-    ],
-)
-
-
-@SCREENED
-def test_emulated_screen_matches_reference(
-    emulated, groups, images, patches, prefix, width, num_centers, dtype
-):
-    problem = make_problem(groups, images, patches, prefix, width, num_centers, dtype, False)
-    given = run_emulated(emulated, *problem, rows=("labels",))
-    assert_matches_reference(given, *problem)
-    # An older GPU reads twice, and knows distances better.
-    older = run_emulated(emulated, *problem, rows=("labels",), shared=A100_SHARED)
-    assert not torch.equal(given[2], older[2])
-    assert_matches_reference(older, *problem)
-
-
-@settings(max_examples=6, deadline=None, derandomize=True)
-@given(
-    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(86, 130), st.integers(0, 2)),
-    width=st.integers(1, 260),
-    num_centers=st.integers(33, 128),
-    dtype=st.sampled_from([FP16, BF16]),
-    seed=st.integers(0, 99),
-)
-def test_emulated_screen_matches_reference_at_any_size(emulated, shape, width, num_centers, dtype, seed):
-    problem = make_problem(*shape, width, num_centers, dtype, False, seed)
-    given = run_emulated(emulated, *problem, rows=("labels",))
-    if shape[1] * shape[2] >= 256 and width > 3:  # fewer columns are full of ties
-        assert_matches_reference(given, *problem)
-    assert given[1].sum(1).tolist() == [shape[1] * shape[2]] * shape[0]
-
-
-def clustered_problem(rows, width, num_centers, dtype):
-    """Tokens around their centres, as k-means finds them, beside an outlier dimension."""
-    generator = torch.Generator().manual_seed(4)
-    centers = torch.randn(1, num_centers, width, generator=generator)
-    centers[..., 3] += 500
-    tokens = centers[:, torch.randint(num_centers, (rows,), generator=generator)]
-    tokens = (tokens + torch.randn(1, rows, width, generator=generator)).to(dtype)[:, None]
-    return tokens, centers, tokens.float().mean((1, 2)), None
-
-
-@pytest.mark.parametrize("dtype", [FP16, BF16])
-def test_emulated_screen_keeps_its_accuracy_beside_an_outlier_dimension(emulated, dtype):
-    problem = clustered_problem(300, 130, 50, dtype)
-    given = run_emulated(emulated, *problem, rows=("labels",))
-    assert_matches_reference(given, *problem)
-    exact = assign_accumulate_reference(problem[0][0].double(), problem[1].double())
-    # Coordinates of 500 would cost float32 3e-5 of the inertia for each without the shift.
-    torch.testing.assert_close(given[2], exact[2], rtol=1e-5, atol=0)
-
-
-def test_emulated_screen_is_used_only_where_it_is_asked_for(emulated, monkeypatch):
-    problem = make_problem(1, 1, 300, 0, 100, 40, BF16, False)
-    screened = run_emulated(emulated, *problem, rows=())
-    monkeypatch.delenv("SPT_FAST_CUDA_SCREEN")
-    plain = run_emulated(emulated, *problem, rows=())
-    assert not torch.equal(screened[2], plain[2])
-    assert all(
-        torch.equal(a, b) for a, b in zip(plain[:3], run_emulated(emulated, *problem)[:3], strict=True)
-    )
-
-
-def test_screen_decides_on_most_tokens_and_leaves_the_rest(tmp_path):
-    library = build_emulated(tmp_path, SHORTER | {"listed[group] = begin + length": "listed[group] = 0"})
-    problem = make_problem(1, 1, 300, 0, 100, 40, BF16, False)
-    decided = run_emulated(library, *problem, rows=())[1].sum().item()
-    assert 0.8 * 300 < decided < 300
-
-
-def test_emulated_screen_gives_no_token_to_one_of_two_equal_centres_by_itself(emulated):
-    tokens, centers, shift, _ = clustered_problem(300, 40, 40, BF16)
-    centers[0, 20:] = centers[0, :20]
-    _, counts, _, labels, _ = run_emulated(emulated, tokens, centers, shift, rows=("labels",))
-    assert labels.max() < 20
-    assert counts.sum() == 300
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", [FP16, BF16])
-def test_emulated_screen_shows_a_token_that_is_not_finite_in_the_inertia(emulated, value, dtype):
-    tokens = torch.zeros(2, 1, 270, 4, dtype=dtype)
-    tokens[1, 0, 266, 2] = value
-    _, counts, inertia, labels, _ = run_emulated(emulated, tokens, torch.ones(2, 40, 4), rows=("labels",))
-    assert inertia.tolist() == [1080.0, torch.inf]
-    assert counts.sum(1).tolist() == [270.0, 270.0]
-    assert labels.eq(0).all()
-
-
-@pytest.mark.parametrize("scale", [1e-3, 6e4])
-def test_emulated_screen_keeps_float16_centres_of_any_size(emulated, scale):
-    tokens, centers, _, _ = make_problem(1, 1, 300, 0, 40, 50, FP32, False)
-    tokens, centers = ((tokens - 3) * (scale / 6)).to(FP16), (centers - 3) * (scale / 6)
-    given = run_emulated(emulated, tokens, centers, rows=("labels",))
-    assert_matches_reference(given, tokens, centers, None, None)
 
 
 @pytest.mark.parametrize("num_centers", [20, 100], ids=["one-read", "two-reads"])
@@ -475,26 +353,6 @@ def test_emulation_sees_a_missing_barrier(tmp_path, old, new):
     problem = make_problem(1, 1, 70, 0, 200, 21, BF16, False)
     with pytest.raises(AssertionError):
         check_after(tmp_path, {old: new}, problem, ("labels", "distances"))
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        pytest.param("wait_copies<1>();\n    show", "show", id="wait-for-copies"),
-        pytest.param(
-            "    show_to_warpgroups();\n    __syncthreads();\n    copy", "    copy", id="show-copies"
-        ),
-        pytest.param("wait_products<1>();", "", id="wait-for-products"),
-        pytest.param("    cluster_wait();\n    const", "    const", id="wait-for-cluster"),
-        pytest.param(
-            "    __syncthreads();\n    wait_products", "    wait_products", id="barrier-after-units"
-        ),
-    ],
-)
-def test_emulation_sees_a_missing_barrier_of_the_screen(tmp_path, old, new):
-    problem = make_problem(1, 1, 400, 0, 200, 40, BF16, False)
-    with pytest.raises((AssertionError, RuntimeError)):
-        check_after(tmp_path, {old: new}, problem, ("labels",))
 
 
 def skip_without_gpu() -> None:

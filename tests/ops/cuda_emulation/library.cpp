@@ -31,9 +31,8 @@ const char* message_of(const Call& call) {
 
 extern "C" {
 
-void emulated_machine(int shared_memory, int generation, int backwards) {
+void emulated_machine(int shared_memory, int backwards) {
   emulation::shared_limit = shared_memory;
-  emulation::generation = generation;
   emulation::backwards = backwards;
 }
 
