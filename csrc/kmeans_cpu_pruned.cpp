@@ -84,10 +84,10 @@ void require(bool condition, const char* message) {
 
 }  // namespace
 
-class PrunedAssignCpu::Passes {
+class PrunedPasses::State {
  public:
-  Passes(const std::vector<int64_t>& part_rows, int64_t width, const float* shift,
-         int64_t num_centers, const std::string& isa)
+  State(const std::vector<int64_t>& part_rows, int64_t width, const float* shift,
+        int64_t num_centers, const std::string& isa)
       : kernels_(choose_kernels(isa)),
         num_centers_(num_centers),
         width_(width),
@@ -124,19 +124,19 @@ class PrunedAssignCpu::Passes {
     const std::vector<float> drifts = place_centers(centers);
     const bool abandoned = !ended_;  // the sums of the pass before are not whole
     ended_ = false;
-    pass_ = PrunedPass();
-    pass_.fresh = true;
+    pass_ = PassReport();
+    pass_.read_all = true;
     if (bounded_ && !abandoned) {
-      pass_.evaluated = scan(drifts, num_threads);
-      pass_.fresh = pass_.evaluated + kReadsOfChanged * last_changed_ > num_rows_;
+      pass_.tokens_read = scan(drifts, num_threads);
+      pass_.read_all = pass_.tokens_read + kReadsOfChanged * last_changed_ > num_rows_;
     }
-    if (pass_.fresh) start_afresh();
+    if (pass_.read_all) start_afresh();
     packed_.reset(new PackedGroups(kernels_, centers, shift(), 1, num_centers_, width_,
-                                   pass_.fresh ? Layout::kWide : Layout::kGrouped));
+                                   pass_.read_all ? Layout::kWide : Layout::kGrouped));
     next_ = 0;
     wanted_.clear();
     for (size_t p = 0; p < parts_.size(); ++p) {
-      if (pass_.fresh || holds_failed(parts_[p])) wanted_.push_back(static_cast<int64_t>(p));
+      if (pass_.read_all || holds_failed(parts_[p])) wanted_.push_back(static_cast<int64_t>(p));
     }
     return wanted_;
   }
@@ -149,14 +149,15 @@ class PrunedAssignCpu::Passes {
             "tokens must be one group of as many and as wide tokens as the part has");
     ++next_;
     const LoadedPart loaded = {view, tokens_of_group(view, shift(), 0), weights, bounds_of(part)};
-    pass_.changed += pass_.fresh ? assign(loaded, num_threads) : correct(part, loaded, num_threads);
+    pass_.tokens_changed +=
+        pass_.read_all ? assign(loaded, num_threads) : correct(part, loaded, num_threads);
   }
 
-  PrunedPass end(double* sums, double* counts) {
+  PassReport end(double* sums, double* counts) {
     require(!ended_ && next_ == wanted_.size(),
             "all parts that begin() lists must be added before end()");
     ended_ = true;
-    last_changed_ = pass_.changed;
+    last_changed_ = pass_.tokens_changed;
     write_sums(sums, counts);
     pass_.inertia = inertia();
     return pass_;
@@ -242,7 +243,7 @@ class PrunedAssignCpu::Passes {
 
   // Everything is read: labels, bounds and sums will be new.
   void start_afresh() {
-    pass_.evaluated = num_rows_;
+    pass_.tokens_read = num_rows_;
     bounded_ = last_changed_ <= kWorthBounding * num_rows_;
     std::fill(sums_.begin(), sums_.end(), 0.);
     std::fill(counts_.begin(), counts_.end(), 0.);
@@ -380,30 +381,30 @@ class PrunedAssignCpu::Passes {
   int64_t last_changed_ = 0;  // labels that the last pass changed
   bool bounded_ = false;      // the bounds hold for the centres of the last pass
 
-  PrunedPass pass_;  // the pass under way, or the last one
+  PassReport pass_;  // the pass under way, or the last one
   std::unique_ptr<PackedGroups> packed_;
   std::vector<int64_t> wanted_;  // parts that it has to read
   size_t next_ = 0;              // of these, how many it has read
   bool ended_ = true;
 };
 
-PrunedAssignCpu::PrunedAssignCpu(const std::vector<int64_t>& part_rows, int64_t width,
-                                 const float* shift, int64_t num_centers, const std::string& isa)
-    : passes_(new Passes(part_rows, width, shift, num_centers, isa)) {}
+PrunedPasses::PrunedPasses(const std::vector<int64_t>& part_rows, int64_t width, const float* shift,
+                           int64_t num_centers, const std::string& isa)
+    : state_(new State(part_rows, width, shift, num_centers, isa)) {}
 
-PrunedAssignCpu::~PrunedAssignCpu() = default;
+PrunedPasses::~PrunedPasses() = default;
 
-const std::vector<int64_t>& PrunedAssignCpu::begin(const float* centers, int num_threads) {
-  return passes_->begin(centers, num_threads);
+const std::vector<int64_t>& PrunedPasses::begin(const float* centers, int num_threads) {
+  return state_->begin(centers, num_threads);
 }
 
-void PrunedAssignCpu::add(int64_t part, const TokenView& tokens, const float* weights,
-                          int num_threads) {
-  passes_->add(part, tokens, weights, num_threads);
+void PrunedPasses::add(int64_t part, const TokenView& tokens, const float* weights,
+                       int num_threads) {
+  state_->add(part, tokens, weights, num_threads);
 }
 
-PrunedPass PrunedAssignCpu::end(double* sums, double* counts) { return passes_->end(sums, counts); }
+PassReport PrunedPasses::end(double* sums, double* counts) { return state_->end(sums, counts); }
 
-const std::vector<int32_t>& PrunedAssignCpu::labels() const { return passes_->labels(); }
+const std::vector<int32_t>& PrunedPasses::labels() const { return state_->labels(); }
 
 }  // namespace spt_fast

@@ -108,12 +108,12 @@ void take_sums(Problem& p, Workspace& workspace) {
   p.labels = workspace.take<int32_t>(tokens);
 }
 
-Problem make_problem(const TokenView& tokens, int64_t rows, int64_t num_centers) {
+Problem make_problem(const TokenView& tokens, int64_t num_centers) {
   Problem p{};
   p.tokens = tokens;
-  p.rows = rows;
+  p.rows = tokens.rows();
   p.num_centers = num_centers;
-  p.runs = num_runs(tokens.groups, rows, tokens.width, num_centers);
+  p.runs = num_runs(tokens.groups, p.rows, tokens.width, num_centers);
   p.column_blocks = static_cast<int>(ceil_div(tokens.width, kBlockColumns));
   p.center_tiles = std::max(kMinCenterTiles, static_cast<int>(ceil_div(num_centers, kTileCenters)));
   return p;
@@ -277,29 +277,24 @@ void set_inputs(Problem& p, const float* centers, const float* shift, Workspace&
 }
 
 // The size of the workspace: that of the parts which the operations take.
-int64_t workspace_bytes(int64_t groups, int64_t rows, int64_t width, int64_t num_centers,
-                        bool with_sums) {
-  if (groups < 1 || rows < 1) return 256;
-  TokenView tokens;
-  tokens.groups = groups;
-  tokens.width = width;
-  Problem p = make_problem(tokens, rows, num_centers);
+int64_t workspace_bytes(const TokenView& tokens, int64_t num_centers, bool with_sums) {
+  if (tokens.groups < 1 || tokens.rows() < 1) return 256;
+  Problem p = make_problem(tokens, num_centers);
   Workspace workspace(nullptr);
   take_centers(p, workspace);
-  workspace.take<float>(groups * width);
+  workspace.take<float>(tokens.groups * tokens.width);
   if (with_sums) take_sums(p, workspace);
   return workspace.used();
 }
 
 }  // namespace
 
-int64_t assign_accumulate_cuda_workspace(int64_t groups, int64_t rows, int64_t width,
-                                         int64_t num_centers) {
-  return workspace_bytes(groups, rows, width, num_centers, true);
+int64_t assign_accumulate_cuda_workspace(const AssignArgs& args) {
+  return workspace_bytes(args.tokens, args.num_centers, true);
 }
 
-int64_t distances_cuda_workspace(int64_t groups, int64_t rows, int64_t width, int64_t num_centers) {
-  return workspace_bytes(groups, rows, width, num_centers, false);
+int64_t distances_cuda_workspace(const DistanceArgs& args) {
+  return workspace_bytes(args.tokens, args.num_centers, false);
 }
 
 void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device, void* stream) {
@@ -313,7 +308,7 @@ void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device,
     throw std::invalid_argument("tokens, centers, sums, counts, inertia and workspace must be set");
   }
 
-  Problem p = make_problem(tokens, tokens.rows(), args.num_centers);
+  Problem p = make_problem(tokens, args.num_centers);
   Workspace parts(workspace);
   set_inputs(p, args.centers, args.shift, parts, cuda_stream);
   take_sums(p, parts);
@@ -333,7 +328,7 @@ void distances_cuda(const DistanceArgs& args, void* workspace, int device, void*
 
   const DeviceGuard guard(device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  Problem p = make_problem(tokens, tokens.rows(), args.num_centers);
+  Problem p = make_problem(tokens, args.num_centers);
   Workspace parts(workspace);
   set_inputs(p, args.centers, args.shift, parts, cuda_stream);
   p.all_distances = args.distances;

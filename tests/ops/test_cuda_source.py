@@ -93,14 +93,9 @@ def build_emulated(folder: Path, changes: dict[str, str]) -> ctypes.CDLL:
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     library = ctypes.CDLL(str(folder / "emulated.so"))
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    for workspace in (library.emulated_assign_accumulate_workspace, library.emulated_distances_workspace):
-        workspace.argtypes = [size] * 4
-        workspace.restype = size
-    tokens = [pointer, ctypes.c_int32, size * 4, size * 3]
-    library.emulated_assign_accumulate.argtypes = [*tokens, pointer, size, *[pointer] * 8]
-    library.emulated_distances.argtypes = [*tokens, pointer, size, *[pointer] * 3]
-    library.emulated_assign_accumulate.restype = library.emulated_distances.restype = ctypes.c_char_p
+    for operation in ("assign_accumulate", "distances"):
+        getattr(library, f"emulated_{operation}_workspace").restype = ctypes.c_int64
+        getattr(library, f"emulated_{operation}").restype = ctypes.c_char_p
     return library
 
 
@@ -109,28 +104,59 @@ def emulated(tmp_path_factory) -> ctypes.CDLL:
     return build_emulated(tmp_path_factory.mktemp("emulated"), SHORTER)
 
 
-def call_emulated(library, operation, tokens, centers, tensors):
-    """Calls with the addresses of `tensors` (None: null) and a workspace, which must suffice."""
-    groups, outer, inner, width = tokens.shape
-    num_centers = centers.shape[1]
-    measure = getattr(library, f"emulated_{operation}_workspace")
-    size = measure(groups, outer * inner, width, num_centers)
+class TokenView(ctypes.Structure):
+    """As in csrc/kmeans.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        *((size, ctypes.c_int64) for size in ("groups", "outer", "inner", "width")),
+        *((stride, ctypes.c_int64) for stride in ("group_stride", "outer_stride", "inner_stride")),
+    )
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor) -> TokenView:
+        return cls(tokens.data_ptr(), DTYPE_CODES[tokens.dtype], *tokens.shape, *tokens.stride()[:3])
+
+
+class AssignArgs(ctypes.Structure):
+    """As in csrc/kmeans.h."""
+
+    _fields_ = (
+        ("tokens", TokenView),
+        *((name, ctypes.c_void_p) for name in ("centers", "shift", "weights")),
+        ("num_centers", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("sums", "counts", "inertia", "labels", "distances")),
+    )
+
+
+class DistanceArgs(ctypes.Structure):
+    """As in csrc/kmeans.h."""
+
+    _fields_ = (
+        ("tokens", TokenView),
+        *((name, ctypes.c_void_p) for name in ("centers", "shift")),
+        ("num_centers", ctypes.c_int64),
+        ("distances", ctypes.c_void_p),
+    )
+
+
+def call_emulated(library, operation, args):
+    """Calls with a workspace that is as large as the library wants it, and must suffice."""
+    size = getattr(library, f"emulated_{operation}_workspace")(ctypes.byref(args))
     workspace = torch.full((size + CANARY,), 255, dtype=torch.uint8)
     start = -workspace.data_ptr() % 16  # malloc's alignment is not CUDA's
     workspace = torch.full((size + CANARY + start,), 255, dtype=torch.uint8)[start:]
     message = getattr(library, f"emulated_{operation}")(
-        tokens.data_ptr(),
-        DTYPE_CODES[tokens.dtype],
-        (ctypes.c_int64 * 4)(*tokens.shape),
-        (ctypes.c_int64 * 3)(*tokens.stride()[:3]),
-        centers.data_ptr(),
-        num_centers,
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-        workspace.data_ptr(),
+        ctypes.byref(args), ctypes.c_void_p(workspace.data_ptr())
     )
     if message is not None:
         raise RuntimeError(message.decode())
     assert workspace[size:].eq(255).all(), "wrote behind the workspace"
+
+
+def address(tensor):
+    return None if tensor is None else tensor.data_ptr()
 
 
 def run_emulated(
@@ -148,7 +174,9 @@ def run_emulated(
         distances = torch.full((groups, num_rows), torch.nan) if "distances" in rows else None
         outputs = (sums, counts, inertia, labels, distances)
         library.emulated_machine(shared, backwards)
-        call_emulated(library, "assign_accumulate", tokens, centers, (shift, weights, *outputs))
+        inputs = (address(centers), address(shift), address(weights), num_centers)
+        args = AssignArgs(TokenView.of(tokens), *inputs, *map(address, outputs))
+        call_emulated(library, "assign_accumulate", args)
         results.append(outputs)
     for ours, again in zip(*results, strict=True):
         if ours is not None:
@@ -160,7 +188,10 @@ def run_emulated_distances(library, tokens, centers, shift=None):
     groups, outer, inner, _ = tokens.shape
     library.emulated_machine(H100_SHARED, False)
     distances = torch.full((groups, outer * inner, centers.shape[1]), torch.nan)
-    call_emulated(library, "distances", tokens, centers, (shift, distances))
+    args = DistanceArgs(
+        TokenView.of(tokens), address(centers), address(shift), centers.shape[1], address(distances)
+    )
+    call_emulated(library, "distances", args)
     return distances
 
 

@@ -116,7 +116,7 @@ void check_pruned(const Shape& s, int64_t part_images, const std::string& isa, i
   for (int64_t first = 0; first < s.outer; first += part_images) {
     part_rows.push_back(std::min(part_images, s.outer - first) * s.inner);
   }
-  spt_fast::PrunedAssignCpu passes(part_rows, s.width, shift.data(), s.centers, isa);
+  spt_fast::PrunedPasses passes(part_rows, s.width, shift.data(), s.centers, isa);
   std::vector<double> sums(s.centers * s.width), counts(s.centers), inertia(1);
   std::vector<double> plain_sums(sums.size()), plain_counts(s.centers);
   std::vector<int32_t> labels(rows);

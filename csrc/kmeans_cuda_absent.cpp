@@ -1,0 +1,19 @@
+// Stands in for kmeans_cuda.cu in a build without CUDA, so that the module offers the same
+// functions in every build: each says what is missing.
+#include <stdexcept>
+
+#include "kmeans.h"
+
+namespace spt_fast {
+namespace {
+
+[[noreturn]] void refuse() { throw std::runtime_error("spt_fast was built without CUDA"); }
+
+}  // namespace
+
+int64_t assign_accumulate_cuda_workspace(const AssignArgs&) { refuse(); }
+void assign_accumulate_cuda(const AssignArgs&, void*, int, void*) { refuse(); }
+int64_t distances_cuda_workspace(const DistanceArgs&) { refuse(); }
+void distances_cuda(const DistanceArgs&, void*, int, void*) { refuse(); }
+
+}  // namespace spt_fast
