@@ -259,7 +259,7 @@ def test_bad_parts_are_named() -> None:
     with pytest.raises(ValueError, match="in the order in which begin"):
         passes.add(0, tokens)
     assert passes.begin(tokens[:, :2]) == [0, 1]
-    with pytest.raises(ValueError, match="all parts that begin"):
+    with pytest.raises(ValueError, match="all chunks that begin"):
         passes.end()
     with pytest.raises(ValueError, match=r"tokens of part 0 must be \[1, 5, 3\] on the CPU, got \[1, 4, 3\]"):
         passes.add(0, tokens[:, :4])
@@ -270,7 +270,7 @@ def test_bad_parts_are_named() -> None:
     passes.add(0, tokens)
     passes.add(1, tokens[:, :4])
     passes.end()
-    with pytest.raises(ValueError, match="all parts that begin"):
+    with pytest.raises(ValueError, match="all chunks that begin"):
         passes.end()
 
 
