@@ -73,16 +73,16 @@ int64_t num_runs(int64_t groups, int64_t rows, int64_t width, int64_t num_center
   return std::max<int64_t>(1, std::min(most, rows / kMinRows));
 }
 
-// Hands out parts of the workspace; with no workspace, measures it.
+// Hands out arrays of the workspace; with no workspace, measures it.
 class Workspace {
  public:
   explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
 
   template <typename V>
   V* take(int64_t count) {
-    char* part = begin_ ? begin_ + used_ : nullptr;
+    char* taken = begin_ ? begin_ + used_ : nullptr;
     used_ += ceil_div(count * int64_t{sizeof(V)}, 256) * 256;
-    return reinterpret_cast<V*>(part);
+    return reinterpret_cast<V*>(taken);
   }
   int64_t used() const { return used_; }
 
@@ -94,7 +94,7 @@ class Workspace {
 // What both operations keep in the workspace.
 void take_centers(Problem& p, Workspace& workspace) {
   const int64_t padded = p.tokens.groups * p.center_tiles * kTileCenters;
-  p.packed = workspace.take<uint4>(p.tokens.groups * p.column_blocks * p.center_tiles * kWarp);
+  p.packed = workspace.take<uint4>(p.tokens.groups * p.column_tiles * p.center_tiles * kWarp);
   p.base = workspace.take<float>(padded);
   p.slope = workspace.take<float>(padded);
 }
@@ -114,7 +114,7 @@ Problem make_problem(const TokenView& tokens, int64_t num_centers) {
   p.rows = tokens.rows();
   p.num_centers = num_centers;
   p.runs = num_runs(tokens.groups, p.rows, tokens.width, num_centers);
-  p.column_blocks = static_cast<int>(ceil_div(tokens.width, kBlockColumns));
+  p.column_tiles = static_cast<int>(ceil_div(tokens.width, kTileColumns));
   p.center_tiles = std::max(kMinCenterTiles, static_cast<int>(ceil_div(num_centers, kTileCenters)));
   return p;
 }
@@ -172,7 +172,7 @@ void launch_pack_centers(const Problem& p, cudaStream_t stream) {
 template <typename T>
 void launch_assign(const Problem& p, int device, cudaStream_t stream) {
   const int64_t stage = assign_stage_bytes(sizeof(T));
-  const int64_t shift = int64_t{p.column_blocks} * kBlockColumns * int64_t{sizeof(float)};
+  const int64_t shift = int64_t{p.column_tiles} * kTileColumns * int64_t{sizeof(float)};
   const int64_t stages =
       std::min<int64_t>(kMaxAssignStages, (shared_memory(device) - shift) / stage);
   if (stages < 2) {
@@ -181,10 +181,10 @@ void launch_assign(const Problem& p, int device, cudaStream_t stream) {
   }
   AssignShape shape{};
   shape.stages = static_cast<int>(stages);
-  shape.chunks = static_cast<int>(ceil_div(p.center_tiles, kChunkTiles));
-  shape.tiles_per_chunk = static_cast<int>(ceil_div(p.center_tiles, shape.chunks));
-  shape.chunks = static_cast<int>(ceil_div(p.center_tiles, shape.tiles_per_chunk));
-  shape.steps_per_chunk = static_cast<int>(ceil_div(p.column_blocks, step_blocks(sizeof(T))));
+  shape.slabs = static_cast<int>(ceil_div(p.center_tiles, kSlabTiles));
+  shape.tiles_per_slab = static_cast<int>(ceil_div(p.center_tiles, shape.slabs));
+  shape.slabs = static_cast<int>(ceil_div(p.center_tiles, shape.tiles_per_slab));
+  shape.steps_per_slab = static_cast<int>(ceil_div(p.column_tiles, step_tiles(sizeof(T))));
   const dim3 grid(as_grid(ceil_div(p.rows, kAssignRows)), as_grid(p.tokens.groups));
   SPT_CUDA_CHECK(launch(assign_kernel<T>, grid, kAssignThreads,
                         static_cast<int>(stages * stage + shift), stream, p, shape));
@@ -210,13 +210,13 @@ struct OneRead {
   OneReadShape shape;
 };
 
-template <typename T, int kRowTiles, int kBlocks>
+template <typename T, int kRowTiles, int kColumnTiles>
 OneRead try_one_read(const Problem& p, int shared_bytes) {
   static_assert(kMinCenterTiles == 3 && kOneReadCenters == 4 * kTileCenters);
   const OneReadShape shape = one_read_shape(p.tokens.width, p.center_tiles, sizeof(T), kRowTiles);
-  if (shape.blocks_per_warp > kBlocks || shape.bytes > shared_bytes) return {};
-  return {p.center_tiles == 3 ? one_read_kernel<T, kRowTiles, kBlocks, 3>
-                              : one_read_kernel<T, kRowTiles, kBlocks, 4>,
+  if (shape.column_tiles_per_warp > kColumnTiles || shape.bytes > shared_bytes) return {};
+  return {p.center_tiles == 3 ? one_read_kernel<T, kRowTiles, kColumnTiles, 3>
+                              : one_read_kernel<T, kRowTiles, kColumnTiles, 4>,
           shape};
 }
 
@@ -276,7 +276,7 @@ void set_inputs(Problem& p, const float* centers, const float* shift, Workspace&
                         p.tokens.width, mean));
 }
 
-// The size of the workspace: that of the parts which the operations take.
+// The size of the workspace: that of the arrays which the operations take.
 int64_t workspace_bytes(const TokenView& tokens, int64_t num_centers, bool with_sums) {
   if (tokens.groups < 1 || tokens.rows() < 1) return 256;
   Problem p = make_problem(tokens, num_centers);
@@ -309,9 +309,9 @@ void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device,
   }
 
   Problem p = make_problem(tokens, args.num_centers);
-  Workspace parts(workspace);
-  set_inputs(p, args.centers, args.shift, parts, cuda_stream);
-  take_sums(p, parts);
+  Workspace arrays(workspace);
+  set_inputs(p, args.centers, args.shift, arrays, cuda_stream);
+  take_sums(p, arrays);
   p.weights = args.weights;
   visit_dtype(tokens.dtype, [&](auto element) {
     launch_assign_accumulate<decltype(element)>(p, args, device, cuda_stream);
@@ -329,8 +329,8 @@ void distances_cuda(const DistanceArgs& args, void* workspace, int device, void*
   const DeviceGuard guard(device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   Problem p = make_problem(tokens, args.num_centers);
-  Workspace parts(workspace);
-  set_inputs(p, args.centers, args.shift, parts, cuda_stream);
+  Workspace arrays(workspace);
+  set_inputs(p, args.centers, args.shift, arrays, cuda_stream);
   p.all_distances = args.distances;
   visit_dtype(tokens.dtype, [&](auto element) {
     using T = decltype(element);

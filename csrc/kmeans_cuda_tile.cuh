@@ -1,4 +1,4 @@
-// Streams rows of tokens into shared memory: asynchronous 16-byte copies, each warp its own part.
+// Copies rows of tokens to shared memory: asynchronously, 16 bytes at a time, each warp its own.
 //
 // Rows whose addresses are not multiples of 16 bytes take 4-byte copies or, at worst, element
 // loads. What lies outside the tokens arrives as zeros.
@@ -21,9 +21,9 @@ __device__ inline void copy_piece(unsigned char* target, const T* source, int64_
   } else if (granule == Granule::k4) {
     constexpr int kStep = 4 / sizeof(T);
     for (int e = 0; e < kElements; e += kStep) {
-      const int rest = min(max(count - e, 0), kStep);
-      copy_async_4(target + e * sizeof(T), rest ? source + e : source,
-                   rest * static_cast<int>(sizeof(T)));
+      const int inside = min(max(count - e, 0), kStep);
+      copy_async_4(target + e * sizeof(T), inside ? source + e : source,
+                   inside * static_cast<int>(sizeof(T)));
     }
   } else {
     alignas(16) T values[kElements];
@@ -50,7 +50,7 @@ __device__ inline void copy_rows(unsigned char* target, int stride, const Proble
 #pragma unroll
   for (int first = 0; first < kRows; first += kStep) {
     const int row = first + lane / kCopyLanes;
-    const T* source = tokens + __shfl_sync(0xffffffffu, own_offset, row);
+    const T* source = tokens + __shfl_sync(kAllLanes, own_offset, row);
     unsigned char* next = target + first * stride;
     if (is_whole) {
       for (int piece = lane % kCopyLanes; piece < pieces; piece += kCopyLanes) {

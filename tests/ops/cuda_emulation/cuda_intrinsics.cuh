@@ -1,7 +1,8 @@
 // Twin of csrc/cuda_intrinsics.cuh on the CPU: fragment layouts as the PTX manual gives them.
 //
-// Asynchronous copies take place only when they are awaited, the latest moment that is allowed.
-// Products are summed exactly and cut off to float32, as tensor cores do at worst.
+// Asynchronous copies take place at the latest or the earliest moment that is allowed: when they
+// are awaited, or when they are issued. Products are summed exactly and cut off to float32, as
+// tensor cores do at worst.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,12 +13,19 @@ namespace spt_fast {
 
 inline unsigned char* dynamic_shared() { return emulation::shared; }
 
+inline void take_place(const emulation::Copy& copy) {
+  std::memset(copy.target, 0, copy.padded);
+  std::memcpy(copy.target, copy.source, copy.bytes);
+}
+
 inline void copy_async(void* shared, const void* global, int bytes, int padded) {
   if (reinterpret_cast<uintptr_t>(shared) % padded ||
       reinterpret_cast<uintptr_t>(global) % padded) {
     throw std::runtime_error("an asynchronous copy is not aligned");
   }
-  emulation::fibers[emulation::current].open_group.push_back({shared, global, bytes, padded});
+  const emulation::Copy copy{shared, global, bytes, padded};
+  if (emulation::early_copies) return take_place(copy);
+  emulation::fibers[emulation::current].open_group.push_back(copy);
 }
 inline void copy_async_16(void* shared, const void* global, int bytes) {
   copy_async(shared, global, bytes, 16);
@@ -33,14 +41,12 @@ inline void commit_copies() {
 }
 
 template <int kPending>
-void wait_copies() {
+void wait_copies(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (emulation::is_skipped(file, line)) return;
   emulation::Fiber& fiber = emulation::fibers[emulation::current];
   auto& groups = fiber.groups;
   while (groups.size() > kPending) {
-    for (const emulation::Copy& copy : groups.front()) {
-      std::memset(copy.target, 0, copy.padded);
-      std::memcpy(copy.target, copy.source, copy.bytes);
-    }
+    for (const emulation::Copy& copy : groups.front()) take_place(copy);
     groups.erase(groups.begin());
   }
 }

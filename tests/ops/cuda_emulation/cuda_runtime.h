@@ -1,9 +1,13 @@
 // Just enough of CUDA to run the kernels of csrc/ on the CPU, for tests on machines without a GPU.
 //
-// The threads of a block are fibers of one OS thread: each runs until it ends or waits at a barrier
-// of its warp or block, then the next one runs, forwards or (emulation::backwards) in reverse
-// order. A missing barrier therefore gives different results in the two orders. Dynamic shared
-// memory starts as NaN. Blocks run one after the other. Not modelled: warps in lockstep, time, the
+// The threads of a block are fibers of one OS thread: each runs until it ends or waits. A warp runs
+// until all of its threads wait for another warp, then the next warp does: so warps are as far
+// apart as their barriers let them. Order of warps and threads is forwards or
+// (emulation::backwards) in reverse. Asynchronous copies take place when they are awaited or
+// (emulation::early_copies) when they are issued. A missing barrier therefore gives different
+// results, and a test may have any one skipped (emulation::skipped_wait) to see that. Dynamic
+// shared memory starts as NaN, static shared memory with what the block before left there. Blocks
+// run one after the other. Not modelled: warps in lockstep, other orders than these, time, the
 // GPU's rounding of anything but sums of products (see cuda_intrinsics.cuh).
 #pragma once
 
@@ -53,9 +57,25 @@ inline constexpr int kWarp = 32;
 inline constexpr int kMaxThreads = 1024;  // of a block
 inline constexpr size_t kMaxShared = 232448;
 
-// What a test may set: the order of the threads, and the GPU's shared memory.
+// What a test may set: the order of the threads, when copies take place, the GPU's shared memory.
 inline bool backwards = false;
+inline bool early_copies = false;
 inline int shared_limit = kMaxShared;
+
+// A line of the kernels where threads wait, for each other or for copies.
+struct Wait {
+  const char* file;
+  int line;
+};
+inline std::vector<Wait> waits;  // those that threads have come to
+inline int skipped_wait = -1;    // which of them does nothing; -1: none
+
+inline bool is_skipped(const char* file, int line) {
+  size_t index = 0;
+  while (index < waits.size() && (waits[index].line != line || waits[index].file != file)) ++index;
+  if (index == waits.size()) waits.push_back({file, line});
+  return static_cast<int>(index) == skipped_wait;
+}
 
 struct Barrier {
   int arrived = 0;
@@ -63,7 +83,7 @@ struct Barrier {
   unsigned generation = 0;
 };
 
-// Copies of one thread that are under way, in groups; they take place when they are awaited.
+// Copies of one thread that are under way, in groups.
 struct Copy {
   void* target;
   const void* source;
@@ -144,6 +164,23 @@ inline void resume(unsigned thread) {
   setcontext(&fiber.start);
 }
 
+// Runs the threads of a warp in turn until none gets on; returns whether any is left.
+inline bool run_warp(unsigned warp, bool& any_progress) {
+  bool running = true;
+  for (bool moved = true; running && moved; any_progress = any_progress || moved) {
+    running = progress = false;
+    for (unsigned i = 0; i < kWarp; ++i) {
+      const unsigned thread = warp * kWarp + (backwards ? kWarp - 1 - i : i);
+      if (fibers[thread].done) continue;
+      resume(thread);
+      if (!error.empty()) throw std::runtime_error(std::exchange(error, {}));
+      running = running || !fibers[thread].done;
+    }
+    moved = progress;
+  }
+  return running;
+}
+
 inline void run_block(uint3 block, unsigned threads, const std::function<void()>& thread_body) {
   body = &thread_body;
   blockIdx = block;
@@ -163,16 +200,14 @@ inline void run_block(uint3 block, unsigned threads, const std::function<void()>
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, enter, 0);
   }
+  const unsigned warps = threads / kWarp;
   for (bool running = true; running;) {
-    running = progress = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned thread = backwards ? threads - 1 - i : i;
-      if (fibers[thread].done) continue;
-      resume(thread);
-      if (!error.empty()) throw std::runtime_error(std::exchange(error, {}));
-      running = running || !fibers[thread].done;
+    running = false;
+    bool any_progress = false;
+    for (unsigned i = 0; i < warps; ++i) {
+      running = run_warp(backwards ? warps - 1 - i : i, any_progress) || running;
     }
-    if (running && !progress) throw std::runtime_error("threads wait for ever");
+    if (running && !any_progress) throw std::runtime_error("threads wait for ever");
   }
 }
 
@@ -200,8 +235,12 @@ inline int lane() { return static_cast<int>(current % kWarp); }
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::wait(emulation::block_barrier); }
-inline void __syncwarp() { emulation::wait(emulation::warp_barriers[emulation::current / 32]); }
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!emulation::is_skipped(file, line)) emulation::wait(emulation::block_barrier);
+}
+inline void __syncwarp() {
+  emulation::wait(emulation::warp_barriers[emulation::current / emulation::kWarp]);
+}
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask) {

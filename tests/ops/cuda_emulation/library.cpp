@@ -2,7 +2,7 @@
 // the argument structs of kmeans.h itself. A call returns an error message, or null.
 #include <string>
 
-#include "../../csrc/kmeans_cuda.cu"
+#include "kmeans_cuda.cu"
 
 namespace {
 
@@ -22,9 +22,25 @@ const char* message_of(const Call& call) {
 
 extern "C" {
 
-void emulated_machine(int shared_memory, int backwards) {
+void emulated_machine(int shared_memory, int backwards, int early_copies) {
   emulation::shared_limit = shared_memory;
+  emulation::early_copies = early_copies;
   emulation::backwards = backwards;
+}
+
+// Forgets the waits that threads have come to, and has number `skipped` of the next ones skipped.
+void emulated_skip_wait(int skipped) {
+  emulation::waits.clear();
+  emulation::skipped_wait = skipped;
+}
+
+// The file and line of a wait, or null behind the last one.
+const char* emulated_wait(int index) {
+  static std::string name;
+  if (index >= static_cast<int>(emulation::waits.size())) return nullptr;
+  const emulation::Wait& wait = emulation::waits[index];
+  name = std::string(wait.file) + ":" + std::to_string(wait.line);
+  return name.c_str();
 }
 
 int64_t emulated_assign_accumulate_workspace(const spt_fast::AssignArgs* args) {
