@@ -151,21 +151,22 @@ void bind_pruned_passes(py::module_& module) {
 }
 
 void bind_cuda(py::module_& module) {
+  module.def("cuda_why_not", &cuda_why_not);
   module.def("assign_accumulate_cuda_workspace", &assign_accumulate_cuda_workspace,
              py::arg("args"));
   module.def(
       "assign_accumulate_cuda",
-      [](const AssignArgs& args, Address workspace, int device, Address stream) {
-        assign_accumulate_cuda(args, pointer<void>(workspace), device, pointer<void>(stream));
+      [](const AssignArgs& args, Address workspace, Address stream) {
+        assign_accumulate_cuda(args, pointer<void>(workspace), pointer<void>(stream));
       },
-      py::arg("args"), py::arg("workspace"), py::arg("device"), py::arg("stream"), ReleaseGil());
+      py::arg("args"), py::arg("workspace"), py::arg("stream"), ReleaseGil());
   module.def("distances_cuda_workspace", &distances_cuda_workspace, py::arg("args"));
   module.def(
       "distances_cuda",
-      [](const DistanceArgs& args, Address workspace, int device, Address stream) {
-        distances_cuda(args, pointer<void>(workspace), device, pointer<void>(stream));
+      [](const DistanceArgs& args, Address workspace, Address stream) {
+        distances_cuda(args, pointer<void>(workspace), pointer<void>(stream));
       },
-      py::arg("args"), py::arg("workspace"), py::arg("device"), py::arg("stream"), ReleaseGil());
+      py::arg("args"), py::arg("workspace"), py::arg("stream"), ReleaseGil());
 }
 
 py::dict build_info() {

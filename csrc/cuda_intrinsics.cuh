@@ -1,4 +1,4 @@
-// The few PTX instructions of the k-means kernels, and how a kernel is launched; sm_80 and later.
+// The few PTX instructions of the k-means kernels, and how a kernel is enqueued; sm_80 and later.
 //
 // tests/ops/cuda_emulation/cuda_intrinsics.cuh is the twin that runs them on a CPU; it is found
 // first there. Whatever the kernels need beyond CUDA C++ is here, so that the twin stays complete.
@@ -101,20 +101,10 @@ __device__ inline uint32_t round_to_tf32(float x) {
   return bits;
 }
 
-// More than 48 KiB of shared memory has to be asked for.
-template <typename... Params>
-cudaError_t allow_shared_memory(void (*kernel)(Params...), int bytes) {
-  if (bytes <= 48 << 10) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 // Enqueues kernel(args...).
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
-                   cudaStream_t stream, Args... args) {
-  const cudaError_t status = allow_shared_memory(kernel, shared_bytes);
-  if (status != cudaSuccess) return status;
+cudaError_t enqueue(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+                    cudaStream_t stream, Args... args) {
   kernel<<<grid, threads, shared_bytes, stream>>>(static_cast<Params>(args)...);
   return cudaGetLastError();
 }

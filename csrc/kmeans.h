@@ -105,13 +105,16 @@ class PrunedPasses {
 // Instruction sets this build holds and this processor runs, best first.
 std::vector<std::string> cpu_isas();
 
-// CUDA. Every pointer is device memory. Enqueues on `stream`, allocates nothing, does not
-// synchronise. `workspace` holds ..._cuda_workspace() bytes, which looks at the sizes in `args`
-// only. A missing shift is replaced by the mean of the centres. Throws std::runtime_error with file
-// and line on a CUDA error, and in a build without CUDA (kmeans_cuda_absent.cpp).
+// CUDA. Every pointer is memory of the current device, and `stream` one of its streams. Enqueues,
+// allocates nothing, does not synchronise. `workspace` holds ..._cuda_workspace() bytes, which
+// looks at the sizes in `args` only. A missing shift is replaced by the mean of the centres. Throws
+// std::runtime_error with file and line on a CUDA error, and in a build without CUDA
+// (kmeans_cuda_absent.cpp). cuda_why_not() is empty if the current device can run the kernels, else
+// the reason why not.
+std::string cuda_why_not();
 int64_t assign_accumulate_cuda_workspace(const AssignArgs& args);
-void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device, void* stream);
+void assign_accumulate_cuda(const AssignArgs& args, void* workspace, void* stream);
 int64_t distances_cuda_workspace(const DistanceArgs& args);
-void distances_cuda(const DistanceArgs& args, void* workspace, int device, void* stream);
+void distances_cuda(const DistanceArgs& args, void* workspace, void* stream);
 
 }  // namespace spt_fast

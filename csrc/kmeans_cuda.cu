@@ -9,10 +9,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cuda_intrinsics.cuh>
 #include <stdexcept>
 #include <string>
 
+#include "cuda_launch.cuh"
 #include "kmeans.h"
 #include "kmeans_cuda_accumulate.cuh"
 #include "kmeans_cuda_assign.cuh"
@@ -29,41 +29,6 @@ constexpr int64_t kMaxGridYZ = 65535;
 constexpr int64_t kMaxRuns = 264;
 constexpr int64_t kMinRows = 128;
 constexpr int64_t kMaxPartialBytes = int64_t{128} << 20;
-
-void check(cudaError_t status, const char* what, int line) {
-  if (status == cudaSuccess) return;
-  // Forget the error, which the next call would otherwise take for its own.
-  cudaGetLastError();
-  throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(status) + " (" +
-                           __FILE__ + ":" + std::to_string(line) + ")");
-}
-#define SPT_CUDA_CHECK(call) check((call), #call, __LINE__)
-
-// Makes `device` current, and the caller's device again on the way out.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    SPT_CUDA_CHECK(cudaGetDevice(&previous_));
-    if (device != previous_) SPT_CUDA_CHECK(cudaSetDevice(device));
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-};
-
-int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  SPT_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
-
-// What a block may have at most.
-int shared_memory(int device) {
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
 
 // Depends on the sizes only, never on the GPU: the same input gives the same order of sums.
 int64_t num_runs(int64_t groups, int64_t rows, int64_t width, int64_t num_centers) {
@@ -165,16 +130,16 @@ unsigned as_grid(int64_t blocks) {
 template <typename T>
 void launch_pack_centers(const Problem& p, cudaStream_t stream) {
   const int64_t warps = p.tokens.groups * p.center_tiles * kTileCenters;
-  SPT_CUDA_CHECK(launch(pack_centers_kernel<T>, as_grid(ceil_div(warps, kCenterThreads / kWarp)),
-                        kCenterThreads, 0, stream, p));
+  launch(pack_centers_kernel<T>, as_grid(ceil_div(warps, kCenterThreads / kWarp)), kCenterThreads,
+         0, stream, p);
 }
 
 template <typename T>
-void launch_assign(const Problem& p, int device, cudaStream_t stream) {
+void launch_assign(const Problem& p, cudaStream_t stream) {
   const int64_t stage = assign_stage_bytes(sizeof(T));
   const int64_t shift = int64_t{p.column_tiles} * kTileColumns * int64_t{sizeof(float)};
-  const int64_t stages =
-      std::min<int64_t>(kMaxAssignStages, (shared_memory(device) - shift) / stage);
+  const int64_t stages = std::min<int64_t>(
+      kMaxAssignStages, (dynamic_shared_memory(assign_kernel<T>) - shift) / stage);
   if (stages < 2) {
     throw std::invalid_argument("width " + std::to_string(p.tokens.width) +
                                 " is too large for the shared memory of this GPU");
@@ -186,22 +151,24 @@ void launch_assign(const Problem& p, int device, cudaStream_t stream) {
   shape.slabs = static_cast<int>(ceil_div(p.center_tiles, shape.tiles_per_slab));
   shape.steps_per_slab = static_cast<int>(ceil_div(p.column_tiles, step_tiles(sizeof(T))));
   const dim3 grid(as_grid(ceil_div(p.rows, kAssignRows)), as_grid(p.tokens.groups));
-  SPT_CUDA_CHECK(launch(assign_kernel<T>, grid, kAssignThreads,
-                        static_cast<int>(stages * stage + shift), stream, p, shape));
+  launch(assign_kernel<T>, grid, kAssignThreads, static_cast<int>(stages * stage + shift), stream,
+         p, shape);
 }
 
 template <typename T>
-void launch_accumulate(const Problem& p, int device, cudaStream_t stream) {
-  // Two blocks share a multiprocessor; each also has static memory, and some is the system's.
+void launch_accumulate(const Problem& p, cudaStream_t stream) {
+  // Two blocks share a multiprocessor. It holds 1 KiB more than a block may have, and the system
+  // and the kernel's counts take 1.5 KiB of each block's.
   const int64_t slab_bytes = kAccumulateColumns * int64_t{sizeof(float)};
-  const int64_t most = std::min<int64_t>(kMaxSlab, (shared_memory(device) / 2 - 2048) / slab_bytes);
+  const int64_t most = std::min<int64_t>(
+      kMaxSlab, (dynamic_shared_memory(accumulate_kernel<T>) / 2 - 2048) / slab_bytes);
   const int64_t slabs = ceil_div(p.num_centers, most);
   const int64_t slab = ceil_div(p.num_centers, slabs);
   const int64_t tiles = ceil_div(p.tokens.width, kAccumulateColumns);
   const dim3 grid(as_grid(tiles * ceil_div(p.num_centers, slab) + 1), as_grid(p.runs),
                   as_grid(p.tokens.groups));
-  SPT_CUDA_CHECK(launch(accumulate_kernel<T>, grid, kAccumulateThreads,
-                        static_cast<int>(slab * slab_bytes), stream, p, static_cast<int>(slab)));
+  launch(accumulate_kernel<T>, grid, kAccumulateThreads, static_cast<int>(slab * slab_bytes),
+         stream, p, static_cast<int>(slab));
 }
 
 // The one-read kernel and its shape, or no kernel.
@@ -211,46 +178,46 @@ struct OneRead {
 };
 
 template <typename T, int kRowTiles, int kColumnTiles>
-OneRead try_one_read(const Problem& p, int shared_bytes) {
+OneRead try_one_read(const Problem& p) {
   static_assert(kMinCenterTiles == 3 && kOneReadCenters == 4 * kTileCenters);
   const OneReadShape shape = one_read_shape(p.tokens.width, p.center_tiles, sizeof(T), kRowTiles);
-  if (shape.column_tiles_per_warp > kColumnTiles || shape.bytes > shared_bytes) return {};
-  return {p.center_tiles == 3 ? one_read_kernel<T, kRowTiles, kColumnTiles, 3>
-                              : one_read_kernel<T, kRowTiles, kColumnTiles, 4>,
-          shape};
+  const auto kernel = p.center_tiles == 3 ? one_read_kernel<T, kRowTiles, kColumnTiles, 3>
+                                          : one_read_kernel<T, kRowTiles, kColumnTiles, 4>;
+  const bool fits =
+      shape.column_tiles_per_warp <= kColumnTiles && shape.bytes <= dynamic_shared_memory(kernel);
+  return fits ? OneRead{kernel, shape} : OneRead{};
 }
 
 // Tiles of 32 tokens halve the barriers and the reading of centres; 16 fit where 32 do not.
 template <typename T>
-OneRead choose_one_read(const Problem& p, int device) {
+OneRead choose_one_read(const Problem& p) {
   if (p.weights || p.num_centers > kOneReadCenters || p.tokens.width > kOneReadColumns) return {};
-  const int shared_bytes = shared_memory(device);
   if constexpr (sizeof(T) == 4) {
-    return try_one_read<T, 1, 6>(p, shared_bytes);
+    return try_one_read<T, 1, 6>(p);
   } else {
-    const OneRead wide = try_one_read<T, 2, 6>(p, shared_bytes);
-    return wide.kernel ? wide : try_one_read<T, 1, 6>(p, shared_bytes);
+    const OneRead wide = try_one_read<T, 2, 6>(p);
+    return wide.kernel ? wide : try_one_read<T, 1, 6>(p);
   }
 }
 
 template <typename T>
-void launch_assign_accumulate(Problem p, const AssignArgs& args, int device, cudaStream_t stream) {
+void launch_assign_accumulate(Problem p, const AssignArgs& args, cudaStream_t stream) {
   launch_pack_centers<T>(p, stream);
-  const OneRead one_read = choose_one_read<T>(p, device);
+  const OneRead one_read = choose_one_read<T>(p);
   if (one_read.kernel) {
     p.labels = args.labels;
     p.distances = args.distances;
-    SPT_CUDA_CHECK(launch(one_read.kernel, dim3(as_grid(p.runs), as_grid(p.tokens.groups)),
-                          kOneReadThreads, one_read.shape.bytes, stream, p, one_read.shape));
+    launch(one_read.kernel, dim3(as_grid(p.runs), as_grid(p.tokens.groups)), kOneReadThreads,
+           one_read.shape.bytes, stream, p, one_read.shape);
   } else {
     if (args.labels) p.labels = args.labels;
     if (args.distances) p.distances = args.distances;
-    launch_assign<T>(p, device, stream);
-    launch_accumulate<T>(p, device, stream);
+    launch_assign<T>(p, stream);
+    launch_accumulate<T>(p, stream);
   }
   const int64_t elements = p.tokens.groups * p.num_centers * (p.tokens.width + kExtraColumns);
-  SPT_CUDA_CHECK(launch(reduce_kernel, as_grid(ceil_div(elements, kWarp)), kReduceThreads, 0,
-                        stream, p, args.sums, args.counts, args.inertia));
+  launch(reduce_kernel, as_grid(ceil_div(elements, kWarp)), kReduceThreads, 0, stream, p, args.sums,
+         args.counts, args.inertia);
 }
 
 void clear_outputs(const AssignArgs& args, cudaStream_t stream) {
@@ -271,9 +238,8 @@ void set_inputs(Problem& p, const float* centers, const float* shift, Workspace&
   p.shift = shift ? shift : mean;
   if (shift) return;
   const int64_t elements = p.tokens.groups * p.tokens.width;
-  SPT_CUDA_CHECK(launch(mean_center_kernel, as_grid(ceil_div(elements, kCenterThreads)),
-                        kCenterThreads, 0, stream, centers, p.tokens.groups, p.num_centers,
-                        p.tokens.width, mean));
+  launch(mean_center_kernel, as_grid(ceil_div(elements, kCenterThreads)), kCenterThreads, 0, stream,
+         centers, p.tokens.groups, p.num_centers, p.tokens.width, mean);
 }
 
 // The size of the workspace: that of the arrays which the operations take.
@@ -289,6 +255,16 @@ int64_t workspace_bytes(const TokenView& tokens, int64_t num_centers, bool with_
 
 }  // namespace
 
+std::string cuda_why_not() {
+  cudaFuncAttributes attributes{};
+  const cudaError_t status =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(mean_center_kernel));
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return std::string("kernels built for " SPT_CUDA_ARCHS " do not run on this GPU: ") +
+         cudaGetErrorString(status);
+}
+
 int64_t assign_accumulate_cuda_workspace(const AssignArgs& args) {
   return workspace_bytes(args.tokens, args.num_centers, true);
 }
@@ -297,10 +273,9 @@ int64_t distances_cuda_workspace(const DistanceArgs& args) {
   return workspace_bytes(args.tokens, args.num_centers, false);
 }
 
-void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device, void* stream) {
+void assign_accumulate_cuda(const AssignArgs& args, void* workspace, void* stream) {
   const TokenView& tokens = args.tokens;
   if (tokens.groups < 1) return;
-  const DeviceGuard guard(device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (tokens.rows() < 1) return clear_outputs(args, cuda_stream);
   validate(tokens, args.num_centers);
@@ -314,11 +289,11 @@ void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device,
   take_sums(p, arrays);
   p.weights = args.weights;
   visit_dtype(tokens.dtype, [&](auto element) {
-    launch_assign_accumulate<decltype(element)>(p, args, device, cuda_stream);
+    launch_assign_accumulate<decltype(element)>(p, args, cuda_stream);
   });
 }
 
-void distances_cuda(const DistanceArgs& args, void* workspace, int device, void* stream) {
+void distances_cuda(const DistanceArgs& args, void* workspace, void* stream) {
   const TokenView& tokens = args.tokens;
   if (tokens.groups < 1 || tokens.rows() < 1) return;
   validate(tokens, args.num_centers);
@@ -326,7 +301,6 @@ void distances_cuda(const DistanceArgs& args, void* workspace, int device, void*
     throw std::invalid_argument("tokens, centers, distances and workspace must be set");
   }
 
-  const DeviceGuard guard(device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   Problem p = make_problem(tokens, args.num_centers);
   Workspace arrays(workspace);
@@ -335,7 +309,7 @@ void distances_cuda(const DistanceArgs& args, void* workspace, int device, void*
   visit_dtype(tokens.dtype, [&](auto element) {
     using T = decltype(element);
     launch_pack_centers<T>(p, cuda_stream);
-    launch_assign<T>(p, device, cuda_stream);
+    launch_assign<T>(p, cuda_stream);
   });
 }
 

@@ -7,13 +7,16 @@
 namespace spt_fast {
 namespace {
 
-[[noreturn]] void refuse() { throw std::runtime_error("spt_fast was built without CUDA"); }
+constexpr const char* kReason = "spt_fast was built without CUDA";
+
+[[noreturn]] void refuse() { throw std::runtime_error(kReason); }
 
 }  // namespace
 
+std::string cuda_why_not() { return kReason; }
 int64_t assign_accumulate_cuda_workspace(const AssignArgs&) { refuse(); }
-void assign_accumulate_cuda(const AssignArgs&, void*, int, void*) { refuse(); }
+void assign_accumulate_cuda(const AssignArgs&, void*, void*) { refuse(); }
 int64_t distances_cuda_workspace(const DistanceArgs&) { refuse(); }
-void distances_cuda(const DistanceArgs&, void*, int, void*) { refuse(); }
+void distances_cuda(const DistanceArgs&, void*, void*) { refuse(); }
 
 }  // namespace spt_fast

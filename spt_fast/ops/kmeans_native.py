@@ -41,8 +41,21 @@ def why_not(device: torch.device) -> str:
     if device.type == "cpu":
         return ""
     if device.type == "cuda":
-        return "" if module.build_info()["cuda"] else "spt_fast was built without CUDA"
+        return _cuda_why_not(device.index)
     return f"there is no compiled kernel for {device.type} tensors"
+
+
+@cache
+def _cuda_why_not(index: int | None) -> str:
+    """ "" if the module serves CUDA device `index` (None: the current one), else the reason why not."""
+    module, _ = _load()
+    if not module.build_info()["cuda"]:
+        return "spt_fast was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    with torch.cuda.device(index):
+        reason: str = module.cuda_why_not()
+    return reason
 
 
 def assign_accumulate(
@@ -164,7 +177,10 @@ def _call_on_stream(operation: Callable[..., None], args: Any, size: int, device
     # PyTorch's allocator gives this memory to later work of the same stream only, so it may be freed at once.
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    operation(args, workspace.data_ptr(), device.index, stream)
+    # PyTorch's guard goes back to the caller's device only if that has a context already. CUDA's own switch
+    # would create one, and take hundreds of megabytes of a GPU that the process does not use.
+    with torch.cuda.device(device.index):
+        operation(args, workspace.data_ptr(), stream)
 
 
 def _view(module: Any, tokens: Tensor) -> Any:

@@ -6,12 +6,18 @@ pybind11 writes a signature into every docstring, which is read like the stub. T
 from __future__ import annotations
 
 import ast
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 import spt_fast
+from spt_fast.ops import kmeans, kmeans_native
 
 _kmeans = pytest.importorskip("spt_fast._kmeans", reason="the compiled module was not built")
 
@@ -98,14 +104,15 @@ def run(view: View, device: int) -> None: ...
 
 @pytest.mark.skipif(_kmeans.build_info()["cuda"], reason="this build has CUDA")
 def test_cuda_functions_of_a_build_without_cuda_say_so() -> None:
+    assert _kmeans.cuda_why_not() == "spt_fast was built without CUDA"
     view = _kmeans.TokenView(data=1, dtype="float32", sizes=[1, 1, 1, 1], strides=[1, 1, 1])
     assign = _kmeans.AssignArgs(tokens=view, centers=1, num_centers=1, sums=1, counts=1, inertia=1)
     distances = _kmeans.DistanceArgs(tokens=view, centers=1, num_centers=1, distances=1)
     for call in (
         lambda: _kmeans.assign_accumulate_cuda_workspace(assign),
-        lambda: _kmeans.assign_accumulate_cuda(assign, 1, 0, 0),
+        lambda: _kmeans.assign_accumulate_cuda(assign, 1, 0),
         lambda: _kmeans.distances_cuda_workspace(distances),
-        lambda: _kmeans.distances_cuda(distances, 1, 0, 0),
+        lambda: _kmeans.distances_cuda(distances, 1, 0),
     ):
         with pytest.raises(RuntimeError, match="spt_fast was built without CUDA"):
             call()
@@ -125,3 +132,86 @@ def test_arguments_that_cannot_be_right_are_refused() -> None:
         _kmeans.DistanceArgs(tokens=view, centers=1, num_centers=0, distances=1)
     with pytest.raises(ValueError, match="centers, sums, counts and inertia must have an address"):
         _kmeans.AssignArgs(tokens=view, centers=1, num_centers=1, sums=0, counts=1, inertia=1)
+
+
+class Machine:
+    """Two GPUs, with code for the first only, and a compiled module that notes what is asked of it."""
+
+    def __init__(self) -> None:
+        self.current = 0
+        self.asked: list[int] = []  # devices whose code was looked for
+        self.launched: list[int] = []  # devices that were current when kernels were enqueued
+        self.cuda = SimpleNamespace(
+            device=self.device,
+            is_available=lambda: True,
+            current_stream=lambda device: SimpleNamespace(cuda_stream=7),
+        )
+        self.TokenView = self.AssignArgs = SimpleNamespace
+
+    @contextmanager
+    def device(self, index: int) -> Iterator[None]:
+        before, self.current = self.current, index
+        yield
+        self.current = before
+
+    def build_info(self) -> dict[str, Any]:
+        return {"cuda": True, "isas": ["baseline"]}
+
+    def cuda_why_not(self) -> str:
+        self.asked.append(self.current)
+        return "no code for it" if self.current else ""
+
+    def assign_accumulate_cuda_workspace(self, args: SimpleNamespace) -> int:
+        return 256
+
+    def assign_accumulate_cuda(self, args: SimpleNamespace, workspace: int, stream: int) -> None:
+        assert stream == 7
+        self.launched.append(self.current)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """What a fresh copy of `kmeans_native` finds in place of torch.cuda and the compiled module."""
+    machine = Machine()
+    monkeypatch.setattr(spt_fast, "_kmeans", machine)
+    spec = importlib.util.spec_from_file_location("kmeans_native_copy", kmeans_native.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    stand_in = SimpleNamespace(**vars(torch) | {"cuda": machine.cuda, "empty": empty_on_the_cpu})
+    monkeypatch.setattr(copy, "torch", stand_in)
+    monkeypatch.setattr(kmeans, "kmeans_native", copy)
+    return machine
+
+
+def empty_on_the_cpu(*sizes: int, dtype: torch.dtype = torch.float32, device: torch.device) -> torch.Tensor:
+    return torch.empty(*sizes, dtype=dtype)
+
+
+def test_a_gpu_without_code_falls_back_with_the_reason_and_is_asked_once(machine: Machine) -> None:
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    for _ in range(3):
+        assert kmeans.explain_backend(first) == ("native", "compiled CUDA kernels")
+        assert kmeans.explain_backend(second) == ("reference", "no code for it")
+    assert machine.asked == [0, 1]
+    assert machine.current == 0
+    with pytest.raises(ValueError, match="backend='native' cannot serve cuda tensors: no code for it"):
+        kmeans.choose_backend(second, "native")
+    with pytest.warns(UserWarning, match="plain PyTorch, which is slower: no code for it"):
+        assert kmeans.choose_backend(second, "auto") == "reference"
+
+
+def test_kernels_are_enqueued_under_the_device_guard_of_torch(machine: Machine) -> None:
+    """It creates no context on a GPU that the process does not use; the compiled module switches nothing."""
+    tensor = SimpleNamespace(
+        device=torch.device("cuda", 1),
+        dtype=torch.float32,
+        shape=(1, 1, 4, 8),
+        stride=lambda: (32, 32, 8, 1),
+        data_ptr=lambda: 4096,
+    )
+    centers = SimpleNamespace(shape=(1, 2, 8), data_ptr=lambda: 8192)
+    kmeans.kmeans_native.assign_accumulate(tensor, centers, None, None, False, False)
+    assert machine.launched == [1]
+    assert machine.current == 0

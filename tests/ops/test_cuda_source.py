@@ -30,6 +30,8 @@ EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 CANARY = 64  # bytes behind the workspace that must not change
 H100_SHARED, A100_SHARED, SMALL_SHARED = 232448, 166912, 101376  # a block's shared memory at most
+# kStaticShared of the emulation: at least what any kernel has beside its dynamic shared memory.
+STATIC_SHARED = 1024
 # Sums move to float64 after so few tokens that runs of a test's size do it several times.
 KNOBS = ("-DSPT_ADDITIONS_PER_FLUSH=4", "-DSPT_ROWS_PER_MOVE=64")
 
@@ -51,6 +53,7 @@ def test_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(tmp_path):
     kernels = cuda_sources.inspect(nvcc, "90a", tmp_path)
     for name, kernel in kernels.items():
         assert kernel.spill_bytes == 0, name
+        assert kernel.static_shared <= STATIC_SHARED, name
     found = {hot: [name for name in kernels if name.startswith(hot)] for hot in cuda_sources.HOT}
     for hot, names in found.items():
         assert {name.partition("<")[2][:4] for name in names} == {"fp32", "fp16", "bf16"}, hot
@@ -79,7 +82,7 @@ def emulated(tmp_path_factory) -> ctypes.CDLL:
     for operation in ("assign_accumulate", "distances"):
         getattr(library, f"emulated_{operation}_workspace").restype = ctypes.c_int64
         getattr(library, f"emulated_{operation}").restype = ctypes.c_char_p
-    library.emulated_wait.restype = ctypes.c_char_p
+    library.emulated_wait.restype = library.emulated_why_not.restype = ctypes.c_char_p
     return library
 
 
@@ -339,6 +342,54 @@ def test_emulated_cuda_refuses_a_width_beyond_shared_memory(emulated):
     tokens, centers = torch.zeros(1, 1, 1, 60000), torch.zeros(1, 1, 60000)
     with pytest.raises(RuntimeError, match="width 60000 is too large for the shared memory of this GPU"):
         run_emulated_distances(emulated, tokens, centers)
+
+
+@pytest.fixture
+def only_checked(emulated):
+    """Launches are checked against the limits of the GPU, and no kernel runs."""
+    emulated.emulated_checks_only(True)
+    yield
+    emulated.emulated_checks_only(False)
+
+
+# sm_90 and sm_100, sm_80, sm_86 and sm_120.
+@pytest.mark.parametrize("shared", [H100_SHARED, A100_SHARED, SMALL_SHARED])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+def test_no_launch_asks_for_more_shared_memory_than_it_may_have(emulated, only_checked, shared, dtype):
+    emulated.emulated_machine(shared, False, False)
+    address, refused = 1 << 12, []  # nothing is read or written
+    for width in (8, 63, 384, 768, 1024, 4096):
+        for rows in (1, 100_000):
+            view = TokenView(
+                address, DTYPE_CODES[dtype], 1, 1, rows, width, rows * width, rows * width, width
+            )
+            for num_centers in range(1, 301):
+                for weights in (None, address):
+                    inputs = (address, None, weights, num_centers)
+                    args = AssignArgs(view, *inputs, *[address] * 5)
+                    message = emulated.emulated_assign_accumulate(
+                        ctypes.byref(args), ctypes.c_void_p(address)
+                    )
+                    if message is not None:
+                        refused.append((width, rows, num_centers, message))
+                args = DistanceArgs(view, address, None, num_centers, address)
+                message = emulated.emulated_distances(ctypes.byref(args), ctypes.c_void_p(address))
+                if message is not None:
+                    refused.append((width, rows, num_centers, message))
+    assert not refused
+
+
+def test_a_gpu_for_which_there_is_no_code_is_named_as_the_reason(emulated):
+    assert emulated.emulated_why_not() == b""
+    emulated.emulated_code(False)
+    try:
+        reason = emulated.emulated_why_not().decode()
+    finally:
+        emulated.emulated_code(True)
+    assert reason == (
+        "kernels built for the emulation do not run on this GPU: "
+        "no kernel image is available for execution on the device"
+    )
 
 
 @pytest.fixture

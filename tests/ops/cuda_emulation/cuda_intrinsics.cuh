@@ -140,11 +140,11 @@ inline uint32_t round_to_tf32(float x) {
 }
 
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
-                   cudaStream_t, Args... args) {
-  if (shared_bytes > emulation::shared_limit) {
-    throw std::runtime_error("more shared memory than the GPU has");
-  }
+cudaError_t enqueue(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
+                    cudaStream_t, Args... args) {
+  const cudaError_t status =
+      emulation::check_launch(reinterpret_cast<const void*>(kernel), shared_bytes);
+  if (status != cudaSuccess || emulation::checks_only) return status;
   gridDim = grid;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {

@@ -7,8 +7,10 @@
 // (emulation::early_copies) when they are issued. A missing barrier therefore gives different
 // results, and a test may have any one skipped (emulation::skipped_wait) to see that. Dynamic
 // shared memory starts as NaN, static shared memory with what the block before left there. Blocks
-// run one after the other. Not modelled: warps in lockstep, other orders than these, time, the
-// GPU's rounding of anything but sums of products (see cuda_intrinsics.cuh).
+// run one after the other. Of the runtime's calls the limits of shared memory are modelled, and a
+// GPU for which there is no code. Not modelled: other orders than these; memory order within a
+// warp, since a collective makes all of its lanes wait; time; the GPU's rounding of anything but
+// sums of products (see cuda_intrinsics.cuh).
 #pragma once
 
 #include <setjmp.h>
@@ -18,6 +20,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -56,13 +59,19 @@ inline constexpr size_t kStackBytes = 64 << 10;
 inline constexpr int kWarp = 32;
 inline constexpr int kMaxThreads = 1024;  // of a block
 inline constexpr size_t kMaxShared = 232448;
+inline constexpr int kStaticShared = 1024;       // of every kernel: more than any has
+inline constexpr int kUnaskedShared = 48 << 10;  // static and dynamic, without being asked for
 
-// What a test may set: the order of the threads, when copies take place, the GPU's shared memory.
+// What a test may set: the order of the threads and when copies take place; what a block may have
+// of shared memory, which is also the number of the GPU; whether there is code for the GPU, and
+// whether launches are only checked against its limits.
 inline bool backwards = false;
 inline bool early_copies = false;
 inline int shared_limit = kMaxShared;
+inline bool has_code = true;
+inline bool checks_only = false;
 
-// A line of the kernels where threads wait, for each other or for copies.
+// A line of the kernels where threads of a block wait for each other, or for copies.
 struct Wait {
   const char* file;
   int line;
@@ -301,14 +310,48 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorNoKernelImageForDevice };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+
+namespace emulation {
+
+// Dynamic bytes that kernels may have on a GPU because they have asked for them.
+inline std::map<std::pair<const void*, int>, int> allowed_shared;
+
+// What a launch with so much dynamic shared memory returns.
+inline cudaError_t check_launch(const void* kernel, int dynamic_bytes) {
+  if (!has_code) return cudaErrorNoKernelImageForDevice;
+  const auto allowed = allowed_shared.find({kernel, shared_limit});
+  const int most =
+      allowed == allowed_shared.end() ? kUnaskedShared - kStaticShared : allowed->second;
+  return dynamic_bytes <= most ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace emulation
+
+inline cudaError_t cudaGetDevice(int* device) {
+  return *device = emulation::shared_limit, cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice
+             ? "no kernel image is available for execution on the device"
+             : "invalid argument";
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = emulation::shared_limit, cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  if (!emulation::has_code) return cudaErrorNoKernelImageForDevice;
+  return attributes->sharedSizeBytes = emulation::kStaticShared, cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > emulation::shared_limit - emulation::kStaticShared) return cudaErrorInvalidValue;
+  return emulation::allowed_shared[{kernel, emulation::shared_limit}] = bytes, cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   return std::memset(data, value, bytes), cudaSuccess;

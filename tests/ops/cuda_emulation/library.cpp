@@ -2,6 +2,7 @@
 // the argument structs of kmeans.h itself. A call returns an error message, or null.
 #include <string>
 
+#define SPT_CUDA_ARCHS "the emulation"
 #include "kmeans_cuda.cu"
 
 namespace {
@@ -28,6 +29,15 @@ void emulated_machine(int shared_memory, int backwards, int early_copies) {
   emulation::backwards = backwards;
 }
 
+void emulated_checks_only(int checks_only) { emulation::checks_only = checks_only; }
+void emulated_code(int has_code) { emulation::has_code = has_code; }
+
+const char* emulated_why_not() {
+  static std::string reason;
+  reason = spt_fast::cuda_why_not();
+  return reason.c_str();
+}
+
 // Forgets the waits that threads have come to, and has number `skipped` of the next ones skipped.
 void emulated_skip_wait(int skipped) {
   emulation::waits.clear();
@@ -52,11 +62,11 @@ int64_t emulated_distances_workspace(const spt_fast::DistanceArgs* args) {
 }
 
 const char* emulated_assign_accumulate(const spt_fast::AssignArgs* args, void* workspace) {
-  return message_of([&] { spt_fast::assign_accumulate_cuda(*args, workspace, 0, nullptr); });
+  return message_of([&] { spt_fast::assign_accumulate_cuda(*args, workspace, nullptr); });
 }
 
 const char* emulated_distances(const spt_fast::DistanceArgs* args, void* workspace) {
-  return message_of([&] { spt_fast::distances_cuda(*args, workspace, 0, nullptr); });
+  return message_of([&] { spt_fast::distances_cuda(*args, workspace, nullptr); });
 }
 
 }  // extern "C"
