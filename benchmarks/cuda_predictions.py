@@ -137,7 +137,7 @@ def accumulate_slabs(gpu: Gpu, centers: int) -> tuple[int, int]:
 
 
 def accumulate_seconds(gpu: Gpu, element: int, centers: int) -> float:
-    """Blocks of 64 threads, 128 bytes a thread in flight: waits, then adds.
+    """Blocks of 64 threads, 256 bytes a thread in flight: waits, then adds.
 
     A slab of centres takes its share of the rows.
     """

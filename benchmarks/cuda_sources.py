@@ -43,7 +43,15 @@ def compile_source(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
     """The cubin for sm_`arch`, and what ptxas said."""
     cubin = folder / f"kmeans_cuda_{arch}.cubin"
     command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-DSPT_HAVE_CUDA=1", "-Xptxas", "-v"]
-    command += ["-Xcompiler", "-Wall,-Wextra", "--Werror", "all-warnings", f"-I{CSRC}", "-cubin"]
+    command += [
+        f'-DSPT_CUDA_ARCHS="{arch}"',
+        "-Xcompiler",
+        "-Wall,-Wextra",
+        "--Werror",
+        "all-warnings",
+        f"-I{CSRC}",
+        "-cubin",
+    ]
     command += [str(CSRC / "kmeans_cuda.cu"), "-o", str(cubin)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:

@@ -24,11 +24,13 @@ namespace spt_fast {
 namespace {
 
 constexpr int64_t kMaxGridYZ = 65535;
-// Runs of tokens with partial sums of their own: two per multiprocessor of an H100, which evens out
-// on smaller and larger GPUs, bounded in memory.
+// Runs of tokens have partial sums of their own. There are at most two for each multiprocessor of
+// an H100, which keeps smaller and larger GPUs busy too. Each has at least kMinRows tokens, which
+// cost more than the adding up of its sums. Partial sums take at most kMaxPartialBytes.
 constexpr int64_t kMaxRuns = 264;
 constexpr int64_t kMinRows = 128;
 constexpr int64_t kMaxPartialBytes = int64_t{128} << 20;
+constexpr int64_t kAlignment = 256;  // of arrays in the workspace: that of cudaMalloc
 
 // Depends on the sizes only, never on the GPU: the same input gives the same order of sums.
 int64_t num_runs(int64_t groups, int64_t rows, int64_t width, int64_t num_centers) {
@@ -46,7 +48,7 @@ class Workspace {
   template <typename V>
   V* take(int64_t count) {
     char* taken = begin_ ? begin_ + used_ : nullptr;
-    used_ += ceil_div(count * int64_t{sizeof(V)}, 256) * 256;
+    used_ += ceil_div(count * int64_t{sizeof(V)}, kAlignment) * kAlignment;
     return reinterpret_cast<V*>(taken);
   }
   int64_t used() const { return used_; }
@@ -244,7 +246,7 @@ void set_inputs(Problem& p, const float* centers, const float* shift, Workspace&
 
 // The size of the workspace: that of the arrays which the operations take.
 int64_t workspace_bytes(const TokenView& tokens, int64_t num_centers, bool with_sums) {
-  if (tokens.groups < 1 || tokens.rows() < 1) return 256;
+  if (tokens.groups < 1 || tokens.rows() < 1) return kAlignment;
   Problem p = make_problem(tokens, num_centers);
   Workspace workspace(nullptr);
   take_centers(p, workspace);

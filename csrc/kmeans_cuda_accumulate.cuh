@@ -4,7 +4,7 @@
 //
 // A thread has four neighbouring columns of a slab of up to kMaxSlab centres: float32 totals in
 // shared memory, which move to float64 every kRowsPerMove tokens. No thread reads what another
-// writes, so there are no barriers. A token is read only for the slab that holds its label.
+// writes, so sums need no barrier. A token is read only for the slab that holds its label.
 #pragma once
 
 #include "kmeans_cuda_problem.cuh"
@@ -17,8 +17,8 @@ constexpr int kAccumulateColumns = kColumnsPerThread * kAccumulateThreads;
 // Rows whose loads are under way at a time: 256 bytes of float32 or of half types a thread.
 __host__ __device__ constexpr int rows_in_flight(int element_bytes) { return 64 / element_bytes; }
 constexpr int kMaxSlab = 110;  // two blocks of 110 KiB share a multiprocessor of an H100
-// A float32 total of n rounded additions is off by n 2^-24 of the sum of |x| at worst, 2.4e-4, and
-// by sqrt(n) 2^-24, 4e-6, if roundings are independent. Tests define fewer.
+// n rounded additions to a growing float32 total lose n / 2 2^-24 of the sum of |x| at worst, which
+// is 1.2e-4, and about sqrt(n) 2^-24, 4e-6, if roundings are independent. Tests define fewer rows.
 #ifndef SPT_ROWS_PER_MOVE
 #define SPT_ROWS_PER_MOVE 4096
 #endif

@@ -250,7 +250,6 @@ __device__ inline int count_members(int label) {
 template <int kColumnTiles>
 __device__ inline void flush_sums(const Problem& p, double* partial, int first_column_tile,
                                   int num_column_tiles, bool first, Sums<kColumnTiles>& sums) {
-  const int lane = threadIdx.x % kWarp;
   const int64_t columns = p.tokens.width + kExtraColumns;
 #pragma unroll
   for (int c = 0; c < kSumTiles; ++c) {

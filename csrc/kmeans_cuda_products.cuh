@@ -177,7 +177,7 @@ struct Summands {
   }
 };
 
-// A token is two tf32 values, which are off by 2^-23 of it at most.
+// A token is the sum of two tf32 values, off by at most 2^-21 of it if the second one is cut off.
 template <>
 struct Summands<float> {
   uint32_t high[2][4];

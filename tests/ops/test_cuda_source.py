@@ -1,4 +1,4 @@
-"""The CUDA sources without a GPU: they compile for every default architecture, and are right when emulated.
+"""The CUDA sources without a GPU: what nvcc makes of them for sm_90a, and that they are right when emulated.
 
 The emulation (cuda_emulation/) runs the kernels of csrc/ thread by thread on the CPU. Bounds are derived in
 docs/kmeans-cuda.md ("Rounding").
