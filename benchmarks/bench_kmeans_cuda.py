@@ -3,18 +3,17 @@
     python -m benchmarks.bench_kmeans_cuda                       M = 1,060,000, D = 768, bfloat16 and float32
     python -m benchmarks.bench_kmeans_cuda --device cpu --rows 2000 --rounds 1        tries the script alone
 
-Sides: ours (also "screened", on Hopper, where that path serves), PyTorch, flash-kmeans where it is installed,
-and faiss where it sees a GPU (on the CPU, where it is installed). faiss takes float32 tokens from host
-memory, whose way to the GPU is in its time. All start
-from the same centres and must reach the same inertia within 1 % (bfloat16 sums of peers are coarse) before
-anything is timed. "copy" copies the tokens, and its rate counts reading and writing; "of copy" is the rate at
-which a side goes through the tokens once per iteration, over that rate. Limits: never run on a GPU yet.
+Sides: ours, PyTorch, flash-kmeans where it is installed, and faiss where it sees a GPU (on the CPU, where
+it is installed). faiss takes float32 tokens from host memory, whose way to the GPU is in its time. All
+start from the same centres and must reach the same inertia within 1 % (bfloat16 sums of peers are coarse)
+before anything is timed. "copy" copies the tokens, and its rate counts reading and writing; "of copy" is
+the rate at which a side goes through the tokens once per iteration, over that rate. Limits: never run on a
+GPU yet.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 
 import torch
@@ -61,32 +60,12 @@ def make_sides(tokens: Tensor, starts: Tensor, iterations: int) -> dict[str, Sid
         "spt_fast": lambda: ours(tokens, starts, iterations, mean),
         "pytorch": lambda: pytorch(tokens, starts, iterations),
     }
-    if takes_screen(tokens, len(starts)):
-        sides["screened"] = screened(sides["spt_fast"])
     if tokens.is_cuda and available("flash_kmeans"):
         sides["flash_kmeans"] = lambda: flash_kmeans(tokens, starts, iterations)
     if available("faiss") and (gpus := faiss_gpus(tokens)) is not None:
         on_host = tokens.float().cpu(), starts.cpu()
         sides["faiss"] = lambda: faiss_kmeans(*on_host, iterations, gpus)[0].to(tokens.device)
     return sides
-
-
-def screened(run: Side) -> Side:
-    """`run` with the screen of docs/kmeans-cuda.md, which is off by itself."""
-
-    def run_screened() -> Tensor:
-        os.environ["SPT_FAST_CUDA_SCREEN"] = "1"
-        try:
-            return run()
-        finally:
-            del os.environ["SPT_FAST_CUDA_SCREEN"]
-
-    return run_screened
-
-
-def takes_screen(tokens: Tensor, clusters: int) -> bool:
-    fits = tokens.dtype != torch.float32 and 32 < clusters <= 128
-    return fits and tokens.is_cuda and torch.cuda.get_device_capability(tokens.device)[0] == 9
 
 
 def faiss_gpus(tokens: Tensor) -> int | None:

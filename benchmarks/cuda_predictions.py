@@ -2,8 +2,7 @@
 
 Arithmetic, not measurement: these kernels have never run on a GPU. Bytes and operations follow from the
 sizes in csrc/kmeans_cuda*; bandwidths and rates of tensor cores are assumptions, and a phase takes the
-longest of its shared-memory, tensor-core and memory time, for the screen also of the time to issue its
-instructions and to send to other blocks. No weights, rows of whole 16 bytes, one group.
+longest of its shared-memory, tensor-core and memory time. No weights, rows of whole 16 bytes, one group.
 """
 
 from __future__ import annotations
@@ -18,12 +17,6 @@ LATENCY = 700  # clocks of a read of device memory
 BARRIERS = 400  # clocks a tile of the one-read kernel waits for barriers, shuffles and labels
 ADD = 30  # clocks of one dependent addition in shared memory
 LAUNCH = 3e-6  # seconds between two kernels
-# The screen: instructions that a warp issues for a tile of 64 tokens in four blocks, counted in the machine
-# code of screen_kernel<bf16, 56> for sm_90a (copies of whole tiles); bytes a clock that a multiprocessor
-# sends to others of its cluster; tokens without a decision (benchmarks.screen_share, K = 100: up to 2.6 %).
-SCREEN_INSTRUCTIONS = 1220
-REMOTE_BYTES = 11
-UNDECIDED = 0.026
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,6 @@ class Gpu:
     clock: float
     shared: int  # bytes of a block at most
     product_clocks: float  # per m16n8k16 of half types, or m16n8k8 of tf32, and multiprocessor
-    wgmma: bool  # 4096 products and additions of half types a clock and multiprocessor
 
     @property
     def memory(self) -> float:
@@ -45,9 +37,9 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("H200", 4.3e12, 132, 1.83e9, 232448, 1.6, True),
-    Gpu("H100", 2.9e12, 132, 1.83e9, 232448, 1.6, True),
-    Gpu("A100 80 GB", 1.6e12, 108, 1.41e9, 166912, 2.2, False),
+    Gpu("H200", 4.3e12, 132, 1.83e9, 232448, 1.6),
+    Gpu("H100", 2.9e12, 132, 1.83e9, 232448, 1.6),
+    Gpu("A100 80 GB", 1.6e12, 108, 1.41e9, 166912, 2.2),
 )
 
 
@@ -145,7 +137,7 @@ def accumulate_slabs(gpu: Gpu, centers: int) -> tuple[int, int]:
 
 
 def accumulate_seconds(gpu: Gpu, element: int, centers: int) -> float:
-    """Blocks of 64 threads, 128 bytes a thread in flight: waits, then adds.
+    """Blocks of 64 threads, 256 bytes a thread in flight: waits, then adds.
 
     A slab of centres takes its share of the rows.
     """
@@ -156,53 +148,12 @@ def accumulate_seconds(gpu: Gpu, element: int, centers: int) -> float:
     return read + reduction_seconds(gpu, centers, 4096)
 
 
-def screen_half(centers: int) -> int:
-    return 32 if centers <= 64 else 56 if centers <= 112 else 64
-
-
-def screen_bytes(half: int) -> int:
-    """Shared memory of a block: screen_shape in csrc/kmeans_cuda_screened.cuh."""
-    tiles, centers, exchange = 5 * 64 * 192 * 2, 2 * half * 192 * 2, 2 * 64 * (256 + 8)
-    return tiles + centers + exchange + 64 * 4 + 2 * 64 * 2 + 192 * 4 + 5 * 128 * 4
-
-
-def screen_clocks(gpu: Gpu, centers: int) -> dict[str, float]:
-    """What a tile of 64 tokens takes in each of four blocks, one thing at a time; half types."""
-    half, rows, columns = screen_half(centers), 64, WIDTH // 4
-    tile_bytes, share_bytes = rows * columns * 2, rows * 256
-    # A wgmma of 64 x n x 16 takes n / 2 clocks: 12 steps for the products, 12 of n = 64 for the sums.
-    tensor = 2 * 12 * half / 2 + 2 * 12 * 64 / 2
-    # The tile: written, read by both warpgroups for products and sums, once for norms, with the shift.
-    shared = (8 * tile_bytes + 2 * half * columns * 2 + 2 * share_bytes) / 128
-    return {
-        "memory": tile_bytes / gpu.memory,
-        "wgmma": tensor,
-        "shared memory": shared,
-        "other blocks": share_bytes * 3 / 4 / REMOTE_BYTES,
-        "instructions": SCREEN_INSTRUCTIONS * 8 / 4,
-    }
-
-
-def screen_seconds(gpu: Gpu, centers: int) -> float:
-    """Clusters of four blocks, 64 runs; and two reads of the tokens without a decision."""
-    rows, runs, blocks = 64, 64, 4
-    clocks = max(screen_clocks(gpu, centers).values()) + BARRIERS / 2
-    waves = ceil(runs / (gpu.processors // blocks))
-    rounds = ceil(TOKENS / runs / rows) + 2
-    rest = UNDECIDED * (assign_seconds(gpu, 2, centers) + accumulate_seconds(gpu, 2, centers))
-    partials = 2 * 2 * runs * centers * (WIDTH + 2) * 8 / gpu.copy
-    return waves * rounds * clocks / gpu.clock + rest + partials + 7 * LAUNCH
-
-
 def predict(gpu: Gpu, element: int, centers: int) -> dict[str, float]:
     """Seconds by path; the first is taken by itself."""
     rows = one_read_rows(gpu, element, centers)
     if rows:
         return {f"one read, {rows} rows": one_read_seconds(gpu, element, centers, rows)}
-    paths = {"two reads": assign_seconds(gpu, element, centers) + accumulate_seconds(gpu, element, centers)}
-    if gpu.wgmma and element == 2 and 32 < centers <= 128:
-        paths["screen, one read"] = screen_seconds(gpu, centers)
-    return paths
+    return {"two reads": assign_seconds(gpu, element, centers) + accumulate_seconds(gpu, element, centers)}
 
 
 def print_one_read() -> None:
@@ -237,19 +188,6 @@ def print_limits() -> None:
     print(", ".join(f"{TOKENS * WIDTH * size / 1e9:.2f} GB ({kind})" for kind, size in DTYPES.items()))
 
 
-def print_screen() -> None:
-    """What bounds the screen."""
-    print(
-        f"SCREEN, D = {WIDTH}, K = 100, bf16: clocks of a tile of 64 tokens in each of four blocks, ", end=""
-    )
-    print(f"{screen_bytes(screen_half(100)) / 1024:.0f} KiB of shared memory", end="")
-    print(f" ({screen_bytes(64) / 1024:.0f} at K = 128)")
-    for gpu in GPUS:
-        if gpu.wgmma:
-            parts = ", ".join(f"{name} {clocks:.0f}" for name, clocks in screen_clocks(gpu, 100).items())
-            print(f"{gpu.name:12}{parts}")
-
-
 def print_times() -> None:
     print(f"PREDICTED, never measured: M = {TOKENS:,}, D = {WIDTH}, one pass")
     print(f"{'GPU':12}{'dtype':>6}{'K':>5}{'path':>19}{'read once':>12}{'predicted':>12}{'of copy rate':>14}")
@@ -266,8 +204,6 @@ def main() -> None:
     print_one_read()
     print()
     print_limits()
-    print()
-    print_screen()
     print()
     print_times()
 

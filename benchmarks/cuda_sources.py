@@ -21,7 +21,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHITECTURES = ("80", "90a", "100", "120")
 # The kernels that touch every token.
-HOT = ("one_read_kernel", "screen_kernel", "assign_kernel", "accumulate_kernel")
+HOT = ("one_read_kernel", "assign_kernel", "accumulate_kernel")
 
 
 @dataclass
@@ -43,7 +43,15 @@ def compile_source(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
     """The cubin for sm_`arch`, and what ptxas said."""
     cubin = folder / f"kmeans_cuda_{arch}.cubin"
     command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-DSPT_HAVE_CUDA=1", "-Xptxas", "-v"]
-    command += ["-Xcompiler", "-Wall,-Wextra", "--Werror", "all-warnings", f"-I{CSRC}", "-cubin"]
+    command += [
+        f'-DSPT_CUDA_ARCHS="{arch}"',
+        "-Xcompiler",
+        "-Wall,-Wextra",
+        "--Werror",
+        "all-warnings",
+        f"-I{CSRC}",
+        "-cubin",
+    ]
     command += [str(CSRC / "kmeans_cuda.cu"), "-o", str(cubin)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -118,22 +126,20 @@ def main(architectures: list[str]) -> None:
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     print(version.strip().splitlines()[-1])
     registers: dict[str, list[int]] = {kind: [] for kind in HOT}
-    columns = ("registers", "spilled", "HMMA", "HGMMA", "LDSM", "LDGSTS.128", "LDG.64+", "local")
+    columns = ("registers", "spilled", "HMMA", "LDSM", "LDGSTS.128", "LDG.64+", "local")
     for arch in architectures:
         with tempfile.TemporaryDirectory() as folder:
             kernels = inspect(nvcc, arch, Path(folder))
         print(f"\n{'sm_' + arch:34}" + "".join(f"{column:>12}" for column in columns))
         for name, kernel in sorted(kernels.items()):
-            # Elsewhere the screen is an empty kernel.
-            if name.startswith(HOT) and (arch == "90a" or not name.startswith("screen_kernel")):
+            if name.startswith(HOT):
                 registers[name.partition("<")[0]].append(kernel.registers)
-            counts: list[object] = ["-"] * 6
+            counts: list[object] = ["-"] * 5
             if kernel.instructions is not None:
                 wide_loads = kernel.count("LDG", ".64") + kernel.count("LDG", ".128")
                 local = kernel.count("LDL") + kernel.count("STL")
                 counts = [
                     kernel.count("HMMA"),
-                    kernel.count("HGMMA"),
                     kernel.count("LDSM"),
                     kernel.count("LDGSTS", ".128"),
                     wide_loads,

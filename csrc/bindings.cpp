@@ -1,5 +1,7 @@
-// Python bindings, and the only file that knows Python. Tensors arrive as addresses and sizes,
-// which spt_fast/ops/kmeans_native.py has checked; what can be checked here is checked again.
+// Python bindings, and the only file that knows Python. Arrays arrive as addresses, which
+// spt_fast/ops/kmeans_native.py has checked; what can be checked here is checked again.
+//
+// The types of the module are written down in spt_fast/_kmeans.pyi, and a test compares the two.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,23 +18,32 @@ namespace py = pybind11;
 namespace spt_fast {
 namespace {
 
+using Address = std::uintptr_t;  // 0: the array is left out
+using ReleaseGil = py::call_guard<py::gil_scoped_release>;
+
 template <class T>
-T* pointer(std::uintptr_t address) {
+T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void require(bool condition, const char* message) {
+void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-TokenView make_view(std::uintptr_t data, int dtype, const std::array<int64_t, 4>& sizes,
+DType dtype_from_name(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  throw std::invalid_argument("dtype must be float32, float16 or bfloat16, got " + name);
+}
+
+TokenView make_view(Address data, const std::string& dtype, const std::array<int64_t, 4>& sizes,
                     const std::array<int64_t, 3>& strides) {
-  require(dtype >= 0 && dtype <= 2, "dtype must be 0 (float32), 1 (float16) or 2 (bfloat16)");
+  require(data, "tokens must have an address");
   for (int64_t size : sizes) require(size >= 1, "tokens must not be empty");
-  require(data != 0, "tokens must have an address");
   TokenView view;
   view.data = pointer<const void>(data);
-  view.dtype = static_cast<DType>(dtype);
+  view.dtype = dtype_from_name(dtype);
   view.groups = sizes[0];
   view.outer = sizes[1];
   view.inner = sizes[2];
@@ -43,159 +54,120 @@ TokenView make_view(std::uintptr_t data, int dtype, const std::array<int64_t, 4>
   return view;
 }
 
-AssignArgs make_assign_args(const TokenView& tokens, std::uintptr_t centers, int64_t num_centers,
-                            std::uintptr_t shift, std::uintptr_t weights, std::uintptr_t sums,
-                            std::uintptr_t counts, std::uintptr_t inertia, std::uintptr_t labels,
-                            std::uintptr_t distances) {
+AssignArgs make_assign_args(const TokenView& tokens, Address centers, int64_t num_centers,
+                            Address sums, Address counts, Address inertia, Address shift,
+                            Address weights, Address labels, Address distances) {
   require(num_centers >= 1, "num_centers must be at least 1");
   require(centers && sums && counts && inertia,
           "centers, sums, counts and inertia must have an address");
   AssignArgs args;
   args.tokens = tokens;
   args.centers = pointer<const float>(centers);
-  args.shift = pointer<const float>(shift);
-  args.weights = pointer<const float>(weights);
   args.num_centers = num_centers;
   args.sums = pointer<double>(sums);
   args.counts = pointer<double>(counts);
   args.inertia = pointer<double>(inertia);
+  args.shift = pointer<const float>(shift);
+  args.weights = pointer<const float>(weights);
   args.labels = pointer<int32_t>(labels);
   args.distances = pointer<float>(distances);
   return args;
 }
 
-DistanceArgs make_distance_args(const TokenView& tokens, std::uintptr_t centers,
-                                int64_t num_centers, std::uintptr_t shift,
-                                std::uintptr_t distances) {
+DistanceArgs make_distance_args(const TokenView& tokens, Address centers, int64_t num_centers,
+                                Address distances, Address shift) {
   require(num_centers >= 1, "num_centers must be at least 1");
   require(centers && distances, "centers and distances must have an address");
   DistanceArgs args;
   args.tokens = tokens;
   args.centers = pointer<const float>(centers);
-  args.shift = pointer<const float>(shift);
   args.num_centers = num_centers;
   args.distances = pointer<float>(distances);
+  args.shift = pointer<const float>(shift);
   return args;
 }
 
-void bind_cpu(py::module_& module) {
-  module.def(
-      "assign_accumulate_cpu",
-      [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes,
-         std::array<int64_t, 3> strides, std::uintptr_t centers, int64_t num_centers,
-         std::uintptr_t shift, std::uintptr_t weights, std::uintptr_t sums, std::uintptr_t counts,
-         std::uintptr_t inertia, std::uintptr_t labels, std::uintptr_t distances, int num_threads,
-         const std::string& isa) {
-        const AssignArgs args =
-            make_assign_args(make_view(data, dtype, sizes, strides), centers, num_centers, shift,
-                             weights, sums, counts, inertia, labels, distances);
-        py::gil_scoped_release release;
-        assign_accumulate_cpu(args, num_threads, isa);
-      },
-      py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("centers"),
-      py::arg("num_centers"), py::arg("shift"), py::arg("weights"), py::arg("sums"),
-      py::arg("counts"), py::arg("inertia"), py::arg("labels"), py::arg("distances"),
-      py::arg("num_threads"), py::arg("isa"));
-  module.def(
-      "distances_cpu",
-      [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes,
-         std::array<int64_t, 3> strides, std::uintptr_t centers, int64_t num_centers,
-         std::uintptr_t shift, std::uintptr_t distances, int num_threads, const std::string& isa) {
-        const DistanceArgs args = make_distance_args(make_view(data, dtype, sizes, strides),
-                                                     centers, num_centers, shift, distances);
-        py::gil_scoped_release release;
-        distances_cpu(args, num_threads, isa);
-      },
-      py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("centers"),
-      py::arg("num_centers"), py::arg("shift"), py::arg("distances"), py::arg("num_threads"),
-      py::arg("isa"));
+void bind_arguments(py::module_& module) {
+  py::class_<TokenView>(module, "TokenView")
+      .def(py::init(&make_view), py::kw_only(), py::arg("data"), py::arg("dtype"), py::arg("sizes"),
+           py::arg("strides"));
+  py::class_<AssignArgs>(module, "AssignArgs")
+      .def(py::init(&make_assign_args), py::kw_only(), py::arg("tokens"), py::arg("centers"),
+           py::arg("num_centers"), py::arg("sums"), py::arg("counts"), py::arg("inertia"),
+           py::arg("shift") = 0, py::arg("weights") = 0, py::arg("labels") = 0,
+           py::arg("distances") = 0);
+  py::class_<DistanceArgs>(module, "DistanceArgs")
+      .def(py::init(&make_distance_args), py::kw_only(), py::arg("tokens"), py::arg("centers"),
+           py::arg("num_centers"), py::arg("distances"), py::arg("shift") = 0);
 }
 
-void bind_pruned_cpu(py::module_& module) {
-  py::class_<PrunedPass>(module, "PrunedPass")
-      .def_readonly("inertia", &PrunedPass::inertia)
-      .def_readonly("evaluated", &PrunedPass::evaluated)
-      .def_readonly("changed", &PrunedPass::changed)
-      .def_readonly("fresh", &PrunedPass::fresh);
-  py::class_<PrunedAssignCpu>(module, "PrunedAssignCpu")
-      .def(py::init([](const std::vector<int64_t>& part_rows, int64_t width, std::uintptr_t shift,
+void bind_cpu(py::module_& module) {
+  module.def("assign_accumulate_cpu", &assign_accumulate_cpu, py::arg("args"),
+             py::arg("num_threads"), py::arg("isa"), ReleaseGil());
+  module.def("distances_cpu", &distances_cpu, py::arg("args"), py::arg("num_threads"),
+             py::arg("isa"), ReleaseGil());
+}
+
+void bind_pruned_passes(py::module_& module) {
+  py::class_<PassReport>(module, "PassReport")
+      .def_readonly("inertia", &PassReport::inertia)
+      .def_readonly("tokens_read", &PassReport::tokens_read)
+      .def_readonly("tokens_changed", &PassReport::tokens_changed)
+      .def_readonly("read_all", &PassReport::read_all);
+  py::class_<PrunedPasses>(module, "PrunedPasses")
+      .def(py::init([](const std::vector<int64_t>& chunk_rows, int64_t width, Address shift,
                        int64_t num_centers, const std::string& isa) {
-             for (int64_t rows : part_rows) require(rows >= 1, "parts must not be empty");
+             for (int64_t rows : chunk_rows) require(rows >= 1, "chunks must not be empty");
              require(width >= 1, "width must be at least 1");
              require(num_centers >= 1, "num_centers must be at least 1");
-             return std::make_unique<PrunedAssignCpu>(part_rows, width, pointer<const float>(shift),
-                                                      num_centers, isa);
+             return std::make_unique<PrunedPasses>(chunk_rows, width, pointer<const float>(shift),
+                                                   num_centers, isa);
            }),
-           py::arg("part_rows"), py::arg("width"), py::arg("shift"), py::arg("num_centers"),
-           py::arg("isa"))
+           py::kw_only(), py::arg("chunk_rows"), py::arg("width"), py::arg("shift"),
+           py::arg("num_centers"), py::arg("isa"))
       .def(
           "begin",
-          [](PrunedAssignCpu& self, std::uintptr_t centers, int num_threads) {
+          [](PrunedPasses& self, Address centers, int num_threads) {
             require(centers, "centers must have an address");
-            py::gil_scoped_release release;
             return self.begin(pointer<const float>(centers), num_threads);
           },
-          py::arg("centers"), py::arg("num_threads"))
+          py::arg("centers"), py::arg("num_threads"), ReleaseGil())
       .def(
           "add",
-          [](PrunedAssignCpu& self, int64_t part, std::uintptr_t data, int dtype,
-             std::array<int64_t, 4> sizes, std::array<int64_t, 3> strides, std::uintptr_t weights,
+          [](PrunedPasses& self, int64_t chunk, const TokenView& tokens, Address weights,
              int num_threads) {
-            const TokenView tokens = make_view(data, dtype, sizes, strides);
-            py::gil_scoped_release release;
-            self.add(part, tokens, pointer<const float>(weights), num_threads);
+            self.add(chunk, tokens, pointer<const float>(weights), num_threads);
           },
-          py::arg("part"), py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"),
-          py::arg("weights"), py::arg("num_threads"))
+          py::arg("chunk"), py::arg("tokens"), py::arg("weights"), py::arg("num_threads"),
+          ReleaseGil())
       .def(
           "end",
-          [](PrunedAssignCpu& self, std::uintptr_t sums, std::uintptr_t counts) {
+          [](PrunedPasses& self, Address sums, Address counts) {
             require(sums && counts, "sums and counts must have an address");
             return self.end(pointer<double>(sums), pointer<double>(counts));
           },
           py::arg("sums"), py::arg("counts"))
-      .def("labels", &PrunedAssignCpu::labels);
+      .def("labels", &PrunedPasses::labels);
 }
 
-#ifdef SPT_HAVE_CUDA
 void bind_cuda(py::module_& module) {
+  module.def("cuda_why_not", &cuda_why_not);
   module.def("assign_accumulate_cuda_workspace", &assign_accumulate_cuda_workspace,
-             py::arg("groups"), py::arg("rows"), py::arg("width"), py::arg("num_centers"));
+             py::arg("args"));
   module.def(
       "assign_accumulate_cuda",
-      [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes,
-         std::array<int64_t, 3> strides, std::uintptr_t centers, int64_t num_centers,
-         std::uintptr_t shift, std::uintptr_t weights, std::uintptr_t sums, std::uintptr_t counts,
-         std::uintptr_t inertia, std::uintptr_t labels, std::uintptr_t distances,
-         std::uintptr_t workspace, int device, std::uintptr_t stream) {
-        const AssignArgs args =
-            make_assign_args(make_view(data, dtype, sizes, strides), centers, num_centers, shift,
-                             weights, sums, counts, inertia, labels, distances);
-        py::gil_scoped_release release;
-        assign_accumulate_cuda(args, pointer<void>(workspace), device, pointer<void>(stream));
+      [](const AssignArgs& args, Address workspace, Address stream) {
+        assign_accumulate_cuda(args, pointer<void>(workspace), pointer<void>(stream));
       },
-      py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("centers"),
-      py::arg("num_centers"), py::arg("shift"), py::arg("weights"), py::arg("sums"),
-      py::arg("counts"), py::arg("inertia"), py::arg("labels"), py::arg("distances"),
-      py::arg("workspace"), py::arg("device"), py::arg("stream"));
-  module.def("distances_cuda_workspace", &distances_cuda_workspace, py::arg("groups"),
-             py::arg("rows"), py::arg("width"), py::arg("num_centers"));
+      py::arg("args"), py::arg("workspace"), py::arg("stream"), ReleaseGil());
+  module.def("distances_cuda_workspace", &distances_cuda_workspace, py::arg("args"));
   module.def(
       "distances_cuda",
-      [](std::uintptr_t data, int dtype, std::array<int64_t, 4> sizes,
-         std::array<int64_t, 3> strides, std::uintptr_t centers, int64_t num_centers,
-         std::uintptr_t shift, std::uintptr_t distances, std::uintptr_t workspace, int device,
-         std::uintptr_t stream) {
-        const DistanceArgs args = make_distance_args(make_view(data, dtype, sizes, strides),
-                                                     centers, num_centers, shift, distances);
-        py::gil_scoped_release release;
-        distances_cuda(args, pointer<void>(workspace), device, pointer<void>(stream));
+      [](const DistanceArgs& args, Address workspace, Address stream) {
+        distances_cuda(args, pointer<void>(workspace), pointer<void>(stream));
       },
-      py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("centers"),
-      py::arg("num_centers"), py::arg("shift"), py::arg("distances"), py::arg("workspace"),
-      py::arg("device"), py::arg("stream"));
+      py::arg("args"), py::arg("workspace"), py::arg("stream"), ReleaseGil());
 }
-#endif
 
 py::dict build_info() {
   py::dict info;
@@ -226,9 +198,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_kmeans, module) {
   module.doc() = "Compiled k-means kernels of spt_fast; private, use spt_fast.ops.kmeans.";
   module.def("build_info", &spt_fast::build_info);
+  spt_fast::bind_arguments(module);
   spt_fast::bind_cpu(module);
-  spt_fast::bind_pruned_cpu(module);
-#ifdef SPT_HAVE_CUDA
+  spt_fast::bind_pruned_passes(module);
   spt_fast::bind_cuda(module);
-#endif
 }

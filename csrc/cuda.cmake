@@ -1,12 +1,10 @@
 # Decides whether the CUDA sources are compiled, and for which architectures.
 # In: SPT_FAST_CUDA, SPT_FAST_CUDA_ARCHS. Out: SPT_CUDA_ARCHITECTURES (CMake's notation; empty = CPU-only),
-# SPT_CUDA_ARCHS_TEXT (for build_info) and SPT_HAVE_SM90A (whether Hopper's own kernel is there). Looks at the compiler
-# only, never at the GPU of the building machine.
+# SPT_CUDA_ARCHS_TEXT (for build_info). Looks at the compiler only, never at the GPU of the building machine.
 include(CheckLanguage)
 
 set(SPT_CUDA_ARCHITECTURES "")
 set(SPT_CUDA_ARCHS_TEXT "")
-set(SPT_HAVE_SM90A OFF)
 set(minimum_nvcc 12.0)
 set(default_archs 80 90a 100)
 
@@ -75,8 +73,5 @@ list(TRANSFORM archs APPEND "-real" OUTPUT_VARIABLE SPT_CUDA_ARCHITECTURES)
 list(GET archs -1 newest)
 string(REGEX REPLACE "a$" "" newest ${newest})
 list(APPEND SPT_CUDA_ARCHITECTURES "${newest}-virtual")
-if("90a" IN_LIST archs)
-  set(SPT_HAVE_SM90A ON)
-endif()
 string(REPLACE ";" " " SPT_CUDA_ARCHS_TEXT "${archs}+PTX")
 message(STATUS "spt_fast: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${SPT_CUDA_ARCHS_TEXT}")

@@ -64,56 +64,57 @@ struct DistanceArgs {
 void assign_accumulate_cpu(const AssignArgs& args, int num_threads, const std::string& isa);
 void distances_cpu(const DistanceArgs& args, int num_threads, const std::string& isa);
 
-// What one pass of PrunedAssignCpu did.
-struct PrunedPass {
-  double inertia = 0.;    // weighted sum of squared distances to the centres of this pass
-  int64_t evaluated = 0;  // tokens that were read to find their centre
-  int64_t changed = 0;    // tokens that changed to another centre; all of them in the first pass
-  bool fresh = false;     // every token was read, and the sums were made anew
+// What one pass of PrunedPasses did.
+struct PassReport {
+  double inertia = 0.;         // weighted sum of squared distances to the centres of this pass
+  int64_t tokens_read = 0;     // tokens that were read to find their centre
+  int64_t tokens_changed = 0;  // tokens that changed to another centre; all in the first pass
+  bool read_all = false;       // every token was read, and the sums were made anew
 };
 
 // Assign-and-accumulate over the same tokens again and again while the centres move little: tokens
-// whose centre cannot have changed are not read. The tokens of one group come in parts, which need
+// whose centre cannot have changed are not read. The tokens of one group come in chunks, which need
 // not be in memory together. Labels are bit for bit those of assign_accumulate_cpu; sums and counts
 // are in float64 throughout. Results do not depend on the number of threads, but the last bits of
 // the sums do on how the tokens are cut. See kmeans_cpu_pruned.cpp.
-class PrunedAssignCpu {
+class PrunedPasses {
  public:
-  // Parts of `part_rows` >= 1 tokens. `shift` [D], or null, is copied. Throws std::invalid_argument
-  // on a bad isa.
-  PrunedAssignCpu(const std::vector<int64_t>& part_rows, int64_t width, const float* shift,
-                  int64_t num_centers, const std::string& isa);
-  ~PrunedAssignCpu();
+  // Chunks of `chunk_rows` >= 1 tokens. `shift` [D], or null, is copied. Throws
+  // std::invalid_argument on a bad isa.
+  PrunedPasses(const std::vector<int64_t>& chunk_rows, int64_t width, const float* shift,
+               int64_t num_centers, const std::string& isa);
+  ~PrunedPasses();
 
-  // Starts a pass: IN centers [K, D]. Returns the parts that have to be read, ascending.
+  // Starts a pass: IN centers [K, D]. Returns the chunks that have to be read, ascending.
   const std::vector<int64_t>& begin(const float* centers, int num_threads);
 
-  // The next of these parts: one group of tokens and their weights (or null), the same in every
-  // pass. Throws std::invalid_argument if it is another part, or of another size.
-  void add(int64_t part, const TokenView& tokens, const float* weights, int num_threads);
+  // The next of these chunks: one group of tokens and their weights (or null), the same in every
+  // pass. Throws std::invalid_argument if it is another chunk, or of another size.
+  void add(int64_t chunk, const TokenView& tokens, const float* weights, int num_threads);
 
-  // Ends a pass: OUT sums [K, D], counts [K]. Throws std::invalid_argument if a part is missing.
-  PrunedPass end(double* sums, double* counts);
+  // Ends a pass: OUT sums [K, D], counts [K]. Throws std::invalid_argument if a chunk is missing.
+  PassReport end(double* sums, double* counts);
 
   const std::vector<int32_t>& labels() const;  // [M], of the last pass
 
  private:
-  class Passes;
-  std::unique_ptr<Passes> passes_;
+  class State;
+  std::unique_ptr<State> state_;
 };
 
 // Instruction sets this build holds and this processor runs, best first.
 std::vector<std::string> cpu_isas();
 
-// CUDA. Every pointer is device memory. Enqueues on `stream`, allocates nothing, does not
-// synchronise. `workspace` holds ..._cuda_workspace() bytes. A missing shift is replaced by the
-// mean of the centres. Throws std::runtime_error with file and line on a CUDA error.
-#ifdef SPT_HAVE_CUDA
-int64_t assign_accumulate_cuda_workspace(int64_t groups, int64_t rows, int64_t width,
-                                         int64_t num_centers);
-void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device, void* stream);
-int64_t distances_cuda_workspace(int64_t groups, int64_t rows, int64_t width, int64_t num_centers);
-void distances_cuda(const DistanceArgs& args, void* workspace, int device, void* stream);
-#endif
+// CUDA. Every pointer is memory of the current device, and `stream` one of its streams. Enqueues,
+// allocates nothing, does not synchronise. `workspace` holds ..._cuda_workspace() bytes, which
+// looks at the sizes in `args` only. A missing shift is replaced by the mean of the centres. Throws
+// std::runtime_error with file and line on a CUDA error, and in a build without CUDA
+// (kmeans_cuda_absent.cpp). cuda_why_not() is empty if the current device can run the kernels, else
+// the reason why not.
+std::string cuda_why_not();
+int64_t assign_accumulate_cuda_workspace(const AssignArgs& args);
+void assign_accumulate_cuda(const AssignArgs& args, void* workspace, void* stream);
+int64_t distances_cuda_workspace(const DistanceArgs& args);
+void distances_cuda(const DistanceArgs& args, void* workspace, void* stream);
 
 }  // namespace spt_fast

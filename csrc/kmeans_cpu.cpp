@@ -1,6 +1,6 @@
-// CPU driver of the k-means kernels: picks the instruction set, deals chunks of tokens out to
-// threads and adds their sums up in a fixed order, so that results do not depend on the number of
-// threads.
+// CPU driver of the k-means kernels: picks the instruction set, deals the tokens out to
+// threads in shares and adds their sums up in a fixed order, so that results do not depend on the
+// number of threads.
 #include <stdexcept>
 
 #include "kmeans_cpu_driver.h"
@@ -25,28 +25,29 @@ std::vector<const CpuKernels*> supported_kernels() {
   return supported;
 }
 
-// Sums of one slot. In float64, they hold for any number of tokens.
-struct SlotTotals {
+// Partial sums of one run. In float64, they hold for any number of tokens.
+struct RunTotals {
   double* sums;    // [K, D]
   double* counts;  // [K]
-  double inertia = 0., total = 0.;
-  int64_t changed = 0;
+  double inertia = 0.;
+  double weighted_norms = 0.;
+  int64_t num_changed = 0;
 };
 
 class Assignment {
  public:
   Assignment(const AssignArgs& args, const CpuKernels& kernels, const PackedGroups& centers,
-             BoundedPass* bounded)
+             PrunedOutputs* pruned)
       : args_(args),
         kernels_(kernels),
         centers_(centers),
-        bounded_(bounded),
+        pruned_(pruned),
         partition_(args.tokens.groups, args.tokens.rows()),
-        totals_(args.tokens.groups * partition_.slots) {
-    const int64_t per_slot = center_floats() + args.num_centers;
-    storage_.reset(new double[per_slot * totals_.size()]);  // zeroed by the thread that uses it
+        totals_(args.tokens.groups * partition_.runs) {
+    const int64_t per_run = center_floats() + args.num_centers;
+    storage_.reset(new double[per_run * totals_.size()]);  // zeroed by the thread that uses it
     for (size_t i = 0; i < totals_.size(); ++i) {
-      totals_[i].sums = storage_.get() + i * per_slot;
+      totals_[i].sums = storage_.get() + i * per_run;
       totals_[i].counts = totals_[i].sums + center_floats();
     }
   }
@@ -57,68 +58,71 @@ class Assignment {
         useful_threads(num_threads, tasks),
         std::vector<float>(kernels_.scratch_floats(args_.tokens.width, args_.num_centers)));
     parallel_for(num_threads, tasks,
-                 [&](int64_t task, int thread) { run_slot(task, scratch[thread].data()); });
+                 [&](int64_t task, int thread) { add_run(task, scratch[thread].data()); });
     parallel_for(num_threads, args_.tokens.groups * args_.num_centers,
                  [&](int64_t row, int) { reduce_center(row); });
     for (int64_t g = 0; g < args_.tokens.groups; ++g) {
       args_.inertia[g] = 0.;
-      for (int64_t s = 0; s < partition_.slots; ++s) args_.inertia[g] += slot(g, s).inertia;
+      for (int64_t run = 0; run < partition_.runs; ++run)
+        args_.inertia[g] += totals_of(g, run).inertia;
     }
-    if (bounded_ == nullptr) return;
-    for (const SlotTotals& totals : totals_) {
-      bounded_->total += totals.total;
-      bounded_->changed += totals.changed;
+    if (pruned_ == nullptr) return;
+    for (const RunTotals& totals : totals_) {
+      pruned_->weighted_norms += totals.weighted_norms;
+      pruned_->num_changed += totals.num_changed;
     }
   }
 
  private:
   int64_t center_floats() const { return args_.num_centers * args_.tokens.width; }
-  SlotTotals& slot(int64_t group, int64_t s) { return totals_[group * partition_.slots + s]; }
+  RunTotals& totals_of(int64_t group, int64_t run) {
+    return totals_[group * partition_.runs + run];
+  }
 
-  void run_slot(int64_t task, float* scratch) {
-    const int64_t group = task / partition_.slots;
-    const int64_t s = task % partition_.slots;
-    SlotTotals& total = totals_[task];
+  void add_run(int64_t task, float* scratch) {
+    const int64_t group = task / partition_.runs;
+    const int64_t run = task % partition_.runs;
+    RunTotals& total = totals_[task];
     std::fill(total.sums, total.counts + args_.num_centers, 0.);
-    for (int64_t c = partition_.first_chunk(s); c < partition_.first_chunk(s + 1); ++c) {
-      run_chunk(group, c, scratch, total);
+    for (int64_t i = partition_.first_share(run); i < partition_.first_share(run + 1); ++i) {
+      add_share(group, i, scratch, total);
     }
   }
 
-  void run_chunk(int64_t group, int64_t c, float* scratch, SlotTotals& total) {
+  void add_share(int64_t group, int64_t index, float* scratch, RunTotals& total) {
     const int64_t rows = partition_.rows;
-    AssignChunk chunk;
-    chunk.tokens = tokens_of_group(args_.tokens, args_.shift, group);
-    chunk.centers = centers_.group(group);
-    chunk.begin = partition_.begin(c);
-    chunk.end = partition_.end(c);
-    chunk.weights = offset_or_null(args_.weights, group * rows);
-    chunk.scratch = scratch;
-    chunk.sums = total.sums;
-    chunk.counts = total.counts;
-    chunk.inertia = &total.inertia;
-    chunk.labels = offset_or_null(args_.labels, group * rows);
-    chunk.distances = offset_or_null(args_.distances, group * rows);
-    chunk.bounds = bounded_ ? &bounded_->bounds : nullptr;
-    chunk.total = &total.total;
-    chunk.changed = &total.changed;
-    kernels_.assign(chunk);
+    AssignShare share;
+    share.tokens = tokens_of_group(args_.tokens, args_.shift, group);
+    share.centers = centers_.group(group);
+    share.begin = partition_.begin(index);
+    share.end = partition_.end(index);
+    share.weights = offset_or_null(args_.weights, group * rows);
+    share.scratch = scratch;
+    share.sums = total.sums;
+    share.counts = total.counts;
+    share.inertia = &total.inertia;
+    share.labels = offset_or_null(args_.labels, group * rows);
+    share.distances = offset_or_null(args_.distances, group * rows);
+    share.bounds = pruned_ ? &pruned_->bounds : nullptr;
+    share.weighted_norms = &total.weighted_norms;
+    share.num_changed = &total.num_changed;
+    kernels_.assign(share);
   }
 
-  // Adds the slots up in order and undoes the shift.
+  // Adds the runs up in order, and undoes the shift where sums are wanted of the tokens as given.
   void reduce_center(int64_t row) {
     const int64_t group = row / args_.num_centers, k = row % args_.num_centers;
     const int64_t width = args_.tokens.width;
     double* sum = args_.sums + row * width;
     double count = 0.;
     std::fill(sum, sum + width, 0.);
-    for (int64_t s = 0; s < partition_.slots; ++s) {
-      const double* part = slot(group, s).sums + k * width;
-      for (int64_t d = 0; d < width; ++d) sum[d] += part[d];
-      count += slot(group, s).counts[k];
+    for (int64_t run = 0; run < partition_.runs; ++run) {
+      const double* partial = totals_of(group, run).sums + k * width;
+      for (int64_t d = 0; d < width; ++d) sum[d] += partial[d];
+      count += totals_of(group, run).counts[k];
     }
     args_.counts[row] = count;
-    if (args_.shift == nullptr || bounded_) return;
+    if (args_.shift == nullptr || pruned_) return;
     const float* shift = args_.shift + group * width;
     for (int64_t d = 0; d < width; ++d) sum[d] += count * shift[d];
   }
@@ -126,9 +130,9 @@ class Assignment {
   const AssignArgs& args_;
   const CpuKernels& kernels_;
   const PackedGroups& centers_;
-  BoundedPass* bounded_;
+  PrunedOutputs* pruned_;
   Partition partition_;
-  std::vector<SlotTotals> totals_;
+  std::vector<RunTotals> totals_;
   std::unique_ptr<double[]> storage_;
 };
 
@@ -171,8 +175,8 @@ PackedGroups::PackedGroups(const CpuKernels& kernels, const float* centers, cons
 }
 
 void assign_pass(const AssignArgs& args, const CpuKernels& kernels, const PackedGroups& centers,
-                 int num_threads, BoundedPass* bounded) {
-  Assignment(args, kernels, centers, bounded).run(num_threads);
+                 int num_threads, PrunedOutputs* pruned) {
+  Assignment(args, kernels, centers, pruned).run(num_threads);
 }
 
 void assign_accumulate_cpu(const AssignArgs& args, int num_threads, const std::string& isa) {
@@ -188,14 +192,14 @@ void distances_cpu(const DistanceArgs& args, int num_threads, const std::string&
   const Partition partition(tokens.groups, tokens.rows());
   const PackedGroups packed(kernels, args.centers, args.shift, tokens.groups, args.num_centers,
                             tokens.width);
-  const int64_t tasks = tokens.groups * partition.chunks;
+  const int64_t tasks = tokens.groups * partition.shares;
   std::vector<std::vector<float>> scratch(
       useful_threads(num_threads, tasks),
       std::vector<float>(kernels.scratch_floats(tokens.width, args.num_centers)));
   parallel_for(num_threads, tasks, [&](int64_t task, int thread) {
-    const int64_t group = task / partition.chunks, c = task % partition.chunks;
+    const int64_t group = task / partition.shares, share = task % partition.shares;
     kernels.distances({tokens_of_group(tokens, args.shift, group), packed.group(group),
-                       partition.begin(c), partition.end(c), scratch[thread].data(),
+                       partition.begin(share), partition.end(share), scratch[thread].data(),
                        args.distances + group * partition.rows * args.num_centers});
   });
 }

@@ -1,4 +1,5 @@
-// What the CPU drivers share: the choice of the instruction set, packed centres, chunks of tokens.
+// What the CPU drivers have in common: the choice of the instruction set, packed centres, and how
+// tokens are cut.
 #pragma once
 
 #include <algorithm>
@@ -34,34 +35,36 @@ class PackedGroups {
   std::unique_ptr<float[]> panels_, half_norms_;
 };
 
-constexpr int64_t kChunkRows = 1024;  // tokens that one thread works on before it takes others
-constexpr int64_t kMaxSlots = 64;     // independent sums over all groups
+constexpr int64_t kShareRows = 1024;  // tokens that one thread works on before it takes others
+constexpr int64_t kMaxRuns = 64;      // partial sums over all groups: bounds their memory
 
-// How the tokens are cut: each group into chunks, and its chunks into `slots` contiguous runs,
-// which are the unit of work where sums are made. A function of the sizes alone.
+// How the tokens are cut: each group into shares, which a thread takes one at a time, and its
+// shares into `runs` of neighbours, which have partial sums of their own where sums are made. A
+// function of the sizes alone, so that the order of the sums does not depend on the number of
+// threads.
 struct Partition {
   Partition(int64_t groups, int64_t rows)
       : rows(rows),
-        chunks((rows + kChunkRows - 1) / kChunkRows),
-        slots(std::min(chunks, std::max<int64_t>(1, kMaxSlots / groups))) {}
+        shares((rows + kShareRows - 1) / kShareRows),
+        runs(std::min(shares, std::max<int64_t>(1, kMaxRuns / groups))) {}
 
-  int64_t first_chunk(int64_t slot) const { return slot * chunks / slots; }
-  int64_t begin(int64_t chunk) const { return chunk * kChunkRows; }
-  int64_t end(int64_t chunk) const { return std::min(rows, begin(chunk) + kChunkRows); }
+  int64_t first_share(int64_t run) const { return run * shares / runs; }
+  int64_t begin(int64_t share) const { return share * kShareRows; }
+  int64_t end(int64_t share) const { return std::min(rows, begin(share) + kShareRows); }
 
-  int64_t rows, chunks, slots;
+  int64_t rows, shares, runs;
 };
 
-// What a pass over one group with bounds returns besides.
-struct BoundedPass {
-  TokenBounds bounds;   // OUT
-  double total = 0.;    // OUT weighted sum of the norms
-  int64_t changed = 0;  // OUT labels that are new
+// What PrunedPasses wants of a pass over one group, besides sums and counts.
+struct PrunedOutputs {
+  TokenBounds bounds;          // OUT
+  double weighted_norms = 0.;  // OUT weighted sum of the norms
+  int64_t num_changed = 0;     // OUT labels unlike those that bounds held
 };
 
-// One pass over all tokens; `centers` are those of `args`, in the wide layout. With `bounded` the
-// one group's sums stay in shifted coordinates.
+// One pass over all tokens; `centers` are those of `args`, in the wide layout. With `pruned`, which
+// may be null, there is one group, and its sums stay in shifted coordinates.
 void assign_pass(const AssignArgs& args, const CpuKernels& kernels, const PackedGroups& centers,
-                 int num_threads, BoundedPass* bounded);
+                 int num_threads, PrunedOutputs* pruned);
 
 }  // namespace spt_fast

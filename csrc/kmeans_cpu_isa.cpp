@@ -1,12 +1,17 @@
 // The k-means kernels for one instruction set; compiled once for each, with SPT_ISA naming it.
 //
-// A block of kRows tokens is widened to float32, shifted and kept in L1. Its inner products with
-// the centres are a small matrix product: tokens are broadcast, centres are read as vectors from
-// panels, and the sums stay in registers over the whole width. The same block is then added to the
-// sums of its nearest centres, so that a token is read from memory once. A score is the same
-// number, bit for bit, whatever the panel and the block it is computed in: that is why pruning does
-// not change a label. No function template of the standard library is used here: its code would be
-// shared with objects built for older processors.
+// Equations are those of the paper: eq. 9 assigns each token to its nearest centre, eq. 10 makes
+// each centre the mean of its tokens. The nearest centre c of token x has the lowest score
+//   |c|^2 / 2 - x . c = |x - c|^2 / 2 - |x|^2 / 2,
+// where x and c are shifted float32 values.
+//
+// A tile of kRows tokens is widened to float32, shifted and kept in L1. Its products with the
+// centres are a small matrix product: a token's value is broadcast, the values of several centres
+// are one vector of a panel, and the sums stay in registers over the whole width. The same tile is
+// then added to the sums of its nearest centres, so that a token is read from memory once. A score
+// has the same bits in every panel and every tile; therefore pruning changes no label. No function
+// template of the standard library is used here: the linker would share its code with objects
+// built for older processors.
 #include "kmeans_cpu_isa.h"
 
 #include <cmath>
@@ -18,24 +23,25 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kRows = 8;  // 8 x 3 accumulators + 3 panel vectors of 32 registers
+constexpr int kRows = 8;  // 8 x 3 sums and 3 vectors of a panel fit the 32 registers
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
-constexpr int kRows = 4;  // 4 x 3 accumulators + 3 panel vectors of 16 registers
+constexpr int kRows = 4;  // 4 x 3 sums and 3 vectors of a panel fit the 16 registers
 #else
 constexpr int kLanes = 4;  // SSE2, NEON
 constexpr int kRows = 4;
 #endif
 constexpr int kCacheLine = 64;
-constexpr int kMaxVectors = 3;  // vectors of a panel
+constexpr int kMaxVectors = 3;  // of a panel: as many as the registers hold, see kRows
 
 // Centres that share a lower bound: 16, or 12 where a panel holds no more.
 constexpr int kGroupVectors = kLanes == 4 ? 3 : 16 / kLanes;
 constexpr int kGroup = kGroupVectors * kLanes;
 
-// Tokens that are refined together. They stay in L2 until their last group is done.
-constexpr int kMostTileRows = 64;
-constexpr int64_t kTileFloats = 65536;
+// Tokens that are refined together, at most, and their floats: 256 KiB, which stay in L2 until the
+// last group of centres is done.
+constexpr int kMostRefined = 64;
+constexpr int64_t kRefinedFloats = 65536;
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * sizeof(int32_t))));
@@ -51,9 +57,6 @@ float float_from_bits(uint32_t bits) {
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
-
-// ---- Widening
-// -------------------------------------------------------------------------------------
 
 struct Half {
   uint16_t bits;
@@ -122,13 +125,13 @@ float squared_norm(const float* row, int64_t width) {
   return total;
 }
 
-// Tokens as they lie in memory, fetched into the cache while others are scored. Left to itself the
-// processor waits for each block anew: a pass takes 1.1 (K = 100) to 1.4 times (K = 5) as long.
+// Tokens as they lie in memory, fetched into the cache while others are scored. Without that the
+// processor waits for every tile: a pass takes 1.1 (K = 100) to 1.4 times (K = 5) as long.
 struct Upcoming {
   const char* rows[kRows];
   int64_t bytes;  // of an element
 
-  // Asks for the cache lines that start at column d; to be called for every d.
+  // Fetches the cache lines that start at column d; to be called for every d.
   void prefetch(int64_t d) const {
     if (d * bytes % kCacheLine != 0) return;
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(rows[r] + d * bytes);
@@ -146,34 +149,31 @@ Upcoming upcoming_tokens(const GroupTokens& tokens, int64_t begin, int64_t end) 
   return upcoming;
 }
 
-// A block of up to kRows widened tokens; rows past `count` repeat the last one.
-struct Block {
+// A tile of up to kRows widened tokens; rows from `count` on repeat the last one.
+struct Tile {
   const float* rows[kRows];
   float norms[kRows];
   int count;
-  Upcoming upcoming;  // the next block
+  Upcoming upcoming;  // the tile that follows
 };
 
-Block load_block(const GroupTokens& tokens, int64_t begin, int64_t end, float* scratch) {
-  Block block;
-  block.count = end - begin < kRows ? static_cast<int>(end - begin) : kRows;
-  block.upcoming = upcoming_tokens(tokens, begin + kRows, end);
+Tile load_tile(const GroupTokens& tokens, int64_t begin, int64_t end, float* scratch) {
+  Tile tile;
+  tile.count = end - begin < kRows ? static_cast<int>(end - begin) : kRows;
+  tile.upcoming = upcoming_tokens(tokens, begin + kRows, end);
   for (int r = 0; r < kRows; ++r) {
-    if (r >= block.count) {
-      block.rows[r] = block.rows[r - 1];
-      block.norms[r] = block.norms[r - 1];
+    if (r >= tile.count) {
+      tile.rows[r] = tile.rows[r - 1];
+      tile.norms[r] = tile.norms[r - 1];
       continue;
     }
     float* row = scratch + r * tokens.width;
     load_token(tokens, begin + r, row);
-    block.rows[r] = row;
-    block.norms[r] = squared_norm(row, tokens.width);
+    tile.rows[r] = row;
+    tile.norms[r] = squared_norm(row, tokens.width);
   }
-  return block;
+  return tile;
 }
-
-// ---- Panels
-// ---------------------------------------------------------------------------------------
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -181,7 +181,8 @@ int64_t num_vectors(int64_t num_centers) { return divide_up(num_centers, kLanes)
 
 int64_t num_groups(int64_t num_centers) { return divide_up(num_centers, kGroup); }
 
-// Vectors are dealt out evenly: 4 of them make two panels of 2, not one of 3 and one of 1.
+// fn(first centre, number of vectors) for each panel. Panels are as even as can be: 4 vectors make
+// two panels of 2, not one of 3 and one of 1.
 template <class Fn>
 void for_each_panel(int64_t num_centers, Fn fn) {
   const int64_t vectors = num_vectors(num_centers);
@@ -194,7 +195,8 @@ void for_each_panel(int64_t num_centers, Fn fn) {
   }
 }
 
-// A panel holds, for each d, the d-th elements of its centres side by side.
+// panel [D, columns]: for each d, the d-th elements of the centres [first, first + columns),
+// shifted; half_norms [columns]: |c - shift|^2 / 2. Padding is zero, at an infinite half norm.
 void pack_panel(const float* centers, const float* shift, int64_t num_centers, int64_t width,
                 int64_t first, int64_t columns, float* panel, float* half_norms) {
   for (int64_t c = 0; c < columns; ++c) {
@@ -229,12 +231,14 @@ int64_t padded_centers(int64_t num_centers, Layout layout) {
                                     : num_vectors(num_centers) * kLanes;
 }
 
-// A block of tokens, and room for their scores.
+// Floats of a tile of tokens, and of their scores.
 int64_t scratch_floats(int64_t width, int64_t num_centers) {
   return kRows * (width + num_groups(num_centers) * kGroup);
 }
 
-// scores[r][v] = |c|^2 / 2 - x.c: half of the squared distance, less |x|^2 / 2.
+// scores[r][v] = |c|^2 / 2 - x . c, for the tokens x of a tile and the centres c of a panel: lane l
+// of vector v is centre v * kLanes + l of the panel. IN rows [kRows, D], panel [D, kVectors *
+// kLanes], half_norms [kVectors * kLanes].
 template <int kVectors>
 void score_panel(const float* const (&rows)[kRows], int64_t width, const float* panel,
                  const float* half_norms, Vec (&scores)[kRows][kMaxVectors],
@@ -258,34 +262,31 @@ void score_panel(const float* const (&rows)[kRows], int64_t width, const float* 
 }
 
 template <class Fn>
-void for_each_score_panel(const Block& block, int64_t width, const PackedCenters& centers, Fn fn) {
+void for_each_score_panel(const Tile& tile, int64_t width, const PackedCenters& centers, Fn fn) {
   for_each_panel(centers.num_centers, [&](int64_t first, int count) {
     const float* panel = centers.panels + first * width;
     const float* half_norms = centers.half_norms + first;
-    const Upcoming* upcoming = first == 0 ? &block.upcoming : nullptr;
+    const Upcoming* upcoming = first == 0 ? &tile.upcoming : nullptr;
     Vec scores[kRows][kMaxVectors];
     switch (count) {
       case 1:
-        score_panel<1>(block.rows, width, panel, half_norms, scores, upcoming);
+        score_panel<1>(tile.rows, width, panel, half_norms, scores, upcoming);
         break;
       case 2:
-        score_panel<2>(block.rows, width, panel, half_norms, scores, upcoming);
+        score_panel<2>(tile.rows, width, panel, half_norms, scores, upcoming);
         break;
       default:
-        score_panel<3>(block.rows, width, panel, half_norms, scores, upcoming);
+        score_panel<3>(tile.rows, width, panel, half_norms, scores, upcoming);
     }
     fn(first, count, scores);
   });
 }
 
-// NaN is kept: it is how the caller learns of a token that is not finite.
+// |x - c|^2 = |x|^2 + 2 score. NaN is kept: it tells the caller of a token that is not finite.
 float squared_distance(float norm, float score) {
   const float value = norm + 2.f * score;
   return value < 0.f ? 0.f : value;
 }
-
-// ---- Assign and accumulate
-// ------------------------------------------------------------------------
 
 struct Nearest {
   float score[kRows];
@@ -298,11 +299,12 @@ IntVec lane_numbers() {
   return lanes;
 }
 
-const auto no_look = [](int64_t, auto&, int) {};
+const auto see_nothing = [](int64_t, auto&, int) {};
 
-// Lowest score, the lowest index among equals. look(first, scores, v) is shown every vector.
+// The lowest score of each token, and its centre; of equal scores the lowest centre. Every vector
+// of scores goes to see(first centre, scores, v) on the way.
 template <class Fn>
-Nearest find_nearest(const Block& block, int64_t width, const PackedCenters& centers, Fn look) {
+Nearest find_nearest(const Tile& tile, int64_t width, const PackedCenters& centers, Fn see) {
   Vec best[kRows];
   IntVec label[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -310,7 +312,7 @@ Nearest find_nearest(const Block& block, int64_t width, const PackedCenters& cen
     label[r] = IntVec{};
   }
   const IntVec lanes = lane_numbers();
-  for_each_score_panel(block, width, centers, [&](int64_t first, int count, auto& scores) {
+  for_each_score_panel(tile, width, centers, [&](int64_t first, int count, auto& scores) {
     for (int v = 0; v < count; ++v) {
       const IntVec candidates = lanes + static_cast<int32_t>(first + v * kLanes);
       for (int r = 0; r < kRows; ++r) {
@@ -318,7 +320,7 @@ Nearest find_nearest(const Block& block, int64_t width, const PackedCenters& cen
         label[r] = score < best[r] ? candidates : label[r];
         best[r] = score < best[r] ? score : best[r];
       }
-      look(first + v * kLanes, scores, v);
+      see(first + v * kLanes, scores, v);
     }
   });
   Nearest nearest;
@@ -337,35 +339,34 @@ Nearest find_nearest(const Block& block, int64_t width, const PackedCenters& cen
   return nearest;
 }
 
-// Exact but for the addition: a product of two float32 fits into float64.
+// sum += weight * row, both [D]. Exact but for the addition: a product of two float32 fits float64.
 void add_scaled(const float* __restrict row, double weight, int64_t width, double* __restrict sum) {
   for (int64_t d = 0; d < width; ++d) sum[d] += weight * row[d];
 }
 
-void accumulate(const AssignChunk& chunk, int64_t begin, const Block& block,
-                const Nearest& nearest) {
-  const int64_t width = chunk.tokens.width;
+// sums[c] += w x, counts[c] += w, inertia += w |x - c|^2 for the tokens x of a tile, of weight w
+// and nearest centre c.
+void accumulate(const AssignShare& share, int64_t begin, const Tile& tile, const Nearest& nearest) {
+  const int64_t width = share.tokens.width;
   double inertia = 0.;
-  for (int r = 0; r < block.count; ++r) {
+  for (int r = 0; r < tile.count; ++r) {
     const int64_t m = begin + r;
     const int32_t label = nearest.label[r];
-    const float distance = squared_distance(block.norms[r], nearest.score[r]);
-    const double weight = chunk.weights ? chunk.weights[m] : 1.f;
-    add_scaled(block.rows[r], weight, width, chunk.sums + label * width);
-    chunk.counts[label] += weight;
+    const float distance = squared_distance(tile.norms[r], nearest.score[r]);
+    const double weight = share.weights ? share.weights[m] : 1.f;
+    add_scaled(tile.rows[r], weight, width, share.sums + label * width);
+    share.counts[label] += weight;
     inertia += weight * distance;
-    if (chunk.labels) chunk.labels[m] = label;
-    if (chunk.distances) chunk.distances[m] = distance;
+    if (share.labels) share.labels[m] = label;
+    if (share.distances) share.distances[m] = distance;
   }
-  *chunk.inertia += inertia;
+  *share.inertia += inertia;
 }
 
-// ---- Bounds
-// ---------------------------------------------------------------------------------------
-
-// More than the rounding of the square root and of the additions to come.
+// More than the rounding of a square root, a product and the additions that follow: 2^-24 each.
 constexpr float kSlack = 1.f / (1 << 22);
 
+// Bound on the error of a squared distance of token m.
 float error_of(const TokenBounds& bounds, int64_t m) {
   return bounds.unit_error * (bounds.norms[m] + bounds.largest_norm);
 }
@@ -395,9 +396,10 @@ float lowest_of_group(const float* scores) {
   return lanes[0];
 }
 
-// Writes what is known of a token whose scores [num_groups * kGroup] are all at hand.
-void note_bounds(const TokenBounds& bounds, int64_t m, float norm, int32_t label, int64_t groups,
-                 float* scores) {
+// Writes the bounds of token m from its scores [groups * kGroup], of which its own centre's is
+// overwritten.
+void write_bounds(const TokenBounds& bounds, int64_t m, float norm, int32_t label, int64_t groups,
+                  float* scores) {
   bounds.norms[m] = norm;
   const float error = error_of(bounds, m);
   bounds.upper[m] = upper_bound(norm, scores[label], error);
@@ -407,76 +409,80 @@ void note_bounds(const TokenBounds& bounds, int64_t m, float norm, int32_t label
   }
 }
 
-// Takes note of the labels of a block.
-void note_labels(const AssignChunk& chunk, int64_t begin, const Block& block,
-                 const Nearest& nearest) {
-  for (int r = 0; r < block.count; ++r) {
+// Writes the labels of a tile, counts those that are new, and adds its norms up.
+void write_labels(const AssignShare& share, int64_t begin, const Tile& tile,
+                  const Nearest& nearest) {
+  for (int r = 0; r < tile.count; ++r) {
     const int64_t m = begin + r;
-    *chunk.changed += chunk.bounds->labels[m] != nearest.label[r];
-    *chunk.total += (chunk.weights ? chunk.weights[m] : 1.) * block.norms[r];
-    chunk.bounds->labels[m] = nearest.label[r];
+    *share.num_changed += share.bounds->labels[m] != nearest.label[r];
+    *share.weighted_norms += (share.weights ? share.weights[m] : 1.) * tile.norms[r];
+    share.bounds->labels[m] = nearest.label[r];
   }
 }
 
-void assign_with_labels(const AssignChunk& chunk) {
-  for (int64_t begin = chunk.begin; begin < chunk.end; begin += kRows) {
-    const Block block = load_block(chunk.tokens, begin, chunk.end, chunk.scratch);
-    const Nearest nearest = find_nearest(block, chunk.tokens.width, chunk.centers, no_look);
-    if (chunk.bounds) note_labels(chunk, begin, block, nearest);
-    accumulate(chunk, begin, block, nearest);
+void assign_with_labels(const AssignShare& share) {
+  for (int64_t begin = share.begin; begin < share.end; begin += kRows) {
+    const Tile tile = load_tile(share.tokens, begin, share.end, share.scratch);
+    const Nearest nearest = find_nearest(tile, share.tokens.width, share.centers, see_nothing);
+    if (share.bounds) write_labels(share, begin, tile, nearest);
+    accumulate(share, begin, tile, nearest);
   }
 }
 
-void assign_with_bounds(const AssignChunk& chunk) {
-  const int64_t groups = num_groups(chunk.centers.num_centers), stride = groups * kGroup;
-  float* all_scores = chunk.scratch + kRows * chunk.tokens.width;
+void assign_with_bounds(const AssignShare& share) {
+  const int64_t groups = num_groups(share.centers.num_centers), stride = groups * kGroup;
+  float* all_scores = share.scratch + kRows * share.tokens.width;
   for (int64_t i = 0; i < kRows * stride; ++i) all_scores[i] = INFINITY;
-  for (int64_t begin = chunk.begin; begin < chunk.end; begin += kRows) {
-    const Block block = load_block(chunk.tokens, begin, chunk.end, chunk.scratch);
+  for (int64_t begin = share.begin; begin < share.end; begin += kRows) {
+    const Tile tile = load_tile(share.tokens, begin, share.end, share.scratch);
     const auto keep = [&](int64_t first, auto& scores, int v) {
       for (int r = 0; r < kRows; ++r) {
         std::memcpy(all_scores + r * stride + first, &scores[r][v], sizeof(Vec));
       }
     };
-    const Nearest nearest = find_nearest(block, chunk.tokens.width, chunk.centers, keep);
-    note_labels(chunk, begin, block, nearest);
-    for (int r = 0; r < block.count; ++r) {
-      note_bounds(*chunk.bounds, begin + r, block.norms[r], nearest.label[r], groups,
-                  all_scores + r * stride);
+    const Nearest nearest = find_nearest(tile, share.tokens.width, share.centers, keep);
+    write_labels(share, begin, tile, nearest);
+    for (int r = 0; r < tile.count; ++r) {
+      write_bounds(*share.bounds, begin + r, tile.norms[r], nearest.label[r], groups,
+                   all_scores + r * stride);
     }
-    accumulate(chunk, begin, block, nearest);
+    accumulate(share, begin, tile, nearest);
   }
 }
 
-void assign(const AssignChunk& chunk) {
-  chunk.bounds&& chunk.bounds->upper ? assign_with_bounds(chunk) : assign_with_labels(chunk);
+// Assign and accumulate (eq. 9, 10): label(x) = argmin_c |x - c|^2, sums[c] = the weighted sum of
+// the tokens x with label c, counts[c] = the sum of their weights. Shapes are in AssignShare.
+void assign(const AssignShare& share) {
+  if (share.bounds && share.bounds->upper) {
+    assign_with_bounds(share);
+  } else {
+    assign_with_labels(share);
+  }
 }
 
-// ---- Refine
-// ---------------------------------------------------------------------------------------
-
-int64_t tile_rows(int64_t width) {
-  const int64_t rows = kTileFloats / width;
-  return rows < kRows ? kRows : rows > kMostTileRows ? kMostTileRows : rows;
+int64_t refined_at_once(int64_t width) {
+  const int64_t rows = kRefinedFloats / width;
+  return rows < kRows ? kRows : rows > kMostRefined ? kMostRefined : rows;
 }
 
-int64_t refine_floats(int64_t width) { return tile_rows(width) * width; }
+int64_t refine_floats(int64_t width) { return refined_at_once(width) * width; }
 
-// Tokens that are read again: what is known of each while the groups are gone through.
-class Tile {
+// Tokens whose bounds have failed: each is scored group by group until no other group can hold a
+// nearer centre.
+class RefinedTokens {
  public:
-  Tile(const RefineChunk& chunk, const uint16_t* rows, int count)
-      : chunk_(chunk), bounds_(chunk.bounds), rows_(rows), count_(count) {
+  RefinedTokens(const RefineShare& share, const uint16_t* rows, int count)
+      : share_(share), bounds_(share.bounds), rows_(rows), count_(count) {
     for (int i = 0; i < count; ++i) {
-      load_token(chunk.tokens, row(i), chunk.scratch + i * chunk.tokens.width);
+      load_token(share.tokens, row(i), share.scratch + i * share.tokens.width);
       label_[i] = bounds_.labels[row(i)];
       score_[i] = INFINITY;
     }
   }
 
-  // The own group comes first: it gives the distance that saves most of the others.
+  // A token's own group comes first: its distance rules most of the other groups out.
   void find_nearest() {
-    const int64_t groups = num_groups(chunk_.centers.num_centers);
+    const int64_t groups = num_groups(share_.centers.num_centers);
     for (int64_t g = 0; g < groups; ++g) {
       evaluate_where(g, [&](int i) { return bounds_.labels[row(i)] / kGroup == g; });
     }
@@ -486,23 +492,24 @@ class Tile {
     }
   }
 
-  int64_t write(uint16_t* changed, int32_t* before) {
+  // Writes upper bounds and labels. Returns how many labels are new; OUT their rows and old labels.
+  int64_t write(uint16_t* changed_rows, int32_t* old_labels) {
     int64_t num_changed = 0;
     for (int i = 0; i < count_; ++i) {
       const int64_t m = row(i);
       bounds_.upper[m] = upper_bound(bounds_.norms[m], score_[i], error_of(bounds_, m));
       if (label_[i] == bounds_.labels[m]) continue;
-      before[num_changed] = bounds_.labels[m];
-      changed[num_changed++] = rows_[i];
+      old_labels[num_changed] = bounds_.labels[m];
+      changed_rows[num_changed++] = rows_[i];
       bounds_.labels[m] = label_[i];
     }
     return num_changed;
   }
 
  private:
-  int64_t row(int i) const { return chunk_.begin + rows_[i]; }
+  int64_t row(int i) const { return share_.begin + rows_[i]; }
   float& lower(int i, int64_t g) {
-    return bounds_.lower[row(i) * num_groups(chunk_.centers.num_centers) + g];
+    return bounds_.lower[row(i) * num_groups(share_.centers.num_centers) + g];
   }
 
   bool may_hold_nearer(int i, int64_t g) {
@@ -513,7 +520,7 @@ class Tile {
 
   template <class Fn>
   void evaluate_where(int64_t g, Fn wanted) {
-    int wanted_rows[kMostTileRows], num_wanted = 0;
+    int wanted_rows[kMostRefined], num_wanted = 0;
     for (int i = 0; i < count_; ++i) {
       if (wanted(i)) wanted_rows[num_wanted++] = i;
     }
@@ -524,14 +531,14 @@ class Tile {
   }
 
   void evaluate(int64_t g, const int* wanted_rows, int count) {
-    const int64_t width = chunk_.tokens.width;
+    const int64_t width = share_.tokens.width;
     const float* rows[kRows];
     for (int r = 0; r < kRows; ++r) {
-      rows[r] = chunk_.scratch + wanted_rows[r < count ? r : count - 1] * width;
+      rows[r] = share_.scratch + wanted_rows[r < count ? r : count - 1] * width;
     }
     Vec scores[kRows][kMaxVectors];
-    score_panel<kGroupVectors>(rows, width, chunk_.centers.panels + g * kGroup * width,
-                               chunk_.centers.half_norms + g * kGroup, scores);
+    score_panel<kGroupVectors>(rows, width, share_.centers.panels + g * kGroup * width,
+                               share_.centers.half_norms + g * kGroup, scores);
     for (int r = 0; r < count; ++r) {
       float of_group[kGroup];
       std::memcpy(of_group, &scores[r], sizeof(of_group));
@@ -539,7 +546,8 @@ class Tile {
     }
   }
 
-  // Takes the scores of one group into account.
+  // Updates token i by its scores [kGroup] in group g, of which the lowest is overwritten if it
+  // wins.
   void offer(int i, int64_t g, float* scores) {
     const int64_t m = row(i);
     const float norm = bounds_.norms[m], error = error_of(bounds_, m);
@@ -554,7 +562,7 @@ class Tile {
     }
     scores[lane] = INFINITY;
     lower(i, g) = lower_bound(norm, lowest_of_group(scores), error);
-    if (score_[i] < INFINITY) {  // a centre of another group was the best so far
+    if (score_[i] < INFINITY) {  // the centre of another group is displaced
       float& others = lower(i, label_[i] / kGroup);
       const float displaced = lower_bound(norm, score_[i], error);
       others = displaced < others ? displaced : others;
@@ -563,54 +571,56 @@ class Tile {
     label_[i] = candidate;
   }
 
-  const RefineChunk& chunk_;
+  const RefineShare& share_;
   const TokenBounds& bounds_;
   const uint16_t* rows_;
   int count_;
-  float score_[kMostTileRows];
-  int32_t label_[kMostTileRows];
+  float score_[kMostRefined];
+  int32_t label_[kMostRefined];
 };
 
-int64_t refine(const RefineChunk& chunk) {
-  const int64_t step = tile_rows(chunk.tokens.width);
+// Assign (eq. 9) for tokens that have bounds: groups of centres whose lower bound is above the
+// upper bound of the token's distance are not scored. Shapes are in RefineShare.
+int64_t refine(const RefineShare& share) {
+  const int64_t step = refined_at_once(share.tokens.width);
   int64_t num_changed = 0;
-  for (int64_t first = 0; first < chunk.count; first += step) {
-    const int64_t left = chunk.count - first;
-    Tile tile(chunk, chunk.rows + first, static_cast<int>(left < step ? left : step));
-    tile.find_nearest();
-    num_changed += tile.write(chunk.changed + num_changed, chunk.before + num_changed);
+  for (int64_t first = 0; first < share.count; first += step) {
+    const int64_t left = share.count - first;
+    RefinedTokens tokens(share, share.rows + first, static_cast<int>(left < step ? left : step));
+    tokens.find_nearest();
+    num_changed += tokens.write(share.changed_rows + num_changed, share.old_labels + num_changed);
   }
   return num_changed;
 }
 
-void move(const MoveChunk& chunk) {
-  GroupTokens part = chunk.tokens;
-  const int64_t bytes = element_bytes(part.dtype);
-  part.base = static_cast<const char*>(part.base) + chunk.first * bytes;
-  part.shift = part.shift ? part.shift + chunk.first : nullptr;
-  part.width = chunk.last - chunk.first;
-  for (int64_t i = 0; i < chunk.count; ++i) {
-    const bool comes = chunk.moves[i] >= 0;
-    const int64_t m = comes ? chunk.moves[i] : -chunk.moves[i] - 1;
-    const double weight = chunk.weights ? chunk.weights[m] : 1.f;
-    load_token(part, m, chunk.scratch);
-    add_scaled(chunk.scratch, comes ? weight : -weight, part.width, chunk.sum + chunk.first);
+// Corrects a sum of eq. 10: sum += w x for each token x that joins the centre, sum -= w x for each
+// that leaves it, in order. Shapes are in MoveShare.
+void move(const MoveShare& share) {
+  GroupTokens columns = share.tokens;
+  const int64_t bytes = element_bytes(columns.dtype);
+  columns.base = static_cast<const char*>(columns.base) + share.first * bytes;
+  columns.shift = columns.shift ? columns.shift + share.first : nullptr;
+  columns.width = share.last - share.first;
+  for (int64_t i = 0; i < share.count; ++i) {
+    const bool joins = share.moves[i] >= 0;
+    const int64_t m = joins ? share.moves[i] : -share.moves[i] - 1;
+    const double weight = share.weights ? share.weights[m] : 1.f;
+    load_token(columns, m, share.scratch);
+    add_scaled(share.scratch, joins ? weight : -weight, columns.width, share.sum + share.first);
   }
 }
 
-// ---- All distances
-// --------------------------------------------------------------------------------
-
-void distances(const DistanceChunk& chunk) {
-  const int64_t width = chunk.tokens.width;
-  const int64_t num_centers = chunk.centers.num_centers;
-  for (int64_t begin = chunk.begin; begin < chunk.end; begin += kRows) {
-    const Block block = load_block(chunk.tokens, begin, chunk.end, chunk.scratch);
-    for_each_score_panel(block, width, chunk.centers, [&](int64_t first, int count, auto& scores) {
-      for (int r = 0; r < block.count; ++r) {
-        float* out = chunk.distances + (begin + r) * num_centers;
+// distances[m, k] = |x_m - c_k|^2. Shapes are in DistanceShare.
+void distances(const DistanceShare& share) {
+  const int64_t width = share.tokens.width;
+  const int64_t num_centers = share.centers.num_centers;
+  for (int64_t begin = share.begin; begin < share.end; begin += kRows) {
+    const Tile tile = load_tile(share.tokens, begin, share.end, share.scratch);
+    for_each_score_panel(tile, width, share.centers, [&](int64_t first, int count, auto& scores) {
+      for (int r = 0; r < tile.count; ++r) {
+        float* out = share.distances + (begin + r) * num_centers;
         for (int c = 0; c < count * kLanes && first + c < num_centers; ++c) {
-          out[first + c] = squared_distance(block.norms[r], scores[r][c / kLanes][c % kLanes]);
+          out[first + c] = squared_distance(tile.norms[r], scores[r][c / kLanes][c % kLanes]);
         }
       }
     });

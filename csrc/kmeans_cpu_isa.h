@@ -7,7 +7,8 @@
 
 namespace spt_fast {
 
-// Tokens of one group, seen by a kernel: element d of token m is base[offset(m) + d].
+// Tokens of one group, as a kernel sees them: token m = i * inner + j starts at element i *
+// outer_stride + j * inner_stride of base. Kernels work on float32 values less the shift.
 struct GroupTokens {
   const void* base;
   DType dtype;
@@ -20,8 +21,8 @@ struct GroupTokens {
 
 // Centres in the panel layout of one instruction set; see pack() in kmeans_cpu_isa.cpp.
 struct PackedCenters {
-  const float* panels;
-  const float* half_norms;  // |c - shift|^2 / 2, +inf in the padding
+  const float* panels;      // [padded_centers * D]
+  const float* half_norms;  // [padded_centers] |c - shift|^2 / 2, infinite in the padding
   int64_t num_centers;
 };
 
@@ -31,19 +32,20 @@ struct TokenBounds {
   float* norms;        // [M] |x - shift|^2 as computed
   float* upper;        // [M] at least the distance to the token's centre; null: labels alone
   float* lower;        // [M, bound_groups] at most the distance to any other centre of the group
-  float unit_error;    // times norms[m] + largest_norm: bound on the error of a squared distance
+  float unit_error;    // unit_error * (norms[m] + largest_norm) bounds a squared distance's error
   float largest_norm;  // largest |c - shift|^2
 };
 
-// Whether computed distances are sure to put a centre at least `lower` away behind one at most
-// `upper` away, given the bound on the error of a squared distance. False for NaN.
+// Whether a centre that is at least `lower` away also has a larger *computed* distance than one
+// that is at most `upper` away: lower^2 - upper^2 > 2 error, where `error` bounds the error of
+// either squared distance. False for NaN.
 static inline bool certainly_farther(float lower, float upper, float error) {
-  constexpr float kSlack = 1.f - 1.f / (1 << 20);
+  constexpr float kSlack = 1.f - 1.f / (1 << 20);  // more than the rounding of this expression
   return (lower - upper) * (lower + upper) * kSlack > 2.f * error;
 }
 
-// Rows [begin, end) of a group.
-struct AssignChunk {
+// One thread's share of assign-and-accumulate: rows [begin, end) of a group.
+struct AssignShare {
   GroupTokens tokens;
   PackedCenters centers;  // wide layout
   int64_t begin, end;
@@ -55,27 +57,28 @@ struct AssignChunk {
   int32_t* labels;            // OUT [M] of the group, or null
   float* distances;           // OUT [M] of the group, or null
   const TokenBounds* bounds;  // OUT, or null
-  double* total;              // INOUT [1] weighted sum of the norms; with bounds only
-  int64_t* changed;           // INOUT [1] labels unlike those in bounds before; with bounds only
+  double* weighted_norms;     // INOUT [1] weighted sum of the norms; with bounds only
+  int64_t* num_changed;       // INOUT [1] labels unlike those that bounds held; with bounds only
 };
 
-// Tokens of one chunk that may have another centre than before.
-struct RefineChunk {
+// One thread's share of a pass that prunes: tokens that may have come nearer to another centre.
+struct RefineShare {
   GroupTokens tokens;
   PackedCenters centers;  // grouped layout
   int64_t begin;
   const uint16_t* rows;  // [count], counted from begin
   int64_t count;
-  TokenBounds bounds;  // INOUT
-  float* scratch;      // refine_floats()
-  uint16_t* changed;   // OUT rows that changed to another centre, counted from begin
-  int32_t* before;     // OUT their centres before
+  TokenBounds bounds;      // INOUT
+  float* scratch;          // refine_floats()
+  uint16_t* changed_rows;  // OUT rows that changed to another centre, counted from begin
+  int32_t* old_labels;     // OUT the centres that they had
 };
 
-// Tokens that come to or leave one centre, in columns [first, last).
-struct MoveChunk {
+// One thread's share of correcting the sums: the tokens that join or leave one centre, in columns
+// [first, last).
+struct MoveShare {
   GroupTokens tokens;
-  const int64_t* moves;  // [count] m where the token comes, -m - 1 where it leaves
+  const int64_t* moves;  // [count] m where the token joins, -m - 1 where it leaves
   int64_t count;
   int64_t first, last;
   const float* weights;  // [M], or null
@@ -83,7 +86,8 @@ struct MoveChunk {
   double* sum;           // INOUT [D] of the centre, in shifted coordinates
 };
 
-struct DistanceChunk {
+// One thread's share of all squared distances: rows [begin, end) of a group.
+struct DistanceShare {
   GroupTokens tokens;
   PackedCenters centers;  // wide layout
   int64_t begin, end;
@@ -91,22 +95,22 @@ struct DistanceChunk {
   float* distances;  // OUT [M, K] of the group
 };
 
-// Wide panels make the most of the registers; grouped ones hold one group of bounds each.
+// Wide panels fill the registers; a grouped panel holds the centres that share a lower bound.
 enum class Layout { kWide, kGrouped };
 
 struct CpuKernels {
   const char* name;
-  int64_t bound_group;  // centres that share a lower bound, adjacent ones
+  int64_t bound_group;  // how many adjacent centres share a lower bound
   int64_t (*padded_centers)(int64_t num_centers, Layout layout);
   int64_t (*scratch_floats)(int64_t width, int64_t num_centers);
   int64_t (*refine_floats)(int64_t width);
   // panels: [padded_centers * D], half_norms: [padded_centers].
   void (*pack)(const float* centers, const float* shift, int64_t num_centers, int64_t width,
                Layout layout, float* panels, float* half_norms);
-  void (*assign)(const AssignChunk& chunk);
-  int64_t (*refine)(const RefineChunk& chunk);  // returns how many changed
-  void (*move)(const MoveChunk& chunk);
-  void (*distances)(const DistanceChunk& chunk);
+  void (*assign)(const AssignShare& share);
+  int64_t (*refine)(const RefineShare& share);  // returns how many changed
+  void (*move)(const MoveShare& share);
+  void (*distances)(const DistanceShare& share);
 };
 
 namespace baseline {

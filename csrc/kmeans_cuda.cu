@@ -1,93 +1,36 @@
 // Assign-and-accumulate and all squared distances on the GPU: the contract in kmeans.h.
 //
-// Chooses between three paths, lays the workspace out and enqueues the kernels. Up to 32 centres,
-// without weights, take one read of the tokens, and so do up to 128 on Hopper, but for a few
-// tokens, where SPT_FAST_CUDA_SCREEN=1 asks for it; anything else takes a read for the labels and
-// one for the sums. No atomics and a fixed order of every sum: results repeat to the bit. Neither
-// path nor order depend on the number of multiprocessors, but the path does on the kind of GPU and
-// its shared memory. A token that is not finite goes to centre 0 at an infinite distance, so that
-// the inertia shows it; the sums are not to be used then. Limits: 65535 groups, 2^31 - 1 centres.
+// Chooses between two paths, lays the workspace out and enqueues the kernels. Up to 32 centres,
+// without weights, take one read of the tokens; anything else takes a read for the labels and one
+// for the sums. No atomics and a fixed order of every sum: results repeat to the bit. Neither path
+// nor order depend on the number of multiprocessors, but the path does on the shared memory of the
+// GPU. A token that is not finite goes to centre 0 at an infinite distance, so that the inertia
+// shows it; the sums are not to be used then. Limits: 65535 groups, 2^31 - 1 centres.
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <cuda_intrinsics.cuh>
 #include <stdexcept>
 #include <string>
 
+#include "cuda_launch.cuh"
 #include "kmeans.h"
 #include "kmeans_cuda_accumulate.cuh"
 #include "kmeans_cuda_assign.cuh"
 #include "kmeans_cuda_centers.cuh"
 #include "kmeans_cuda_one_read.cuh"
 #include "kmeans_cuda_reduce.cuh"
-#include "kmeans_cuda_rest.cuh"
-#include "kmeans_cuda_screen_centers.cuh"
-#include "kmeans_cuda_screened.cuh"
 
 namespace spt_fast {
 namespace {
 
 constexpr int64_t kMaxGridYZ = 65535;
-// Runs of tokens with partial sums of their own: two per multiprocessor of an H100, which evens out
-// on smaller and larger GPUs, bounded in memory.
+// Runs of tokens have partial sums of their own. There are at most two for each multiprocessor of
+// an H100, which keeps smaller and larger GPUs busy too. Each has at least kMinRows tokens, which
+// cost more than the adding up of its sums. Partial sums take at most kMaxPartialBytes.
 constexpr int64_t kMaxRuns = 264;
 constexpr int64_t kMinRows = 128;
 constexpr int64_t kMaxPartialBytes = int64_t{128} << 20;
-// Runs of the screen: two rounds of clusters of four on an H100. Fewer tokens are not worth it.
-constexpr int64_t kScreenRuns = 64;
-constexpr int64_t kMinScreenTokens = int64_t{1} << 15;
-
-void check(cudaError_t status, const char* what, int line) {
-  if (status == cudaSuccess) return;
-  // Forget the error, which the next call would otherwise take for its own.
-  cudaGetLastError();
-  throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(status) + " (" +
-                           __FILE__ + ":" + std::to_string(line) + ")");
-}
-#define SPT_CUDA_CHECK(call) check((call), #call, __LINE__)
-
-// Makes `device` current, and the caller's device again on the way out.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    SPT_CUDA_CHECK(cudaGetDevice(&previous_));
-    if (device != previous_) SPT_CUDA_CHECK(cudaSetDevice(device));
-  }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-};
-
-int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  SPT_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
-
-// What a block may have at most.
-int shared_memory(int device) {
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
-
-// Not by itself until a GPU has run it: it is the one path that could wait for ever.
-bool screen_is_wanted() {
-  const char* value = std::getenv("SPT_FAST_CUDA_SCREEN");
-  return value != nullptr && std::string(value) == "1";
-}
-
-// Whether the kernels for sm_90a were compiled and can run.
-bool has_warpgroups(int device) {
-#ifdef SPT_HAVE_SM90A
-  return device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9;
-#else
-  static_cast<void>(device);
-  return false;
-#endif
-}
+constexpr int64_t kAlignment = 256;  // of arrays in the workspace: that of cudaMalloc
 
 // Depends on the sizes only, never on the GPU: the same input gives the same order of sums.
 int64_t num_runs(int64_t groups, int64_t rows, int64_t width, int64_t num_centers) {
@@ -97,16 +40,16 @@ int64_t num_runs(int64_t groups, int64_t rows, int64_t width, int64_t num_center
   return std::max<int64_t>(1, std::min(most, rows / kMinRows));
 }
 
-// Hands out parts of the workspace; with no workspace, measures it.
+// Hands out arrays of the workspace; with no workspace, measures it.
 class Workspace {
  public:
   explicit Workspace(void* begin) : begin_(static_cast<char*>(begin)) {}
 
   template <typename V>
   V* take(int64_t count) {
-    char* part = begin_ ? begin_ + used_ : nullptr;
-    used_ += ceil_div(count * int64_t{sizeof(V)}, 256) * 256;
-    return reinterpret_cast<V*>(part);
+    char* taken = begin_ ? begin_ + used_ : nullptr;
+    used_ += ceil_div(count * int64_t{sizeof(V)}, kAlignment) * kAlignment;
+    return reinterpret_cast<V*>(taken);
   }
   int64_t used() const { return used_; }
 
@@ -118,7 +61,7 @@ class Workspace {
 // What both operations keep in the workspace.
 void take_centers(Problem& p, Workspace& workspace) {
   const int64_t padded = p.tokens.groups * p.center_tiles * kTileCenters;
-  p.packed = workspace.take<uint4>(p.tokens.groups * p.column_blocks * p.center_tiles * kWarp);
+  p.packed = workspace.take<uint4>(p.tokens.groups * p.column_tiles * p.center_tiles * kWarp);
   p.base = workspace.take<float>(padded);
   p.slope = workspace.take<float>(padded);
 }
@@ -132,13 +75,13 @@ void take_sums(Problem& p, Workspace& workspace) {
   p.labels = workspace.take<int32_t>(tokens);
 }
 
-Problem make_problem(const TokenView& tokens, int64_t rows, int64_t num_centers) {
+Problem make_problem(const TokenView& tokens, int64_t num_centers) {
   Problem p{};
   p.tokens = tokens;
-  p.rows = rows;
+  p.rows = tokens.rows();
   p.num_centers = num_centers;
-  p.runs = num_runs(tokens.groups, rows, tokens.width, num_centers);
-  p.column_blocks = static_cast<int>(ceil_div(tokens.width, kBlockColumns));
+  p.runs = num_runs(tokens.groups, p.rows, tokens.width, num_centers);
+  p.column_tiles = static_cast<int>(ceil_div(tokens.width, kTileColumns));
   p.center_tiles = std::max(kMinCenterTiles, static_cast<int>(ceil_div(num_centers, kTileCenters)));
   return p;
 }
@@ -189,43 +132,45 @@ unsigned as_grid(int64_t blocks) {
 template <typename T>
 void launch_pack_centers(const Problem& p, cudaStream_t stream) {
   const int64_t warps = p.tokens.groups * p.center_tiles * kTileCenters;
-  SPT_CUDA_CHECK(launch(pack_centers_kernel<T>, as_grid(ceil_div(warps, kCenterThreads / kWarp)),
-                        kCenterThreads, 0, stream, p));
+  launch(pack_centers_kernel<T>, as_grid(ceil_div(warps, kCenterThreads / kWarp)), kCenterThreads,
+         0, stream, p);
 }
 
 template <typename T>
-void launch_assign(const Problem& p, int device, cudaStream_t stream) {
+void launch_assign(const Problem& p, cudaStream_t stream) {
   const int64_t stage = assign_stage_bytes(sizeof(T));
-  const int64_t shift = int64_t{p.column_blocks} * kBlockColumns * int64_t{sizeof(float)};
-  const int64_t stages =
-      std::min<int64_t>(kMaxAssignStages, (shared_memory(device) - shift) / stage);
+  const int64_t shift = int64_t{p.column_tiles} * kTileColumns * int64_t{sizeof(float)};
+  const int64_t stages = std::min<int64_t>(
+      kMaxAssignStages, (dynamic_shared_memory(assign_kernel<T>) - shift) / stage);
   if (stages < 2) {
     throw std::invalid_argument("width " + std::to_string(p.tokens.width) +
                                 " is too large for the shared memory of this GPU");
   }
   AssignShape shape{};
   shape.stages = static_cast<int>(stages);
-  shape.chunks = static_cast<int>(ceil_div(p.center_tiles, kChunkTiles));
-  shape.tiles_per_chunk = static_cast<int>(ceil_div(p.center_tiles, shape.chunks));
-  shape.chunks = static_cast<int>(ceil_div(p.center_tiles, shape.tiles_per_chunk));
-  shape.steps_per_chunk = static_cast<int>(ceil_div(p.column_blocks, step_blocks(sizeof(T))));
+  shape.slabs = static_cast<int>(ceil_div(p.center_tiles, kSlabTiles));
+  shape.tiles_per_slab = static_cast<int>(ceil_div(p.center_tiles, shape.slabs));
+  shape.slabs = static_cast<int>(ceil_div(p.center_tiles, shape.tiles_per_slab));
+  shape.steps_per_slab = static_cast<int>(ceil_div(p.column_tiles, step_tiles(sizeof(T))));
   const dim3 grid(as_grid(ceil_div(p.rows, kAssignRows)), as_grid(p.tokens.groups));
-  SPT_CUDA_CHECK(launch(assign_kernel<T>, grid, kAssignThreads,
-                        static_cast<int>(stages * stage + shift), stream, p, shape));
+  launch(assign_kernel<T>, grid, kAssignThreads, static_cast<int>(stages * stage + shift), stream,
+         p, shape);
 }
 
 template <typename T>
-void launch_accumulate(const Problem& p, int64_t runs, int device, cudaStream_t stream) {
-  // Two blocks share a multiprocessor; each also has static memory, and some is the system's.
+void launch_accumulate(const Problem& p, cudaStream_t stream) {
+  // Two blocks share a multiprocessor. It holds 1 KiB more than a block may have, and the system
+  // and the kernel's counts take 1.5 KiB of each block's.
   const int64_t slab_bytes = kAccumulateColumns * int64_t{sizeof(float)};
-  const int64_t most = std::min<int64_t>(kMaxSlab, (shared_memory(device) / 2 - 2048) / slab_bytes);
+  const int64_t most = std::min<int64_t>(
+      kMaxSlab, (dynamic_shared_memory(accumulate_kernel<T>) / 2 - 2048) / slab_bytes);
   const int64_t slabs = ceil_div(p.num_centers, most);
   const int64_t slab = ceil_div(p.num_centers, slabs);
   const int64_t tiles = ceil_div(p.tokens.width, kAccumulateColumns);
-  const dim3 grid(as_grid(tiles * ceil_div(p.num_centers, slab) + 1), as_grid(runs),
+  const dim3 grid(as_grid(tiles * ceil_div(p.num_centers, slab) + 1), as_grid(p.runs),
                   as_grid(p.tokens.groups));
-  SPT_CUDA_CHECK(launch(accumulate_kernel<T>, grid, kAccumulateThreads,
-                        static_cast<int>(slab * slab_bytes), stream, p, static_cast<int>(slab)));
+  launch(accumulate_kernel<T>, grid, kAccumulateThreads, static_cast<int>(slab * slab_bytes),
+         stream, p, static_cast<int>(slab));
 }
 
 // The one-read kernel and its shape, or no kernel.
@@ -234,144 +179,47 @@ struct OneRead {
   OneReadShape shape;
 };
 
-template <typename T, int kRowTiles, int kBlocks>
-OneRead try_one_read(const Problem& p, int shared_bytes) {
+template <typename T, int kRowTiles, int kColumnTiles>
+OneRead try_one_read(const Problem& p) {
   static_assert(kMinCenterTiles == 3 && kOneReadCenters == 4 * kTileCenters);
   const OneReadShape shape = one_read_shape(p.tokens.width, p.center_tiles, sizeof(T), kRowTiles);
-  if (shape.blocks_per_warp > kBlocks || shape.bytes > shared_bytes) return {};
-  return {p.center_tiles == 3 ? one_read_kernel<T, kRowTiles, kBlocks, 3>
-                              : one_read_kernel<T, kRowTiles, kBlocks, 4>,
-          shape};
+  const auto kernel = p.center_tiles == 3 ? one_read_kernel<T, kRowTiles, kColumnTiles, 3>
+                                          : one_read_kernel<T, kRowTiles, kColumnTiles, 4>;
+  const bool fits =
+      shape.column_tiles_per_warp <= kColumnTiles && shape.bytes <= dynamic_shared_memory(kernel);
+  return fits ? OneRead{kernel, shape} : OneRead{};
 }
 
 // Tiles of 32 tokens halve the barriers and the reading of centres; 16 fit where 32 do not.
 template <typename T>
-OneRead choose_one_read(const Problem& p, int device) {
+OneRead choose_one_read(const Problem& p) {
   if (p.weights || p.num_centers > kOneReadCenters || p.tokens.width > kOneReadColumns) return {};
-  const int shared_bytes = shared_memory(device);
   if constexpr (sizeof(T) == 4) {
-    return try_one_read<T, 1, 6>(p, shared_bytes);
+    return try_one_read<T, 1, 6>(p);
   } else {
-    const OneRead wide = try_one_read<T, 2, 6>(p, shared_bytes);
-    return wide.kernel ? wide : try_one_read<T, 1, 6>(p, shared_bytes);
+    const OneRead wide = try_one_read<T, 2, 6>(p);
+    return wide.kernel ? wide : try_one_read<T, 1, 6>(p);
   }
 }
 
-// What the screen keeps in the workspace; no blocks where it does not serve the sizes.
-struct Screen {
-  ScreenedCenters centers{};
-  Undecided undecided{};
-  uint32_t* list = nullptr;
-  int64_t* listed = nullptr;
-};
-
-// A block's share of the centres and tokens; as few blocks as hold all columns.
-ScreenedCenters divide_columns(const Problem& p) {
-  const int64_t chunks = ceil_div(p.tokens.width, kChunkColumns);
-  ScreenedCenters centers{};
-  centers.blocks = 1;
-  while (centers.blocks * kChunksPerBlock < chunks) centers.blocks *= 2;
-  centers.columns_per_block = static_cast<int>(ceil_div(chunks, centers.blocks)) * kChunkColumns;
-  centers.half = p.num_centers <= 64 ? 32 : p.num_centers <= 112 ? 56 : 64;
-  return centers;
-}
-
-Screen take_screen(const Problem& p, Workspace& workspace) {
-  Screen screen;
-  if (p.num_centers <= kOneReadCenters || p.num_centers > kMaxScreenCenters ||
-      p.tokens.width > kMaxClusterBlocks * kScreenColumns || p.rows < kMinScreenTokens ||
-      p.rows > INT32_MAX || p.runs < 2) {
-    return screen;
-  }
-  const int64_t groups = p.tokens.groups;
-  screen.centers = divide_columns(p);
-  ScreenedCenters& centers = screen.centers;
-  const int64_t parts = groups * centers.blocks;
-  centers.packed = workspace.take<uint16_t>(parts * 2 * centers.half * kScreenColumns);
-  centers.offsets = workspace.take<float>(parts * kMaxScreenCenters);
-  centers.lengths = workspace.take<float>(parts * kMaxScreenCenters);
-  centers.base = workspace.take<float>(groups * kMaxScreenCenters);
-  centers.slope = workspace.take<float>(groups * kMaxScreenCenters);
-  centers.doubt = workspace.take<float>(groups * kMaxScreenCenters);
-  Undecided& undecided = screen.undecided;
-  undecided.runs = std::min(ceil_div(kScreenRuns, groups), p.runs / 2);
-  undecided.list_rows =
-      ceil_div(ceil_div(p.rows, undecided.runs), kScreenRows) * (kScreenRows / centers.blocks);
-  const int64_t lists = parts * undecided.runs;
-  undecided.lists = workspace.take<uint32_t>(lists * undecided.list_rows);
-  undecided.lengths = workspace.take<int32_t>(lists);
-  screen.list = workspace.take<uint32_t>(groups * p.rows);
-  screen.listed = workspace.take<int64_t>(groups);
-  return screen;
-}
-
 template <typename T>
-auto screen_kernel_of(int half) {
-  return half == 32   ? screen_kernel<T, 32>
-         : half == 56 ? screen_kernel<T, 56>
-                      : screen_kernel<T, 64>;
-}
-
-// One read for the tokens that the screen decides on, two for the rest, each with its own runs.
-template <typename T>
-void launch_screen(Problem& p, const Screen& screen, const ScreenShape& shape, int device,
-                   cudaStream_t stream) {
-  p.runs = 2 * screen.undecided.runs;
-  const int64_t groups = p.tokens.groups;
-  const int64_t slots = groups * kMaxScreenCenters;
-  SPT_CUDA_CHECK(launch(pack_screen_kernel<T>, as_grid(ceil_div(slots, kCenterThreads / kWarp)),
-                        kCenterThreads, 0, stream, p, screen.centers));
-  const int64_t lists = screen.undecided.runs * screen.centers.blocks;
-  const dim3 grid(as_grid(lists), as_grid(groups));
-  SPT_CUDA_CHECK(launch_clusters(screen_kernel_of<T>(screen.centers.half), grid,
-                                 screen.centers.blocks, kScreenThreads, shape.bytes, stream, p,
-                                 shape, screen.centers, screen.undecided));
-  SPT_CUDA_CHECK(launch(gather_lists_kernel, grid, kRestThreads, 0, stream, screen.undecided,
-                        p.rows, screen.list, screen.listed));
-  Problem rest = p;
-  rest.list = screen.list;
-  rest.listed = screen.listed;
-  rest.first_run = screen.undecided.runs;
-  launch_assign<T>(rest, device, stream);
-  launch_accumulate<T>(rest, p.runs - rest.first_run, device, stream);
-}
-
-// launch_screen, where the screen can do what is asked for; returns whether it can.
-template <typename T>
-bool try_screen(Problem& p, const Screen& screen, const AssignArgs& args, int device,
-                cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2) {
-    const ScreenShape shape = screen_shape(screen.centers.half);
-    if (screen.centers.blocks && !args.weights && !args.distances && screen_is_wanted() &&
-        has_warpgroups(device) && shape.bytes <= shared_memory(device)) {
-      launch_screen<T>(p, screen, shape, device, stream);
-      return true;
-    }
-  }
-  return false;
-}
-
-template <typename T>
-void launch_assign_accumulate(Problem p, const Screen& screen, const AssignArgs& args, int device,
-                              cudaStream_t stream) {
+void launch_assign_accumulate(Problem p, const AssignArgs& args, cudaStream_t stream) {
   launch_pack_centers<T>(p, stream);
-  const OneRead one_read = choose_one_read<T>(p, device);
+  const OneRead one_read = choose_one_read<T>(p);
   if (one_read.kernel) {
     p.labels = args.labels;
     p.distances = args.distances;
-    SPT_CUDA_CHECK(launch(one_read.kernel, dim3(as_grid(p.runs), as_grid(p.tokens.groups)),
-                          kOneReadThreads, one_read.shape.bytes, stream, p, one_read.shape));
+    launch(one_read.kernel, dim3(as_grid(p.runs), as_grid(p.tokens.groups)), kOneReadThreads,
+           one_read.shape.bytes, stream, p, one_read.shape);
   } else {
     if (args.labels) p.labels = args.labels;
     if (args.distances) p.distances = args.distances;
-    if (!try_screen<T>(p, screen, args, device, stream)) {
-      launch_assign<T>(p, device, stream);
-      launch_accumulate<T>(p, p.runs, device, stream);
-    }
+    launch_assign<T>(p, stream);
+    launch_accumulate<T>(p, stream);
   }
   const int64_t elements = p.tokens.groups * p.num_centers * (p.tokens.width + kExtraColumns);
-  SPT_CUDA_CHECK(launch(reduce_kernel, as_grid(ceil_div(elements, kWarp)), kReduceThreads, 0,
-                        stream, p, args.sums, args.counts, args.inertia));
+  launch(reduce_kernel, as_grid(ceil_div(elements, kWarp)), kReduceThreads, 0, stream, p, args.sums,
+         args.counts, args.inertia);
 }
 
 void clear_outputs(const AssignArgs& args, cudaStream_t stream) {
@@ -392,44 +240,44 @@ void set_inputs(Problem& p, const float* centers, const float* shift, Workspace&
   p.shift = shift ? shift : mean;
   if (shift) return;
   const int64_t elements = p.tokens.groups * p.tokens.width;
-  SPT_CUDA_CHECK(launch(mean_center_kernel, as_grid(ceil_div(elements, kCenterThreads)),
-                        kCenterThreads, 0, stream, centers, p.tokens.groups, p.num_centers,
-                        p.tokens.width, mean));
+  launch(mean_center_kernel, as_grid(ceil_div(elements, kCenterThreads)), kCenterThreads, 0, stream,
+         centers, p.tokens.groups, p.num_centers, p.tokens.width, mean);
 }
 
-// The size of the workspace: that of the parts which the operations take.
-int64_t workspace_bytes(int64_t groups, int64_t rows, int64_t width, int64_t num_centers,
-                        bool with_sums) {
-  if (groups < 1 || rows < 1) return 256;
-  TokenView tokens;
-  tokens.groups = groups;
-  tokens.width = width;
-  Problem p = make_problem(tokens, rows, num_centers);
+// The size of the workspace: that of the arrays which the operations take.
+int64_t workspace_bytes(const TokenView& tokens, int64_t num_centers, bool with_sums) {
+  if (tokens.groups < 1 || tokens.rows() < 1) return kAlignment;
+  Problem p = make_problem(tokens, num_centers);
   Workspace workspace(nullptr);
   take_centers(p, workspace);
-  workspace.take<float>(groups * width);
-  if (with_sums) {
-    take_sums(p, workspace);
-    take_screen(p, workspace);
-  }
+  workspace.take<float>(tokens.groups * tokens.width);
+  if (with_sums) take_sums(p, workspace);
   return workspace.used();
 }
 
 }  // namespace
 
-int64_t assign_accumulate_cuda_workspace(int64_t groups, int64_t rows, int64_t width,
-                                         int64_t num_centers) {
-  return workspace_bytes(groups, rows, width, num_centers, true);
+std::string cuda_why_not() {
+  cudaFuncAttributes attributes{};
+  const cudaError_t status =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(mean_center_kernel));
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return std::string("kernels built for " SPT_CUDA_ARCHS " do not run on this GPU: ") +
+         cudaGetErrorString(status);
 }
 
-int64_t distances_cuda_workspace(int64_t groups, int64_t rows, int64_t width, int64_t num_centers) {
-  return workspace_bytes(groups, rows, width, num_centers, false);
+int64_t assign_accumulate_cuda_workspace(const AssignArgs& args) {
+  return workspace_bytes(args.tokens, args.num_centers, true);
 }
 
-void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device, void* stream) {
+int64_t distances_cuda_workspace(const DistanceArgs& args) {
+  return workspace_bytes(args.tokens, args.num_centers, false);
+}
+
+void assign_accumulate_cuda(const AssignArgs& args, void* workspace, void* stream) {
   const TokenView& tokens = args.tokens;
   if (tokens.groups < 1) return;
-  const DeviceGuard guard(device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (tokens.rows() < 1) return clear_outputs(args, cuda_stream);
   validate(tokens, args.num_centers);
@@ -437,18 +285,17 @@ void assign_accumulate_cuda(const AssignArgs& args, void* workspace, int device,
     throw std::invalid_argument("tokens, centers, sums, counts, inertia and workspace must be set");
   }
 
-  Problem p = make_problem(tokens, tokens.rows(), args.num_centers);
-  Workspace parts(workspace);
-  set_inputs(p, args.centers, args.shift, parts, cuda_stream);
-  take_sums(p, parts);
-  const Screen screen = take_screen(p, parts);
+  Problem p = make_problem(tokens, args.num_centers);
+  Workspace arrays(workspace);
+  set_inputs(p, args.centers, args.shift, arrays, cuda_stream);
+  take_sums(p, arrays);
   p.weights = args.weights;
   visit_dtype(tokens.dtype, [&](auto element) {
-    launch_assign_accumulate<decltype(element)>(p, screen, args, device, cuda_stream);
+    launch_assign_accumulate<decltype(element)>(p, args, cuda_stream);
   });
 }
 
-void distances_cuda(const DistanceArgs& args, void* workspace, int device, void* stream) {
+void distances_cuda(const DistanceArgs& args, void* workspace, void* stream) {
   const TokenView& tokens = args.tokens;
   if (tokens.groups < 1 || tokens.rows() < 1) return;
   validate(tokens, args.num_centers);
@@ -456,16 +303,15 @@ void distances_cuda(const DistanceArgs& args, void* workspace, int device, void*
     throw std::invalid_argument("tokens, centers, distances and workspace must be set");
   }
 
-  const DeviceGuard guard(device);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  Problem p = make_problem(tokens, tokens.rows(), args.num_centers);
-  Workspace parts(workspace);
-  set_inputs(p, args.centers, args.shift, parts, cuda_stream);
+  Problem p = make_problem(tokens, args.num_centers);
+  Workspace arrays(workspace);
+  set_inputs(p, args.centers, args.shift, arrays, cuda_stream);
   p.all_distances = args.distances;
   visit_dtype(tokens.dtype, [&](auto element) {
     using T = decltype(element);
     launch_pack_centers<T>(p, cuda_stream);
-    launch_assign<T>(p, device, cuda_stream);
+    launch_assign<T>(p, cuda_stream);
   });
 }
 

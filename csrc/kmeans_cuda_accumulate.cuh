@@ -1,21 +1,28 @@
-// Sums per centre of tokens whose labels are known: the second read of the path for any K.
+// Sums per centre (eq. 10) of tokens whose labels are known: the second read of the path for any K.
 //
-// A thread owns four neighbouring columns of up to kMaxSlab centres, float32 totals in shared
-// memory that move to float64 every kRowsPerMove tokens. Threads share nothing, so there is nothing
-// to synchronise. A token is read only for the slab of centres that holds its label.
+//   sums[k] = sum over x of [label(x) = k] w(x) x,   counts[k] = sum over x of [label(x) = k] w(x)
+//
+// A thread has four neighbouring columns of a slab of up to kMaxSlab centres: float32 totals in
+// shared memory, which move to float64 every kRowsPerMove tokens. No thread reads what another
+// writes, so sums need no barrier. A token is read only for the slab that holds its label.
 #pragma once
 
 #include "kmeans_cuda_problem.cuh"
 
 namespace spt_fast {
 
-constexpr int kColumnsPerThread = 4;
-constexpr int kAccumulateThreads = 64;
+constexpr int kColumnsPerThread = 4;    // one 16-byte load of float32
+constexpr int kAccumulateThreads = 64;  // so that 1 KiB of totals is a centre's, and 110 fit
 constexpr int kAccumulateColumns = kColumnsPerThread * kAccumulateThreads;
-// Loads that are under way at a time: 128 bytes a thread keep the memory busy.
+// Rows whose loads are under way at a time: 256 bytes of float32 or of half types a thread.
 __host__ __device__ constexpr int rows_in_flight(int element_bytes) { return 64 / element_bytes; }
-constexpr int kMaxSlab = 110;
-constexpr int kRowsPerMove = 4096;
+constexpr int kMaxSlab = 110;  // two blocks of 110 KiB share a multiprocessor of an H100
+// n rounded additions to a growing float32 total lose n / 2 2^-24 of the sum of |x| at worst, which
+// is 1.2e-4, and about sqrt(n) 2^-24, 4e-6, if roundings are independent. Tests define fewer rows.
+#ifndef SPT_ROWS_PER_MOVE
+#define SPT_ROWS_PER_MOVE 4096
+#endif
+constexpr int kRowsPerMove = SPT_ROWS_PER_MOVE;
 
 // Four adjacent elements, as they are in memory.
 template <typename T>
@@ -23,7 +30,8 @@ struct alignas(4 * sizeof(T)) Quad {
   T values[kColumnsPerThread];
 };
 
-// In one load where the alignment allows it; those from `count` on are zero.
+// Four elements from `source`, those from `count` on as zeros; one load where the alignment allows
+// it.
 template <typename T>
 __device__ inline Quad<T> load_quad(const T* source, int count, bool aligned) {
   if (aligned && count == kColumnsPerThread) return *reinterpret_cast<const Quad<T>*>(source);
@@ -33,7 +41,8 @@ __device__ inline Quad<T> load_quad(const T* source, int count, bool aligned) {
   return quad;
 }
 
-// The thread's four columns of a run's totals, to be added to its float64 partials, and cleared.
+// Adds the thread's four columns of the totals to the run's partials, in float64, and clears them.
+// IN totals [slab], kAccumulateThreads apart; INOUT partial [slab], `stride` apart.
 __device__ inline void move_totals(float4* totals, double* partial, int64_t stride, int slab,
                                    int columns, bool first) {
   for (int k = 0; k < slab; ++k) {
@@ -45,16 +54,15 @@ __device__ inline void move_totals(float4* totals, double* partial, int64_t stri
   }
 }
 
-// The tokens of a run, numbers [begin, end) of the group's rows, and where its partial sums go.
+// The tokens of a run, rows [begin, end) of the group, and where its partial sums go.
 struct Run {
   int64_t group;
-  RowList rows;
   int64_t begin;
   int64_t end;
   double* partial;
 };
 
-// Sums of four columns of the centres [first_center, first_center + slab).
+// The run's sums of four columns, of the centres [first_center, first_center + slab).
 template <typename T>
 __device__ inline void accumulate_columns(const Problem& p, const Run& run, int64_t first_column,
                                           int64_t first_center, int slab) {
@@ -70,7 +78,7 @@ __device__ inline void accumulate_columns(const Problem& p, const Run& run, int6
   for (int k = 0; k < slab; ++k) totals[k * kAccumulateThreads] = {0.0f, 0.0f, 0.0f, 0.0f};
 
   double* partial = run.partial + first_center * stride + first_column;
-  // Where all rows are done, they are counted up, which spares a division for each.
+  // Row i * inner + j. It is counted up, which spares a division for each row.
   int64_t i = run.begin / p.tokens.inner;
   int64_t j = run.begin - i * p.tokens.inner;
   bool first = true;
@@ -81,14 +89,12 @@ __device__ inline void accumulate_columns(const Problem& p, const Run& run, int6
     Quad<T> quads[kRowsInFlight];
 #pragma unroll
     for (int u = 0; u < kRowsInFlight; ++u) {
-      const int64_t row = run.rows.row(min(first_row + u, run.end - 1));
-      const int64_t label = first_row + u < run.end ? labels[row] - first_center : -1;
+      const int64_t row = first_row + u;
+      const int64_t label = row < run.end ? labels[row] - first_center : -1;
       center[u] = label < slab ? static_cast<int>(label) : -1;
       if (center[u] >= 0) {
         weight[u] = weights ? weights[row] : 1.0f;
-        const int64_t offset = run.rows.list
-                                   ? token_offset(p.tokens, row)
-                                   : i * p.tokens.outer_stride + j * p.tokens.inner_stride;
+        const int64_t offset = i * p.tokens.outer_stride + j * p.tokens.inner_stride;
         quads[u] = load_quad(tokens + offset, columns, p.granule == Granule::k16);
       }
       if (++j == p.tokens.inner) {
@@ -116,7 +122,7 @@ __device__ inline void accumulate_columns(const Problem& p, const Run& run, int6
   if (unmoved || first) move_totals(totals, partial, stride, slab, columns, first);
 }
 
-// Counts of all centres and the inertia of a run, in float64; a thread owns every 64th centre.
+// Counts of all centres and the inertia of a run, in float64; a thread has every 64th centre.
 __device__ inline void accumulate_counts(const Problem& p, const Run& run) {
   __shared__ double shares[kAccumulateThreads];
   const int64_t stride = p.tokens.width + kExtraColumns;
@@ -124,8 +130,7 @@ __device__ inline void accumulate_counts(const Problem& p, const Run& run) {
   for (int64_t k = threadIdx.x; k < p.num_centers; k += kAccumulateThreads) {
     double count = 0.0;
 #pragma unroll 8
-    for (int64_t i = run.begin; i < run.end; ++i) {
-      const int64_t row = run.rows.row(i);
+    for (int64_t row = run.begin; row < run.end; ++row) {
       const float weight = p.weights ? p.weights[first_token + row] : 1.0f;
       if (p.labels[first_token + row] == k) count += weight;
     }
@@ -133,8 +138,7 @@ __device__ inline void accumulate_counts(const Problem& p, const Run& run) {
   }
 
   double inertia = 0.0;
-  for (int64_t i = run.begin + threadIdx.x; i < run.end; i += kAccumulateThreads) {
-    const int64_t row = run.rows.row(i);
+  for (int64_t row = run.begin + threadIdx.x; row < run.end; row += kAccumulateThreads) {
     const double weight = p.weights ? p.weights[first_token + row] : 1.0f;
     inertia += weight * p.distances[first_token + row];
   }
@@ -146,17 +150,17 @@ __device__ inline void accumulate_counts(const Problem& p, const Run& run) {
   run.partial[p.tokens.width + 1] = total;
 }
 
-// grid = (tiles of columns x slabs of centres + 1, runs, groups); the extra block counts. The runs
-// are those from p.first_run on.
+// Sums, counts and inertia of each run. IN tokens [G, M, D], labels [G, M], distances [G, M],
+// weights [G, M] or null; OUT partials [G, runs, K, D + kExtraColumns]. grid = (column tiles of
+// kAccumulateColumns * slabs + 1, runs, groups); the last block in x counts.
 template <typename T>
 __global__ void __launch_bounds__(kAccumulateThreads) accumulate_kernel(Problem p, int slab) {
   Run run;
   run.group = blockIdx.z;
-  run.rows = rows_of(p, run.group);
-  const int64_t run_rows = ceil_div(run.rows.count, gridDim.y);
-  run.begin = min(blockIdx.y * run_rows, run.rows.count);
-  run.end = min(run.begin + run_rows, run.rows.count);
-  run.partial = run_partial(p, run.group, p.first_run + blockIdx.y);
+  const int64_t run_rows = ceil_div(p.rows, p.runs);
+  run.begin = min(blockIdx.y * run_rows, p.rows);
+  run.end = min(run.begin + run_rows, p.rows);
+  run.partial = run_partial(p, run.group, blockIdx.y);
   if (blockIdx.x + 1 == gridDim.x) {
     accumulate_counts(p, run);
     return;

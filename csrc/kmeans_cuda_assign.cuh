@@ -1,10 +1,12 @@
-// Labels and distances, or all squared distances, for any number of centres: a tiled product.
+// Labels and distances (eq. 9), or all squared distances, for any number of centres.
 //
-// A block of eight warps holds 256 tokens and goes through the centres in chunks of up to 104, 64
-// bytes of the columns a step, the steps in a ring of 2 to 4 stages in shared memory. A warp keeps
-// the products of its 32 tokens with all centres of a chunk in registers, so a centre read from
-// shared memory serves four products. Tokens are read once for every chunk, by then mostly from the
-// L2 cache.
+//   |x - c|^2 = |x - shift|^2 + base + slope * product        (kmeans_cuda_centers.cuh)
+//
+// A block of eight warps holds 256 tokens and goes through the centres in slabs of up to 104. A
+// step takes 64 bytes of each row; steps go through a ring of 2 to 4 stages in shared memory. A
+// warp keeps the products of its 32 tokens with all centres of a slab in registers, so that a value
+// of a centre read from shared memory serves both row tiles of the warp. Tokens are read once for
+// every slab: from the second slab on mostly from the L2 cache.
 #pragma once
 
 #include "kmeans_cuda_products.cuh"
@@ -15,47 +17,49 @@ namespace spt_fast {
 constexpr int kAssignWarps = 8;
 constexpr int kAssignThreads = kAssignWarps * kWarp;
 constexpr int kRowTilesPerWarp = 2;
-constexpr int kRowsPerWarp = 16 * kRowTilesPerWarp;
+constexpr int kRowsPerWarp = kTileRows * kRowTilesPerWarp;
 constexpr int kAssignRows = kAssignWarps * kRowsPerWarp;
-// Bytes of a row that a step reads: two blocks of columns, of float32 one.
+// Bytes of a row that a step reads: two column tiles of half types, one of float32.
 constexpr int kStepBytes = 64;
-// Centres of a chunk: 100 take one, and the products leave registers for the rest.
-constexpr int kChunkTiles = 13;
-constexpr int kMaxAssignStages = 4;
+// K = 100 takes one slab, and 2 * 13 * 4 products leave 151 of 255 registers for the rest.
+constexpr int kSlabTiles = 13;
+constexpr int kMaxAssignStages = 4;  // as wait_for_oldest() knows them
 
-__host__ __device__ constexpr int step_blocks(int element_bytes) {
-  return kStepBytes / (kBlockColumns * element_bytes);
+__host__ __device__ constexpr int step_tiles(int element_bytes) {
+  return kStepBytes / (kTileColumns * element_bytes);
 }
-// A stage holds the tokens of all warps, rows padded by 16 bytes against bank conflicts, and after
-// them the centres.
+// A stage holds the tokens of all warps, and after them the centres. Rows are padded by 16 bytes:
+// the eight rows that ldmatrix reads at a time then lie in different banks.
 constexpr int kAssignStride = kStepBytes + 16;
 __host__ __device__ constexpr int assign_stage_bytes(int element_bytes) {
-  return kAssignRows * kAssignStride + step_blocks(element_bytes) * kChunkTiles * kWarp * 16;
+  return kAssignRows * kAssignStride + step_tiles(element_bytes) * kSlabTiles * kWarp * 16;
 }
 
-// How the centres are dealt out: chunks of equal size, but for the last.
+// How the centres are dealt with: slabs of equal size, except the last.
 struct AssignShape {
   int stages;
-  int chunks;
-  int tiles_per_chunk;
-  int steps_per_chunk;
+  int slabs;
+  int tiles_per_slab;
+  int steps_per_slab;
 };
 
-// Copies the centres of one step; what lies outside them stays as it was, and is not used.
+// Copies the centres of one step: target [column_tiles, kSlabTiles, 32] uint4, of which `tiles` are
+// written. The rest keeps what it had, and is not used.
 __device__ inline void copy_centers(unsigned char* target, const Problem& p, int64_t group,
-                                    int first_block, int blocks, int first_tile, int tiles) {
+                                    int first_column_tile, int column_tiles, int first_tile,
+                                    int tiles) {
   const int pieces = tiles * kWarp;
-  for (int b = 0; b < blocks; ++b) {
+  for (int b = 0; b < column_tiles; ++b) {
     const uint4* source =
         p.packed +
-        ((group * p.column_blocks + first_block + b) * p.center_tiles + first_tile) * kWarp;
+        ((group * p.column_tiles + first_column_tile + b) * p.center_tiles + first_tile) * kWarp;
     for (int i = threadIdx.x; i < pieces; i += kAssignThreads) {
-      copy_async_16(target + (b * kChunkTiles * kWarp + i) * 16, source + i, 16);
+      copy_async_16(target + (b * kSlabTiles * kWarp + i) * 16, source + i, 16);
     }
   }
 }
 
-// Waits for the oldest copy of a ring of `stages`; the instruction wants a constant.
+// Waits for the oldest copy of a ring of `stages`. The instruction takes only a constant.
 __device__ inline void wait_for_oldest(int stages) {
   if (stages == 4) {
     wait_copies<2>();
@@ -66,7 +70,7 @@ __device__ inline void wait_for_oldest(int stages) {
   }
 }
 
-// A thread's rows: lane / 4 of each half of each row tile.
+// What a thread knows of its rows: [r][half] is row quad_row() + 8 half of row tile r.
 struct RowState {
   float norm[kRowTilesPerWarp][2];
   float best_score[kRowTilesPerWarp][2];
@@ -74,21 +78,22 @@ struct RowState {
 };
 
 __device__ inline int64_t thread_row(int64_t warp_row, int tile, int half) {
-  return warp_row + tile * 16 + half * 8 + threadIdx.x % kWarp / 4;
+  return warp_row + tile * kTileRows + half * 8 + quad_row();
 }
 
-// Products to scores: kept if nearest, or written as distances.
-__device__ inline void finish_chunk(const Problem& p, const RowList& rows, int64_t group,
-                                    int64_t warp_row, int first_tile, int tiles,
-                                    const float (&product)[kRowTilesPerWarp][kChunkTiles][4],
-                                    RowState& state) {
+// score = base + slope * product, for the centres of a slab: the nearest is kept, and distances are
+// written where all are wanted. IN product: result c[2 half + i] of row tile r and centre tile j.
+__device__ inline void finish_slab(const Problem& p, int64_t group, int64_t warp_row,
+                                   int first_tile, int tiles,
+                                   const float (&product)[kRowTilesPerWarp][kSlabTiles][4],
+                                   RowState& state) {
   const int64_t padded = int64_t{p.center_tiles} * kTileCenters;
 #pragma unroll
-  for (int j = 0; j < kChunkTiles; ++j) {
+  for (int j = 0; j < kSlabTiles; ++j) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       if (j >= tiles) continue;
-      const int center = (first_tile + j) * kTileCenters + 2 * (threadIdx.x % 4) + c;
+      const int center = (first_tile + j) * kTileCenters + pair_column() + c;
       const float base = p.base[group * padded + center];
       const float slope = p.slope[group * padded + center];
 #pragma unroll
@@ -101,7 +106,7 @@ __device__ inline void finish_chunk(const Problem& p, const RowList& rows, int64
             state.best_center[r][half] = center;
           }
           const int64_t row = thread_row(warp_row, r, half);
-          if (p.all_distances && row < rows.count && center < p.num_centers) {
+          if (p.all_distances && row < p.rows && center < p.num_centers) {
             const float distance = state.norm[r][half] + score;
             p.all_distances[(group * p.rows + row) * p.num_centers + center] =
                 distance < 0.0f ? 0.0f : distance;
@@ -112,9 +117,9 @@ __device__ inline void finish_chunk(const Problem& p, const RowList& rows, int64
   }
 }
 
-// The nearest centre among those that the four lanes of a row have seen.
-__device__ inline void finish_rows(const Problem& p, const RowList& rows, int64_t group,
-                                   int64_t warp_row, RowState& state) {
+// The nearest centre among those that the lanes of a quad have seen, to labels and distances.
+__device__ inline void finish_rows(const Problem& p, int64_t group, int64_t warp_row,
+                                   RowState& state) {
 #pragma unroll
   for (int r = 0; r < kRowTilesPerWarp; ++r) {
 #pragma unroll
@@ -123,17 +128,16 @@ __device__ inline void finish_rows(const Problem& p, const RowList& rows, int64_
       int& best_center = state.best_center[r][half];
 #pragma unroll
       for (int other = 2; other > 0; other /= 2) {
-        const float score = __shfl_xor_sync(0xffffffffu, best_score, other);
-        const int center = __shfl_xor_sync(0xffffffffu, best_center, other);
+        const float score = __shfl_xor_sync(kAllLanes, best_score, other);
+        const int center = __shfl_xor_sync(kAllLanes, best_center, other);
         if (is_nearer(score, center, best_score, best_center)) {
           best_score = score;
           best_center = center;
         }
       }
       const int64_t row = thread_row(warp_row, r, half);
-      if (threadIdx.x % 4 == 0 && row < rows.count) {
-        store_nearest(p, group, rows.row(row),
-                      finish_distance(state.norm[r][half], best_score, best_center));
+      if (quad_lane() == 0 && row < p.rows) {
+        store_nearest(p, group, row, finish_distance(state.norm[r][half], best_score, best_center));
       }
     }
   }
@@ -142,47 +146,46 @@ __device__ inline void finish_rows(const Problem& p, const RowList& rows, int64_
 __device__ inline void sum_quads(float (&norm)[kRowTilesPerWarp][2]) {
 #pragma unroll
   for (int i = 0; i < 2 * kRowTilesPerWarp; ++i) {
-    float& sum = norm[i / 2][i % 2];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    norm[i / 2][i % 2] = sum_over_quad(norm[i / 2][i % 2]);
   }
 }
 
-// grid = (tiles of kAssignRows rows, groups).
+// label(x) = argmin_k |x - c_k|^2 (eq. 9), the lowest k of equal ones; or, where p.all_distances is
+// set, every |x_m - c_k|^2 instead. IN tokens [G, M, D], packed, base, slope, shift [G, D]; OUT
+// labels [G, M], distances [G, M], or all_distances [G, M, K]. grid = (ceil(M / kAssignRows),
+// groups).
 template <typename T>
 __global__ void __launch_bounds__(kAssignThreads, 1) assign_kernel(Problem p, AssignShape shape) {
   constexpr int kElement = static_cast<int>(sizeof(T));
-  constexpr int kStepBlocks = step_blocks(kElement);
+  constexpr int kStepTiles = step_tiles(kElement);
   constexpr int kStageBytes = assign_stage_bytes(kElement);
-  constexpr int kBlockBytes = kBlockColumns * kElement;
+  constexpr int kTileBytes = kTileColumns * kElement;
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int64_t group = blockIdx.y;
-  const RowList rows = rows_of(p, group);
-  if (int64_t{blockIdx.x} * kAssignRows >= rows.count) return;
   const int64_t warp_row = int64_t{blockIdx.x} * kAssignRows + warp * kRowsPerWarp;
   const T* tokens = group_tokens<T>(p, group);
   const float* shift = p.shift + group * p.tokens.width;
-  const int steps = shape.steps_per_chunk * shape.chunks;
+  const int steps = shape.steps_per_slab * shape.slabs;
 
   // The shift of all columns lies behind the stages, zeros after its end.
   float* shared_shift = reinterpret_cast<float*>(dynamic_shared() + shape.stages * kStageBytes);
-  for (int d = threadIdx.x; d < p.column_blocks * kBlockColumns; d += kAssignThreads) {
+  for (int d = threadIdx.x; d < p.column_tiles * kTileColumns; d += kAssignThreads) {
     shared_shift[d] = d < p.tokens.width ? shift[d] : 0.0f;
   }
 
   const auto copy_step = [&](int step) {
     if (step < steps) {
-      const int chunk = step / shape.steps_per_chunk;
-      const int first_block = (step - chunk * shape.steps_per_chunk) * kStepBlocks;
-      const int first_tile = chunk * shape.tiles_per_chunk;
+      const int slab = step / shape.steps_per_slab;
+      const int first_column_tile = (step - slab * shape.steps_per_slab) * kStepTiles;
+      const int first_tile = slab * shape.tiles_per_slab;
       unsigned char* stage = dynamic_shared() + step % shape.stages * kStageBytes;
       copy_rows<T, kRowsPerWarp>(stage + warp * kRowsPerWarp * kAssignStride, kAssignStride, p,
-                                 tokens, rows, warp_row, rows.count,
-                                 int64_t{first_block} * kBlockColumns, kStepBytes / 16);
-      copy_centers(stage + kAssignRows * kAssignStride, p, group, first_block,
-                   min(kStepBlocks, p.column_blocks - first_block), first_tile,
-                   min(shape.tiles_per_chunk, p.center_tiles - first_tile));
+                                 tokens, warp_row, p.rows,
+                                 int64_t{first_column_tile} * kTileColumns, kStepBytes / 16);
+      copy_centers(stage + kAssignRows * kAssignStride, p, group, first_column_tile,
+                   min(kStepTiles, p.column_tiles - first_column_tile), first_tile,
+                   min(shape.tiles_per_slab, p.center_tiles - first_tile));
     }
     commit_copies();
   };
@@ -191,60 +194,61 @@ __global__ void __launch_bounds__(kAssignThreads, 1) assign_kernel(Problem p, As
   RowState state = {};
 #pragma unroll
   for (int i = 0; i < 2 * kRowTilesPerWarp; ++i) state.best_score[i / 2][i % 2] = INFINITY;
-  float product[kRowTilesPerWarp][kChunkTiles][4] = {};
+  float product[kRowTilesPerWarp][kSlabTiles][4] = {};
   for (int step = 0; step < steps; ++step) {
     wait_for_oldest(shape.stages);
     __syncthreads();
     copy_step(step + shape.stages - 1);
 
-    const int chunk = step / shape.steps_per_chunk;
-    const int step_in_chunk = step - chunk * shape.steps_per_chunk;
-    const int first_tile = chunk * shape.tiles_per_chunk;
-    const int tiles = min(shape.tiles_per_chunk, p.center_tiles - first_tile);
+    const int slab = step / shape.steps_per_slab;
+    const int step_in_slab = step - slab * shape.steps_per_slab;
+    const int first_tile = slab * shape.tiles_per_slab;
+    const int tiles = min(shape.tiles_per_slab, p.center_tiles - first_tile);
     const unsigned char* stage = dynamic_shared() + step % shape.stages * kStageBytes;
     const unsigned char* rows_begin = stage + warp * kRowsPerWarp * kAssignStride;
     const uint4* centers =
         reinterpret_cast<const uint4*>(stage + kAssignRows * kAssignStride) + lane;
 #pragma unroll
-    for (int b = 0; b < kStepBlocks; ++b) {
-      const int block = step_in_chunk * kStepBlocks + b;
-      if (block < p.column_blocks) {
+    for (int b = 0; b < kStepTiles; ++b) {
+      const int column_tile = step_in_slab * kStepTiles + b;
+      if (column_tile < p.column_tiles) {
         Rows<T> values[kRowTilesPerWarp];
         float norm[kRowTilesPerWarp][2] = {};
 #pragma unroll
         for (int r = 0; r < kRowTilesPerWarp; ++r) {
-          values[r].load(rows_begin + r * 16 * kAssignStride + b * kBlockBytes, kAssignStride,
-                         shared_shift + block * kBlockColumns, norm[r]);
-          // Norms are needed once, not once per chunk.
-          if (chunk == 0) {
+          values[r].load(rows_begin + r * kTileRows * kAssignStride + b * kTileBytes, kAssignStride,
+                         shared_shift + column_tile * kTileColumns, norm[r]);
+          // Norms are the same in every slab.
+          if (slab == 0) {
             state.norm[r][0] += norm[r][0];
             state.norm[r][1] += norm[r][1];
           }
         }
 #pragma unroll
-        for (int j = 0; j < kChunkTiles; ++j) {
+        for (int j = 0; j < kSlabTiles; ++j) {
           if (j < tiles) {
-            const Centers<T> part(centers[(b * kChunkTiles + j) * kWarp]);
+            const Centers<T> tile_centers(centers[(b * kSlabTiles + j) * kWarp]);
 #pragma unroll
-            for (int r = 0; r < kRowTilesPerWarp; ++r) part.multiply_add(product[r][j], values[r]);
+            for (int r = 0; r < kRowTilesPerWarp; ++r)
+              tile_centers.multiply_add(product[r][j], values[r]);
           }
         }
       }
     }
-    if (step_in_chunk == shape.steps_per_chunk - 1) {
-      if (chunk == 0) sum_quads(state.norm);
-      finish_chunk(p, rows, group, warp_row, first_tile, tiles, product, state);
+    if (step_in_slab == shape.steps_per_slab - 1) {
+      if (slab == 0) sum_quads(state.norm);
+      finish_slab(p, group, warp_row, first_tile, tiles, product, state);
 #pragma unroll
       for (int r = 0; r < kRowTilesPerWarp; ++r) {
 #pragma unroll
-        for (int j = 0; j < kChunkTiles; ++j) {
+        for (int j = 0; j < kSlabTiles; ++j) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) product[r][j][i] = 0.0f;
         }
       }
     }
   }
-  if (!p.all_distances) finish_rows(p, rows, group, warp_row, state);
+  if (!p.all_distances) finish_rows(p, group, warp_row, state);
 }
 
 }  // namespace spt_fast

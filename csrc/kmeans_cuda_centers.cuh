@@ -1,23 +1,25 @@
-// Prepares the centres for a pass: shifted, split for the tensor cores, in fragment order.
+// Prepares the centres for a pass: shifted, split for the tensor cores, in the order of their
+// lanes.
 //
-// A few microseconds for K * D values. With c' = c - shift and c^ what the split keeps of it,
+// A squared distance of eq. 9, with c' = c - shift and c^ what the split keeps of it:
 //   |x - c|^2 = |x - shift|^2 + base + slope * product,
 //   half types: product = x . c^ (x as it is), base = |c'|^2 + 2 shift . c^ / scale,
 //   float32:    product = (x - shift) . c',    base = |c'|^2,
-// slope = -2 / scale. So what c^ lacks meets x - shift only, never the size of x. The scale, a
-// power of two, keeps float16's centres clear of its range; elsewhere it is one. Norms are summed
-// in float64. A missing shift is replaced by the mean of the centres.
+// slope = -2 / scale. What c^ lacks is multiplied by x - shift only, never by the size of x. The
+// scale, a power of two, keeps the centres within float16's range; for other types it is one. Norms
+// are summed in float64. A missing shift is replaced by the mean of the centres.
 #pragma once
 
 #include <cub/warp/warp_reduce.cuh>
 
-#include "kmeans_cuda_problem.cuh"
+#include "kmeans_cuda_products.cuh"
 
 namespace spt_fast {
 
-constexpr int kCenterThreads = 128;
+constexpr int kCenterThreads = 128;  // four warps share nothing: any number would do
 
-// One thread per element of [G, D].
+// shift[g, d] = mean over k of centers[g, k, d]; one thread per element. IN centers [G, K, D]; OUT
+// shift [G, D].
 __global__ void __launch_bounds__(kCenterThreads)
     mean_center_kernel(const float* centers, int64_t groups, int64_t num_centers, int64_t width,
                        float* shift) {
@@ -29,29 +31,28 @@ __global__ void __launch_bounds__(kCenterThreads)
   shift[index] = static_cast<float>(sum / static_cast<double>(num_centers));
 }
 
-// Bits of the two values that `x` is split in, the larger one first, and what they add up to.
+// x = high + low but for rounding, high being the nearest value of the type: their bits, and what
+// they add up to.
 struct Split {
   uint32_t high;
   uint32_t low;
-  float high_value;
   float kept;
 };
 
 __device__ inline Split split(float x, __nv_bfloat16) {
   const __nv_bfloat16 high = __float2bfloat16_rn(x);
   const __nv_bfloat16 low = __float2bfloat16_rn(x - to_float(high));
-  return {__bfloat16_as_ushort(high), __bfloat16_as_ushort(low), to_float(high),
-          to_float(high) + to_float(low)};
+  return {__bfloat16_as_ushort(high), __bfloat16_as_ushort(low), to_float(high) + to_float(low)};
 }
 
 __device__ inline Split split(float x, __half) {
   const __half high = __float2half_rn(x);
   const __half low = __float2half_rn(x - to_float(high));
-  return {__half_as_ushort(high), __half_as_ushort(low), to_float(high),
-          to_float(high) + to_float(low)};
+  return {__half_as_ushort(high), __half_as_ushort(low), to_float(high) + to_float(low)};
 }
 
-// A power of two that brings `largest` to [2^13, 2^14); one for the types with float32's exponents.
+// A power of two that brings `largest` to [2^13, 2^14), two binades below float16's largest; one
+// for the types that have float32's exponents.
 template <typename T>
 __device__ inline float split_scale(float) {
   return 1.0f;
@@ -69,16 +70,19 @@ __device__ inline float largest_difference(const float* center, const float* shi
     largest = fmaxf(largest, fabsf(center[d] - shift[d]));
   }
   for (int other = kWarp / 2; other > 0; other /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, other));
+    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, other));
   }
   return largest;
 }
 
-// One warp per centre, padding included: a padding centre is zero, at an infinite distance.
+// packed, base and slope of the formula at the top; one warp per centre, padding included, which is
+// zero at an infinite distance. IN centers [G, K, D], shift [G, D]; OUT packed, base, slope as in
+// Problem. Lane map of packed[g, t, k / 8, l]: l = quad_row() * 4 + quad_lane() as in the b of a
+// product; its four words are, of column tile t,
+//   half types: high b[0], high b[1], low b[0], low b[1];   float32: columns quad_lane() + 4 i.
 template <typename T>
 __global__ void __launch_bounds__(kCenterThreads) pack_centers_kernel(Problem p) {
   constexpr bool kIsHalf = sizeof(T) == 2;
-  constexpr int kQuad = 4;
   __shared__ typename cub::WarpReduce<double>::TempStorage storage[kCenterThreads / kWarp];
 
   const int lane = threadIdx.x % kWarp;
@@ -100,28 +104,27 @@ __global__ void __launch_bounds__(kCenterThreads) pack_centers_kernel(Problem p)
   }
   const float scale = split_scale<T>(largest_difference(center, shift, width));
 
-  // Four lanes write the 64 bytes of a centre in a block of 16 columns.
+  // A quad writes the 64 bytes of a centre in a tile of columns.
   double correction = 0.0;
-  const int quad = lane % kQuad;
-  for (int b = lane / kQuad; b < p.column_blocks; b += kWarp / kQuad) {
+  for (int b = lane / kQuad; b < p.column_tiles; b += kWarp / kQuad) {
     uint32_t words[4] = {};
     for (int i = 0; i < 4; ++i) {
-      const int64_t column =
-          int64_t{b} * kBlockColumns + (kIsHalf ? i / 2 * 8 + 2 * quad + i % 2 : 4 * i + quad);
+      const int64_t column = int64_t{b} * kTileColumns +
+                             (kIsHalf ? i / 2 * 8 + pair_column() + i % 2 : 4 * i + quad_lane());
       const bool inside = is_center && column < width;
       const float difference = inside ? center[column] - shift[column] : 0.0f;
       if constexpr (kIsHalf) {
-        const Split parts = split(difference * scale, T{});
-        words[i / 2] |= parts.high << i % 2 * 16;
-        words[2 + i / 2] |= parts.low << i % 2 * 16;
-        if (inside) correction += static_cast<double>(shift[column]) * parts.kept;
+        const Split halves = split(difference * scale, T{});
+        words[i / 2] |= halves.high << i % 2 * 16;
+        words[2 + i / 2] |= halves.low << i % 2 * 16;
+        if (inside) correction += static_cast<double>(shift[column]) * halves.kept;
       } else {
         words[i] = __float_as_uint(difference);
       }
     }
-    const int64_t tile = (group * p.column_blocks + b) * p.center_tiles + k / kTileCenters;
-    p.packed[tile * kWarp + k % kTileCenters * kQuad + quad] = {words[0], words[1], words[2],
-                                                                words[3]};
+    const int64_t tile = (group * p.column_tiles + b) * p.center_tiles + k / kTileCenters;
+    p.packed[tile * kWarp + k % kTileCenters * kQuad + quad_lane()] = {words[0], words[1], words[2],
+                                                                       words[3]};
   }
   const double base = cub::WarpReduce<double>(storage[warp]).Sum(norm + 2.0 * correction / scale);
   if (lane == 0) {

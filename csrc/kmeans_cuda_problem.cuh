@@ -1,5 +1,8 @@
-// What every k-means kernel is given: the tokens, the centres as the tensor cores want them, the
-// outputs; and the sizes that all of them share. Offsets into memory are 64-bit throughout.
+// What every k-means kernel is given: the tokens, the centres in the order of the tensor cores, the
+// outputs; and what the kernels have in common. Offsets into memory are 64-bit throughout.
+//
+// Words: a tile is what a warp holds at once (of 16 rows, 16 columns or 8 centres), a slab is the
+// centres that are gone through together, a run is the tokens that have partial sums of their own.
 #pragma once
 
 #include <algorithm>
@@ -11,39 +14,37 @@
 namespace spt_fast {
 
 constexpr int kWarp = 32;
-// Columns of one block of a product: a k-step of the half types, two of tf32.
-constexpr int kBlockColumns = 16;
-// Centres of one product.
-constexpr int kTileCenters = 8;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kTileRows = 16;     // rows of a product: the M of mma.m16n8k16
+constexpr int kTileColumns = 16;  // columns: its K for half types, two products of m16n8k8 for tf32
+constexpr int kTileCenters = 8;   // centres: its N
 // Centres are padded to so many tiles at least, which spares the one-read kernel two variants.
 constexpr int kMinCenterTiles = 3;
 // Besides the D sums, a row of partial sums holds the count and (of centre 0 only) the inertia.
 constexpr int kExtraColumns = 2;
 
-// How wide the pieces are in which tokens may be read: by the alignment of their rows.
+// Bytes of the widest pieces in which rows of tokens may be read, given their alignment; kElement:
+// one element at a time.
 enum class Granule : int32_t { k16 = 16, k4 = 4, kElement = 0 };
 
 struct Problem {
-  TokenView tokens;
+  TokenView tokens;  // [G, M, D]
   Granule granule;
-  int64_t rows;  // M
-  const float* centers;
-  const float* shift;  // [G, D], never null
-  const float* weights;
-  int64_t num_centers;
-  const uint32_t* list;   // [G, M] ascending rows, the only ones to be done; null: all of them
-  const int64_t* listed;  // [G] how many
-  int64_t runs;           // runs of tokens with partial sums of their own
-  int64_t first_run;      // which of them a kernel makes: blocks count from here
-  int column_blocks;      // ceil(D / 16)
-  int center_tiles;       // ceil(K / 8), at least kMinCenterTiles
-  uint4* packed;          // [G, column_blocks, center_tiles, 32]: see kmeans_cuda_centers.cuh
-  float* base;            // [G, 8 center_tiles]: |x - c|^2 = |x - shift|^2 + base + slope * product
-  float* slope;           // [G, 8 center_tiles]
-  double* partials;       // [G, runs, K, D + kExtraColumns]
-  int32_t* labels;        // [G, M], or null
-  float* distances;       // [G, M], or null
-  float* all_distances;   // [G, M, K], or null
+  int64_t rows;          // M
+  const float* centers;  // [G, K, D]
+  const float* shift;    // [G, D], never null
+  const float* weights;  // [G, M], or null
+  int64_t num_centers;   // K
+  int64_t runs;          // runs of tokens with partial sums of their own
+  int column_tiles;      // ceil(D / 16)
+  int center_tiles;      // ceil(K / 8), at least kMinCenterTiles
+  uint4* packed;         // [G, column_tiles, center_tiles, 32]: see kmeans_cuda_centers.cuh
+  float* base;           // [G, 8 center_tiles]: |x - c|^2 = |x - shift|^2 + base + slope * product
+  float* slope;          // [G, 8 center_tiles]
+  double* partials;      // [G, runs, K, D + kExtraColumns]
+  int32_t* labels;       // [G, M], or null
+  float* distances;      // [G, M], or null
+  float* all_distances;  // [G, M, K], or null
 };
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -52,8 +53,8 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// 32-bit division where it is enough, none where all rows are alike: the 64-bit one costs a hundred
-// instructions.
+// Where row `row` of a group begins, in elements. A 64-bit division costs a hundred instructions:
+// there is none where rows are evenly spaced, and one of 32 bits where that is enough.
 __device__ inline int64_t token_offset(const TokenView& tokens, int64_t row) {
   if (row < tokens.inner) return row * tokens.inner_stride;
   const int64_t i = (row | tokens.inner) >> 32
@@ -67,24 +68,11 @@ __device__ const T* group_tokens(const Problem& p, int64_t group) {
   return static_cast<const T*>(p.tokens.data) + group * p.tokens.group_stride;
 }
 
-// A group's rows that are to be done, in order: row(0), row(1), ..., row(count - 1).
-struct RowList {
-  const uint32_t* list;
-  int64_t count;
-
-  __device__ int64_t row(int64_t i) const { return list ? list[i] : i; }
-};
-
-__device__ inline RowList rows_of(const Problem& p, int64_t group) {
-  if (!p.list) return {nullptr, p.rows};
-  return {p.list + group * p.rows, p.listed[group]};
-}
-
 __device__ inline double* run_partial(const Problem& p, int64_t group, int64_t run) {
   return p.partials + (group * p.runs + run) * p.num_centers * (p.tokens.width + kExtraColumns);
 }
 
-// What lies `offset` bytes into the block's shared memory.
+// The array that lies `offset` bytes into the block's shared memory.
 template <typename V>
 __device__ V* shared_at(int offset) {
   return reinterpret_cast<V*>(dynamic_shared() + offset);
@@ -100,8 +88,9 @@ struct Nearest {
   int center;
 };
 
-// |x - c|^2 from |x - shift|^2 and the score of the nearest centre, not below zero. What is not
-// finite is at an infinite distance from centre 0, so that the inertia shows it.
+// |x - c|^2 = norm + score, not below zero, where norm = |x - shift|^2 and score is that of the
+// nearest centre. A token that is not finite gets centre 0 at an infinite distance, so that the
+// inertia shows it.
 __device__ inline Nearest finish_distance(float norm, float score, int center) {
   const float distance = norm + score;
   if (!(fabsf(distance) < INFINITY)) return {INFINITY, 0};

@@ -1,15 +1,37 @@
 // Products of tokens and centres on tensor cores, from tiles in shared memory, at float32's
 // accuracy.
 //
-// bfloat16 and float16 tokens are multiplied as they are; a centre is the sum of two values of the
-// same type, 16 (22) bits in all: two products. float32 tokens, less the shift, and centres are
-// each split in two tf32 values, and the product of the two small ones is left out: three products.
+// bfloat16 and float16: x . c^ = x . high + x . low, with x as it is and the centre split in two
+// values of the same type, 16 (22) bits in all: two products.
+// float32: (x - shift) . c' with both factors split in two tf32 values, high + low; the product
+// low . low is left out: three products.
+//
+// Lane maps (PTX ISA, "Matrix Fragments for mma.m16n8k16" and m16n8k8). Four neighbouring lanes, a
+// quad, hold a row of the result; registers i of a lane hold
+//   result c[i]       row quad_row() + 8 (i / 2)   column pair_column() + i % 2
+//   half types a[i]   row quad_row() + 8 (i % 2)   columns pair_column() + 8 (i / 2), and the next
+//   half types b[i]   rows pair_column() + 8 i, and the next   column quad_row()
+//   tf32 a[i]         row quad_row() + 8 (i % 2)   column quad_lane() + 4 (i / 2)
+//   tf32 b[i]         row quad_lane() + 4 i        column quad_row()
 #pragma once
 
 #include "kmeans_cuda_problem.cuh"
 
 namespace spt_fast {
 
+constexpr int kQuad = 4;
+
+__device__ inline int quad_lane() { return threadIdx.x % kQuad; }
+__device__ inline int quad_row() { return threadIdx.x % kWarp / kQuad; }
+__device__ inline int pair_column() { return 2 * quad_lane(); }
+
+// The sum of `x` over the lanes of a quad, in each of them.
+__device__ inline float sum_over_quad(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+// The two values of a register, the one of the lower column first.
 __device__ inline float2 unpack(uint32_t pair, __nv_bfloat16) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
@@ -17,7 +39,8 @@ __device__ inline float2 unpack(uint32_t pair, __half) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
-// A lane's address in ldmatrix's order: rows 0-7 and 8-15, then the same 16 bytes further on.
+// The address that a lane gives to load_matrices() for 16 rows of 32 bytes: lanes 0 to 15 those of
+// the rows, lanes 16 to 31 those of the rows 16 bytes further on.
 __device__ inline const unsigned char* matrix_row(const unsigned char* tile, int stride) {
   const int lane = threadIdx.x % kWarp;
   return tile + lane % 16 * stride + lane / 16 * 16;
@@ -28,8 +51,9 @@ __device__ inline void add_square(float& sum, float x, float shift) {
   sum = fmaf(difference, difference, sum);
 }
 
-// 16 rows x 16 columns of tokens. norm[0], norm[1]: this lane's share of |x - shift|^2 of rows
-// lane / 4 and lane / 4 + 8; the four lanes of a quad add up to the whole.
+// 16 rows x 16 columns of tokens, the a of a product. norm[i] += what this lane holds of
+// |x - shift|^2 of row quad_row() + 8 i; sum_over_quad() makes it whole. IN tile: 16 rows, `stride`
+// bytes apart; shift [16].
 template <typename T>
 struct Rows {
   uint32_t values[4];
@@ -37,9 +61,8 @@ struct Rows {
   __device__ void load(const unsigned char* tile, int stride, const float* shift,
                        float (&norm)[2]) {
     load_matrices(values, matrix_row(tile, stride));
-    const int column = 2 * (threadIdx.x % 4);
-    const float2 near = *reinterpret_cast<const float2*>(shift + column);
-    const float2 far = *reinterpret_cast<const float2*>(shift + 8 + column);
+    const float2 near = *reinterpret_cast<const float2*>(shift + pair_column());
+    const float2 far = *reinterpret_cast<const float2*>(shift + 8 + pair_column());
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float2 x = unpack(values[i], T{});
@@ -61,7 +84,7 @@ struct Rows<float> {
     load_matrices(*reinterpret_cast<uint32_t (*)[4]>(raw + 4), matrix_row(tile + 32, stride));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float x = __uint_as_float(raw[i]) - shift[i / 2 * 4 + threadIdx.x % 4];
+      const float x = __uint_as_float(raw[i]) - shift[i / 2 * 4 + quad_lane()];
       norm[i % 2] = fmaf(x, x, norm[i % 2]);
       high[i] = round_to_tf32(x);
       low[i] = __float_as_uint(x - __uint_as_float(high[i]));
@@ -69,7 +92,7 @@ struct Rows<float> {
   }
 };
 
-// 16 columns x 8 centres, a lane's 16 bytes of Problem::packed.
+// 16 columns x 8 centres, the b of a product: a lane's 16 bytes of Problem::packed.
 template <typename T>
 struct Centers {
   uint4 halves;
@@ -107,18 +130,18 @@ struct Centers<float> {
   }
 };
 
-// 16 centres x 16 tokens of zeros and ones: which token belongs to which centre.
+// The a of a sum: 16 centres x 16 tokens, one where the token belongs to the centre, else zero. IN
+// labels [16].
 template <typename T>
 struct Membership {
   uint32_t values[4];
 
   __device__ void set(const int* labels, int first_center) {
-    const uint32_t one = sizeof(T) == 2 ? one_bits(T{}) : 0u;
-    const int lane = threadIdx.x % kWarp;
+    const uint32_t one = one_bits(T{});
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int center = first_center + lane / 4 + i % 2 * 8;
-      const int* pair = labels + 2 * (lane % 4) + i / 2 * 8;
+      const int center = first_center + quad_row() + i % 2 * 8;
+      const int* pair = labels + pair_column() + i / 2 * 8;
       values[i] = (pair[0] == center ? one : 0u) | (pair[1] == center ? one << 16 : 0u);
     }
   }
@@ -131,16 +154,16 @@ struct Membership<float> {
   uint32_t values[8];
 
   __device__ void set(const int* labels, int first_center) {
-    const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int center = first_center + lane / 4 + i % 2 * 8;
-      values[i] = labels[lane % 4 + i / 2 * 4] == center ? 0x3f800000u : 0u;
+      const int center = first_center + quad_row() + i % 2 * 8;
+      values[i] = labels[quad_lane() + i / 2 * 4] == center ? 0x3f800000u : 0u;
     }
   }
 };
 
-// 16 tokens x 16 columns of a tile, to be summed by Membership: two tiles of 8 columns.
+// The b of a sum: 16 tokens x 16 columns of a tile, as two products of 8 columns; add<0> and add<1>
+// do sum += membership * tokens for one of them. IN tile: 16 rows, `stride` bytes apart.
 template <typename T>
 struct Summands {
   uint32_t values[4];
@@ -154,20 +177,19 @@ struct Summands {
   }
 };
 
-// Two tf32 values hold 22 bits of a token or more: an error of 2^-23 at most.
+// A token is the sum of two tf32 values, off by at most 2^-21 of it if the second one is cut off.
 template <>
 struct Summands<float> {
   uint32_t high[2][4];
   uint32_t low[2][4];
 
   __device__ void load(const unsigned char* tile, int stride) {
-    const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const auto* row = reinterpret_cast<const float*>(tile + (lane % 4 + 4 * i) * stride);
-        const float x = row[t * 8 + lane / 4];
+        const auto* row = reinterpret_cast<const float*>(tile + (quad_lane() + 4 * i) * stride);
+        const float x = row[t * 8 + quad_row()];
         high[t][i] = round_to_tf32(x);
         low[t][i] = __float_as_uint(x - __uint_as_float(high[t][i]));
       }

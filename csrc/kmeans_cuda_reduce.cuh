@@ -1,14 +1,17 @@
-// Adds the partial sums of the runs up, in a fixed order, and hands them out as the results.
-//
-// 32 neighbouring elements to a block; eight warps take every eighth run, and meet at the end.
+// Adds up the partial sums of the runs, in a fixed order.
 #pragma once
 
 #include "kmeans_cuda_problem.cuh"
 
 namespace spt_fast {
 
+// Eight loads of a warp are under way at a time; with eight warps they hide the memory's latency.
 constexpr int kReduceWarps = 8;
 constexpr int kReduceThreads = kReduceWarps * kWarp;
+
+// sums[g, k, d] = sum over runs r of partials[g, r, k, d]; counts and inertia likewise, from the
+// extra columns. IN partials [G, runs, K, D + kExtraColumns]; OUT sums [G, K, D], counts [G, K],
+// inertia [G]. A block has 32 neighbouring elements, one a lane; warp w adds up runs w, w + 8, ...
 
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_kernel(Problem p, double* sums, double* counts, double* inertia) {

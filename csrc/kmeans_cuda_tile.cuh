@@ -1,4 +1,4 @@
-// Streams rows of tokens into shared memory: asynchronous 16-byte copies, each warp its own part.
+// Copies rows of tokens to shared memory: asynchronously, 16 bytes at a time, each warp its own.
 //
 // Rows whose addresses are not multiples of 16 bytes take 4-byte copies or, at worst, element
 // loads. What lies outside the tokens arrives as zeros.
@@ -21,9 +21,9 @@ __device__ inline void copy_piece(unsigned char* target, const T* source, int64_
   } else if (granule == Granule::k4) {
     constexpr int kStep = 4 / sizeof(T);
     for (int e = 0; e < kElements; e += kStep) {
-      const int rest = min(max(count - e, 0), kStep);
-      copy_async_4(target + e * sizeof(T), rest ? source + e : source,
-                   rest * static_cast<int>(sizeof(T)));
+      const int inside = min(max(count - e, 0), kStep);
+      copy_async_4(target + e * sizeof(T), inside ? source + e : source,
+                   inside * static_cast<int>(sizeof(T)));
     }
   } else {
     alignas(16) T values[kElements];
@@ -33,18 +33,16 @@ __device__ inline void copy_piece(unsigned char* target, const T* source, int64_
   }
 }
 
-// Columns [first_column, first_column + pieces * 16 bytes) of `kRows` <= 32 of the rows, from
-// number `first_row` on, those from `end` on as zeros, to target, target + stride, ... One warp;
-// nothing is awaited.
+// Columns [first_column, first_column + pieces * 16 bytes) of `kRows` <= 32 rows from `first_row`
+// on, those from `end` on as zeros, to target, target + stride, ... One warp; nothing is awaited.
 template <typename T, int kRows>
 __device__ inline void copy_rows(unsigned char* target, int stride, const Problem& p,
-                                 const T* tokens, const RowList& rows, int64_t first_row,
-                                 int64_t end, int64_t first_column, int pieces) {
+                                 const T* tokens, int64_t first_row, int64_t end,
+                                 int64_t first_column, int pieces) {
   constexpr int kStep = kWarp / kCopyLanes;
   constexpr int kElements = 16 / sizeof(T);
   const int lane = threadIdx.x % kWarp;
-  const int64_t own_offset =
-      token_offset(p.tokens, rows.row(min(first_row + lane % kRows, end - 1)));
+  const int64_t own_offset = token_offset(p.tokens, min(first_row + lane % kRows, end - 1));
   const bool is_whole = p.granule == Granule::k16 && first_row + kRows <= end &&
                         first_column + pieces * kElements <= p.tokens.width;
   target += lane / kCopyLanes * stride + lane % kCopyLanes * 16;
@@ -52,7 +50,7 @@ __device__ inline void copy_rows(unsigned char* target, int stride, const Proble
 #pragma unroll
   for (int first = 0; first < kRows; first += kStep) {
     const int row = first + lane / kCopyLanes;
-    const T* source = tokens + __shfl_sync(0xffffffffu, own_offset, row);
+    const T* source = tokens + __shfl_sync(kAllLanes, own_offset, row);
     unsigned char* next = target + first * stride;
     if (is_whole) {
       for (int piece = lane % kCopyLanes; piece < pieces; piece += kCopyLanes) {

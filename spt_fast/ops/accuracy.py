@@ -5,7 +5,6 @@ Limits: everything is compared on the CPU, with float64 copies of all that is co
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -80,19 +79,6 @@ def rounding_band(tokens: Tensor, centers: Tensor, shift: Tensor | None) -> Tens
     return (width / 4 + 16) * 2.0**-23 * (lengths + 2 * products) + kept + _TINY
 
 
-def exchange_band(tokens: Tensor, centers: Tensor, shift: Tensor | None) -> Tensor:
-    """The bound of docs/kmeans-cuda.md on what a screen adds to the error, [G, M] float64, tokens flat."""
-    blocks = 1
-    while 192 * blocks < tokens.shape[-1]:
-        blocks *= 2
-    shift = centers.mean(1) if shift is None else shift
-    shift = shift.double()
-    lengths: Tensor = torch.linalg.vector_norm(tokens.double() - shift[:, None], dim=2)
-    lengths = lengths + 2.0**-14 * torch.linalg.vector_norm(shift, dim=1, keepdim=True)
-    longest: Tensor = torch.linalg.vector_norm(centers.double() - shift[:, None], dim=2).amax(1, keepdim=True)
-    return longest * lengths * (2.0**-15 * 1.01 * math.sqrt(blocks))
-
-
 def assigned_deviations(
     given: Sequence[Tensor | None],
     tokens: Tensor,
@@ -103,7 +89,6 @@ def assigned_deviations(
     """`given` (as `Assigned`) beside float64; all on the CPU.
 
     Labels and distances are held to the rounding band, the rest to the sums that belong to our own labels.
-    Without distances, the tokens may have been screened, which the bound of the inertia then allows for.
     """
     sums, counts, inertia, labels, distances = given
     assert sums is not None
@@ -120,9 +105,7 @@ def assigned_deviations(
     weights = ones if weights is None else weights.double()
     members = torch.nn.functional.one_hot(labels.long(), centers.shape[1]).double() * weights[:, :, None]
     found = {"labels": deviation(chosen, exact.amin(2), 2 * band.amax(2))}
-    if distances is None:
-        chosen_band = chosen_band + exchange_band(flat, centers, shift)
-    else:
+    if distances is not None:
         found["distances"] = deviation(distances, chosen, chosen_band)
     return found | {
         "counts": deviation(counts, members.sum(1), COUNT_SHARE * members.sum(1) + _TINY),

@@ -118,7 +118,7 @@ class PrunedParts:
         if shift is not None:
             shift = _check_extra("shift", shift, (1, width), _CPU)
         self._part_rows, self._num_centers, self._width = list(part_rows), num_centers, width
-        self._native = kmeans_native.PrunedAssign(self._part_rows, num_centers, width, shift)
+        self._native = kmeans_native.PrunedPasses(self._part_rows, num_centers, width, shift)
 
     def begin(self, centers: Tensor) -> list[int]:
         """Start a pass for `centers` [1, K, D]; returns the parts to be added, ascending."""

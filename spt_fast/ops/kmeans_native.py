@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
 
 @cache
 def _load() -> tuple[Any, str]:
@@ -43,8 +41,21 @@ def why_not(device: torch.device) -> str:
     if device.type == "cpu":
         return ""
     if device.type == "cuda":
-        return "" if module.build_info()["cuda"] else "spt_fast was built without CUDA"
+        return _cuda_why_not(device.index)
     return f"there is no compiled kernel for {device.type} tensors"
+
+
+@cache
+def _cuda_why_not(index: int | None) -> str:
+    """ "" if the module serves CUDA device `index` (None: the current one), else the reason why not."""
+    module, _ = _load()
+    if not module.build_info()["cuda"]:
+        return "spt_fast was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    with torch.cuda.device(index):
+        reason: str = module.cuda_why_not()
+    return reason
 
 
 def assign_accumulate(
@@ -66,68 +77,68 @@ def assign_accumulate(
     inertia = torch.empty(groups, dtype=torch.float64, device=device)
     labels = torch.empty(groups, rows, dtype=torch.int32, device=device) if with_labels else None
     distances = torch.empty(groups, rows, dtype=torch.float32, device=device) if with_distances else None
-    arguments = {
-        **_view_arguments(tokens),
-        "centers": centers.data_ptr(),
-        "num_centers": num_centers,
-        "shift": _address(shift),
-        "weights": _address(weights),
-        "sums": sums.data_ptr(),
-        "counts": counts.data_ptr(),
-        "inertia": inertia.data_ptr(),
-        "labels": _address(labels),
-        "distances": _address(distances),
-    }
+    args = module.AssignArgs(
+        tokens=_view(module, tokens),
+        centers=centers.data_ptr(),
+        num_centers=num_centers,
+        sums=sums.data_ptr(),
+        counts=counts.data_ptr(),
+        inertia=inertia.data_ptr(),
+        shift=_address(shift),
+        weights=_address(weights),
+        labels=_address(labels),
+        distances=_address(distances),
+    )
     if device.type == "cuda":
-        size = module.assign_accumulate_cuda_workspace(groups, rows, width, num_centers)
-        _call_on_stream(module.assign_accumulate_cuda, arguments, size, device)
+        size = module.assign_accumulate_cuda_workspace(args)
+        _call_on_stream(module.assign_accumulate_cuda, args, size, device)
     else:
-        module.assign_accumulate_cpu(**arguments, num_threads=torch.get_num_threads(), isa=isa)
+        module.assign_accumulate_cpu(args, torch.get_num_threads(), isa)
     return sums, counts, inertia, labels, distances
 
 
-class PrunedAssign:
-    """Passes over one group on the CPU, part by part, with moving centres; see csrc/kmeans_cpu_pruned.cpp."""
+class PrunedPasses:
+    """Passes over one group on the CPU with moving centres, chunk by chunk; see csrc/kmeans_cpu_pruned.cpp.
+
+    Raises:
+        ValueError: `isa` is unknown, a chunk is empty, or a chunk is added out of turn or not at all.
+    """
 
     def __init__(
         self,
-        part_rows: Sequence[int],
+        chunk_rows: Sequence[int],
         num_centers: int,
         width: int,
         shift: Tensor | None,  # [1, D] float32, contiguous
         isa: str = "",
     ) -> None:
-        module, _ = _load()
+        self._module, _ = _load()
         self._num_centers, self._width = num_centers, width
-        self._passes = module.PrunedAssignCpu(
-            part_rows=part_rows, width=width, shift=_address(shift), num_centers=num_centers, isa=isa
+        self._passes = self._module.PrunedPasses(
+            chunk_rows=chunk_rows, width=width, shift=_address(shift), num_centers=num_centers, isa=isa
         )
 
     def begin(self, centers: Tensor) -> list[int]:
-        """Start a pass for `centers` [1, K, D] float32, contiguous; returns the parts to be added."""
-        parts: list[int] = self._passes.begin(centers.data_ptr(), torch.get_num_threads())
-        return parts
+        """Start a pass for `centers` [1, K, D] float32, contiguous; returns the chunks to add, ascending."""
+        chunks: list[int] = self._passes.begin(centers.data_ptr(), torch.get_num_threads())
+        return chunks
 
     def add(
         self,
-        part: int,
+        chunk: int,
         tokens: Tensor,  # [1, B, N, D], last stride 1, CPU
         weights: Tensor | None,  # [1, B * N] float32, contiguous
     ) -> None:
-        self._passes.add(
-            part,
-            **_view_arguments(tokens),
-            weights=_address(weights),
-            num_threads=torch.get_num_threads(),
-        )
+        """Read the next of the chunks that `begin` returned: the same tokens and weights in every pass."""
+        view = _view(self._module, tokens)
+        self._passes.add(chunk, view, _address(weights), torch.get_num_threads())
 
     def end(self) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Sums [1, K, D], counts [1, K] and inertia [1] in float64; and what the pass did: evaluated,
-        changed, fresh."""
+        """Sums [1, K, D], counts [1, K] and inertia [1] in float64, and the `PassReport` of _kmeans.pyi."""
         sums = torch.empty(1, self._num_centers, self._width, dtype=torch.float64)
         counts = torch.empty(1, self._num_centers, dtype=torch.float64)
-        done = self._passes.end(sums.data_ptr(), counts.data_ptr())
-        return sums, counts, torch.tensor([done.inertia], dtype=torch.float64), done
+        report = self._passes.end(sums.data_ptr(), counts.data_ptr())
+        return sums, counts, torch.tensor([report.inertia], dtype=torch.float64), report
 
     def labels(self) -> Tensor:
         """Labels [1, M] of the last pass, int32."""
@@ -142,42 +153,44 @@ def distances(
 ) -> Tensor:
     """Squared distances [G, B * N, K], float32."""
     module, _ = _load()
-    groups, num_centers, width = centers.shape
+    groups, num_centers, _ = centers.shape
     rows = tokens.shape[1] * tokens.shape[2]
     device = tokens.device
     out = torch.empty(groups, rows, num_centers, device=device)
-    arguments = {
-        **_view_arguments(tokens),
-        "centers": centers.data_ptr(),
-        "num_centers": num_centers,
-        "shift": _address(shift),
-        "distances": out.data_ptr(),
-    }
+    args = module.DistanceArgs(
+        tokens=_view(module, tokens),
+        centers=centers.data_ptr(),
+        num_centers=num_centers,
+        distances=out.data_ptr(),
+        shift=_address(shift),
+    )
     if device.type == "cuda":
-        size = module.distances_cuda_workspace(groups, rows, width, num_centers)
-        _call_on_stream(module.distances_cuda, arguments, size, device)
+        size = module.distances_cuda_workspace(args)
+        _call_on_stream(module.distances_cuda, args, size, device)
     else:
-        module.distances_cpu(**arguments, num_threads=torch.get_num_threads(), isa=isa)
+        module.distances_cpu(args, torch.get_num_threads(), isa)
     return out
 
 
-def _call_on_stream(
-    operation: Callable[..., None], arguments: dict[str, Any], size: int, device: torch.device
-) -> None:
+def _call_on_stream(operation: Callable[..., None], args: Any, size: int, device: torch.device) -> None:
     """Enqueue `operation` on the current stream of `device`, with a workspace of `size` bytes."""
-    # PyTorch's allocator gives the memory to later work of this stream only, so it may go at once.
+    # PyTorch's allocator gives this memory to later work of the same stream only, so it may be freed at once.
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    operation(**arguments, workspace=workspace.data_ptr(), device=device.index, stream=stream)
+    # PyTorch's guard goes back to the caller's device only if that has a context already. CUDA's own switch
+    # would create one, and take hundreds of megabytes of a GPU that the process does not use.
+    with torch.cuda.device(device.index):
+        operation(args, workspace.data_ptr(), stream)
 
 
-def _view_arguments(tokens: Tensor) -> dict[str, Any]:
-    return {
-        "data": tokens.data_ptr(),
-        "dtype": _DTYPE_CODES[tokens.dtype],
-        "sizes": list(tokens.shape),
-        "strides": list(tokens.stride()[:3]),
-    }
+def _view(module: Any, tokens: Tensor) -> Any:
+    """`tokens` [G, B, N, D] as the compiled module sees them."""
+    return module.TokenView(
+        data=tokens.data_ptr(),
+        dtype=str(tokens.dtype).removeprefix("torch."),
+        sizes=tokens.shape,
+        strides=tokens.stride()[:3],
+    )
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -54,7 +54,7 @@ class Pruned:
         self.parts = tokens.split(part_rows, dim=2)
         self.weights = [None] * len(self.parts) if weights is None else weights.split(part_rows, dim=1)
         sizes = [part.shape[2] for part in self.parts]
-        self.native = kmeans_native.PrunedAssign(sizes, clusters, tokens.shape[-1], shift, isa)
+        self.native = kmeans_native.PrunedPasses(sizes, clusters, tokens.shape[-1], shift, isa)
         self.labels = self.native.labels
 
     def assign(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
@@ -83,7 +83,7 @@ def test_pruned_labels_are_those_of_the_plain_pass(problem: tuple, part_rows: in
         torch.testing.assert_close(sums, plain[0], rtol=1e-12, atol=1e-9)
         torch.testing.assert_close(counts, plain[1], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(inertia, plain[2], rtol=1e-5, atol=1e-5)
-        skipped += rows - done.evaluated
+        skipped += rows - done.tokens_read
         centers = means(sums, counts, centers)
     assert skipped > 10 * rows, "pruning never set in"
 
@@ -99,7 +99,7 @@ def test_pruned_labels_survive_ties_and_bounds_within_rounding() -> None:
         _, _, _, done = passes.assign(centers)
         labels = kmeans_native.assign_accumulate(tokens, centers, shift, None, True, False)[3]
         assert torch.equal(passes.labels(), labels)
-        assert done.evaluated == 2000
+        assert done.tokens_read == 2000
         assert labels.max() < 10
         centers = centers + torch.randn(1, 20, 16).mul(1e-4)
         centers[0, 10:] = centers[0, :10]
@@ -249,7 +249,7 @@ def test_bad_arguments_are_named() -> None:
 def test_bad_parts_are_named() -> None:
     with pytest.raises(ValueError, match=r"shift must be \[1, 3\], got \[3\]"):
         PrunedParts([5], 2, 3, shift=torch.zeros(3))
-    with pytest.raises(ValueError, match="parts must not be empty"):
+    with pytest.raises(ValueError, match="chunks must not be empty"):
         PrunedParts([5, 0], 2, 3)
     passes, tokens = PrunedParts([5, 4], 2, 3), torch.randn(1, 5, 3)
     with pytest.raises(ValueError, match=r"centers must be \[1, K, 3\]"):
@@ -259,7 +259,7 @@ def test_bad_parts_are_named() -> None:
     with pytest.raises(ValueError, match="in the order in which begin"):
         passes.add(0, tokens)
     assert passes.begin(tokens[:, :2]) == [0, 1]
-    with pytest.raises(ValueError, match="all parts that begin"):
+    with pytest.raises(ValueError, match="all chunks that begin"):
         passes.end()
     with pytest.raises(ValueError, match=r"tokens of part 0 must be \[1, 5, 3\] on the CPU, got \[1, 4, 3\]"):
         passes.add(0, tokens[:, :4])
@@ -270,7 +270,7 @@ def test_bad_parts_are_named() -> None:
     passes.add(0, tokens)
     passes.add(1, tokens[:, :4])
     passes.end()
-    with pytest.raises(ValueError, match="all parts that begin"):
+    with pytest.raises(ValueError, match="all chunks that begin"):
         passes.end()
 
 

@@ -1,4 +1,4 @@
-"""The CUDA sources without a GPU: they compile for every default architecture, and are right when emulated.
+"""The CUDA sources without a GPU: what nvcc makes of them for sm_90a, and that they are right when emulated.
 
 The emulation (cuda_emulation/) runs the kernels of csrc/ thread by thread on the CPU. Bounds are derived in
 docs/kmeans-cuda.md ("Rounding").
@@ -30,15 +30,10 @@ EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 CANARY = 64  # bytes behind the workspace that must not change
 H100_SHARED, A100_SHARED, SMALL_SHARED = 232448, 166912, 101376  # a block's shared memory at most
-GENERATIONS = {H100_SHARED: 9, A100_SHARED: 8, SMALL_SHARED: 12}
-# Sums move to float64 this often, so that runs of a test's size do it several times; few tokens are screened.
-SHORTER = {
-    "kTokensPerFlush = 2048": "kTokensPerFlush = 64",
-    "kRowsPerMove = 4096": "kRowsPerMove = 64",
-    "kTokensPerLane = 31": "kTokensPerLane = 2",
-    "kScreenRuns = 64": "kScreenRuns = 3",
-    "kMinScreenTokens = int64_t{1} << 15": "kMinScreenTokens = 256",
-}
+# kStaticShared of the emulation: at least what any kernel has beside its dynamic shared memory.
+STATIC_SHARED = 1024
+# Sums move to float64 after so few tokens that runs of a test's size do it several times.
+KNOBS = ("-DSPT_ADDITIONS_PER_FLUSH=4", "-DSPT_ROWS_PER_MOVE=64")
 
 
 def load_inspector():
@@ -50,115 +45,123 @@ def load_inspector():
     return module
 
 
-def test_hot_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(tmp_path):
+def test_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     cuda_sources = load_inspector()
     kernels = cuda_sources.inspect(nvcc, "90a", tmp_path)
-    hot = {name: kernel for name, kernel in kernels.items() if name.startswith(cuda_sources.HOT)}
-    assert len(hot) == 22
     for name, kernel in kernels.items():
         assert kernel.spill_bytes == 0, name
-    tools = all(kernel.instructions is not None for kernel in hot.values())
-    if not tools:
+        assert kernel.static_shared <= STATIC_SHARED, name
+    found = {hot: [name for name in kernels if name.startswith(hot)] for hot in cuda_sources.HOT}
+    for hot, names in found.items():
+        assert {name.partition("<")[2][:4] for name in names} == {"fp32", "fp16", "bf16"}, hot
+    if any(kernel.instructions is None for kernel in kernels.values()):
         pytest.skip("nvdisasm is not installed")
-    for name, kernel in hot.items():
-        if name.startswith("accumulate_kernel"):
-            assert kernel.count("LDG.E.64") or kernel.count("LDG.E.128"), name
-        else:
-            assert kernel.count("HGMMA" if name.startswith("screen_kernel") else "HMMA") > 0, name
-            assert kernel.count("LDGSTS", ".128") > 0, name
+    for name in found["one_read_kernel"] + found["assign_kernel"]:
+        assert kernels[name].count("HMMA") > 0, name
+        assert kernels[name].count("LDGSTS", ".128") > 0, name
+    for name in found["accumulate_kernel"]:
+        assert kernels[name].count("LDG.E.64") or kernels[name].count("LDG.E.128"), name
 
 
-def build_emulated(folder: Path, changes: dict[str, str]) -> ctypes.CDLL:
-    """csrc/kmeans_cuda.cu as a CPU library, after `changes` to the text of the kernels."""
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory) -> ctypes.CDLL:
+    """csrc/kmeans_cuda.cu as a CPU library."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler is installed")
-    shutil.copytree(EMULATION, folder / "tests" / "cuda_emulation")
-    shutil.copytree(CSRC, folder / "csrc")
-    changed = 0
-    for source in (folder / "csrc").glob("*.cu*"):
-        text = source.read_text()
-        for old, new in changes.items():
-            changed += text.count(old)
-            text = text.replace(old, new)
-        source.write_text(text)
-    assert changed == len(changes)
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-DSPT_HAVE_CUDA=1"]
-    command += [
-        "-DSPT_HAVE_SM90A=1",
-        "-Itests/cuda_emulation",
-        "-Icsrc",
-        "tests/cuda_emulation/library.cpp",
-        "-o",
-        "emulated.so",
-    ]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    target = tmp_path_factory.mktemp("emulated") / "emulated.so"
+    # The kernels read values of one type as another, which a GPU's compiler allows.
+    command = [compiler, "-std=c++17", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", "-w", *KNOBS]
+    command += [f"-I{EMULATION}", f"-I{CSRC}", str(EMULATION / "library.cpp"), "-o", str(target)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    library = ctypes.CDLL(str(folder / "emulated.so"))
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    for workspace in (library.emulated_assign_accumulate_workspace, library.emulated_distances_workspace):
-        workspace.argtypes = [size] * 4
-        workspace.restype = size
-    tokens = [pointer, ctypes.c_int32, size * 4, size * 3]
-    library.emulated_assign_accumulate.argtypes = [*tokens, pointer, size, *[pointer] * 8]
-    library.emulated_distances.argtypes = [*tokens, pointer, size, *[pointer] * 3]
-    library.emulated_assign_accumulate.restype = library.emulated_distances.restype = ctypes.c_char_p
+    library = ctypes.CDLL(str(target))
+    for operation in ("assign_accumulate", "distances"):
+        getattr(library, f"emulated_{operation}_workspace").restype = ctypes.c_int64
+        getattr(library, f"emulated_{operation}").restype = ctypes.c_char_p
+    library.emulated_wait.restype = library.emulated_why_not.restype = ctypes.c_char_p
     return library
 
 
-@pytest.fixture(autouse=True)
-def screen_wanted(monkeypatch) -> None:
-    monkeypatch.setenv("SPT_FAST_CUDA_SCREEN", "1")
+class TokenView(ctypes.Structure):
+    """As in csrc/kmeans.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        *((size, ctypes.c_int64) for size in ("groups", "outer", "inner", "width")),
+        *((stride, ctypes.c_int64) for stride in ("group_stride", "outer_stride", "inner_stride")),
+    )
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor) -> TokenView:
+        return cls(tokens.data_ptr(), DTYPE_CODES[tokens.dtype], *tokens.shape, *tokens.stride()[:3])
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory) -> ctypes.CDLL:
-    return build_emulated(tmp_path_factory.mktemp("emulated"), SHORTER)
+class AssignArgs(ctypes.Structure):
+    """As in csrc/kmeans.h."""
+
+    _fields_ = (
+        ("tokens", TokenView),
+        *((name, ctypes.c_void_p) for name in ("centers", "shift", "weights")),
+        ("num_centers", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("sums", "counts", "inertia", "labels", "distances")),
+    )
 
 
-def call_emulated(library, operation, tokens, centers, tensors):
-    """Calls with the addresses of `tensors` (None: null) and a workspace, which must suffice."""
-    groups, outer, inner, width = tokens.shape
-    num_centers = centers.shape[1]
-    measure = getattr(library, f"emulated_{operation}_workspace")
-    size = measure(groups, outer * inner, width, num_centers)
+class DistanceArgs(ctypes.Structure):
+    """As in csrc/kmeans.h."""
+
+    _fields_ = (
+        ("tokens", TokenView),
+        *((name, ctypes.c_void_p) for name in ("centers", "shift")),
+        ("num_centers", ctypes.c_int64),
+        ("distances", ctypes.c_void_p),
+    )
+
+
+def call_emulated(library, operation, args):
+    """Calls with a workspace that is as large as the library wants it, and must suffice."""
+    size = getattr(library, f"emulated_{operation}_workspace")(ctypes.byref(args))
     workspace = torch.full((size + CANARY,), 255, dtype=torch.uint8)
     start = -workspace.data_ptr() % 16  # malloc's alignment is not CUDA's
     workspace = torch.full((size + CANARY + start,), 255, dtype=torch.uint8)[start:]
     message = getattr(library, f"emulated_{operation}")(
-        tokens.data_ptr(),
-        DTYPE_CODES[tokens.dtype],
-        (ctypes.c_int64 * 4)(*tokens.shape),
-        (ctypes.c_int64 * 3)(*tokens.stride()[:3]),
-        centers.data_ptr(),
-        num_centers,
-        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-        workspace.data_ptr(),
+        ctypes.byref(args), ctypes.c_void_p(workspace.data_ptr())
     )
     if message is not None:
         raise RuntimeError(message.decode())
     assert workspace[size:].eq(255).all(), "wrote behind the workspace"
 
 
+def address(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
 def run_emulated(
     library, tokens, centers, shift=None, weights=None, rows=("labels", "distances"), shared=H100_SHARED
 ):
-    """tokens [G, B, N, D] -> sums, counts, inertia, labels, distances; equal in either order of threads."""
+    """tokens [G, B, N, D] -> sums, counts, inertia, labels, distances.
+
+    They are equal for threads in order and late copies, and for threads in reverse and early copies.
+    """
     groups, outer, inner, width = tokens.shape
     num_centers, num_rows = centers.shape[1], outer * inner
     results = []
-    for backwards in (False, True):
+    for reverse_and_early in (False, True):
         sums = torch.full((groups, num_centers, width), torch.nan, dtype=torch.float64)
         counts = torch.full((groups, num_centers), torch.nan, dtype=torch.float64)
         inertia = torch.full((groups,), torch.nan, dtype=torch.float64)
         labels = torch.full((groups, num_rows), -7, dtype=torch.int32) if "labels" in rows else None
         distances = torch.full((groups, num_rows), torch.nan) if "distances" in rows else None
         outputs = (sums, counts, inertia, labels, distances)
-        library.emulated_machine(shared, GENERATIONS[shared], backwards)
-        call_emulated(library, "assign_accumulate", tokens, centers, (shift, weights, *outputs))
+        library.emulated_machine(shared, reverse_and_early, reverse_and_early)
+        inputs = (address(centers), address(shift), address(weights), num_centers)
+        args = AssignArgs(TokenView.of(tokens), *inputs, *map(address, outputs))
+        call_emulated(library, "assign_accumulate", args)
         results.append(outputs)
     for ours, again in zip(*results, strict=True):
         if ours is not None:
@@ -168,17 +171,17 @@ def run_emulated(
 
 def run_emulated_distances(library, tokens, centers, shift=None):
     groups, outer, inner, _ = tokens.shape
-    library.emulated_machine(H100_SHARED, 9, False)
+    library.emulated_machine(H100_SHARED, False, False)
     distances = torch.full((groups, outer * inner, centers.shape[1]), torch.nan)
-    call_emulated(library, "distances", tokens, centers, (shift, distances))
+    args = DistanceArgs(
+        TokenView.of(tokens), address(centers), address(shift), centers.shape[1], address(distances)
+    )
+    call_emulated(library, "distances", args)
     return distances
 
 
 def assert_matches_reference(given, tokens, centers, shift, weights):
-    """`given` against float64: labels and distances within the rounding band, the rest by our own labels.
-
-    Without distances the tokens may have been screened.
-    """
+    """`given` against float64: labels and distances within the rounding band, the rest by our own labels."""
     found = assigned_deviations(given, tokens, centers, shift, weights)
     assert all(deviation.ok for deviation in found.values()), found
     # Labels are the reference's where nothing is close, which is nearly everywhere.
@@ -220,115 +223,6 @@ def test_emulated_cuda_matches_reference(
     assert_matches_reference(given, *problem)
     again = run_emulated(emulated, *problem, rows=())
     assert all(torch.equal(a, b) for a, b in zip(given[:3], again[:3], strict=True))
-
-
-# One read on Hopper: 33 to 128 centres, half types, no weights, no distances. Up to 192 columns a block.
-SCREENED = pytest.mark.parametrize(
-    ("groups", "images", "patches", "prefix", "width", "num_centers", "dtype"),
-    [
-        pytest.param(1, 1, 257, 0, 64, 33, BF16, id="G1-M257-D64-K33-bf16"),
-        pytest.param(2, 3, 97, 1, 100, 40, BF16, id="G2-M291-D100-K40-bf16-4-byte-rows"),
-        pytest.param(1, 2, 150, 0, 63, 65, FP16, id="G1-M300-D63-K65-fp16-odd-rows"),
-        pytest.param(3, 2, 130, 2, 200, 112, FP16, id="G3-M260-D200-K112-fp16-2-blocks"),
-        pytest.param(1, 1, 333, 0, 400, 100, BF16, id="G1-M333-D400-K100-bf16-4-blocks"),
-        pytest.param(1, 2, 131, 1, 768, 128, BF16, id="G1-M262-D768-K128-bf16-4-blocks"),
-        pytest.param(1, 1, 259, 0, 1030, 64, FP16, id="G1-M259-D1030-K64-fp16-8-blocks"),
-    ],
-)
-
-
-@SCREENED
-def test_emulated_screen_matches_reference(
-    emulated, groups, images, patches, prefix, width, num_centers, dtype
-):
-    problem = make_problem(groups, images, patches, prefix, width, num_centers, dtype, False)
-    given = run_emulated(emulated, *problem, rows=("labels",))
-    assert_matches_reference(given, *problem)
-    # An older GPU reads twice, and knows distances better.
-    older = run_emulated(emulated, *problem, rows=("labels",), shared=A100_SHARED)
-    assert not torch.equal(given[2], older[2])
-    assert_matches_reference(older, *problem)
-
-
-@settings(max_examples=6, deadline=None, derandomize=True)
-@given(
-    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(86, 130), st.integers(0, 2)),
-    width=st.integers(1, 260),
-    num_centers=st.integers(33, 128),
-    dtype=st.sampled_from([FP16, BF16]),
-    seed=st.integers(0, 99),
-)
-def test_emulated_screen_matches_reference_at_any_size(emulated, shape, width, num_centers, dtype, seed):
-    problem = make_problem(*shape, width, num_centers, dtype, False, seed)
-    given = run_emulated(emulated, *problem, rows=("labels",))
-    if shape[1] * shape[2] >= 256 and width > 3:  # fewer columns are full of ties
-        assert_matches_reference(given, *problem)
-    assert given[1].sum(1).tolist() == [shape[1] * shape[2]] * shape[0]
-
-
-def clustered_problem(rows, width, num_centers, dtype):
-    """Tokens around their centres, as k-means finds them, beside an outlier dimension."""
-    generator = torch.Generator().manual_seed(4)
-    centers = torch.randn(1, num_centers, width, generator=generator)
-    centers[..., 3] += 500
-    tokens = centers[:, torch.randint(num_centers, (rows,), generator=generator)]
-    tokens = (tokens + torch.randn(1, rows, width, generator=generator)).to(dtype)[:, None]
-    return tokens, centers, tokens.float().mean((1, 2)), None
-
-
-@pytest.mark.parametrize("dtype", [FP16, BF16])
-def test_emulated_screen_keeps_its_accuracy_beside_an_outlier_dimension(emulated, dtype):
-    problem = clustered_problem(300, 130, 50, dtype)
-    given = run_emulated(emulated, *problem, rows=("labels",))
-    assert_matches_reference(given, *problem)
-    exact = assign_accumulate_reference(problem[0][0].double(), problem[1].double())
-    # Coordinates of 500 would cost float32 3e-5 of the inertia for each without the shift.
-    torch.testing.assert_close(given[2], exact[2], rtol=1e-5, atol=0)
-
-
-def test_emulated_screen_is_used_only_where_it_is_asked_for(emulated, monkeypatch):
-    problem = make_problem(1, 1, 300, 0, 100, 40, BF16, False)
-    screened = run_emulated(emulated, *problem, rows=())
-    monkeypatch.delenv("SPT_FAST_CUDA_SCREEN")
-    plain = run_emulated(emulated, *problem, rows=())
-    assert not torch.equal(screened[2], plain[2])
-    assert all(
-        torch.equal(a, b) for a, b in zip(plain[:3], run_emulated(emulated, *problem)[:3], strict=True)
-    )
-
-
-def test_screen_decides_on_most_tokens_and_leaves_the_rest(tmp_path):
-    library = build_emulated(tmp_path, SHORTER | {"listed[group] = begin + length": "listed[group] = 0"})
-    problem = make_problem(1, 1, 300, 0, 100, 40, BF16, False)
-    decided = run_emulated(library, *problem, rows=())[1].sum().item()
-    assert 0.8 * 300 < decided < 300
-
-
-def test_emulated_screen_gives_no_token_to_one_of_two_equal_centres_by_itself(emulated):
-    tokens, centers, shift, _ = clustered_problem(300, 40, 40, BF16)
-    centers[0, 20:] = centers[0, :20]
-    _, counts, _, labels, _ = run_emulated(emulated, tokens, centers, shift, rows=("labels",))
-    assert labels.max() < 20
-    assert counts.sum() == 300
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", [FP16, BF16])
-def test_emulated_screen_shows_a_token_that_is_not_finite_in_the_inertia(emulated, value, dtype):
-    tokens = torch.zeros(2, 1, 270, 4, dtype=dtype)
-    tokens[1, 0, 266, 2] = value
-    _, counts, inertia, labels, _ = run_emulated(emulated, tokens, torch.ones(2, 40, 4), rows=("labels",))
-    assert inertia.tolist() == [1080.0, torch.inf]
-    assert counts.sum(1).tolist() == [270.0, 270.0]
-    assert labels.eq(0).all()
-
-
-@pytest.mark.parametrize("scale", [1e-3, 6e4])
-def test_emulated_screen_keeps_float16_centres_of_any_size(emulated, scale):
-    tokens, centers, _, _ = make_problem(1, 1, 300, 0, 40, 50, FP32, False)
-    tokens, centers = ((tokens - 3) * (scale / 6)).to(FP16), (centers - 3) * (scale / 6)
-    given = run_emulated(emulated, tokens, centers, rows=("labels",))
-    assert_matches_reference(given, tokens, centers, None, None)
 
 
 @pytest.mark.parametrize("num_centers", [20, 100], ids=["one-read", "two-reads"])
@@ -450,51 +344,79 @@ def test_emulated_cuda_refuses_a_width_beyond_shared_memory(emulated):
         run_emulated_distances(emulated, tokens, centers)
 
 
-def check_after(tmp_path, change, problem, rows):
-    library = build_emulated(tmp_path, SHORTER | change)
-    assert_matches_reference(run_emulated(library, *problem, rows=rows), *problem)
+@pytest.fixture
+def only_checked(emulated):
+    """Launches are checked against the limits of the GPU, and no kernel runs."""
+    emulated.emulated_checks_only(True)
+    yield
+    emulated.emulated_checks_only(False)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        pytest.param("wait_copies<kOneReadStages - 1>();", "", id="wait-for-copies"),
-        pytest.param(
-            "tile, first_block, num_blocks);\n    __syncthreads();",
-            "tile, first_block, num_blocks);",
-            id="barrier-after-products",
-        ),
-        pytest.param(
-            "(p, shape, group, row, end);\n    __syncthreads();",
-            "(p, shape, group, row, end);",
-            id="barrier-after-labels",
-        ),
-    ],
-)
-def test_emulation_sees_a_missing_barrier(tmp_path, old, new):
-    problem = make_problem(1, 1, 70, 0, 200, 21, BF16, False)
-    with pytest.raises(AssertionError):
-        check_after(tmp_path, {old: new}, problem, ("labels", "distances"))
+# sm_90 and sm_100, sm_80, sm_86 and sm_120.
+@pytest.mark.parametrize("shared", [H100_SHARED, A100_SHARED, SMALL_SHARED])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+def test_no_launch_asks_for_more_shared_memory_than_it_may_have(emulated, only_checked, shared, dtype):
+    emulated.emulated_machine(shared, False, False)
+    address, refused = 1 << 12, []  # nothing is read or written
+    for width in (8, 63, 384, 768, 1024, 4096):
+        for rows in (1, 100_000):
+            view = TokenView(
+                address, DTYPE_CODES[dtype], 1, 1, rows, width, rows * width, rows * width, width
+            )
+            for num_centers in range(1, 301):
+                for weights in (None, address):
+                    inputs = (address, None, weights, num_centers)
+                    args = AssignArgs(view, *inputs, *[address] * 5)
+                    message = emulated.emulated_assign_accumulate(
+                        ctypes.byref(args), ctypes.c_void_p(address)
+                    )
+                    if message is not None:
+                        refused.append((width, rows, num_centers, message))
+                args = DistanceArgs(view, address, None, num_centers, address)
+                message = emulated.emulated_distances(ctypes.byref(args), ctypes.c_void_p(address))
+                if message is not None:
+                    refused.append((width, rows, num_centers, message))
+    assert not refused
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        pytest.param("wait_copies<1>();\n    show", "show", id="wait-for-copies"),
-        pytest.param(
-            "    show_to_warpgroups();\n    __syncthreads();\n    copy", "    copy", id="show-copies"
-        ),
-        pytest.param("wait_products<1>();", "", id="wait-for-products"),
-        pytest.param("    cluster_wait();\n    const", "    const", id="wait-for-cluster"),
-        pytest.param(
-            "    __syncthreads();\n    wait_products", "    wait_products", id="barrier-after-units"
-        ),
-    ],
-)
-def test_emulation_sees_a_missing_barrier_of_the_screen(tmp_path, old, new):
-    problem = make_problem(1, 1, 400, 0, 200, 40, BF16, False)
-    with pytest.raises((AssertionError, RuntimeError)):
-        check_after(tmp_path, {old: new}, problem, ("labels",))
+def test_a_gpu_for_which_there_is_no_code_is_named_as_the_reason(emulated):
+    assert emulated.emulated_why_not() == b""
+    emulated.emulated_code(False)
+    try:
+        reason = emulated.emulated_why_not().decode()
+    finally:
+        emulated.emulated_code(True)
+    assert reason == (
+        "kernels built for the emulation do not run on this GPU: "
+        "no kernel image is available for execution on the device"
+    )
+
+
+@pytest.fixture
+def skip_wait(emulated):
+    """`emulated_skip_wait` of the library, which has none skipped afterwards."""
+    yield emulated.emulated_skip_wait
+    emulated.emulated_skip_wait(-1)
+
+
+@pytest.mark.parametrize("num_centers", [21, 110], ids=["one-read", "two-reads"])
+def test_emulation_sees_every_missing_wait(emulated, skip_wait, num_centers):
+    problem = make_problem(1, 1, 300, 0, 200, num_centers, BF16, False)
+    skip_wait(-1)
+    assert_matches_reference(run_emulated(emulated, *problem), *problem)
+    waits = []
+    while (name := emulated.emulated_wait(len(waits))) is not None:
+        waits.append(Path(name.decode()).name)
+    assert len(waits) >= 4
+    unseen = []
+    for index, name in enumerate(waits):
+        skip_wait(index)
+        try:
+            assert_matches_reference(run_emulated(emulated, *problem), *problem)
+        except AssertionError:
+            continue
+        unseen.append(name)
+    assert not unseen
 
 
 def skip_without_gpu() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,14 +38,19 @@ def test_kernels_are_clean_under_sanitizers(tmp_path: Path, flags: list[str]) ->
     common = compiler_with(flags, tmp_path)
     isas = list(ISA_FLAGS) if X86 else ["baseline"]
     defines = ["-DSPT_HAVE_X86_ISAS=1"] if X86 else []
-    objects = []
-    for isa in isas:
-        objects.append(str(tmp_path / f"{isa}.o"))
-        source = str(ROOT / "csrc" / "kmeans_cpu_isa.cpp")
-        run([*common, *ISA_FLAGS[isa], f"-DSPT_ISA={isa}", "-c", source, "-o", objects[-1]])
-    sources = [ROOT / "csrc" / "kmeans_cpu.cpp", ROOT / "csrc" / "kmeans_cpu_pruned.cpp"]
-    sources.append(ROOT / "tests" / "ops" / "native" / "check_kmeans.cpp")
-    run([*common, *defines, *map(str, sources), *objects, "-o", str(tmp_path / "check")])
+    kernels = ROOT / "csrc" / "kmeans_cpu_isa.cpp"
+    commands = [[*common, *ISA_FLAGS[isa], f"-DSPT_ISA={isa}", "-c", str(kernels)] for isa in isas]
+    for source in (
+        "csrc/kmeans_cpu.cpp",
+        "csrc/kmeans_cpu_pruned.cpp",
+        "tests/ops/native/check_kmeans.cpp",
+    ):
+        commands.append([*common, *defines, "-c", str(ROOT / source)])
+    objects = [str(tmp_path / f"{index}.o") for index in range(len(commands))]
+    with ThreadPoolExecutor(2) as compilers:
+        targets = zip(commands, objects, strict=True)
+        list(compilers.map(run, [[*command, "-o", target] for command, target in targets]))
+    run([*common, *objects, "-o", str(tmp_path / "check")])
     assert "baseline checked" in run([str(tmp_path / "check")])
 
 

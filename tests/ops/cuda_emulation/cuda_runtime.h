@@ -1,11 +1,16 @@
 // Just enough of CUDA to run the kernels of csrc/ on the CPU, for tests on machines without a GPU.
 //
-// The threads of a block, or of a cluster of blocks, are fibers of one OS thread: each runs until
-// it ends or waits at a barrier of its warp, block or cluster, then the next one runs, forwards or
-// (emulation::backwards) in reverse order. A missing barrier therefore gives different results in
-// the two orders. Shared memory starts as NaN. Clusters run one after the other; static shared
-// memory is one for all of a cluster's blocks. Not modelled: warps in lockstep, time, the GPU's
-// rounding of anything but sums of products (see cuda_intrinsics.cuh).
+// The threads of a block are fibers of one OS thread: each runs until it ends or waits. A warp runs
+// until all of its threads wait for another warp, then the next warp does: so warps are as far
+// apart as their barriers let them. Order of warps and threads is forwards or
+// (emulation::backwards) in reverse. Asynchronous copies take place when they are awaited or
+// (emulation::early_copies) when they are issued. A missing barrier therefore gives different
+// results, and a test may have any one skipped (emulation::skipped_wait) to see that. Dynamic
+// shared memory starts as NaN, static shared memory with what the block before left there. Blocks
+// run one after the other. Of the runtime's calls the limits of shared memory are modelled, and a
+// GPU for which there is no code. Not modelled: other orders than these; memory order within a
+// warp, since a collective makes all of its lanes wait; time; the GPU's rounding of anything but
+// sums of products (see cuda_intrinsics.cuh).
 #pragma once
 
 #include <setjmp.h>
@@ -15,6 +20,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -40,9 +46,6 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-struct alignas(8) uint2 {
-  uint32_t x, y;
-};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
@@ -54,14 +57,34 @@ namespace emulation {
 
 inline constexpr size_t kStackBytes = 64 << 10;
 inline constexpr int kWarp = 32;
-inline constexpr int kMaxThreads = 2048;  // of a cluster
-inline constexpr int kMaxBlocks = 8;
+inline constexpr int kMaxThreads = 1024;  // of a block
 inline constexpr size_t kMaxShared = 232448;
+inline constexpr int kStaticShared = 1024;       // of every kernel: more than any has
+inline constexpr int kUnaskedShared = 48 << 10;  // static and dynamic, without being asked for
 
-// What a test may set: the order of the threads, the GPU's shared memory and generation.
+// What a test may set: the order of the threads and when copies take place; what a block may have
+// of shared memory, which is also the number of the GPU; whether there is code for the GPU, and
+// whether launches are only checked against its limits.
 inline bool backwards = false;
+inline bool early_copies = false;
 inline int shared_limit = kMaxShared;
-inline int generation = 9;
+inline bool has_code = true;
+inline bool checks_only = false;
+
+// A line of the kernels where threads of a block wait for each other, or for copies.
+struct Wait {
+  const char* file;
+  int line;
+};
+inline std::vector<Wait> waits;  // those that threads have come to
+inline int skipped_wait = -1;    // which of them does nothing; -1: none
+
+inline bool is_skipped(const char* file, int line) {
+  size_t index = 0;
+  while (index < waits.size() && (waits[index].line != line || waits[index].file != file)) ++index;
+  if (index == waits.size()) waits.push_back({file, line});
+  return static_cast<int>(index) == skipped_wait;
+}
 
 struct Barrier {
   int arrived = 0;
@@ -69,16 +92,13 @@ struct Barrier {
   unsigned generation = 0;
 };
 
-// Copies of one thread that are under way, in groups; they take place when they are awaited.
+// Copies of one thread that are under way, in groups.
 struct Copy {
   void* target;
   const void* source;
   int bytes;
   int padded;
 };
-
-// Products of a warpgroup that this thread has started, in groups; likewise.
-using Product = std::function<void()>;
 
 struct Fiber {
   ucontext_t start;
@@ -89,10 +109,6 @@ struct Fiber {
   unsigned collectives = 0;
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open_group;
-  bool unshown = false;  // copies have come that products do not see yet
-  std::vector<std::vector<Product>> product_groups;
-  std::vector<Product> open_products;
-  unsigned cluster_generation = 0;  // of the cluster's barrier, when this thread arrived
 };
 
 // What a lane shows its warp in a collective operation; two slots, used in turn, so that a lane
@@ -105,17 +121,12 @@ inline std::vector<Fiber> fibers;
 inline jmp_buf scheduler;
 inline const std::function<void()>* body;
 inline unsigned current;
-inline unsigned block_threads;
-inline uint3 first_block;
-inline Barrier cluster_barrier;
-inline Barrier block_barriers[kMaxBlocks];
+inline Barrier block_barrier;
 inline Barrier warp_barriers[kMaxThreads / kWarp];
 inline Exchange exchanges[2][kMaxThreads];
-alignas(1024) inline unsigned char shared[kMaxBlocks][kMaxShared];
+alignas(16) inline unsigned char shared[kMaxShared];
 inline bool progress;
 inline std::string error;  // what a thread threw: it must not leave the fiber
-
-inline unsigned current_block() { return current / block_threads; }
 
 inline void leave(Barrier& barrier) {
   --barrier.expected;
@@ -134,52 +145,41 @@ inline void enter() {
   Fiber& fiber = fibers[current];
   fiber.done = true;
   progress = true;
-  leave(cluster_barrier);
-  leave(block_barriers[current_block()]);
+  leave(block_barrier);
   leave(warp_barriers[current / kWarp]);
   _longjmp(scheduler, 1);
 }
 
-// Returns the generation that the thread has arrived in.
-inline unsigned arrive(Barrier& barrier) {
+inline void wait(Barrier& barrier) {
   const unsigned generation = barrier.generation;
   progress = true;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
   }
-  return generation;
-}
-
-inline void wait_after(Barrier& barrier, unsigned generation) {
   while (barrier.generation == generation) {
     if (!_setjmp(fibers[current].resume)) _longjmp(scheduler, 1);
   }
   progress = true;
 }
 
-inline void wait(Barrier& barrier) { wait_after(barrier, arrive(barrier)); }
-
 inline void resume(unsigned thread) {
   Fiber& fiber = fibers[thread];
   current = thread;
-  threadIdx = {thread % block_threads, 0, 0};
-  blockIdx = {first_block.x + current_block(), first_block.y, first_block.z};
+  threadIdx = {thread, 0, 0};
   if (_setjmp(scheduler)) return;
   if (fiber.started) _longjmp(fiber.resume, 1);
   fiber.started = true;
   setcontext(&fiber.start);
 }
 
-// Runs the threads of a block in turn until none gets on without another block; returns whether any
-// is left. So blocks are as far apart as their barriers let them.
-inline bool run_until_blocked(unsigned block) {
-  bool any_progress = progress;
+// Runs the threads of a warp in turn until none gets on; returns whether any is left.
+inline bool run_warp(unsigned warp, bool& any_progress) {
   bool running = true;
   for (bool moved = true; running && moved; any_progress = any_progress || moved) {
     running = progress = false;
-    for (unsigned i = 0; i < block_threads; ++i) {
-      const unsigned thread = block * block_threads + (backwards ? block_threads - 1 - i : i);
+    for (unsigned i = 0; i < kWarp; ++i) {
+      const unsigned thread = warp * kWarp + (backwards ? kWarp - 1 - i : i);
       if (fibers[thread].done) continue;
       resume(thread);
       if (!error.empty()) throw std::runtime_error(std::exchange(error, {}));
@@ -187,45 +187,36 @@ inline bool run_until_blocked(unsigned block) {
     }
     moved = progress;
   }
-  progress = any_progress;
   return running;
 }
 
-// A cluster of `blocks` blocks from `first` on.
-inline void run_cluster(uint3 first, unsigned blocks, unsigned threads,
-                        const std::function<void()>& thread_body) {
+inline void run_block(uint3 block, unsigned threads, const std::function<void()>& thread_body) {
   body = &thread_body;
-  first_block = first;
-  block_threads = threads;
-  const unsigned num_threads = blocks * threads;
-  std::memset(shared, 0xff, blocks * kMaxShared);
-  fibers.resize(num_threads);
-  cluster_barrier = {0, static_cast<int>(num_threads), 0};
-  for (unsigned block = 0; block < blocks; ++block) {
-    block_barriers[block] = {0, static_cast<int>(threads), 0};
-  }
-  for (unsigned warp = 0; warp * kWarp < num_threads; ++warp) warp_barriers[warp] = {0, kWarp, 0};
+  blockIdx = block;
+  std::memset(shared, 0xff, kMaxShared);
+  fibers.resize(threads);
+  block_barrier = {0, static_cast<int>(threads), 0};
+  for (unsigned warp = 0; warp * kWarp < threads; ++warp) warp_barriers[warp] = {0, kWarp, 0};
   for (Fiber& fiber : fibers) {
     if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStackBytes);
     fiber.started = fiber.done = false;
     fiber.collectives = 0;
     fiber.groups.clear();
     fiber.open_group.clear();
-    fiber.product_groups.clear();
-    fiber.open_products.clear();
-    fiber.unshown = false;
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.get();
     fiber.start.uc_stack.ss_size = kStackBytes;
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, enter, 0);
   }
+  const unsigned warps = threads / kWarp;
   for (bool running = true; running;) {
-    running = progress = false;
-    for (unsigned i = 0; i < blocks; ++i) {
-      running = run_until_blocked(backwards ? blocks - 1 - i : i) || running;
+    running = false;
+    bool any_progress = false;
+    for (unsigned i = 0; i < warps; ++i) {
+      running = run_warp(backwards ? warps - 1 - i : i, any_progress) || running;
     }
-    if (running && !progress) throw std::runtime_error("threads wait for ever");
+    if (running && !any_progress) throw std::runtime_error("threads wait for ever");
   }
 }
 
@@ -253,10 +244,12 @@ inline int lane() { return static_cast<int>(current % kWarp); }
 
 }  // namespace emulation
 
-inline void __syncthreads() {
-  emulation::wait(emulation::block_barriers[emulation::current_block()]);
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!emulation::is_skipped(file, line)) emulation::wait(emulation::block_barrier);
 }
-inline void __syncwarp() { emulation::wait(emulation::warp_barriers[emulation::current / 32]); }
+inline void __syncwarp() {
+  emulation::wait(emulation::warp_barriers[emulation::current / emulation::kWarp]);
+}
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int lane_mask) {
@@ -272,19 +265,10 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   for (int lane = 0; lane < 32; ++lane) result |= (shown[lane] ? 1u : 0u) << lane;
   return result;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int64_t __double_as_longlong(double x) {
-  int64_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float __frcp_rn(float x) { return 1.0f / x; }
 using std::isinf;
 
 inline uint32_t __float_as_uint(float x) {
@@ -326,15 +310,48 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 inline uint16_t __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrComputeCapabilityMajor };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorNoKernelImageForDevice };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+
+namespace emulation {
+
+// Dynamic bytes that kernels may have on a GPU because they have asked for them.
+inline std::map<std::pair<const void*, int>, int> allowed_shared;
+
+// What a launch with so much dynamic shared memory returns.
+inline cudaError_t check_launch(const void* kernel, int dynamic_bytes) {
+  if (!has_code) return cudaErrorNoKernelImageForDevice;
+  const auto allowed = allowed_shared.find({kernel, shared_limit});
+  const int most =
+      allowed == allowed_shared.end() ? kUnaskedShared - kStaticShared : allowed->second;
+  return dynamic_bytes <= most ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace emulation
+
+inline cudaError_t cudaGetDevice(int* device) {
+  return *device = emulation::shared_limit, cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return ""; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const bool is_memory = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
-  return *value = is_memory ? emulation::shared_limit : emulation::generation, cudaSuccess;
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice
+             ? "no kernel image is available for execution on the device"
+             : "invalid argument";
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = emulation::shared_limit, cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  if (!emulation::has_code) return cudaErrorNoKernelImageForDevice;
+  return attributes->sharedSizeBytes = emulation::kStaticShared, cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > emulation::shared_limit - emulation::kStaticShared) return cudaErrorInvalidValue;
+  return emulation::allowed_shared[{kernel, emulation::shared_limit}] = bytes, cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   return std::memset(data, value, bytes), cudaSuccess;

@@ -1,19 +1,11 @@
-// The emulated library: csrc/kmeans_cuda.cu on the CPU, with entry points for ctypes. Scalars and
-// addresses in; an error message, or null, out.
+// The emulated library: csrc/kmeans_cuda.cu on the CPU, with entry points for ctypes, which fills
+// the argument structs of kmeans.h itself. A call returns an error message, or null.
 #include <string>
 
-#include "../../csrc/kmeans_cuda.cu"
+#define SPT_CUDA_ARCHS "the emulation"
+#include "kmeans_cuda.cu"
 
 namespace {
-
-spt_fast::TokenView make_view(const void* data, int32_t dtype, const int64_t* sizes,
-                              const int64_t* strides) {
-  return {data,       static_cast<spt_fast::DType>(dtype),
-          sizes[0],   sizes[1],
-          sizes[2],   sizes[3],
-          strides[0], strides[1],
-          strides[2]};
-}
 
 template <typename Call>
 const char* message_of(const Call& call) {
@@ -31,52 +23,50 @@ const char* message_of(const Call& call) {
 
 extern "C" {
 
-void emulated_machine(int shared_memory, int generation, int backwards) {
+void emulated_machine(int shared_memory, int backwards, int early_copies) {
   emulation::shared_limit = shared_memory;
-  emulation::generation = generation;
+  emulation::early_copies = early_copies;
   emulation::backwards = backwards;
 }
 
-int64_t emulated_assign_accumulate_workspace(int64_t groups, int64_t rows, int64_t width,
-                                             int64_t num_centers) {
-  return spt_fast::assign_accumulate_cuda_workspace(groups, rows, width, num_centers);
+void emulated_checks_only(int checks_only) { emulation::checks_only = checks_only; }
+void emulated_code(int has_code) { emulation::has_code = has_code; }
+
+const char* emulated_why_not() {
+  static std::string reason;
+  reason = spt_fast::cuda_why_not();
+  return reason.c_str();
 }
 
-int64_t emulated_distances_workspace(int64_t groups, int64_t rows, int64_t width,
-                                     int64_t num_centers) {
-  return spt_fast::distances_cuda_workspace(groups, rows, width, num_centers);
+// Forgets the waits that threads have come to, and has number `skipped` of the next ones skipped.
+void emulated_skip_wait(int skipped) {
+  emulation::waits.clear();
+  emulation::skipped_wait = skipped;
 }
 
-const char* emulated_assign_accumulate(const void* data, int32_t dtype, const int64_t* sizes,
-                                       const int64_t* strides, const float* centers,
-                                       int64_t num_centers, const float* shift,
-                                       const float* weights, double* sums, double* counts,
-                                       double* inertia, int32_t* labels, float* distances,
-                                       void* workspace) {
-  spt_fast::AssignArgs args;
-  args.tokens = make_view(data, dtype, sizes, strides);
-  args.centers = centers;
-  args.shift = shift;
-  args.weights = weights;
-  args.num_centers = num_centers;
-  args.sums = sums;
-  args.counts = counts;
-  args.inertia = inertia;
-  args.labels = labels;
-  args.distances = distances;
-  return message_of([&] { spt_fast::assign_accumulate_cuda(args, workspace, 0, nullptr); });
+// The file and line of a wait, or null behind the last one.
+const char* emulated_wait(int index) {
+  static std::string name;
+  if (index >= static_cast<int>(emulation::waits.size())) return nullptr;
+  const emulation::Wait& wait = emulation::waits[index];
+  name = std::string(wait.file) + ":" + std::to_string(wait.line);
+  return name.c_str();
 }
 
-const char* emulated_distances(const void* data, int32_t dtype, const int64_t* sizes,
-                               const int64_t* strides, const float* centers, int64_t num_centers,
-                               const float* shift, float* distances, void* workspace) {
-  spt_fast::DistanceArgs args;
-  args.tokens = make_view(data, dtype, sizes, strides);
-  args.centers = centers;
-  args.shift = shift;
-  args.num_centers = num_centers;
-  args.distances = distances;
-  return message_of([&] { spt_fast::distances_cuda(args, workspace, 0, nullptr); });
+int64_t emulated_assign_accumulate_workspace(const spt_fast::AssignArgs* args) {
+  return spt_fast::assign_accumulate_cuda_workspace(*args);
+}
+
+int64_t emulated_distances_workspace(const spt_fast::DistanceArgs* args) {
+  return spt_fast::distances_cuda_workspace(*args);
+}
+
+const char* emulated_assign_accumulate(const spt_fast::AssignArgs* args, void* workspace) {
+  return message_of([&] { spt_fast::assign_accumulate_cuda(*args, workspace, nullptr); });
+}
+
+const char* emulated_distances(const spt_fast::DistanceArgs* args, void* workspace) {
+  return message_of([&] { spt_fast::distances_cuda(*args, workspace, nullptr); });
 }
 
 }  // extern "C"

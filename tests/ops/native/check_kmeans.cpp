@@ -91,9 +91,9 @@ void check(const Shape& s, const std::string& isa, int threads) {
   for (size_t i = 0; i < sums.size(); ++i) expect_close(sums[i], expected_sums[i], rows, "sum");
 }
 
-// Lloyd's algorithm with pruned passes over images in parts of `part_images`, each in a buffer of
+// Lloyd's algorithm with pruned passes over images in chunks of `chunk_images`, each in a buffer of
 // its own: labels are those of the plain pass, and so are the sums.
-void check_pruned(const Shape& s, int64_t part_images, const std::string& isa, int threads) {
+void check_pruned(const Shape& s, int64_t chunk_images, const std::string& isa, int threads) {
   std::mt19937 random(11);
   std::normal_distribution<float> normal;
   const int64_t rows = s.outer * s.inner;
@@ -112,23 +112,23 @@ void check_pruned(const Shape& s, int64_t part_images, const std::string& isa, i
   view.width = s.width;
   view.outer_stride = s.inner * s.width;
   view.inner_stride = s.width;
-  std::vector<int64_t> part_rows;
-  for (int64_t first = 0; first < s.outer; first += part_images) {
-    part_rows.push_back(std::min(part_images, s.outer - first) * s.inner);
+  std::vector<int64_t> chunk_rows;
+  for (int64_t first = 0; first < s.outer; first += chunk_images) {
+    chunk_rows.push_back(std::min(chunk_images, s.outer - first) * s.inner);
   }
-  spt_fast::PrunedAssignCpu passes(part_rows, s.width, shift.data(), s.centers, isa);
+  spt_fast::PrunedPasses passes(chunk_rows, s.width, shift.data(), s.centers, isa);
   std::vector<double> sums(s.centers * s.width), counts(s.centers), inertia(1);
   std::vector<double> plain_sums(sums.size()), plain_counts(s.centers);
   std::vector<int32_t> labels(rows);
   for (int pass = 0; pass < 12; ++pass) {
-    for (int64_t part : passes.begin(centers.data(), threads)) {
-      const int64_t first = part * part_images * s.inner, end = first + part_rows[part];
+    for (int64_t chunk : passes.begin(centers.data(), threads)) {
+      const int64_t first = chunk * chunk_images * s.inner, end = first + chunk_rows[chunk];
       const std::vector<float> tokens(&data[first * s.width], data.data() + end * s.width);
       const std::vector<float> its_weights(&weights[first], weights.data() + end);
       TokenView its_view = view;
       its_view.data = tokens.data();
-      its_view.outer = part_rows[part] / s.inner;
-      passes.add(part, its_view, its_weights.data(), threads);
+      its_view.outer = chunk_rows[chunk] / s.inner;
+      passes.add(chunk, its_view, its_weights.data(), threads);
     }
     const auto done = passes.end(sums.data(), counts.data());
     AssignArgs plain{view,         centers.data(),    shift.data(),        weights.data(),
@@ -160,8 +160,8 @@ int main() {
       for (int threads : {1, 3}) check(shape, isa, threads);
     }
     for (const Shape& shape : {Shape{1, 3, 1000, 0, 21, 37}, Shape{1, 1, 1, 0, 3, 1}}) {
-      for (int64_t part_images : {1, 2, 3}) {
-        for (int threads : {1, 3}) check_pruned(shape, part_images, isa, threads);
+      for (int64_t chunk_images : {1, 2, 3}) {
+        for (int threads : {1, 3}) check_pruned(shape, chunk_images, isa, threads);
       }
     }
     std::printf("%s checked\n", isa.c_str());
