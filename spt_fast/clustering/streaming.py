@@ -94,7 +94,7 @@ class Summary:
                 on_group()
             return replace(solved, centers=solved.centers.cpu(), counts=solved.counts.cpu())
 
-        return self._collect(processes.share(self.n_groups, solve_group))
+        return self._collect(processes.split_work(self.n_groups, solve_group))
 
     def _collect(self, results: Sequence[LloydResult]) -> Clustering:
         """Estimates from the sample, scaled so that the counts add up to what was really seen."""

@@ -47,7 +47,7 @@ class BackbonePass:
         self.tap = TokenTap(model, self._take, **tap_options)
         self._loader = loader
         self._length = _length(loader)
-        self._max_images = None if max_images is None else len(processes.part_of(max_images))
+        self._max_images = None if max_images is None else len(processes.share_of(max_images))
         self._first = 0
         self._consume: _Consume | None = None
         self._overlap: Overlap | None = None

@@ -69,7 +69,7 @@ def make_batches(n: int = 7) -> Batches:
 
 def mine(batches: Batches) -> Batches:
     """This rank's part: consecutive batches, unequal where they do not divide."""
-    part = find_processes(None).part_of(len(batches))
+    part = find_processes(None).share_of(len(batches))
     return batches[part.start : part.stop]
 
 
@@ -116,7 +116,7 @@ def exact_with_empty_clusters(_: Path) -> Any:
     torch.manual_seed(0)
     tokens = torch.randn(999, 9) * torch.linspace(1, 20, 999)[:, None]
     processes = find_processes(None)
-    part = processes.part_of(len(tokens))
+    part = processes.share_of(len(tokens))
     starts = 1e4 + torch.arange(4.0)[:, None] * torch.ones(9)
     with TokenStore(1, 0, chunk_bytes=1_000) as store:
         store.append(0, tokens[part.start : part.stop])
@@ -133,7 +133,7 @@ def exact_with_and_without_pruning(_: Path) -> Any:
     tokens = 0.5 * torch.randn(9, 13)[torch.randint(9, (2_503,))] + torch.randn(2_503, 13)
     starts = torch.stack([tokens[:6], tokens[6:12]])
     processes = find_processes(None)
-    part = processes.part_of(len(tokens))
+    part = processes.share_of(len(tokens))
     results: dict[str, Any] = {}
     with TokenStore(1, 30_000, chunk_bytes=[10_000, 70_000, 100][processes.rank]) as store:
         store.append(0, tokens[part.start : part.stop])
@@ -177,7 +177,7 @@ def stream_of_sorted_tokens(_: Path) -> Any:
     tokens = tokens.reshape(-1, 24)
     tokens[::5_000] *= 20
     processes = find_processes(None)
-    part = processes.part_of(len(tokens))
+    part = processes.share_of(len(tokens))
     streaming = StreamingKMeans(8, capacity=8_000, seed=processes.rank)
     for batch in tokens[part.start : part.stop].split(700):
         streaming.partial_fit(batch)
