@@ -86,7 +86,7 @@ def assign_accumulate(
     return sums, counts, inertia, labels, distances
 
 
-class PrunedAssign:
+class PrunedPasses:
     """Passes over one group on the CPU, part by part, with moving centres; see csrc/kmeans_cpu_pruned.cpp."""
 
     def __init__(

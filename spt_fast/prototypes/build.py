@@ -169,7 +169,9 @@ def _from_stream(
     with tqdm(total=groups, desc="clustering", unit=" layers", disable=not passed.progress) as bar:
         # The other ranks solve their share of the layers meanwhile.
         solved = summary.solve(num_prompts, on_group=partial(bar.update, processes.size), processes=processes)
-    return passed.result(solved.centers, solved.counts, solved.inertia, metadata=metadata, summary=summary)
+    return passed.result(
+        solved.centers, solved.counts, solved.mean_squared_distance, metadata=metadata, summary=summary
+    )
 
 
 def _from_all_tokens(

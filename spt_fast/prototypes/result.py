@@ -91,7 +91,7 @@ class Prototypes:
         return from_layers(
             solved.centers,
             solved.counts,
-            solved.inertia,
+            solved.mean_squared_distance,
             num_images=self.num_images,
             num_tokens=self.num_tokens,
             metadata=self.metadata,

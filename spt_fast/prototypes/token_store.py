@@ -115,7 +115,7 @@ class TokenStore:
                 self._file.read(chunk.offset, rows[: chunk.filled])
                 chunk.memory = memory.copy_(rows)
 
-    def sweep(self, layer: int, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
+    def chunks(self, layer: int, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
         """The chunks [m, D] of `layer` in order, on the device; each is good until the next is asked for.
 
         Only those at the ascending positions `wanted`, if given: the others are not read.
@@ -227,14 +227,14 @@ class StoredLayer:
         """The number of tokens in each chunk."""
         return [chunk.filled for chunk in self.store._layers[self.index].chunks]
 
-    def sweep(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """See `TokenStore.sweep`."""
-        return self.store.sweep(self.index, wanted)
+    def chunks(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """See `TokenStore.chunks`."""
+        return self.store.chunks(self.index, wanted)
 
     def rows(self, index: np.ndarray) -> Tensor:
         """The tokens at the ascending positions `index`, [n, D] on the device, by one sweep."""
         first, parts = 0, [torch.empty(0, self.width, dtype=self.dtype, device=self.device)]
-        for chunk in self.sweep():
+        for chunk in self.chunks():
             here = index[np.searchsorted(index, first) : np.searchsorted(index, first + len(chunk))]
             parts.append(chunk[torch.from_numpy(here - first).to(chunk.device)])
             first += len(chunk)

@@ -74,7 +74,7 @@ def test_an_operation_that_raises_is_reported_and_the_others_still_run(
 def test_a_wrong_label_shows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     right = kmeans.assign_accumulate
 
-    def wrong(*args: object, **options: object) -> kmeans.Assigned:
+    def wrong(*args: object, **options: object) -> kmeans.PassResult:
         found = right(*args, **options)
         if options.get("with_labels"):
             found.labels[0, -1] = (found.labels[0, -1] + 1) % found.counts.shape[1]

@@ -33,7 +33,7 @@ def fill(store: TokenStore, layers: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def read(store: TokenStore, layer: int) -> Tensor:
-    return torch.cat([chunk.clone() for chunk in store.sweep(layer)])
+    return torch.cat([chunk.clone() for chunk in store.chunks(layer)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -50,7 +50,7 @@ def test_gives_back_what_was_put_in_as_often_as_asked(dtype: torch.dtype, budget
 def test_chunks_do_not_depend_on_where_they_are(budget: int) -> None:
     with TokenStore(3, budget, chunk_bytes=CHUNK) as store:
         fill(store, 3)
-        assert [len(chunk) for chunk in store.sweep(2)] == [7, 7, 7, 7, 7, 5]
+        assert [len(chunk) for chunk in store.chunks(2)] == [7, 7, 7, 7, 7, 5]
 
 
 @pytest.mark.parametrize("budget", [0, 1_000, 2**30])
@@ -65,7 +65,7 @@ def test_reads_only_the_chunks_that_are_wanted(budget: int, monkeypatch: pytest.
         assert store.layer(1).chunk_rows == [7, 7, 7, 7, 7, 5]
         for wanted in ([0, 1, 2, 3, 4, 5], [0, 3, 5], [4], []):
             offsets.clear()
-            chunks = [chunk.clone() for chunk in store.sweep(1, wanted)]
+            chunks = [chunk.clone() for chunk in store.chunks(1, wanted)]
             assert len(chunks) == len(wanted)
             for index, chunk in zip(wanted, chunks, strict=True):
                 assert torch.equal(chunk, expected[1][7 * index : 7 * index + 7])
@@ -119,7 +119,7 @@ def test_copies_what_it_is_given() -> None:
 def test_layer_without_tokens_is_empty() -> None:
     with TokenStore(1, 0) as store:
         assert len(store.layer(0)) == 0
-        assert list(store.sweep(0)) == []
+        assert list(store.chunks(0)) == []
 
 
 def test_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_gives_back_on_the_device(budget: int) -> None:
     with TokenStore(2, budget, torch.device("cuda"), chunk_bytes=CHUNK) as store:
         expected = fill(store, 2)
         for layer in (0, 1, 0):
-            chunks = [chunk.clone() for chunk in store.sweep(layer)]
+            chunks = [chunk.clone() for chunk in store.chunks(layer)]
             assert all(chunk.is_cuda for chunk in chunks)
             assert torch.equal(torch.cat(chunks).cpu(), expected[layer])
 
