@@ -166,16 +166,15 @@ class TokenPasses:
                 distances, labels = assigned.distances[run], assigned.labels[run]
                 if weights is not None:
                     distances = torch.where(weights[0] > 0, distances, 0)
-                here = [
-                    _FarToken(
-                        float(distances[i]),
-                        int(labels[i]),
-                        1.0 if weights is None else float(weights[0, i]),
-                        chunk[i].double().cpu(),
-                    )
-                    for i in _largest(distances, number)
-                ]
-                found[run] = _first(found[run] + here, number)
+                far = _largest(distances, number)
+                facts = zip(
+                    distances[far].tolist(),
+                    labels[far].tolist(),
+                    [1.0] * len(far) if weights is None else weights[0, far].tolist(),
+                    chunk[far].double().cpu(),
+                    strict=True,
+                )
+                found[run] = _first(found[run] + [_FarToken(*fact) for fact in facts], number)
         everyone = self._processes.gather(found)
         return [
             _first([token for rank in everyone for token in rank[run]], number)
@@ -214,12 +213,12 @@ def _add(one: PassResult, other: PassResult) -> PassResult:
     return PassResult(one.sums + other.sums, one.counts + other.counts, one.inertia + other.inertia)
 
 
-def _largest(distances: Tensor, number: int) -> list[int]:
+def _largest(distances: Tensor, number: int) -> Tensor:
     """Positions of the largest distances above 0, the largest first; of equal ones the first."""
     least = distances.topk(min(number, len(distances))).values[-1]
     candidates = ((distances >= least) & (distances > 0)).nonzero()[:, 0]
     order = distances[candidates].sort(descending=True, stable=True).indices[:number]
-    return candidates[order].tolist()
+    return candidates[order]
 
 
 def _first(tokens: list[_FarToken], number: int) -> list[_FarToken]:
