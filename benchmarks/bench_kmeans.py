@@ -26,7 +26,8 @@ from sklearn.cluster import KMeans as SklearnKMeans
 from torch import Tensor
 
 from spt_fast.clustering.lloyd import lloyd
-from spt_fast.clustering.weighted import WeightedTokens, mean_of
+from spt_fast.clustering.moments import mean_of
+from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops.kmeans import assign_accumulate
 
 Outcome = tuple[float, int]  # inertia over all tokens, iterations (0: not told)

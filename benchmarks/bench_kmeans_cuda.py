@@ -21,7 +21,8 @@ from torch import Tensor
 
 from benchmarks.bench_kmeans import available, faiss_kmeans, make_tokens, measure, one_pass
 from spt_fast.clustering.lloyd import lloyd
-from spt_fast.clustering.weighted import WeightedTokens, mean_of
+from spt_fast.clustering.moments import mean_of
+from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops.kmeans import assign_accumulate
 
 Side = Callable[[], Tensor]

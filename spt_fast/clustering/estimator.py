@@ -23,7 +23,7 @@ from spt_fast.clustering.inputs import (
 )
 from spt_fast.clustering.parameters import Parameters
 from spt_fast.ops.kmeans import BACKENDS, assign_accumulate, squared_distances
-from spt_fast.support.arguments import check_int
+from spt_fast.support.arguments import check_choice, check_int
 from spt_fast.support.errors import NotFittedError
 
 Array = Any  # a tensor, or a NumPy array where the data came as something else than a tensor
@@ -35,8 +35,13 @@ class Clustering:
 
     centers: Tensor  # [G, K, D] float32
     counts: Tensor  # [G, K] float64: tokens (or their weight) of each centre
-    inertia: Tensor  # [G] float64: mean squared distance per token (or per unit of weight)
+    inertia: Tensor  # [G] float64: sum of squared distances of the tokens (times their weight)
     n_iter: tuple[int, ...]  # Lloyd iterations of each problem
+
+    @property
+    def mean_squared_distance(self) -> Tensor:
+        """Of a token to its centre (per unit of weight), [G] float64."""
+        return self.inertia / self.counts.sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,7 @@ class ClusteringEstimator(Parameters):
 
     def _settings(self) -> Settings:
         """Check the arguments, which the constructor only stores (scikit-learn's convention)."""
-        if not isinstance(self.backend, str) or self.backend not in self._backends:
-            raise ValueError(f"backend must be one of {', '.join(self._backends)}, got {self.backend!r}")
+        check_choice("backend", self.backend, self._backends)
         return Settings(
             check_int("n_clusters", self.n_clusters, 1),
             check_int("n_groups", self.n_groups, 1),
@@ -102,8 +106,7 @@ class ClusteringEstimator(Parameters):
     @property
     def inertia_(self) -> Array:
         """Sum of squared distances of the tokens to their centres, scalar or [G]; float64."""
-        result = self._result()
-        return self._attribute(result.inertia * result.counts.sum(dim=1))
+        return self._attribute(self._result().inertia)
 
     @property
     def n_iter_(self) -> int | tuple[int, ...]:

@@ -6,13 +6,15 @@ a tolerance) is ours. The same seed gives the same bits only on the same number 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spt_fast.clustering.lloyd import LloydResult
+from spt_fast.clustering.lloyd import Lloyd, LloydResult, Until
+from spt_fast.clustering.passes import Step
 from spt_fast.clustering.weighted import WeightedTokens
 
 
@@ -21,33 +23,43 @@ def lloyd(
 ) -> LloydResult:
     """As `spt_fast.clustering.lloyd.lloyd`; a centre without tokens takes half of a large cluster's instead.
 
-    Each iteration is one call of faiss, which only then can be asked how far the centres moved.
-
     Raises:
         ImportError: faiss is not installed.
     """
-    faiss = _load()
     # Around the mean, because faiss forms |x|^2 - 2 x.c + |c|^2 in float32.
-    tokens = np.ascontiguousarray((problem.tokens.float() - problem.mean).cpu().numpy())
-    weights = _scaled_weights(problem.weights)
-    step = faiss.Kmeans(
-        tokens.shape[1],
-        len(centers),
-        niter=1,
-        gpu=faiss.get_num_gpus(),
-        **_every_token(len(tokens), len(centers)),
-    )
-    if hasattr(step.cp, "check_input_data_for_NaNs"):
-        step.cp.check_input_data_for_NaNs = False  # the caller has looked; faiss would in every iteration
-    before = (centers - problem.mean).cpu().numpy()
-    n_iter, shift = 0, np.inf
-    while n_iter < max_iter and shift > shift_tolerance:
-        step.train(tokens, weights=weights, init_centroids=before)
-        shift = float(np.square((step.centroids - before).astype(np.float64)).sum())
-        before, n_iter = step.centroids.copy(), n_iter + 1
-    found = torch.from_numpy(before).to(centers.device) + problem.mean
+    run = Lloyd(_FaissSteps(problem, len(centers)), (centers - problem.mean)[None])
+    run.run(Until(max_iter, shift_tolerance))
+    found = run.centers[0] + problem.mean
     assigned = problem.assign(found)
-    return LloydResult(found, assigned.counts[0], float(assigned.inertia[0]), n_iter)
+    return LloydResult(found, assigned.counts[0], float(assigned.inertia[0]), run.n_iter[0])
+
+
+class _FaissSteps:
+    """Steps of a single run, each one call of faiss: only then can it be asked how far the centres moved."""
+
+    def __init__(self, problem: WeightedTokens, n_clusters: int) -> None:
+        faiss = _load()
+        self._tokens = np.ascontiguousarray((problem.tokens.float() - problem.mean).cpu().numpy())
+        self._weights = _scaled_weights(problem.weights)
+        self._faiss = faiss.Kmeans(
+            self._tokens.shape[1],
+            n_clusters,
+            niter=1,
+            gpu=faiss.get_num_gpus(),
+            **_every_token(len(self._tokens), n_clusters),
+        )
+        if hasattr(self._faiss.cp, "check_input_data_for_NaNs"):
+            # The caller has looked; faiss would look in every iteration.
+            self._faiss.cp.check_input_data_for_NaNs = False
+
+    def assign(self, runs: Sequence[int], centers: Tensor) -> None:
+        """Nothing to do: faiss assigns when it steps."""
+
+    def step(self, runs: Sequence[int], centers: Tensor) -> Step:
+        """Assign and move centres [1, K, D], which are around the mean."""
+        self._faiss.train(self._tokens, weights=self._weights, init_centroids=centers[0].cpu().numpy())
+        moved = torch.from_numpy(self._faiss.centroids.copy()).to(centers.device)
+        return Step(moved[None], [float(self._faiss.obj[-1])], [False])
 
 
 def explain() -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from spt_fast.clustering import faiss_backend
+from spt_fast.clustering.chunks import OneChunk
 from spt_fast.clustering.estimator import (
     Clustering,
     ClusteringEstimator,
@@ -19,10 +20,11 @@ from spt_fast.clustering.estimator import (
 )
 from spt_fast.clustering.inputs import ArrayLike, as_groups, as_weights, raise_non_finite
 from spt_fast.clustering.lloyd import LloydResult, lloyd
+from spt_fast.clustering.moments import moments
 from spt_fast.clustering.seeding import equal_parts, kmeans_plus_plus, random_tokens
 from spt_fast.clustering.weighted import WeightedTokens
-from spt_fast.ops.kmeans import BACKENDS, assign_accumulate
-from spt_fast.support.arguments import check_int
+from spt_fast.ops.kmeans import BACKENDS
+from spt_fast.support.arguments import check_int, check_number
 
 SEEDING_TOKENS = 65_536
 SEEDING_TOKENS_PER_CLUSTER = 256
@@ -96,25 +98,22 @@ class KMeans(ClusteringEstimator):
         """
         settings = self._settings()
         n_init, max_iter = check_int("n_init", self.n_init, 1), check_int("max_iter", self.max_iter, 1)
-        tol = _check_tol(self.tol)
-        run = faiss_backend.lloyd if self.backend == "faiss" else lloyd
+        tol = check_number("tol", self.tol, 0)
+        iterate = faiss_backend.lloyd if self.backend == "faiss" else lloyd
         tokens = as_groups(X, settings.n_groups)
         check_enough(tokens.shape[1], settings.n_clusters)
         weights = as_weights(sample_weight, tuple(tokens.shape[:2]), tokens.device)
         start = self._start_maker(tokens, settings.n_clusters, isinstance(X, Tensor))
-        results, totals = [], []
+        results = []
         for g in range(settings.n_groups):
             rng = np.random.default_rng([settings.seed, g])
-            problem, variance, total = _measure(
-                tokens[g], None if weights is None else weights[g], self._kernel()
-            )
+            problem, variance = _measure(tokens[g], None if weights is None else weights[g], self._kernel())
             runs = (
-                run(problem, centers, max_iter=max_iter, shift_tolerance=variance * tol)
+                iterate(problem, centers, max_iter=max_iter, shift_tolerance=variance * tol)
                 for centers in start(problem, g, n_init, rng)
             )
             results.append(min(runs, key=lambda run: run.inertia))
-            totals.append(total)
-        self._fitted = _collect(results, torch.tensor(totals, dtype=torch.float64))
+        self._fitted = _collect(results)
         self._remember(X, tokens, self._fitted)
         warn_of_empty_clusters(self._fitted)
         return self
@@ -153,8 +152,13 @@ StartMaker = Callable[[WeightedTokens, int, int, np.random.Generator], Iterator[
 def _greedy_starts(
     problem: WeightedTokens, n_clusters: int, n_init: int, rng: np.random.Generator
 ) -> Iterator[Tensor]:
-    part = problem.sample(max(SEEDING_TOKENS, SEEDING_TOKENS_PER_CLUSTER * n_clusters), rng)
-    return (kmeans_plus_plus(part, n_clusters, rng) for _ in range(n_init))
+    sample = problem.sample(seeding_size(n_clusters), rng)
+    return (kmeans_plus_plus(sample, n_clusters, rng) for _ in range(n_init))
+
+
+def seeding_size(n_clusters: int) -> int:
+    """Tokens of the sample on which k-means++ draws its starts."""
+    return max(SEEDING_TOKENS, SEEDING_TOKENS_PER_CLUSTER * n_clusters)
 
 
 def _ask_for_centers(
@@ -181,37 +185,18 @@ def _check_centers(init: ArrayLike, shape: tuple[int, int, int], device: torch.d
     return centers.clone()
 
 
-def _check_tol(tol: Any) -> float:
-    if isinstance(tol, bool) or not isinstance(tol, int | float | np.number):
-        raise TypeError(f"tol must be a number >= 0, got {tol!r}")
-    if not tol >= 0:
-        raise ValueError(f"tol must be >= 0, got {tol}")
-    return float(tol)
-
-
-def _measure(tokens: Tensor, weights: Tensor | None, backend: str) -> tuple[WeightedTokens, float, float]:
-    """The problem of one group [M, D], the mean variance of its features, and its total weight."""
-    anchor = tokens[:1].float()
-    pass_over = assign_accumulate(
-        tokens[None],
-        anchor[None],
-        shift=anchor,
-        weights=None if weights is None else weights[None],
-        backend=backend,
-    )
-    if not bool(torch.isfinite(pass_over.inertia).all()):
+def _measure(tokens: Tensor, weights: Tensor | None, backend: str) -> tuple[WeightedTokens, float]:
+    """The problem of one group's tokens [M, D], and the mean variance of its features."""
+    found = moments(OneChunk(tokens), weights, backend=backend)
+    if not math.isfinite(found.variance):
         raise_non_finite(tokens)
-    total = float(pass_over.counts[0, 0])
-    mean = pass_over.sums[0, 0] / total
-    spread = float(pass_over.inertia[0]) / total - float((mean - anchor[0].double()).square().sum())
-    problem = WeightedTokens(tokens, weights, mean.float(), backend)
-    return problem, max(spread, 0.0) / tokens.shape[-1], total
+    return WeightedTokens(tokens, weights, found.mean, backend), found.variance
 
 
-def _collect(results: list[LloydResult], totals: Tensor) -> Clustering:
+def _collect(results: list[LloydResult]) -> Clustering:
     return Clustering(
         centers=torch.stack([result.centers.cpu() for result in results]),
         counts=torch.stack([result.counts.cpu() for result in results]),
-        inertia=torch.tensor([result.inertia for result in results], dtype=torch.float64) / totals,
+        inertia=torch.tensor([result.inertia for result in results], dtype=torch.float64),
         n_iter=tuple(result.n_iter for result in results),
     )

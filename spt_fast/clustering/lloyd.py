@@ -1,16 +1,20 @@
-"""Lloyd's algorithm on one clustering problem, whose tokens are all in memory."""
+"""Lloyd's algorithm, from one or several starts at once, over whatever can make a step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.clustering.chunks import OneChunk
+from spt_fast.clustering.passes import Step, TokenPasses, center_means, take_runs
 from spt_fast.clustering.weighted import WeightedTokens
-from spt_fast.ops.kmeans import Assigned, PrunedAssign
+from spt_fast.ops.kmeans import PassResult
 
 LOOK_EVERY = 4  # steps on a device between two looks at it
 
@@ -25,9 +29,164 @@ class LloydResult:
     n_iter: int  # counted as scikit-learn does, with the one that finds that nothing moves
 
 
+@dataclass(frozen=True)
+class Until:
+    """When a run ends, if its centres still move."""
+
+    max_iter: int
+    shift_tolerance: float = 0.0  # they moved by at most this: squared distance, summed (scikit-learn's rule)
+    gain_tolerance: float | None = None  # an iteration lowered the inertia by less than this share of it
+
+
+class Steps(Protocol):
+    """What makes the steps: `TokenPasses`, or faiss."""
+
+    def assign(self, runs: Sequence[int], centers: Tensor) -> None:
+        """Assign the tokens (eq. 9) to the centres [len(runs), K, D] that these runs have moved to."""
+        ...
+
+    def step(self, runs: Sequence[int], centers: Tensor) -> Step:
+        """Where these runs, which are at `centers`, go next (eq. 10)."""
+        ...
+
+
+class Lloyd:
+    """Runs of Lloyd's algorithm from R starts, a step of all of them at a time.
+
+    `run` may be called again with another end: it goes on from where the runs are, and ends exactly where a
+    single call with the later end would have.
+
+    With a `relaxation` in (1, 2) each step goes that much further than to the mean, which never raises the
+    inertia either and needs fewer iterations in the long tail.
+    """
+
+    def __init__(self, steps: Steps, starts: Tensor, relaxation: float = 1.0) -> None:
+        self._steps, self._relaxation = steps, relaxation
+        self._runs = range(len(starts))
+        self.centers = starts  # [R, K, D] float32
+        self.n_iter = [0 for _ in starts]
+        self._shift = [math.inf for _ in starts]  # squared movement in the last iteration
+        self._inertia = [math.inf for _ in starts]  # before the last iteration
+        steps.assign(self._runs, starts)
+
+    def run(self, until: Until) -> None:
+        """Iterate each run to its end."""
+        stalled: set[int] = set()
+        while runs := self._unfinished(stalled, until):
+            stalled |= self._iterate(runs, until)
+
+    def run_ahead(self, until: Until, passes: TokenPasses, look_every: int) -> None:
+        """The same for a single run on a device, waiting for the device only every `look_every` iterations.
+
+        What decides over a step is computed where the tensors are. A step that must not be made leaves
+        everything as it is, and so do those after it: the result is that of looking at each step. A centre
+        without tokens halts the run likewise, because where it goes is for the host to find out.
+        """
+        stalled: set[int] = set()
+        while runs := self._unfinished(stalled, until):
+            state = torch.tensor(
+                [self._inertia[0], self._shift[0], 0, 0, 0], dtype=torch.float64, device=self.centers.device
+            )
+            for _ in range(min(look_every, until.max_iter - self.n_iter[0])):
+                state = self._iterate_unseen(passes, until, state)
+            self._inertia[0], self._shift[0], steps, has_stalled, halted = state.tolist()
+            self.n_iter[0] += int(steps)
+            if has_stalled:
+                stalled.add(0)
+            if halted:
+                stalled |= self._iterate(runs, until)
+
+    def move_to_means(self) -> None:
+        """One more step of all runs, without relaxation, that `n_iter` does not count."""
+        self.centers = self._steps.step(self._runs, self.centers).centers
+        self._steps.assign(self._runs, self.centers)
+
+    def best(self, totals: PassResult) -> LloydResult:
+        """The run of lowest inertia, as it is now, with what belongs to its centres."""
+        best = int(totals.inertia.cpu().numpy().argmin())
+        return LloydResult(
+            self.centers[best].clone(),
+            totals.counts[best].clone(),
+            float(totals.inertia[best]),
+            self.n_iter[best],
+        )
+
+    def _unfinished(self, stalled: set[int], until: Until) -> list[int]:
+        return [
+            run
+            for run in self._runs
+            if self._shift[run] > until.shift_tolerance
+            and self.n_iter[run] < until.max_iter
+            and run not in stalled
+        ]
+
+    def _iterate(self, runs: list[int], until: Until) -> set[int]:
+        """One iteration of these runs; those that gain too little by it stay and are returned."""
+        before = take_runs(self.centers, runs)
+        step = self._steps.step(runs, before)
+        stalled: set[int] = set()
+        moved = []
+        facts = zip(runs, step.inertia, squared_movement(before, step.centers), strict=True)
+        for position, (run, inertia, shift) in enumerate(facts):
+            gain = self._inertia[run] - inertia
+            if until.gain_tolerance is not None and gain < until.gain_tolerance * inertia:
+                stalled.add(run)
+                continue
+            self._inertia[run], self._shift[run] = inertia, shift
+            self.n_iter[run] += 1
+            # A step that moves nothing needs no pass.
+            if shift > 0:
+                moved.append(position)
+        if moved:
+            self._move([runs[position] for position in moved], take_runs(self._relaxed(before, step), moved))
+        return stalled
+
+    def _relaxed(self, before: Tensor, step: Step) -> Tensor:
+        if self._relaxation == 1.0:
+            return step.centers
+        # A centre that was empty has jumped to a token, and must not jump past it.
+        rates = [1.0 if relocated else self._relaxation for relocated in step.relocated]
+        return torch.stack([torch.lerp(*run) for run in zip(before, step.centers, rates, strict=True)])
+
+    def _move(self, runs: list[int], centers: Tensor) -> None:
+        if len(runs) == len(self._runs):
+            self.centers = centers
+        else:
+            self.centers = self.centers.index_copy(0, torch.tensor(runs, device=centers.device), centers)
+        self._steps.assign(runs, centers)
+
+    def _iterate_unseen(self, passes: TokenPasses, until: Until, state: Tensor) -> Tensor:
+        """One iteration whose outcome stays on the device.
+
+        `state` [5], float64: the inertia before the last step, the squared movement in it, the number of
+        steps made, whether the run has stalled, and whether it has met an empty centre.
+        """
+        last_inertia, last_shift, steps, stalled, halted = state.unbind()
+        sums, counts, inertia = passes.totals.sums, passes.totals.counts, passes.totals.inertia[0]
+        running = (last_shift > until.shift_tolerance) & (stalled == 0) & (halted == 0)
+        stalls = torch.zeros_like(running)
+        if until.gain_tolerance is not None:
+            stalls = running & (last_inertia - inertia < until.gain_tolerance * inertia)
+        halts = running & ~stalls & (counts <= 0).any()
+        moves = running & ~stalls & ~halts
+        means = center_means(self.centers, sums, counts)
+        shift = (means - self.centers).double().square().sum()
+        self.centers = torch.where(moves, torch.lerp(self.centers, means, self._relaxation), self.centers)
+        passes.assign(self._runs, self.centers)
+        return torch.stack(
+            [
+                torch.where(moves, inertia, last_inertia),
+                torch.where(moves, shift, last_shift),
+                steps + moves,
+                stalled + stalls,
+                halted + halts,
+            ]
+        )
+
+
 def lloyd(
     problem: WeightedTokens,
-    centers: Tensor,
+    centers: Tensor,  # [K, D] float32
     *,
     max_iter: int,
     shift_tolerance: float = 0.0,
@@ -36,175 +195,35 @@ def lloyd(
     prune: bool = True,
     look_every: int | None = None,
 ) -> LloydResult:
-    """Assign (eq. 9) and move to the mean (eq. 10) until nothing moves.
+    """Assign (eq. 9) and move to the mean (eq. 10) until nothing moves, for one start and tokens in memory.
 
     Stops early when the centres move by at most `shift_tolerance` (squared distance, summed over
     centres; scikit-learn's rule) or when an iteration lowers the inertia by less than
     `gain_tolerance` times the inertia. Counts and inertia belong to the centres returned.
 
-    With a `relaxation` in (1, 2) each step goes that much further than to the mean, which never raises
-    the inertia either and needs fewer iterations in the long tail; the last step is plain.
-
-    `prune` leaves out tokens whose centre cannot have changed, where the kernels can; it does not
-    change the labels. `look_every` is the number of iterations between two looks at tensors on a device
-    (None: 1 on the CPU, else 4); iterations past the end are computed in between, and change nothing.
+    `relaxation` is that of `Lloyd`; where it is not 1 a last step to the means follows. `prune` leaves out
+    tokens whose centre cannot have changed, where the kernels can; it does not change the labels.
+    `look_every` is the number of iterations between two looks at tensors on a device (None: 1 on the CPU,
+    else 4); iterations past the end are computed in between, and change nothing.
     """
-    passes = _Passes(problem, prune)
-    run = _Run(passes, centers, max_iter, shift_tolerance, gain_tolerance, relaxation)
+    passes = TokenPasses(
+        OneChunk(problem.tokens), problem.mean, problem.weights, backend=problem.backend, prune=prune
+    )
+    run = Lloyd(passes, centers[None], relaxation)
+    until = Until(max_iter, shift_tolerance, gain_tolerance)
     if look_every is None:
         look_every = 1 if centers.device.type == "cpu" else LOOK_EVERY
     if look_every == 1:
-        while not run.finished:
-            run.step()
+        run.run(until)
     else:
-        _run_ahead(run, look_every)
-    centers, assigned = run.centers, run.assigned
+        run.run_ahead(until, passes, look_every)
     if relaxation != 1.0:
-        centers = move_centers(problem, centers, assigned)
-        assigned = passes.assign(centers)
-    return LloydResult(centers, assigned.counts[0], float(assigned.inertia[0]), run.n_iter)
+        run.move_to_means()
+    return run.best(passes.totals)
 
 
-class _Passes:
-    """Passes over the tokens of a problem, pruned or plain."""
-
-    def __init__(self, problem: WeightedTokens, prune: bool) -> None:
-        self.problem = problem
-        self._pruned = (
-            PrunedAssign(
-                problem.tokens[None],
-                shift=problem.mean[None],
-                weights=None if problem.weights is None else problem.weights[None],
-                backend=problem.backend,
-            )
-            if prune
-            else None
-        )
-
-    def assign(self, centers: Tensor) -> Assigned:
-        return self.problem.assign(centers) if self._pruned is None else self._pruned.assign(centers[None])
-
-
-class _Run:
-    """Where Lloyd's algorithm stands, and one step of it."""
-
-    def __init__(
-        self,
-        passes: _Passes,
-        centers: Tensor,
-        max_iter: int,
-        shift_tolerance: float,
-        gain_tolerance: float,
-        relaxation: float,
-    ) -> None:
-        self.passes, self.max_iter, self.relaxation = passes, max_iter, relaxation
-        self.shift_tolerance, self.gain_tolerance = shift_tolerance, gain_tolerance
-        self.centers, self.assigned = centers, passes.assign(centers)
-        self.previous = math.inf  # inertia of the iteration before
-        self.n_iter = 0
-        self.stopped = False
-
-    @property
-    def finished(self) -> bool:
-        return self.stopped or self.n_iter >= self.max_iter
-
-    def step(self) -> None:
-        """One iteration, with a look at its outcome."""
-        inertia = float(self.assigned.inertia[0])
-        if self.previous - inertia < self.gain_tolerance * inertia:
-            self.stopped = True
-            return
-        self.previous = inertia
-        moved = move_centers(self.passes.problem, self.centers, self.assigned)
-        shift = float(squared_movement(self.centers, moved))
-        if shift == 0.0:
-            self.stopped = True
-            self.n_iter += 1  # it moved nothing, which took an iteration to see
-            return
-        # A centre that was empty has jumped to a token, and must not jump past it.
-        step = 1.0 if bool((self.assigned.counts[0] <= 0).any()) else self.relaxation
-        self.centers, self.n_iter = torch.lerp(self.centers, moved, step), self.n_iter + 1
-        self.assigned = self.passes.assign(self.centers)
-        self.stopped = shift <= self.shift_tolerance
-
-
-def _run_ahead(run: _Run, look_every: int) -> None:
-    """`run.step()` until it is finished, but only every `look_every` steps is the device waited for.
-
-    The conditions of `step` are computed where the tensors are. A step that must not be made leaves
-    everything as it is, and so do those after it: the result is that of looking at each step. A centre
-    without tokens halts the run likewise, because where it goes is for the host to find out.
-    """
-    while not run.finished:
-        flags = torch.zeros(3, dtype=torch.int64, device=run.centers.device)  # steps, stopped, halted
-        previous = torch.tensor(run.previous, dtype=torch.float64, device=run.centers.device)
-        for _ in range(min(look_every, run.max_iter - run.n_iter)):
-            previous, flags = _step_unseen(run, previous, flags)
-        steps, stopped, halted = flags.tolist()
-        run.previous, run.n_iter, run.stopped = float(previous), run.n_iter + steps, bool(stopped)
-        if halted:
-            run.step()
-
-
-def _step_unseen(run: _Run, previous: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
-    """One step whose outcome stays on the device."""
-    steps, stopped, halted = flags.unbind()
-    inertia, counts = run.assigned.inertia[0], run.assigned.counts[0]
-    stalled = previous - inertia < run.gain_tolerance * inertia
-    running = (stopped == 0) & (halted == 0)
-    empty = running & ~stalled & (counts <= 0).any()
-    moved = center_means(run.centers, run.assigned.sums[0], counts)
-    shift = (moved - run.centers).double().square().sum()
-    stepping = running & ~stalled & ~empty
-    going = stepping & (shift != 0)
-    ended = (running & ~empty & ~going) | (going & (shift <= run.shift_tolerance))
-    run.centers = torch.where(going, torch.lerp(run.centers, moved, run.relaxation), run.centers)
-    run.assigned = run.passes.assign(run.centers)
-    return torch.where(going, inertia, previous), torch.stack(
-        [steps + stepping, stopped + ended, halted + empty]
-    )
-
-
-def move_centers(problem: WeightedTokens, centers: Tensor, assigned: Assigned) -> Tensor:
-    """New centres [K, D]: means of their tokens; centres without tokens move to the farthest ones."""
-    sums, counts = assigned.sums[0], assigned.counts[0]
-    empty = counts <= 0
-    if bool(empty.any()):
-        sums, counts = _relocate_empty(problem, centers, sums, counts, empty)
-    return center_means(centers, sums, counts)
-
-
-def center_means(centers: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    """Means [..., K, D] of the tokens of each centre; centres without tokens stay."""
-    means = (sums / counts.clamp_min(torch.finfo(torch.float64).tiny)[..., None]).float()
-    return torch.where((counts > 0)[..., None], means, centers)
-
-
-def squared_movement(before: Tensor, after: Tensor) -> np.ndarray:
-    """Squared distances between centres [..., K, D], summed over each set of centres."""
+def squared_movement(before: Tensor, after: Tensor) -> list[float]:
+    """Squared distances between centres [R, K, D], summed over each run's."""
     # Summed by NumPy, in one thread: when to stop must not depend on the number of threads.
-    return np.asarray(np.square((after - before).double().cpu().numpy()).sum((-2, -1)))
-
-
-def _relocate_empty(
-    problem: WeightedTokens, centers: Tensor, sums: Tensor, counts: Tensor, empty: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Give each empty centre the token farthest from its own centre, as scikit-learn does.
-
-    Tokens that lie on their centre are left there: moving them would gain nothing and never end.
-    """
-    assigned = problem.assign(centers, with_labels=True, with_distances=True)
-    assert assigned.labels is not None
-    assert assigned.distances is not None
-    weights = torch.ones(len(problem), device=sums.device) if problem.weights is None else problem.weights
-    gains = torch.where(weights > 0, assigned.distances[0], 0)
-    slots = empty.nonzero()[:, 0]
-    gain, farthest = gains.topk(min(len(slots), len(problem)))
-    farthest = farthest[gain > 0]
-    slots = slots[: len(farthest)]
-    owners = assigned.labels[0][farthest].long()
-    taken = weights[farthest].double()
-    rows = problem.tokens[farthest].double() * taken[:, None]
-    sums = sums.index_add(0, owners, rows, alpha=-1).index_copy(0, slots, rows)
-    counts = counts.index_add(0, owners, taken, alpha=-1).index_copy(0, slots, taken)
-    return sums, counts
+    moved = np.square((after - before).double().cpu().numpy())
+    return moved.sum((-2, -1)).tolist()  # type: ignore[no-any-return]

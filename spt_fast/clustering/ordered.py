@@ -1,7 +1,7 @@
-"""Sums over tokens in an order that threads do not change: the few steps that differ between CPU and GPU.
+"""Sums over tokens whose order does not depend on the number of threads.
 
-On the CPU NumPy sums, in one thread: torch would split by the number of threads. On a GPU torch does, by
-operations that use no atomics and leave the result there; none of it has run on a GPU yet.
+On the CPU NumPy sums, in one thread: torch would split the sums by the number of threads. On a GPU torch
+sums, by operations that use no atomics and leave the result there; none of it has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """Sum of values [n] or [n, C] times weights [n] over the tokens, in float64."""
-    if _on_host(values):
+    if on_host(values):
         # Not a BLAS product: its order of summation, and so the last bit, would depend on its threads.
         return torch.as_tensor((values.numpy().astype(np.float64).T * weights.numpy()).sum(axis=-1))
     return (values.double().mT * weights).sum(-1) if values.ndim == 2 else (values.double() * weights).sum()
@@ -21,7 +21,7 @@ def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
 
 def running_sum(mass: Tensor) -> Tensor:
     """Sums of the first 1, 2, ..., n elements of [n], in float64."""
-    if _on_host(mass):
+    if on_host(mass):
         return torch.from_numpy(np.cumsum(mass.numpy(), dtype=np.float64))
     # Two equal rows: for a single one torch takes CUB's scan, whose rounding differs from run to run.
     return mass.double().expand(2, -1).cumsum(1)[0]
@@ -29,7 +29,7 @@ def running_sum(mass: Tensor) -> Tensor:
 
 def sum_by_label(labels: Tensor, values: Tensor, n_labels: int) -> Tensor:
     """Sums [C, K] of values [n, C] over the tokens of each label [n], in float64."""
-    if _on_host(values):
+    if on_host(values):
         index = labels.numpy()
         return torch.from_numpy(
             np.stack([np.bincount(index, weights=column, minlength=n_labels) for column in values.numpy().T])
@@ -38,5 +38,6 @@ def sum_by_label(labels: Tensor, values: Tensor, n_labels: int) -> Tensor:
     return values.double().mT @ members.double()
 
 
-def _on_host(values: Tensor) -> bool:
+def on_host(values: Tensor) -> bool:
+    """Whether NumPy sums these values."""
     return values.device.type == "cpu"

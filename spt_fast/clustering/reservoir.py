@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spt_fast.clustering.weighted import WeightedTokens, mean_of
+from spt_fast.clustering.moments import mean_of
+from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.support.distributed import Processes
 
 FIRST_ROWS = 32_768  # Room from the start; more is made as tokens come, for they may be few.

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.clustering.moments import mean_of
 from spt_fast.clustering.ordered import running_sum, weighted_sum
-from spt_fast.clustering.weighted import WeightedTokens, mean_of
+from spt_fast.clustering.weighted import WeightedTokens
 
 
 def kmeans_plus_plus(problem: WeightedTokens, n_clusters: int, rng: np.random.Generator) -> Tensor:

@@ -30,7 +30,7 @@ from spt_fast.clustering.reservoir import PriorityReservoir, take_rows
 from spt_fast.clustering.seeding import kmeans_plus_plus
 from spt_fast.clustering.solver import solve
 from spt_fast.clustering.weighted import WeightedTokens
-from spt_fast.ops.kmeans import Assigned, assign_accumulate
+from spt_fast.ops.kmeans import PassResult, assign_accumulate
 from spt_fast.support.arguments import check_int
 from spt_fast.support.distributed import ALONE, Processes
 
@@ -94,18 +94,17 @@ class Summary:
                 on_group()
             return replace(solved, centers=solved.centers.cpu(), counts=solved.counts.cpu())
 
-        return self._collect(processes.share(self.n_groups, solve_group))
+        return self._collect(processes.split_work(self.n_groups, solve_group))
 
     def _collect(self, results: Sequence[LloydResult]) -> Clustering:
         """Estimates from the sample, scaled so that the counts add up to what was really seen."""
         counts = torch.stack([result.counts for result in results])
-        sampled = counts.sum(dim=1)
-        totals = torch.tensor(self.totals, dtype=torch.float64)
+        scales = torch.tensor(self.totals, dtype=torch.float64) / counts.sum(dim=1)
         inertia = torch.tensor([result.inertia for result in results], dtype=torch.float64)
         return Clustering(
             centers=torch.stack([result.centers for result in results]),
-            counts=counts * (totals / sampled)[:, None],
-            inertia=inertia / sampled,
+            counts=counts * scales[:, None],
+            inertia=inertia * scales,
             n_iter=tuple(result.n_iter for result in results),
         )
 
@@ -366,7 +365,7 @@ class _TokenStream:
     def width(self) -> int:
         return self._rough.shape[-1]
 
-    def take_in(self, batch: Tensor, weights: Tensor | None, assigned: Assigned) -> None:
+    def take_in(self, batch: Tensor, weights: Tensor | None, assigned: PassResult) -> None:
         """Mini-batch update of the rough centres; the tokens go to the reservoir by importance."""
         assert assigned.distances is not None
         counts, sums = assigned.counts[0], assigned.sums[0]
@@ -404,7 +403,7 @@ class _Update:
     stream: _TokenStream
     batch: Tensor
     weights: Tensor | None
-    assigned: Assigned
+    assigned: PassResult
 
     def commit(self) -> None:
         self.stream.take_in(self.batch, self.weights, self.assigned)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spt_fast.ops.kmeans import Assigned, assign_accumulate, squared_distances
+from spt_fast.ops.kmeans import PassResult, assign_accumulate, squared_distances
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,10 @@ class WeightedTokens:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def assign(self, centers: Tensor, *, with_labels: bool = False, with_distances: bool = False) -> Assigned:
-        """One pass of assign-and-accumulate; every result keeps its leading group dimension of 1."""
+    def assign(
+        self, centers: Tensor, *, with_labels: bool = False, with_distances: bool = False
+    ) -> PassResult:
+        """One pass for centres [K, D]; every result keeps its leading group dimension of 1."""
         return assign_accumulate(
             self.tokens[None],
             centers[None],
@@ -52,7 +54,7 @@ class WeightedTokens:
         return self.weights.double()
 
     def uniform(self, sizes: list[int], rng: np.random.Generator) -> tuple[Tensor, ...]:
-        """Random numbers in [0, 1), float64, in parts of these sizes; one copy from the host."""
+        """Random numbers in [0, 1), float64, split into these sizes; one copy from the host."""
         numbers = torch.from_numpy(rng.random(sum(sizes))).to(self.tokens.device, non_blocking=True)
         return torch.split_with_sizes(numbers, sizes)
 
@@ -63,17 +65,3 @@ class WeightedTokens:
         index = torch.from_numpy(np.sort(rng.choice(len(self), size, replace=False))).to(self.tokens.device)
         weights = None if self.weights is None else self.weights[index]
         return WeightedTokens(self.tokens[index], weights, self.mean, self.backend)
-
-
-def mean_of(tokens: Tensor, weights: Tensor | None, backend: str = "auto") -> Tensor:
-    """Weighted mean [D] of tokens [n, D], float32, from sums in float64."""
-    width = tokens.shape[-1]
-    anchor = tokens[:1].float()  # any token: keeps the float32 sums small where the data lies far from zero
-    pass_over = assign_accumulate(
-        tokens[None],
-        torch.zeros(1, 1, width, device=tokens.device),
-        shift=anchor,
-        weights=None if weights is None else weights[None],
-        backend=backend,
-    )
-    return (pass_over.sums[0, 0] / pass_over.counts[0, 0]).float()

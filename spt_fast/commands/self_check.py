@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from spt_fast.clustering.lloyd import lloyd
-from spt_fast.clustering.weighted import WeightedTokens, mean_of
+from spt_fast.clustering.moments import mean_of
+from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops import accuracy, kmeans, nmi, prompt_attention
 from spt_fast.ops.accuracy import Deviation, deviation
 from spt_fast.ops.kmeans_reference import distances_reference

@@ -223,8 +223,8 @@ def _order(dataset: Any, seed: int, max_images: int | None, processes: Processes
     if isinstance(dataset, IterableDataset):
         return None
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
-    part = processes.part_of(len(order))
-    return order[part.start : part.stop]
+    share = processes.share_of(len(order))
+    return order[share.start : share.stop]
 
 
 def _open_dataset(

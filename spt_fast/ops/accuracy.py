@@ -86,7 +86,7 @@ def assigned_deviations(
     shift: Tensor | None,
     weights: Tensor | None,
 ) -> dict[str, Deviation]:
-    """`given` (as `Assigned`) beside float64; all on the CPU.
+    """`given` (as `PassResult`) beside float64; all on the CPU.
 
     Labels and distances are held to the rounding band, the rest to the sums that belong to our own labels.
     """

@@ -15,20 +15,21 @@ from torch import Tensor
 
 from spt_fast.ops import kmeans_native
 from spt_fast.ops.kmeans_reference import assign_accumulate_reference, distances_reference
+from spt_fast.support.arguments import check_choice, check_int, check_tensor
 
 TOKEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "native", "reference")
 _CPU = torch.device("cpu")
 
 
-class Assigned(NamedTuple):
-    """What one pass of assign-and-accumulate returns; M counts the tokens of a group."""
+class PassResult(NamedTuple):
+    """What one pass over the tokens gives; M counts the tokens of a group."""
 
     sums: Tensor  # [G, K, D] float64: weighted sum of the tokens of each centre
     counts: Tensor  # [G, K] float64: sum of their weights
     inertia: Tensor  # [G] float64: weighted sum of squared distances to the nearest centre
-    labels: Tensor | None  # [G, M] int32
-    distances: Tensor | None  # [G, M] float32: squared distance to the nearest centre
+    labels: Tensor | None = None  # [G, M] int32
+    distances: Tensor | None = None  # [G, M] float32: squared distance to the nearest centre
 
 
 def assign_accumulate(
@@ -40,119 +41,116 @@ def assign_accumulate(
     with_labels: bool = False,
     with_distances: bool = False,
     backend: str = "auto",
-) -> Assigned:
+) -> PassResult:
     """Assign each token to its nearest centre and sum up the tokens of each centre (eq. 9 and 10).
 
-    Ties go to the lowest index. Tokens are read in place as long as their last dimension is
-    contiguous; M = B * N. `shift`, a point near the data, guards float32 against cancellation and
-    changes no result otherwise. A token that is NaN or infinite makes the group's inertia NaN or
+    Of equally near centres the one with the lowest index is taken. Tokens are read in place if their last
+    dimension is contiguous; M = B * N. `shift`, a point near the data, guards float32 against cancellation
+    and changes no result otherwise. A token that is NaN or infinite makes the group's inertia NaN or
     infinite. On the CPU results do not depend on the number of threads.
 
     Raises:
-        ValueError: shapes, devices or dtypes do not fit, or `backend` cannot serve these tensors.
+        TypeError: an argument is no tensor, or has a dtype that is not allowed.
+        ValueError: a shape or device does not fit, or `backend` cannot serve these tensors.
     """
     view, shift, weights = _check(tokens, centers, shift, weights)
     centers = centers.contiguous()
     if choose_backend(tokens.device, backend) == "native":
-        return Assigned(
+        return PassResult(
             *kmeans_native.assign_accumulate(view, centers, shift, weights, with_labels, with_distances)
         )
     sums, counts, inertia, labels, distances = assign_accumulate_reference(
         view.flatten(1, 2), centers, shift, weights
     )
-    return Assigned(
+    return PassResult(
         sums, counts, inertia, labels if with_labels else None, distances if with_distances else None
     )
 
 
-class PrunedAssign:
+class PrunedPasses:
     """Assign-and-accumulate over one group of tokens, again and again while the centres move.
 
-    With the compiled kernels on the CPU, tokens whose centre cannot have changed since the call before
-    are not read. Labels are those of `assign_accumulate` bit for bit; sums and inertia are the same
-    but for the rounding of float64. Elsewhere each call is one of `assign_accumulate`. Arguments as
-    there, with G = 1; `tokens`, `shift` and `weights` must stay as they are. Holds what `PrunedParts` holds.
+    The tokens come in chunks; tokens in memory are a single chunk. A pass is `begin`, then `add` for each
+    chunk that `begin` asks for, then `end`. A token whose centre cannot have changed since the pass before is
+    not read, and a chunk without a token to read is not asked for. Labels are those of `assign_accumulate`
+    bit for bit; sums and inertia equal its own up to the rounding of float64, and so do sums of the same
+    tokens that are cut into other chunks. Where `can_prune` only.
+
+    Holds 14 bytes a token, 4 more for every 16 centres (12 without AVX2), and 4 for each token of the largest
+    chunk.
+
+    Args:
+        chunk_rows: the number of tokens in each chunk. A chunk must hold the same tokens in every pass.
+        num_centers: K, the same in every pass.
+        width: D.
+        shift: [1, D], as in `assign_accumulate`.
     """
 
     def __init__(
-        self,
-        tokens: Tensor,  # [1, M, D] or [1, B, N, D]
-        *,
-        shift: Tensor | None = None,  # [1, D]
-        weights: Tensor | None = None,  # [1, M] or [1, B, N]
-        backend: str = "auto",
+        self, chunk_rows: Sequence[int], num_centers: int, width: int, *, shift: Tensor | None = None
     ) -> None:
-        if tokens.ndim in (3, 4) and tokens.shape[0] != 1:
-            raise ValueError(f"tokens must be one group, [1, M, D] or [1, B, N, D], got {list(tokens.shape)}")
-        self._tokens, self._shift, self._weights, self._backend = tokens, shift, weights, backend
-        self._parts: PrunedParts | None = None
-
-    def assign(self, centers: Tensor) -> Assigned:
-        """One pass for `centers` [1, K, D]; K must not change between calls. No labels, no distances."""
-        if not can_prune(self._tokens.device, self._backend):
-            return assign_accumulate(
-                self._tokens, centers, shift=self._shift, weights=self._weights, backend=self._backend
-            )
-        if self._parts is None:
-            self._tokens, self._shift, self._weights = _check(
-                self._tokens, centers, self._shift, self._weights
-            )
-            rows, width = self._tokens.shape[1:-1].numel(), self._tokens.shape[-1]
-            self._parts = PrunedParts([rows], centers.shape[1], width, shift=self._shift)
-        for part in self._parts.begin(centers):
-            self._parts.add(part, self._tokens, self._weights)
-        return self._parts.end()
-
-
-class PrunedParts:
-    """`PrunedAssign` over tokens that come in parts; a part without a token to be read need not come.
-
-    A pass is `begin`, `add` for each part that it asks for, and `end`. A part is always the same tokens. How
-    they are cut changes no label, but the last bits of the sums. Where `can_prune` only. Holds 14 bytes a
-    token, 4 more for every 16 centres (12 without AVX2), and 4 for each token of the largest part.
-    """
-
-    def __init__(
-        self, part_rows: Sequence[int], num_centers: int, width: int, *, shift: Tensor | None = None
-    ) -> None:
+        self._chunk_rows = [check_int("chunk_rows", rows, 1) for rows in chunk_rows]
+        self._num_centers = check_int("num_centers", num_centers, 1)
+        self._width = check_int("width", width, 1)
         if shift is not None:
-            shift = _check_extra("shift", shift, (1, width), _CPU)
-        self._part_rows, self._num_centers, self._width = list(part_rows), num_centers, width
-        self._native = kmeans_native.PrunedPasses(self._part_rows, num_centers, width, shift)
+            shift = _check_vector("shift", shift, (1, width), _CPU)
+        self._native = kmeans_native.PrunedPasses(self._chunk_rows, num_centers, width, shift)
+        self._missing: list[int] | None = None  # chunks of the pass under way that were not added yet
 
     def begin(self, centers: Tensor) -> list[int]:
-        """Start a pass for `centers` [1, K, D]; returns the parts to be added, ascending."""
-        _check_centers(centers, 1, self._width, _CPU)
-        if centers.shape[1] != self._num_centers:
-            raise ValueError(f"centers must be {self._num_centers} as before, got {centers.shape[1]}")
-        return self._native.begin(centers.contiguous())
+        """Start a pass for `centers` [1, K, D]; returns the chunks to be added, ascending.
+
+        A pass that was not ended is forgotten.
+        """
+        check_tensor(
+            "centers", centers, (1, self._num_centers, self._width), dtype=torch.float32, device=_CPU
+        )
+        self._missing = self._native.begin(centers.contiguous())
+        return list(self._missing)
 
     def add(
         self,
-        part: int,
+        chunk: int,
         tokens: Tensor,  # [1, m, D] or [1, B, N, D] with m = B * N
         weights: Tensor | None = None,  # [1, m] or [1, B, N]
     ) -> None:
-        """Take in the next of the parts that `begin` returned."""
-        view, rows = _check_tokens(tokens), self._part_rows[part]
+        """Take in the tokens of the next of the chunks that `begin` returned.
+
+        Raises:
+            TypeError, ValueError: it is another chunk's turn, or the tensors do not fit.
+        """
+        if not self._missing or chunk != self._missing[0]:
+            due = f"{self._missing[0]}, which is next" if self._missing else "one that begin asked for"
+            raise ValueError(f"chunk must be {due}, got {chunk}")
+        view, rows = _check_tokens(tokens), self._chunk_rows[chunk]
         given = (view.shape[0], view.shape[1] * view.shape[2], view.shape[3])
         if given != (1, rows, self._width) or view.device != _CPU:
             raise ValueError(
-                f"tokens of part {part} must be [1, {rows}, {self._width}] on the CPU, "
+                f"tokens of chunk {chunk} must be [1, {rows}, {self._width}] on the CPU, "
                 f"got {list(tokens.shape)} on {tokens.device}"
             )
         if weights is not None:
-            weights = _check_extra("weights", weights.reshape(1, -1), (1, rows), _CPU)
-        self._native.add(part, view, weights)
+            weights = _check_vector("weights", _flat(weights), (1, rows), _CPU)
+        self._native.add(chunk, view, weights)
+        self._missing.pop(0)
 
-    def end(self) -> Assigned:
-        """What `assign_accumulate` returns for all parts together. No labels, no distances."""
+    def end(self) -> PassResult:
+        """What `assign_accumulate` returns for all chunks together, without labels and distances.
+
+        Raises:
+            ValueError: no pass is under way, or a chunk that `begin` asked for was not added.
+        """
+        if self._missing is None:
+            raise ValueError("no pass is under way: begin must be called before end")
+        if self._missing:
+            raise ValueError(f"every chunk that begin asked for must be added, {self._missing} are missing")
+        self._missing = None
         sums, counts, inertia, _ = self._native.end()
-        return Assigned(sums, counts, inertia, None, None)
+        return PassResult(sums, counts, inertia)
 
 
 def can_prune(device: torch.device, backend: str) -> bool:
-    """Whether there are kernels for pruned passes: the compiled ones on the CPU."""
+    """Whether `PrunedPasses` serves these tensors: on the CPU, with the compiled kernels."""
     return device.type == "cpu" and choose_backend(device, backend) == "native"
 
 
@@ -183,9 +181,7 @@ def explain_backend(device: torch.device) -> tuple[str, str]:
 
 def choose_backend(device: torch.device, backend: str) -> str:
     """Resolve `backend`: "auto" falls back with a warning, an explicit choice raises if it cannot be had."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "reference":
+    if check_choice("backend", backend, BACKENDS) == "reference":
         return backend
     reason = kmeans_native.why_not(device)
     if not reason:
@@ -207,37 +203,30 @@ def _check(
     """Validate, and bring tokens to [G, B, N, D] (a view), shift and weights to contiguous float32."""
     view = _check_tokens(tokens)
     groups, width = view.shape[0], view.shape[-1]
-    _check_centers(centers, groups, width, tokens.device)
+    check_tensor("centers", centers, (groups, "K", width), dtype=torch.float32, device=tokens.device)
     rows = view.shape[1] * view.shape[2]
     if shift is not None:
-        shift = _check_extra("shift", shift, (groups, width), tokens.device)
+        shift = _check_vector("shift", shift, (groups, width), tokens.device)
     if weights is not None:
-        weights = _check_extra("weights", weights.reshape(groups, -1), (groups, rows), tokens.device)
+        weights = _check_vector("weights", _flat(weights), (groups, rows), tokens.device)
     return view, shift, weights
 
 
 def _check_tokens(tokens: Tensor) -> Tensor:
     """Tokens as [G, B, N, D] whose last dimension is contiguous, which is a view if it is already."""
+    check_tensor("tokens", tokens)
     if tokens.dtype not in TOKEN_DTYPES:
-        raise ValueError(f"tokens must be float32, float16 or bfloat16, got {tokens.dtype}")
+        raise TypeError(f"tokens must be float32, float16 or bfloat16, got {tokens.dtype}")
     if tokens.ndim not in (3, 4) or 0 in tokens.shape:
-        raise ValueError(f"tokens must be a non-empty [G, M, D] or [G, B, N, D], got {tuple(tokens.shape)}")
+        raise ValueError(f"tokens must be a non-empty [G, M, D] or [G, B, N, D], got {list(tokens.shape)}")
     view = tokens if tokens.ndim == 4 else tokens[:, None]
     return view.contiguous() if view.stride(-1) != 1 and view.shape[-1] > 1 else view
 
 
-def _check_centers(centers: Tensor, groups: int, width: int, device: torch.device) -> None:
-    if centers.dtype != torch.float32:
-        raise ValueError(f"centers must be float32, got {centers.dtype}")
-    if centers.ndim != 3 or centers.shape[0] != groups or centers.shape[2] != width or centers.shape[1] < 1:
-        raise ValueError(f"centers must be [{groups}, K, {width}] with K >= 1, got {tuple(centers.shape)}")
-    if centers.device != device:
-        raise ValueError(f"centers must be on {device} like tokens, got {centers.device}")
+def _flat(weights: Tensor) -> Tensor:
+    """Weights [G, B, N] as [G, M]."""
+    return weights.flatten(1) if isinstance(weights, Tensor) and weights.ndim == 3 else weights
 
 
-def _check_extra(name: str, value: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} must be {list(shape)}, got {list(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name} must be on {device} like tokens, got {value.device}")
-    return value.to(torch.float32).contiguous()
+def _check_vector(name: str, value: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
+    return check_tensor(name, value, shape, device=device).to(torch.float32).contiguous()

@@ -56,7 +56,7 @@ class BackbonePass:
         self._extractor = TokenExtractor(model, self._receive, **extractor_options)
         self._loader = loader
         self._length = _length_of(loader)
-        self._max_images = None if max_images is None else len(processes.part_of(max_images))
+        self._max_images = None if max_images is None else len(processes.share_of(max_images))
         self._first_image = 0  # of the batch that the model is working on
         self._consume: _Consume | None = None
         self._side_stream: SideStream | None = None

@@ -20,7 +20,7 @@ from spt_fast.clustering.out_of_core import OutOfCoreKMeans
 from spt_fast.clustering.streaming import default_capacity
 from spt_fast.prototypes.backbone_pass import BackbonePass
 from spt_fast.prototypes.pooling import POOLS, pool
-from spt_fast.prototypes.result import Prototypes, summed_inertia
+from spt_fast.prototypes.result import Prototypes
 from spt_fast.prototypes.side_stream import SideStream
 from spt_fast.prototypes.token_store import TokenStore
 from spt_fast.support.arguments import SEED_LIMIT, check_choice, check_int, check_seed, parse_bytes
@@ -172,8 +172,7 @@ def _from_stream(
     with _layer_bar(backbone) as bar:
         # The other ranks solve their share of the layers meanwhile.
         solved = summary.solve(num_prompts, on_group=partial(bar.update, processes.size), processes=processes)
-    inertia = summed_inertia(solved, backbone.num_tokens)
-    return backbone.result(solved.centers, solved.counts, inertia, metadata=metadata, summary=summary)
+    return backbone.result(solved.centers, solved.counts, solved.inertia, metadata=metadata, summary=summary)
 
 
 def _from_all_tokens(

@@ -14,7 +14,7 @@ from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import check_metadata, read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
-    from spt_fast.clustering import Clustering, Summary
+    from spt_fast.clustering import Summary
 
 _FILE_KIND = "prototypes"
 _LAST = "last_output."
@@ -102,7 +102,7 @@ class Prototypes:
         return from_layers(
             solved.centers,
             solved.counts,
-            summed_inertia(solved, self.num_tokens),
+            solved.inertia,
             num_images=self.num_images,
             num_tokens=self.num_tokens,
             metadata=self.metadata,
@@ -211,11 +211,6 @@ class Prototypes:
         if mode != "stream":
             return f"and mode={mode!r} makes none: build again, with mode='stream' or the new num_prompts"
         return "which files do not hold: call select before save, once for each length"
-
-
-def summed_inertia(solved: Clustering, num_tokens: int) -> Tensor:
-    """Sum of squared distances [G] over the `num_tokens` tokens of a group; `solved` holds their mean."""
-    return solved.inertia * num_tokens
 
 
 def from_layers(

@@ -52,22 +52,22 @@ class Processes:
         """The rows [n, ...] of all ranks, in order of rank; only n may differ, and be 0."""
         if self._group is None:
             return rows
-        parts = []
+        everyone = []
         for rank, size in enumerate(self.gather(len(rows))):
-            part = rows if rank == self.rank else rows.new_empty(size, *rows.shape[1:])
-            part = part.contiguous().to(self._device())
-            if part.numel():
+            theirs = rows if rank == self.rank else rows.new_empty(size, *rows.shape[1:])
+            theirs = theirs.contiguous().to(self._device())
+            if theirs.numel():
                 # As bytes: not every backend knows every dtype.
                 with _explained():
-                    dist.broadcast(part.view(torch.uint8), group=self._group, group_src=rank)
-            parts.append(part.to(rows.device))
-        return torch.cat(parts)
+                    dist.broadcast(theirs.view(torch.uint8), group=self._group, group_src=rank)
+            everyone.append(theirs.to(rows.device))
+        return torch.cat(everyone)
 
-    def share(self, count: int, work: Callable[[int], Result]) -> list[Result]:
+    def split_work(self, count: int, work: Callable[[int], Result]) -> list[Result]:
         """`work(0)` to `work(count - 1)`, each done by one rank; every rank gets every result."""
         with self.together():
             done = {index: work(index) for index in range(self.rank, count, self.size)}
-        results = {index: result for part in self.gather(done) for index, result in part.items()}
+        results = {index: result for share in self.gather(done) for index, result in share.items()}
         return [results[index] for index in range(count)]
 
     def on_rank_0(self, work: Callable[[], object]) -> None:
@@ -119,8 +119,8 @@ class Processes:
                         f"and {theirs.get(name)!r} on rank {rank}"
                     )
 
-    def part_of(self, total: int) -> range:
-        """This rank's part of `total` things: consecutive, none twice, sizes that differ by at most one."""
+    def share_of(self, total: int) -> range:
+        """This rank's share of `total` things: consecutive, none twice, sizes that differ by at most one."""
         return range(self.rank * total // self.size, (self.rank + 1) * total // self.size)
 
     def _device(self) -> torch.device:

@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spt_fast import KMeans, NonFiniteError, NotFittedError, StreamingKMeans
 from spt_fast.clustering import ordered
 from spt_fast.clustering.lloyd import lloyd
+from spt_fast.clustering.moments import mean_of
 from spt_fast.clustering.reservoir import PriorityReservoir, take_rows
 from spt_fast.clustering.seeding import draw, kmeans_plus_plus
 from spt_fast.clustering.swaps import improve_by_swaps
-from spt_fast.clustering.weighted import WeightedTokens, mean_of
+from spt_fast.clustering.weighted import WeightedTokens
 
 
 def blobs(rows: int, width: int = 8, n_blobs: int = 6, seed: int = 0, spread: float = 0.3) -> Tensor:
@@ -159,7 +160,7 @@ def like_on_a_device() -> Iterator[None]:
         raise AssertionError("brought to the host")
 
     with pytest.MonkeyPatch.context() as patch, NoRoundTrips():
-        patch.setattr(ordered, "_on_host", lambda values: False)
+        patch.setattr(ordered, "on_host", lambda values: False)
         for method in ("cpu", "numpy", "tolist", "__array__"):
             patch.setattr(Tensor, method, refuse)
         yield
@@ -294,7 +295,8 @@ def test_reservoir_makes_room_as_tokens_come(capacity: int, monkeypatch: pytest.
             found.offer(tokens[part], importance[part], None)
         samples.append(found.summary())
         assert len(found) == min(capacity, 200)
-        assert len(found._keys) <= max(first_rows, 400)
+        held = sum(value.nbytes for value in vars(found).values() if isinstance(value, Tensor))
+        assert held <= max(first_rows, 400) * (3 * 4 + 3 * 8)  # a token, its key, importance and weight
     assert torch.equal(samples[0].tokens, samples[1].tokens)
     assert torch.equal(samples[0].weights, samples[1].weights)
 
@@ -434,10 +436,14 @@ def test_sample_weights_move_the_centres() -> None:
 def test_weights_of_a_group_may_come_in_the_shape_of_its_tokens() -> None:
     tokens, weights = blobs(60).reshape(5, 12, 8), torch.rand(5, 12)
     shaped, flat = (
-        StreamingKMeans(3, n_groups=2).partial_fit(tokens, sample_weight=given, group=0)._streams
+        StreamingKMeans(3, n_groups=2)
+        .partial_fit(tokens, sample_weight=given, group=0)
+        .partial_fit(tokens, group=1)
+        .summary()
         for given in (weights, weights.flatten())
     )
-    assert torch.equal(shaped[0].reservoir.summary().weights, flat[0].reservoir.summary().weights)
+    assert torch.equal(shaped.groups[0].weights, weights.flatten())
+    assert torch.equal(shaped.groups[0].weights, flat.groups[0].weights)
 
 
 @pytest.mark.parametrize("method", ["fit", "partial_fit"])
@@ -527,7 +533,7 @@ def test_tokens_too_large_to_square_are_refused() -> None:
             ValueError,
             "init must be 'k-means\\+\\+', 'random', 'uniform', an array of centres or a callable",
         ),
-        (lambda: KMeans(2, tol=-1.0).fit(blobs(9)), ValueError, "tol must be >= 0, got -1.0"),
+        (lambda: KMeans(2, tol=-1.0).fit(blobs(9)), ValueError, "tol must be a finite number >= 0, got -1.0"),
         (lambda: KMeans(2, seed=-1).fit(blobs(9)), ValueError, "seed must be an integer >= 0"),
         (lambda: KMeans(2, backend="gpu").fit(blobs(9)), ValueError, "backend must be one of"),
         (
@@ -550,7 +556,11 @@ def test_tokens_too_large_to_square_are_refused() -> None:
             TypeError,
             r"random_state must be an integer >= 0 or None, got RandomState",
         ),
-        (lambda: KMeans(2, tol="small").fit(blobs(9)), TypeError, "tol must be a number >= 0, got 'small'"),
+        (
+            lambda: KMeans(2, tol="small").fit(blobs(9)),
+            TypeError,
+            "tol must be a finite number >= 0, got 'small'",
+        ),
         (
             lambda: KMeans(2, n_init="auto").fit(blobs(9)),
             TypeError,

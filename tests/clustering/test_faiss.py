@@ -5,6 +5,7 @@ Most of it needs faiss; what happens without it is tested everywhere.
 
 from __future__ import annotations
 
+import importlib.abc
 import sys
 
 import numpy as np
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 from spt_fast import KMeans, NonFiniteError, StreamingKMeans
-from spt_fast.clustering import faiss_backend
 from spt_fast.commands import doctor
 
 
@@ -108,11 +108,16 @@ def test_bad_tokens_are_refused_before_faiss_sees_them() -> None:
         KMeans(3, backend="faiss").fit(tokens)
 
 
-def test_faiss_is_not_loaded_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
-        raise AssertionError("faiss was asked for")
+class RefusesFaiss(importlib.abc.MetaPathFinder):
+    """Raises when faiss is imported."""
 
-    monkeypatch.setattr(faiss_backend, "_load", refuse)
+    def find_spec(self, name: str, *args: object) -> None:
+        assert name != "faiss", "faiss was asked for"
+
+
+def test_faiss_is_not_loaded_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [RefusesFaiss(), *sys.meta_path])
     assert KMeans(3).fit(blobs()).n_iter_ > 0
     with pytest.raises(AssertionError, match="faiss was asked for"):
         KMeans(3, backend="faiss").fit(blobs())
@@ -132,5 +137,5 @@ def test_doctor_says_what_faiss_runs_on() -> None:
 
 
 def test_a_stream_refuses_faiss() -> None:
-    with pytest.raises(ValueError, match="backend must be one of auto, native, reference, got 'faiss'"):
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'native', 'reference', got 'faiss'"):
         StreamingKMeans(2, backend="faiss").fit(blobs())

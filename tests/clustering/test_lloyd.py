@@ -12,7 +12,7 @@ from torch import Tensor
 from spt_fast.clustering.lloyd import LloydResult, lloyd
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops import kmeans_native
-from spt_fast.ops.kmeans import PrunedAssign, PrunedParts, assign_accumulate
+from spt_fast.ops.kmeans import PassResult, PrunedPasses, assign_accumulate
 
 ISAS = kmeans_native.build_info()["isas"]
 # M, D, K, dtype, weighted: one group of bounds and many, sizes that divide no tile, more rows than a chunk.
@@ -40,7 +40,7 @@ def means(sums: Tensor, counts: Tensor, centers: Tensor) -> Tensor:
 
 
 class Pruned:
-    """Passes of one instruction set over tokens [1, 1, M, D] that are cut into parts of `part_rows`."""
+    """Passes of one instruction set over tokens [1, 1, M, D] that are cut into chunks of `chunk_rows`."""
 
     def __init__(
         self,
@@ -49,31 +49,33 @@ class Pruned:
         shift: Tensor | None,
         weights: Tensor | None,
         isa: str = "",
-        part_rows: int = 10**9,
+        chunk_rows: int = 10**9,
     ) -> None:
-        self.parts = tokens.split(part_rows, dim=2)
-        self.weights = [None] * len(self.parts) if weights is None else weights.split(part_rows, dim=1)
-        sizes = [part.shape[2] for part in self.parts]
+        self.chunks = tokens.split(chunk_rows, dim=2)
+        self.weights = [None] * len(self.chunks) if weights is None else weights.split(chunk_rows, dim=1)
+        sizes = [chunk.shape[2] for chunk in self.chunks]
         self.native = kmeans_native.PrunedPasses(sizes, clusters, tokens.shape[-1], shift, isa)
         self.labels = self.native.labels
 
     def assign(self, centers: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-        for part in self.native.begin(centers):
-            weights = self.weights[part]
-            self.native.add(part, self.parts[part], None if weights is None else weights.contiguous())
+        for chunk in self.native.begin(centers):
+            weights = self.weights[chunk]
+            self.native.add(chunk, self.chunks[chunk], None if weights is None else weights.contiguous())
         return self.native.end()
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("part_rows", [10**9, 1, 37, 1025], ids=lambda rows: f"parts-of-{rows}")
+@pytest.mark.parametrize("chunk_rows", [10**9, 1, 37, 1025], ids=lambda rows: f"chunks-of-{rows}")
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"M{p[0]}-D{p[1]}-K{p[2]}-{p[3]}")
-def test_pruned_labels_are_those_of_the_plain_pass(problem: tuple, part_rows: int, isa: str) -> None:
+def test_pruned_labels_are_those_of_the_plain_pass(problem: tuple, chunk_rows: int, isa: str) -> None:
     rows, width, clusters, dtype, weighted = problem
+    if chunk_rows == 1:
+        rows = min(rows, 400)
     tokens = make_tokens(rows, width, dtype)[None, None]
     weights = torch.rand(1, rows).round(decimals=1) if weighted else None  # some are zero
     shift = tokens.float().mean((1, 2))
     centers = tokens[0, :, :clusters].float()
-    passes = Pruned(tokens, clusters, shift, weights, isa, part_rows)
+    passes = Pruned(tokens, clusters, shift, weights, isa, chunk_rows)
     skipped = 0
     for _ in range(25):
         centers = centers.contiguous()
@@ -118,39 +120,39 @@ def test_a_centre_that_loses_its_tokens_keeps_no_rounding() -> None:
     assert not sums[0, 1].any()
 
 
-def test_parts_without_a_token_to_be_read_are_not_asked_for() -> None:
+def test_chunks_without_a_token_to_be_read_are_not_asked_for() -> None:
     still, moving = torch.randn(2, 500, 8) + torch.tensor([10.0, 0.0])[:, None, None]
-    parts = [still[:300], moving, still[300:]]
-    shift = torch.cat(parts).mean(0, keepdim=True)
-    passes = PrunedParts([300, 500, 200], 3, 8, shift=shift)
+    chunks = [still[:300], moving, still[300:]]
+    shift = torch.cat(chunks).mean(0, keepdim=True)
+    passes = PrunedPasses([300, 500, 200], 3, 8, shift=shift)
     centers = torch.stack([still.mean(0), moving[0], moving[1]])
     asked = []
     for _ in range(6):
         asked.append(passes.begin(centers[None]))
-        for part in asked[-1]:
-            passes.add(part, parts[part][None])
-        sums, counts, inertia, *_ = passes.end()
-        plain = assign_accumulate(torch.cat(parts)[None], centers[None], shift=shift)
-        torch.testing.assert_close(sums, plain.sums, rtol=1e-12, atol=1e-9)
-        assert torch.equal(counts, plain.counts)
-        torch.testing.assert_close(inertia, plain.inertia, rtol=1e-5, atol=0)
-        centers = means(sums[0], counts[0], centers)
+        for chunk in asked[-1]:
+            passes.add(chunk, chunks[chunk][None])
+        found = passes.end()
+        plain = assign_accumulate(torch.cat(chunks)[None], centers[None], shift=shift)
+        torch.testing.assert_close(found.sums, plain.sums, rtol=1e-12, atol=1e-9)
+        assert torch.equal(found.counts, plain.counts)
+        torch.testing.assert_close(found.inertia, plain.inertia, rtol=1e-5, atol=0)
+        centers = means(found.sums[0], found.counts[0], centers)
     assert asked[0] == [0, 1, 2]
     assert asked[-1] == [1]
 
 
 def test_a_pass_that_was_broken_off_leaves_no_trace() -> None:
     tokens = make_tokens(2000, 8)
-    parts = [tokens[:900], tokens[900:]]
-    passes, whole = PrunedParts([900, 1100], 5, 8), PrunedParts([900, 1100], 5, 8)
+    chunks = [tokens[:900], tokens[900:]]
+    passes, whole = PrunedPasses([900, 1100], 5, 8), PrunedPasses([900, 1100], 5, 8)
     centers = tokens[:5].clone()
     for step in range(12):
-        if step % 3 == 2:  # a fresh pass, then pruned ones
+        if step % 3 == 2:  # a pass over everything, then pruned ones
             begun = passes.begin(centers[None] + 1)
-            passes.add(begun[0], parts[begun[0]][None])
+            passes.add(begun[0], chunks[begun[0]][None])
         for each in (passes, whole):
-            for part in each.begin(centers[None]):
-                each.add(part, parts[part][None])
+            for chunk in each.begin(centers[None]):
+                each.add(chunk, chunks[chunk][None])
         got, expected = passes.end(), whole.end()
         torch.testing.assert_close(got.sums, expected.sums, rtol=1e-12, atol=1e-9)
         assert torch.equal(got.counts, expected.counts)
@@ -216,61 +218,72 @@ def test_looking_seldom_gives_the_result_of_looking_each_step(max_iter: int, rel
             assert_same(each, seldom)
 
 
+def assign_once(passes: PrunedPasses, tokens: Tensor, centers: Tensor) -> PassResult:
+    """A pass over tokens that are a single chunk."""
+    for chunk in passes.begin(centers):
+        passes.add(chunk, tokens)
+    return passes.end()
+
+
 def test_views_are_read_in_place() -> None:
     activations = torch.randn(20, 9, 16)
     view = activations[:, 2:]
-    passes = PrunedAssign(view[None])
-    flat = PrunedAssign(view.reshape(1, -1, 16))
+    passes, flat = PrunedPasses([140], 5, 16), PrunedPasses([140], 5, 16)
     centers = activations[:1, 2:7].clone()
     for _ in range(5):
-        seen, expected = passes.assign(centers), flat.assign(centers)
+        seen = assign_once(passes, view[None], centers)
+        expected = assign_once(flat, view.reshape(1, -1, 16), centers)
         assert torch.equal(seen.sums, expected.sums)
         centers = means(seen.sums, seen.counts, centers)
 
 
+def test_tokens_in_columns_are_clustered_like_those_in_rows() -> None:
+    tokens = make_tokens(500, 12)
+    columns = tokens.T.contiguous().T
+    assert columns.stride(-1) != 1
+    problems = [WeightedTokens(given, None, tokens.mean(0)) for given in (columns, tokens)]
+    assert_same(*(lloyd(problem, tokens[:7].clone(), max_iter=20) for problem in problems))
+
+
 def test_reference_backend_makes_plain_passes() -> None:
-    tokens = torch.randn(1, 50, 4)
-    passes = PrunedAssign(tokens, backend="reference")
-    expected = assign_accumulate(tokens, tokens[:, :3], backend="reference")
-    assert torch.equal(passes.assign(tokens[:, :3]).sums, expected.sums)
+    tokens = make_tokens(400, 6)
+    plain, same = (
+        lloyd(make_problem(tokens, backend="reference"), tokens[:5].clone(), max_iter=20, prune=prune)
+        for prune in (False, True)
+    )
+    assert_same(plain, same)
 
 
-def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match=r"tokens must be one group, .* got \[2, 5, 3\]"):
-        PrunedAssign(torch.zeros(2, 5, 3))
-    passes = PrunedAssign(torch.randn(1, 5, 3))
-    passes.assign(torch.zeros(1, 2, 3))
-    with pytest.raises(ValueError, match="centers must be 2 as before, got 3"):
-        passes.assign(torch.zeros(1, 3, 3))
-    with pytest.raises(ValueError, match=r"centers must be \[1, K, 3\]"):
-        PrunedAssign(torch.randn(1, 5, 3)).assign(torch.zeros(1, 2, 4))
-
-
-def test_bad_parts_are_named() -> None:
+def test_bad_arguments_of_pruned_passes_are_named() -> None:
     with pytest.raises(ValueError, match=r"shift must be \[1, 3\], got \[3\]"):
-        PrunedParts([5], 2, 3, shift=torch.zeros(3))
-    with pytest.raises(ValueError, match="chunks must not be empty"):
-        PrunedParts([5, 0], 2, 3)
-    passes, tokens = PrunedParts([5, 4], 2, 3), torch.randn(1, 5, 3)
-    with pytest.raises(ValueError, match=r"centers must be \[1, K, 3\]"):
-        passes.begin(torch.zeros(1, 2, 4))
-    with pytest.raises(ValueError, match="centers must be 2 as before, got 1"):
-        passes.begin(torch.zeros(1, 1, 3))
-    with pytest.raises(ValueError, match="in the order in which begin"):
+        PrunedPasses([5], 2, 3, shift=torch.zeros(3))
+    with pytest.raises(ValueError, match="chunk_rows must be an integer >= 1, got 0"):
+        PrunedPasses([5, 0], 2, 3)
+    passes, tokens = PrunedPasses([5, 4], 2, 3), torch.randn(1, 5, 3)
+    for centers in (torch.zeros(1, 2, 4), torch.zeros(1, 1, 3), torch.zeros(2, 2, 3)):
+        with pytest.raises(ValueError, match=r"centers must be \[1, 2, 3\], got"):
+            passes.begin(centers)
+    with pytest.raises(TypeError, match=r"centers must be torch.float32, got torch.float64"):
+        passes.begin(torch.zeros(1, 2, 3).double())
+    with pytest.raises(ValueError, match="chunk must be one that begin asked for, got 0"):
         passes.add(0, tokens)
-    assert passes.begin(tokens[:, :2]) == [0, 1]
-    with pytest.raises(ValueError, match="all chunks that begin"):
+    with pytest.raises(ValueError, match="no pass is under way"):
         passes.end()
-    with pytest.raises(ValueError, match=r"tokens of part 0 must be \[1, 5, 3\] on the CPU, got \[1, 4, 3\]"):
+    assert passes.begin(tokens[:, :2]) == [0, 1]
+    with pytest.raises(ValueError, match=r"every chunk that begin asked for .* \[0, 1\] are missing"):
+        passes.end()
+    with pytest.raises(
+        ValueError, match=r"tokens of chunk 0 must be \[1, 5, 3\] on the CPU, got \[1, 4, 3\]"
+    ):
         passes.add(0, tokens[:, :4])
     with pytest.raises(ValueError, match=r"weights must be \[1, 5\], got \[1, 4\]"):
         passes.add(0, tokens, torch.ones(1, 4))
-    with pytest.raises(ValueError, match="in the order in which begin"):
+    with pytest.raises(ValueError, match="chunk must be 0, which is next, got 1"):
         passes.add(1, tokens[:, :4])
     passes.add(0, tokens)
     passes.add(1, tokens[:, :4])
     passes.end()
-    with pytest.raises(ValueError, match="all chunks that begin"):
+    with pytest.raises(ValueError, match="no pass is under way"):
         passes.end()
 
 
@@ -287,7 +300,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     assert near.labels[0, 1:].tolist() == [0, 1]
     assert torch.equal(far.sums, near.sums)
     assert torch.equal(far.labels, near.labels)
-    assert torch.equal(PrunedAssign(tokens).assign(centers).sums, near.sums)
+    assert torch.equal(assign_once(PrunedPasses([3], 2, 64), tokens, centers).sums, near.sums)
 
 
 def test_large_tokens_in_one_dimension_against_float64() -> None:

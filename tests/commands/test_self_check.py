@@ -90,7 +90,7 @@ def outcomes(op: str, *dtypes: torch.dtype) -> list[self_check.Outcome]:
 def test_a_wrong_label_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     right = kmeans.assign_accumulate
 
-    def wrong(*args: object, **options: object) -> kmeans.Assigned:
+    def wrong(*args: object, **options: object) -> kmeans.PassResult:
         found = right(*args, **options)
         if options.get("with_labels"):
             found.labels[0, -1] = (found.labels[0, -1] + 1) % found.counts.shape[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import spt_fast
 from spt_fast.ops import kmeans_native
 from spt_fast.ops.kmeans import (
     assign_accumulate,
@@ -202,26 +205,32 @@ def test_tokens_that_are_not_contiguous_give_the_same_result() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "error", "message"),
     [
+        ({"tokens": [[1.0]]}, TypeError, "tokens must be a tensor, got list"),
         (
             {"tokens": torch.zeros(2, 5, 4, dtype=torch.float64)},
-            "tokens must be float32, float16 or bfloat16",
+            TypeError,
+            "tokens must be float32, float16 or bfloat16, got torch.float64",
         ),
-        ({"tokens": torch.zeros(5, 4)}, "tokens must be a non-empty"),
-        ({"tokens": torch.zeros(2, 0, 4)}, "tokens must be a non-empty"),
-        ({"centers": torch.zeros(2, 3, 5)}, r"centers must be \[2, K, 4\]"),
-        ({"centers": torch.zeros(1, 3, 4)}, r"centers must be \[2, K, 4\]"),
-        ({"centers": torch.zeros(2, 0, 4)}, "with K >= 1"),
-        ({"centers": torch.zeros(2, 3, 4, dtype=torch.float16)}, "centers must be float32"),
-        ({"shift": torch.zeros(4)}, r"shift must be \[2, 4\]"),
-        ({"weights": torch.zeros(2, 6)}, r"weights must be \[2, 5\]"),
-        ({"backend": "fast"}, "backend must be one of auto, native, reference, got 'fast'"),
+        ({"tokens": torch.zeros(5, 4)}, ValueError, "tokens must be a non-empty"),
+        ({"tokens": torch.zeros(2, 0, 4)}, ValueError, "tokens must be a non-empty"),
+        ({"centers": torch.zeros(2, 3, 5)}, ValueError, r"centers must be \[2, K, 4\], got \[2, 3, 5\]"),
+        ({"centers": torch.zeros(1, 3, 4)}, ValueError, r"centers must be \[2, K, 4\]"),
+        ({"centers": torch.zeros(2, 0, 4)}, ValueError, r"centers must be \[2, K, 4\], got \[2, 0, 4\]"),
+        (
+            {"centers": torch.zeros(2, 3, 4).half()},
+            TypeError,
+            "centers must be torch.float32, got torch.float16",
+        ),
+        ({"shift": torch.zeros(4)}, ValueError, r"shift must be \[2, 4\]"),
+        ({"weights": torch.zeros(2, 6)}, ValueError, r"weights must be \[2, 5\]"),
+        ({"backend": "fast"}, ValueError, "backend must be one of 'auto', 'native', 'reference', got 'fast'"),
     ],
 )
-def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
+def test_bad_arguments_are_named(change: dict[str, object], error: type[Exception], message: str) -> None:
     arguments = {"tokens": torch.zeros(2, 5, 4), "centers": torch.zeros(2, 3, 4)} | change
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         assign_accumulate(**arguments)
 
 
@@ -231,7 +240,7 @@ def test_unknown_instruction_set_is_refused() -> None:
 
 
 def test_missing_module_falls_back_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kmeans_native, "_load", lambda: (None, "it was not built"))
+    monkeypatch.setattr(kmeans_native, "why_not", lambda device: "it was not built")
     cpu = torch.device("cpu")
     assert explain_backend(cpu) == ("reference", "it was not built")
     with pytest.raises(ValueError, match="backend='native' cannot serve cpu tensors: it was not built"):
@@ -240,8 +249,16 @@ def test_missing_module_falls_back_with_a_warning(monkeypatch: pytest.MonkeyPatc
     with pytest.warns(UserWarning, match="plain PyTorch, which is slower: it was not built"):
         result = assign_accumulate(tokens, centers)
     assert result.counts.sum() == 6
-    with pytest.raises(RuntimeError, match="it was not built"):
-        kmeans_native.build_info()
+
+
+def test_what_a_missing_module_was_built_with_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "spt_fast._kmeans", None)
+    monkeypatch.delattr(spt_fast, "_kmeans")
+    spec = importlib.util.find_spec("spt_fast.ops.kmeans_native")
+    loaded_anew = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded_anew)
+    with pytest.raises(RuntimeError, match=r"the compiled module spt_fast\._kmeans cannot be imported"):
+        loaded_anew.build_info()
 
 
 def test_squared_distances_backends_agree() -> None:

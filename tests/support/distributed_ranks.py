@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import signal
 import sys
@@ -73,9 +74,9 @@ def make_batches(n: int = 7) -> Batches:
 
 
 def mine(batches: Batches) -> Batches:
-    """This rank's part: consecutive batches, unequal where they do not divide."""
-    part = find_processes(None).part_of(len(batches))
-    return batches[part.start : part.stop]
+    """This rank's share: consecutive batches, unequal where they do not divide."""
+    share = find_processes(None).share_of(len(batches))
+    return batches[share.start : share.stop]
 
 
 def build(batches: Any, **options: Any) -> dict[str, Any]:
@@ -121,10 +122,10 @@ def exact_with_empty_clusters(_: Path) -> Any:
     torch.manual_seed(0)
     tokens = torch.randn(999, 9) * torch.linspace(1, 20, 999)[:, None]
     processes = find_processes(None)
-    part = processes.part_of(len(tokens))
+    share = processes.share_of(len(tokens))
     starts = 1e4 + torch.arange(4.0)[:, None] * torch.ones(9)
     with TokenStore(1, 0, chunk_bytes=1_000) as store:
-        store.append(0, tokens[part.start : part.stop])
+        store.append(0, tokens[share.start : share.stop])
         fit = OutOfCoreKMeans(
             store.layer(0), 4, np.random.default_rng(0), starts=starts[None], processes=processes
         ).run()
@@ -138,10 +139,10 @@ def exact_with_and_without_pruning(_: Path) -> Any:
     tokens = 0.5 * torch.randn(9, 13)[torch.randint(9, (2_503,))] + torch.randn(2_503, 13)
     starts = torch.stack([tokens[:6], tokens[6:12]])
     processes = find_processes(None)
-    part = processes.part_of(len(tokens))
+    share = processes.share_of(len(tokens))
     results: dict[str, Any] = {}
     with TokenStore(1, 30_000, chunk_bytes=[10_000, 70_000, 100][processes.rank]) as store:
-        store.append(0, tokens[part.start : part.stop])
+        store.append(0, tokens[share.start : share.stop])
         for side in ("pruned", "plain"):
             fit = OutOfCoreKMeans(
                 store.layer(0),
@@ -182,16 +183,16 @@ def stream_of_sorted_tokens(_: Path) -> Any:
     tokens = tokens.reshape(-1, 24)
     tokens[::5_000] *= 20
     processes = find_processes(None)
-    part = processes.part_of(len(tokens))
+    share = processes.share_of(len(tokens))
     streaming = StreamingKMeans(8, capacity=8_000, seed=processes.rank)
-    for batch in tokens[part.start : part.stop].split(700):
+    for batch in tokens[share.start : share.stop].split(700):
         streaming.partial_fit(batch)
     summary = streaming.merged_summary(processes, torch.device("cpu"))
     solved = summary.solve(8, processes=processes)
     squared = torch.cdist(tokens.double(), solved.centers[0].double()).square().amin(1)
     return {
         "inertia": float(squared.mean()),
-        "estimate": float(solved.inertia[0]),
+        "estimate": float(solved.mean_squared_distance[0]),
         "total": float(summary.groups[0].weights.double().sum()),
         "kept": len(summary.groups[0]),
         "counts": float(solved.counts.sum()),
@@ -329,14 +330,15 @@ def rank_dies_in_the_pass(_: Path) -> Any:
 
 @scenario(2, loses_a_rank=True)
 def rank_dies_in_an_iteration(_: Path) -> Any:
-    whole = OutOfCoreKMeans._iterate
+    whole, sweeps = TokenStore.chunks, itertools.count(1)
 
-    def dying(self: OutOfCoreKMeans, runs: Tensor) -> None:
-        if dist.get_rank() == 1 and self._n_iter.max() == 1:
+    def dying(*args: Any) -> Iterator[Tensor]:
+        # The sweeps before are for the mean, the sample of the starts and the first assignment.
+        if next(sweeps) == 4 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        whole(self, runs)
+        return whole(*args)
 
-    OutOfCoreKMeans._iterate = dying  # type: ignore[method-assign]
+    TokenStore.chunks = dying  # type: ignore[method-assign]
     return build(mine(make_batches()), mode="exact")
 
 

@@ -284,7 +284,7 @@ def test_one_process_needs_no_group() -> None:
     rows = torch.randn(3, 2)
     assert ALONE.sum(rows) is rows
     assert ALONE.concatenate(rows) is rows
-    assert ALONE.share(3, lambda i: i * i) == [0, 1, 4]
+    assert ALONE.split_work(3, lambda i: i * i) == [0, 1, 4]
 
 
 def test_what_is_no_process_group_is_refused(vit: Any, loader: Any) -> None:
@@ -295,15 +295,15 @@ def test_what_is_no_process_group_is_refused(vit: Any, loader: Any) -> None:
 
 
 @pytest.mark.parametrize(("total", "size"), [(0, 3), (1, 3), (7, 3), (9, 3), (8, 1)])
-def test_parts_are_consecutive_and_complete(total: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = []
+def test_shares_are_consecutive_and_complete(total: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
     for rank in range(size):
         processes = type(ALONE)()
         monkeypatch.setattr(processes, "rank", rank)
         monkeypatch.setattr(processes, "size", size)
-        parts.append(processes.part_of(total))
-    assert list(itertools.chain(*parts)) == list(range(total))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        shares.append(processes.share_of(total))
+    assert list(itertools.chain(*shares)) == list(range(total))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_local_rank_picks_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

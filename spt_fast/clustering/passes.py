@@ -1,0 +1,226 @@
+"""Passes over the tokens of all ranks, chunk by chunk, for several runs of Lloyd's algorithm at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spt_fast.clustering.chunks import ChunkedTokens
+from spt_fast.ops.kmeans import PassResult, PrunedPasses, assign_accumulate, can_prune
+from spt_fast.support.distributed import ALONE, Processes
+
+
+class Step(NamedTuple):
+    """Where an iteration of Lloyd's algorithm takes the centres of r runs, and what it found on the way."""
+
+    centers: Tensor  # [r, K, D] float32
+    inertia: list[float]  # of each run, before the step
+    relocated: list[bool]  # whether a centre without tokens has jumped to one
+
+
+class TokenPasses:
+    """Assignments of the tokens to the centres of several runs; a read of the tokens serves all runs.
+
+    On the CPU, tokens whose centre cannot have changed are left out (`PrunedPasses`, for each run one), and
+    a chunk of such tokens is not read. That changes no label. With several processes each holds a share of
+    the tokens; sums, counts and inertia are added up over all of them and are the same on each.
+
+    Args:
+        tokens: this rank's share, which may be empty.
+        mean: [D], a point near the data that distances are computed around.
+        weights: [n] float32; None: one each.
+        prune: False makes plain passes over all tokens.
+    """
+
+    def __init__(
+        self,
+        tokens: ChunkedTokens,
+        mean: Tensor,
+        weights: Tensor | None = None,
+        *,
+        processes: Processes = ALONE,
+        backend: str = "auto",
+        prune: bool = True,
+    ) -> None:
+        self._tokens, self._processes, self._backend = tokens, processes, backend
+        self._mean = mean[None]
+        self._chunk_rows = tokens.chunk_rows
+        self._weights = None if weights is None else torch.split(weights, self._chunk_rows)
+        self._prunes = prune and can_prune(tokens.device, backend)
+        self._pruned: list[PrunedPasses] = []  # one for each run
+        self._totals: PassResult | None = None
+
+    @property
+    def totals(self) -> PassResult:
+        """Sums, counts and inertia of all runs, as of their last passes; no labels, no distances."""
+        assert self._totals is not None
+        return self._totals
+
+    def assign(self, runs: Sequence[int], centers: Tensor) -> None:
+        """One pass for these runs, whose centres [len(runs), K, D] have moved. The first is for all runs."""
+        mine = self._assign_pruned(runs, centers) if self._prunes else self._assign_all(centers)
+        found = self._sum_over_ranks(mine)
+        if self._totals is None or len(runs) == len(self._totals.counts):
+            self._totals = found
+            return
+        index = torch.tensor(runs, device=centers.device)
+        for kept, new in zip(self._totals[:3], found[:3], strict=True):
+            kept[index] = new
+
+    def step(self, runs: Sequence[int], centers: Tensor) -> Step:
+        """Means of the tokens of each centre (eq. 10); centres without tokens go to the farthest tokens."""
+        sums, counts, inertia = (take_runs(values, runs) for values in self.totals[:3])
+        relocated: list[bool] = (counts <= 0).any(1).tolist()
+        if any(relocated):
+            sums, counts = self._relocate(centers, sums, counts, relocated)
+        return Step(center_means(centers, sums, counts), inertia.tolist(), relocated)
+
+    def _assign_all(self, centers: Tensor) -> PassResult:
+        """What this rank has, by reading all of its tokens."""
+        total: PassResult | None = None
+        for chunk, weights in self._chunks():
+            found = self._assign_chunk(chunk, weights, centers)
+            total = found if total is None else _add(total, found)
+        if total is None:
+            zeros = centers.new_zeros(centers.shape, dtype=torch.float64)
+            total = PassResult(zeros, zeros[..., 0].clone(), zeros[:, 0, 0].clone())
+        return total
+
+    def _assign_pruned(self, runs: Sequence[int], centers: Tensor) -> PassResult:
+        """The same, by reading the chunks of which a run has to see a token."""
+        if not self._pruned:
+            shape = (centers.shape[1], centers.shape[2])
+            self._pruned = [PrunedPasses(self._chunk_rows, *shape, shift=self._mean) for _ in runs]
+        passes = [self._pruned[run] for run in runs]
+        wanted = [set(one.begin(its[None])) for one, its in zip(passes, centers, strict=True)]
+        read = sorted(set().union(*wanted))
+        for index, (chunk, weights) in zip(read, self._chunks(read), strict=True):
+            for one, chunks in zip(passes, wanted, strict=True):
+                if index in chunks:
+                    one.add(index, chunk[None], weights)
+        found = [one.end() for one in passes]
+        return found[0] if len(found) == 1 else _side_by_side(found)
+
+    def _chunks(self, wanted: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The chunks [m, D], each with its weights [1, m]."""
+        indices = range(len(self._chunk_rows)) if wanted is None else wanted
+        for index, chunk in zip(indices, self._tokens.chunks(wanted), strict=True):
+            yield chunk, None if self._weights is None else self._weights[index][None]
+
+    def _assign_chunk(
+        self, chunk: Tensor, weights: Tensor | None, centers: Tensor, *, with_tokens: bool = False
+    ) -> PassResult:
+        runs = len(centers)
+        return assign_accumulate(
+            chunk.expand(runs, *chunk.shape),
+            centers,
+            shift=self._mean.expand(runs, -1),
+            weights=None if weights is None else weights.expand(runs, -1),
+            with_labels=with_tokens,
+            with_distances=with_tokens,
+            backend=self._backend,
+        )
+
+    def _sum_over_ranks(self, mine: PassResult) -> PassResult:
+        if self._processes.size == 1:
+            return mine
+        runs, n_clusters, width = mine.sums.shape
+        flat = torch.cat([mine.sums.flatten(1), mine.counts, mine.inertia[:, None]], dim=1)
+        sums, counts, inertia = torch.split(
+            self._processes.sum(flat), [n_clusters * width, n_clusters, 1], dim=1
+        )
+        return PassResult(
+            sums.reshape(runs, n_clusters, width).clone(), counts.clone(), inertia[:, 0].clone()
+        )
+
+    def _relocate(
+        self, centers: Tensor, sums: Tensor, counts: Tensor, relocated: list[bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Give each empty centre the token farthest from its own centre, as scikit-learn does.
+
+        Tokens that lie on their centre are left there: moving them would gain nothing and never end.
+        """
+        sums, counts = sums.clone(), counts.clone()
+        runs = [run for run, has_empty in enumerate(relocated) if has_empty]
+        empty = [(counts[run] <= 0).nonzero()[:, 0].tolist() for run in runs]
+        farthest = self._farthest(centers[runs], [len(slots) for slots in empty])
+        for run, slots, tokens in zip(runs, empty, farthest, strict=True):
+            for slot, (_, owner, weight, token) in zip(slots, tokens, strict=False):
+                row = token.to(sums.device) * weight
+                sums[run, owner] -= row
+                counts[run, owner] -= weight
+                sums[run, slot], counts[run, slot] = row, weight
+        return sums, counts
+
+    def _farthest(self, centers: Tensor, numbers: list[int]) -> list[list[_FarToken]]:
+        """For each run, so many of the tokens of all ranks that are farthest from their centres."""
+        found: list[list[_FarToken]] = [[] for _ in numbers]
+        for chunk, weights in self._chunks():
+            assigned = self._assign_chunk(chunk, weights, centers, with_tokens=True)
+            assert assigned.labels is not None
+            assert assigned.distances is not None
+            for run, number in enumerate(numbers):
+                distances, labels = assigned.distances[run], assigned.labels[run]
+                if weights is not None:
+                    distances = torch.where(weights[0] > 0, distances, 0)
+                far = _largest(distances, number)
+                facts = zip(
+                    distances[far].tolist(),
+                    labels[far].tolist(),
+                    [1.0] * len(far) if weights is None else weights[0, far].tolist(),
+                    chunk[far].double().cpu(),
+                    strict=True,
+                )
+                found[run] = _first(found[run] + [_FarToken(*fact) for fact in facts], number)
+        everyone = self._processes.gather(found)
+        return [
+            _first([token for rank in everyone for token in rank[run]], number)
+            for run, number in enumerate(numbers)
+        ]
+
+
+class _FarToken(NamedTuple):
+    distance: float  # squared, to the nearest centre
+    owner: int  # that centre
+    weight: float
+    token: Tensor  # [D] float64, on the host
+
+
+def take_runs(values: Tensor, runs: Sequence[int]) -> Tensor:
+    """`values` [R, ...] of the ascending `runs`; no copy where these are all."""
+    return values if len(runs) == values.shape[0] else values[torch.tensor(runs, device=values.device)]
+
+
+def center_means(centers: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """Means [..., K, D] of the tokens of each centre; centres without tokens stay."""
+    means = (sums / counts.clamp_min(torch.finfo(torch.float64).tiny)[..., None]).float()
+    return torch.where((counts > 0)[..., None], means, centers)
+
+
+def _side_by_side(results: list[PassResult]) -> PassResult:
+    """Sums, counts and inertia of single runs as those of all of them."""
+    return PassResult(
+        torch.cat([result.sums for result in results]),
+        torch.cat([result.counts for result in results]),
+        torch.cat([result.inertia for result in results]),
+    )
+
+
+def _add(one: PassResult, other: PassResult) -> PassResult:
+    return PassResult(one.sums + other.sums, one.counts + other.counts, one.inertia + other.inertia)
+
+
+def _largest(distances: Tensor, number: int) -> Tensor:
+    """Positions of the largest distances above 0, the largest first; of equal ones the first."""
+    least = distances.topk(min(number, len(distances))).values[-1]
+    candidates = ((distances >= least) & (distances > 0)).nonzero()[:, 0]
+    order = distances[candidates].sort(descending=True, stable=True).indices[:number]
+    return candidates[order]
+
+
+def _first(tokens: list[_FarToken], number: int) -> list[_FarToken]:
+    """The farthest `number` of the tokens, the farthest first; of equally far ones the first."""
+    return sorted(tokens, key=lambda token: -token.distance)[:number]
