@@ -59,7 +59,7 @@ inline constexpr size_t kStackBytes = 64 << 10;
 inline constexpr int kWarp = 32;
 inline constexpr int kMaxThreads = 1024;  // of a block
 inline constexpr size_t kMaxShared = 232448;
-inline constexpr int kStaticShared = 1024;       // of every kernel: more than any has
+inline constexpr int kStaticShared = 1024;  // of any kernel that has dynamic memory too, or less
 inline constexpr int kUnaskedShared = 48 << 10;  // static and dynamic, without being asked for
 
 // What a test may set: the order of the threads and when copies take place; what a block may have
