@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import spt_fast
 from spt_fast.commands.main import main
+from spt_fast.data import shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -83,7 +84,7 @@ def check_command(words: list[str]) -> None:
         check_spt_fast([word for word in words[1:] if word != "..."])
     elif words[:2] == ["python", "-m"] and words[2].startswith("benchmarks"):
         check_script(ROOT / f"{words[2].replace('.', '/')}.py", words[3:])
-    elif words[0] == "python" and words[1].startswith("examples/"):
+    elif words[0] == "python" and words[1:] and words[1].startswith("examples/"):
         check_script(ROOT / words[1], words[2:])
     elif words[0] == "python":
         # By itself it may be spoken of.
@@ -191,6 +192,28 @@ def test_commands_and_their_options_exist(page: Path) -> None:
             check_command(words)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "spt-fast tune",
+        "spt-fast nmi --model shipped --data digits --prompt p.safetensors",
+        "spt-fast prototypes --depth flat",
+        "python -m benchmarks.bench_builds",
+        "python -m benchmarks.bench_build --pictures 32",
+        "python -m benchmarks.bench_stream_quality --out results.json",
+        "python -m spt_fast doctor",
+        "torchrun --nproc-per-node 2 -m spt_fast prototypes",
+        "pytest tests/test_nothing.py",
+    ],
+)
+def test_a_wrong_command_is_found(wrong: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"To do it:\n\n```bash\nA=1 {wrong}    # a remark\n```\n")
+    (words,) = command_lines(page)
+    with pytest.raises((AssertionError, ValueError)):
+        check_command(words)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_in_the_docs_parses(page: Path) -> None:
     for _, language, body in FENCE.findall(page.read_text()):
@@ -214,6 +237,17 @@ def readme_python() -> list[str]:
 def test_readme_shows_the_first_example() -> None:
     example = (ROOT / "examples" / "first_steps.py").read_text()
     assert example.partition('"""\n\n')[2] == readme_python()[0]
+
+
+def test_the_first_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = shipped.load_digits("val")
+    monkeypatch.setattr(shipped, "load_digits", lambda split: (images[:32], labels[:32]))
+    monkeypatch.chdir(tmp_path)
+    exec(readme_python()[0], {})
+    assert "test accuracy" in capsys.readouterr().out
+    assert (tmp_path / "digits.safetensors").is_file()
 
 
 def test_what_readme_calls_equivalent_is(vit: VisionTransformer) -> None:
