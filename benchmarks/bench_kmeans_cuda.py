@@ -72,7 +72,7 @@ def make_sides(tokens: Tensor, starts: Tensor, iterations: int) -> dict[str, Sid
 
 
 def screened(run: Side) -> Side:
-    """`run` with the screen of docs/kmeans-cuda.md, which is off by itself."""
+    """`run` with the screen of docs/design/kmeans-cuda.md, which is off by itself."""
 
     def run_screened() -> Tensor:
         os.environ["SPT_FAST_CUDA_SCREEN"] = "1"

@@ -7,7 +7,7 @@
 // of a product meet in shared memory, where 8 or 16 threads choose a token's centre. So the rows
 // move warp by warp, and two barriers a tile suffice.
 //
-// The arithmetic (bytes, operations, shared memory, registers, time) is in docs/kmeans-cuda.md.
+// The arithmetic (bytes, operations, shared memory, registers, time) is in docs/design/kmeans-cuda.md.
 // Limits: no weights; K <= 32; the shared memory of the GPU (one_read_shape says whether it fits).
 #pragma once
 

@@ -15,7 +15,7 @@
 // kmeans_cuda_rest.cuh. So labels are as exact as there. What the distances lack, sum of -2 / scale
 // (x - shift) . low, follows from the sums.
 //
-// The arithmetic is in docs/kmeans-cuda.md. Limits: sm_90a; no weights; no distances.
+// The arithmetic is in docs/design/kmeans-cuda.md. Limits: sm_90a; no weights; no distances.
 #pragma once
 
 #include "kmeans_cuda_products.cuh"

@@ -22,6 +22,7 @@ from spt_fast.data import shipped
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 SCRIPTS = sorted([*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")])
+CODE = ("spt_fast", "tests", "csrc", "benchmarks", "examples")
 INDEX = ROOT / "docs" / "README.md"
 
 FENCE = re.compile(r"^([ \t]*)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -177,6 +178,18 @@ def test_files_that_are_named_exist(page: Path) -> None:
         ):
             missing.append(code)
     assert not missing
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    sources = [ROOT / "setup.py", *(path for folder in CODE for path in (ROOT / folder).rglob("*.*"))]
+    named = {
+        (name_of(path), page)
+        for path in sources
+        if path.suffix in (".py", ".pyi", ".cpp", ".h", ".cu", ".cuh", ".sh")
+        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text())
+    }
+    assert len(named) > 5
+    assert not {(path, page) for path, page in named if not (ROOT / page).is_file()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
