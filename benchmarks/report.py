@@ -68,7 +68,7 @@ def read_groups(path: Path) -> tuple[list[Group], str]:
         members: dict[str, list[dict[str, Any]]] = {}
         for benchmark in benchmarks:
             members.setdefault(benchmark.get("group") or "no group", []).append(benchmark)
-        groups = [_group(title, part) for title, part in members.items()]
+        groups = [_group(title, sides) for title, sides in members.items()]
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} was not written by pytest-benchmark ({error!r})") from error
     if not groups:

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "report.py"
 
 @pytest.fixture(scope="module")
 def report():
-    # By its path: the folder is no package, and need not be installed.
+    # By its path: the folder is not installed with the package.
     spec = importlib.util.spec_from_file_location("benchmarks_report", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -99,9 +99,14 @@ def test_several_files_keep_their_groups_apart(report, results, tmp_path, capsys
     assert (out / "bench_pass_k_20.png").exists()
 
 
-def test_titles_that_make_one_file_name_are_numbered(report):
-    taken = {"pass_k_20.png": None}
-    assert report._free_name("Pass, K=20!", taken) == "pass_k_20_2.png"
+def test_titles_that_make_one_file_name_are_numbered(report, results, tmp_path):
+    content = json.loads(results.read_text())
+    content["benchmarks"].append(benchmark("Pass, K=20!", "spt_fast", 0.004))
+    results.write_text(json.dumps(content))
+    out = tmp_path / "out"
+    out.mkdir()
+    assert report.main([str(results), "--out", str(out)]) == 0
+    assert {"pass_k_20.png", "pass_k_20_2.png"} <= {path.name for path in out.iterdir()}
 
 
 def test_without_matplotlib_the_tables_are_still_written(report, results, tmp_path, capsys, monkeypatch):

@@ -14,7 +14,7 @@ from torch import Tensor
 from spt_fast.ops.kmeans_reference import assign_accumulate_reference, distances_reference
 from spt_fast.ops.prompt_attention_reference import prompt_attention_reference
 
-# Of the sum of |x|, for sums of tokens; of weights, for counts: docs/kmeans-cuda.md, "Rounding".
+# Of the sum of |x|, for sums of tokens; of weights, for counts: docs/design/kmeans-cuda.md, "Rounding".
 SUM_SHARE, COUNT_SHARE = 1e-5, 1e-12
 # Relative, of NMI, information and entropies; a tenth of what docs/nmi.md promises.
 NMI_SHARE = 1e-5
@@ -60,7 +60,7 @@ def kmeans_problem(
 
 
 def rounding_band(tokens: Tensor, centers: Tensor, shift: Tensor | None) -> Tensor:
-    """The bound of docs/kmeans-cuda.md on a squared distance's error, [G, M, K] float64, tokens flat.
+    """The bound of docs/design/kmeans-cuda.md on a squared distance's error, [G, M, K] float64, tokens flat.
 
     It also covers float32 products added one after the other, as those of the CPU are. Without a shift, the
     kernels for CUDA take the mean of the centres.

@@ -1,7 +1,7 @@
 """Tile sizes of the kernels in `prompt_attention_triton.py`: a pure rule, no device is asked.
 
 Limits: the rule was derived from registers, shared memory and padding as compiled; no GPU has timed it.
-`docs/prompt-attention.md` explains it.
+`docs/design/prompt-attention.md` explains it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The CUDA sources without a GPU: what nvcc makes of them for sm_90a, and that they are right when emulated.
 
 The emulation (cuda_emulation/) runs the kernels of csrc/ thread by thread on the CPU. Bounds are derived in
-docs/kmeans-cuda.md ("Rounding").
+docs/design/kmeans-cuda.md ("Rounding").
 """
 
 from __future__ import annotations
