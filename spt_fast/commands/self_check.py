@@ -134,7 +134,7 @@ def _share_of_bound(found: Deviation) -> float:
 
 def cases(device: torch.device) -> Iterator[Case]:
     """Every check of a device; some are for CUDA devices only."""
-    # G, B, N_e, prefix, D, K: the paths and variants of docs/design/kmeans-cuda.md; sizes that divide no tile.
+    # G, B, N_e, prefix, D, K: the paths of docs/design/kmeans-cuda.md; sizes that divide no tile.
     yield _assign("21 centres", 1, 3, 197, 1, 768, 21)
     yield _assign("32 centres", 1, 3, 197, 1, 768, 32)
     yield _assign("100 centres", 1, 3, 197, 1, 768, 100)
