@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spt_fast.backbones.anatomy import block_input_hooks, check_backbone
+from spt_fast.backbones.snapshot import has_head
 from spt_fast.data.batches import image_batches
 from spt_fast.ops.cka import StreamingCKA
 from spt_fast.plots import analysis_figure
@@ -125,7 +126,7 @@ def random_prompts(
 ) -> PromptedViT:
     """`model` with VPT's random prompts of one seed; the caller's random state is not touched."""
     with seeded(seed):
-        return PromptedViT(model, num_prompts, depth=depth)
+        return PromptedViT(model, num_prompts, depth=depth, num_classes=_keep_head(model))
 
 
 def load_prompts(path: str | os.PathLike[str], model: nn.Module) -> PromptedViT:
@@ -138,7 +139,13 @@ def load_prompts(path: str | os.PathLike[str], model: nn.Module) -> PromptedViT:
     prompts, facts = _read_prompts(path)
     check_backbone(path, facts, model)
     shallow = facts.get("prompt_depth") == "shallow"
-    return PromptedViT(model, prompts, depth="shallow" if shallow else "deep")
+    depth: Literal["deep", "shallow"] = "shallow" if shallow else "deep"
+    return PromptedViT(model, prompts, depth=depth, num_classes=_keep_head(model))
+
+
+def _keep_head(model: nn.Module) -> int | None:
+    """`num_classes` of a `PromptedViT` that has the head of `model`, or none where the model has none."""
+    return None if has_head(model) else 0
 
 
 def _read_prompts(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, str]]:

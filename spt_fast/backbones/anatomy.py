@@ -162,12 +162,39 @@ def _needs_blocks(model: nn.Module, argument: str) -> str:
 
 
 def _layout_found(model: nn.Module) -> str:
+    if any(cls.__module__.partition(".")[0] == "transformers" for cls in type(model).__mro__):
+        # One that wraps a timm model holds blocks after all.
+        what_to_do = _inner_backbone(model) or (
+            ", whose blocks have other parts; open the same weights in timm (docs/weights.md)"
+        )
+        return "no `.blocks`, for it is a Hugging Face model" + what_to_do
     found = [
         text
         for name, text in _LAYOUTS_WITHOUT_BLOCKS.items()
         if isinstance(getattr(model, name, None), nn.Module)
     ]
-    return "no `.blocks`, but " + found[0] if found else "no `.blocks`"
+    if found:
+        return "no `.blocks`, but " + found[0]
+    return "no `.blocks`" + _inner_backbone(model)
+
+
+def _inner_backbone(model: nn.Module) -> str:
+    """Where a wrapper holds a Vision Transformer that could be given instead; empty where it holds none."""
+    for name, part in model.named_modules():
+        blocks = getattr(part, "blocks", None)
+        if part is model or not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+            continue
+        try:
+            get_blocks(part)
+        except TypeError:
+            continue
+        # A stage of a hierarchical model has blocks, but nothing that turns images into tokens.
+        others = (child for child in part.children() if child is not blocks)
+        if any(isinstance(module, nn.Conv2d) for child in others for module in child.modules()):
+            return (
+                f", but its part `{name}` is a {type(part).__name__}, which has them: give that part instead"
+            )
+    return ""
 
 
 def _is_convolutional(blocks: nn.ModuleList | nn.Sequential) -> bool:

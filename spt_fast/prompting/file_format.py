@@ -87,6 +87,13 @@ class TunedState:
         number = self.facts.get("num_classes")
         return None if number is None else int(number)
 
+    def size_of_new_head(self, model: nn.Module) -> int | None:
+        """What `num_classes` a `PromptedViT` of this state needs on `model`; None keeps the model's head."""
+        if self.num_classes == 0 and not any(name.startswith("head.") for name in self.tensors):
+            return 0
+        same = self.num_classes is None or self.num_classes == getattr(model, "num_classes", None)
+        return None if same else self.num_classes
+
     @property
     def class_names(self) -> tuple[str, ...] | None:
         names = self.facts.get("class_names")

@@ -68,7 +68,8 @@ class PromptedViT(nn.Module):
             copied; or an int N_p, for VPT's uniform initialisation by torch's global random generator.
             N_p = 0 is the model without prompts.
         depth: "deep" or "shallow".
-        num_classes: size of a new head; None trains a copy of the model's head.
+        num_classes: size of a new head; None trains a copy of the model's head, which it must have; 0 is no
+            head: the outputs are features [B, D], as in timm.
         freeze_prompts: train the head only (Table 4a).
         engine: "kv" adds the prompts to keys and values, computed once per step for the whole batch (deep
             only, in the blocks of docs/backbones.md); "concat" is the textbook form; "auto" takes "kv" where
@@ -90,7 +91,8 @@ class PromptedViT(nn.Module):
 
     Raises:
         TypeError: `model` has no blocks to prompt or is wrapped, or an argument is of the wrong type.
-        ValueError: prompts of another depth or width, an unknown option, or one this model cannot honour.
+        ValueError: prompts of another depth or width, an unknown option, or one this model cannot honour; no
+            `num_classes` for a model without a head.
     """
 
     prompts: nn.Parameter
@@ -160,7 +162,6 @@ class PromptedViT(nn.Module):
             TypeError, ValueError: as the constructor and `load`; the model is then left as it was.
         """
         state = TunedState.read(path)
-        keep_head = state.num_classes is None or state.num_classes == getattr(model, "num_classes", None)
         # The values of a new head are replaced by those of the file; drawing them must not advance the
         # caller's random generators.
         with seeded(0):
@@ -168,7 +169,7 @@ class PromptedViT(nn.Module):
                 model,
                 state.tensors["prompts"],
                 depth=state.depth,
-                num_classes=None if keep_head else state.num_classes,
+                num_classes=state.size_of_new_head(model),
                 engine=engine,
                 pool_prompts=state.pool_prompts,
                 weight_dtype=weight_dtype,
@@ -213,7 +214,7 @@ class PromptedViT(nn.Module):
         return get_blocks(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of images [B, C, height, width]."""
+        """Logits [B, num_classes], or features [B, D] without a head, of images [B, C, height, width]."""
         self._check_images(images)
         return self._run(self.model, images)
 

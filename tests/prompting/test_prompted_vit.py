@@ -596,10 +596,34 @@ class TestHead:
         assert tuned.head is not original
         assert all(parameter.requires_grad for parameter in tuned.head.parameters())
 
-    def test_model_without_head_gives_features(self, make_random: MakeViT, images: Tensor) -> None:
-        tuned = PromptedViT(make_random(num_classes=0), make_prompts())
+    @pytest.mark.parametrize("num_classes", [0, 5])
+    def test_features_are_had_by_asking_for_no_classes(
+        self, num_classes: int, make_random: MakeViT, images: Tensor, tmp_path: Path
+    ) -> None:
+        model = make_random(num_classes=num_classes)
+        before = model(images)
+        tuned = PromptedViT(model, make_prompts(), num_classes=0)
+        assert tuned.num_classes == 0
         assert tuned(images).shape == (3, WIDTH)
         assert [id(parameter) for parameter in tuned.trainable_parameters()] == [id(tuned.prompts)]
+        tuned.save(tmp_path / "features.safetensors")
+        expected = tuned(images)
+        assert torch.equal(tuned.release()(images), before)
+        again = PromptedViT.from_file(tmp_path / "features.safetensors", make_random())
+        assert torch.equal(again(images), expected)
+
+    @pytest.mark.parametrize("remove", ["by timm", "by hand"])
+    def test_features_are_not_taken_for_logits(
+        self, remove: str, make_random: MakeViT, images: Tensor
+    ) -> None:
+        model = make_random(num_classes=0 if remove == "by timm" else 5)
+        if remove == "by hand":
+            model.head = nn.Identity()
+        with pytest.raises(ValueError, match="has none and returns features: give num_classes=N"):
+            PromptedViT(model, make_prompts())
+        assert model(images).shape == (3, WIDTH)
+        model.head = nn.Linear(WIDTH, 6)
+        assert PromptedViT(model, make_prompts())(images).shape == (3, 6)
 
 
 class TestFiles:
@@ -697,7 +721,7 @@ class TestFiles:
                 lambda make: PromptedViT(make(), make_prompts(), num_classes=6),
                 r"head.weight of shape \[4, 32\].*needs \[6, 32\]",
             ),
-            (lambda make: PromptedViT(make(num_classes=0), make_prompts()), "this model needs"),
+            (lambda make: PromptedViT(make(), make_prompts(), num_classes=0), "this model needs"),
             (
                 lambda make: PromptedViT(make(), make_prompts(1), num_classes=4, depth="shallow"),
                 r"\[3, 7, 32\].*\[1, 7, 32\]",
@@ -901,6 +925,23 @@ class TestOtherModels:
         with pytest.raises(TypeError, match=reason):
             PromptedViT(model, 2)
 
+    def test_wrappers_are_told_which_part_to_give(self, vit: VisionTransformer) -> None:
+        wrapper = nn.Sequential(nn.Identity(), nn.ModuleDict({"net": vit}))
+        with pytest.raises(
+            TypeError, match=r"its part `1\.net` is a VisionTransformer, which has them: give that part"
+        ):
+            PromptedViT(wrapper, 2)
+
+    def test_hugging_face_models_are_called_so(self) -> None:
+        class ViTModel(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.ModuleList([nn.Linear(2, 2)])
+
+        ViTModel.__module__ = "transformers.models.vit.modeling_vit"
+        with pytest.raises(TypeError, match=r"got ViTModel: .* Hugging Face model, .* same weights in timm"):
+            PromptedViT(ViTModel(), 2)
+
     def test_hierarchical_and_empty_models_are_refused(self, make_random: MakeViT) -> None:
         model = make_random()
         model.blocks[1] = Block(16, 4)
@@ -1002,8 +1043,8 @@ class TestBadInput:
             (-1, {}, ValueError, "prompts must be an integer >= 0, got -1"),
             (2, {"depth": "middle"}, ValueError, "depth must be one of 'deep', 'shallow', got 'middle'"),
             (2, {"engine": "fast"}, ValueError, "engine must be one of 'auto', 'kv', 'concat', got 'fast'"),
-            (2, {"num_classes": 0}, ValueError, "num_classes must be an integer >= 1 or None, got 0"),
-            (2, {"num_classes": 2.0}, TypeError, r"num_classes must be an integer >= 1 or None, got 2\.0"),
+            (2, {"num_classes": -1}, ValueError, "num_classes must be an integer >= 0 or None, got -1"),
+            (2, {"num_classes": 2.0}, TypeError, r"num_classes must be an integer >= 0 or None, got 2\.0"),
             (
                 2,
                 {"pool_prompts": True},
