@@ -1,12 +1,10 @@
-"""The parts of a backbone: its blocks and hooks on them, its width, its prefix tokens, its name."""
+"""The parts of a backbone: its blocks and hooks on them, its width, its prefix tokens, its patches."""
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -121,33 +119,6 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
     )
 
 
-def describe(model: nn.Module) -> dict[str, str]:
-    """Facts by which backbones differ, as metadata of saved files.
-
-    Keys: `architecture` (only where the model carries timm's configuration; with the tag of its pretrained
-    weights, such as "vit_base_patch16_224.mae"), `depth` (L), `width` (D), `num_prefix_tokens`.
-    """
-    facts = {
-        "depth": str(len(get_blocks(model))),
-        "width": str(embed_dim(model)),
-        "num_prefix_tokens": str(num_prefix_tokens(model)),
-    }
-    name = _architecture(model)
-    return {"architecture": name, **facts} if name else facts
-
-
-def check_backbone(path: str | os.PathLike[str], facts: Mapping[str, str], model: nn.Module) -> None:
-    """ValueError where `facts`, read from the file `path`, are those of another backbone than `model`."""
-    check_facts(path, facts, describe(model))
-
-
-def check_facts(path: str | os.PathLike[str], found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """ValueError where a fact found in the file `path` differs from the one expected; either may lack it."""
-    for name, mine in expected.items():
-        if found.get(name, mine) != mine:
-            raise ValueError(f"{Path(path)} is for {name} {found[name]!r}, but this model has {mine!r}")
-
-
 def _hand_input(
     callback: BlockInput, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -207,12 +178,3 @@ def _is_convolutional(blocks: nn.ModuleList | nn.Sequential) -> bool:
 def _norm_widths(blocks: nn.ModuleList | nn.Sequential) -> list[int]:
     shapes = (getattr(getattr(block, "norm1", None), "normalized_shape", None) for block in blocks)
     return [int(shape[-1]) for shape in shapes if shape]
-
-
-def _architecture(model: nn.Module) -> str | None:
-    for holder in ("pretrained_cfg", "default_cfg"):
-        config = getattr(model, holder, None)
-        if isinstance(config, dict) and config.get("architecture"):
-            tag = config.get("tag")
-            return f"{config['architecture']}.{tag}" if tag else str(config["architecture"])
-    return None

@@ -80,6 +80,7 @@ class PromptedViT(nn.Module):
             the frozen weights cast once instead of in every step. Results are bitwise those of autocast.
             The original weights are kept until `release()`: half as much memory again for the weights, which
             autocast takes too, from forward to backward.
+        allow_other_backbone: take `Prototypes` that were built with other weights or for another image size.
 
     Attributes:
         prompts: Parameter [L or 1, N_p, D], at least float32 also where the model is narrower.
@@ -91,8 +92,8 @@ class PromptedViT(nn.Module):
 
     Raises:
         TypeError: `model` has no blocks to prompt or is wrapped, or an argument is of the wrong type.
-        ValueError: prompts of another depth or width, an unknown option, or one this model cannot honour; no
-            `num_classes` for a model without a head.
+        ValueError: prompts of another depth or width or from another backbone; an unknown option, or one
+            this model cannot honour; no `num_classes` for a model without a head.
     """
 
     prompts: nn.Parameter
@@ -110,6 +111,7 @@ class PromptedViT(nn.Module):
         engine: Literal["auto", "kv", "concat"] = "auto",
         pool_prompts: bool = False,
         weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
+        allow_other_backbone: bool = False,
     ) -> None:
         super().__init__()
         check_choice("depth", depth, ("deep", "shallow"))
@@ -122,7 +124,7 @@ class PromptedViT(nn.Module):
             check_pools_patches(model, blocks)
         self.weight_dtype = check_weight_dtype(weight_dtype)
         self.engine, self.engine_reason = choose_engine(model, blocks, depth, engine)
-        values = initial_prompts(model, prompts, depth)
+        values = initial_prompts(model, prompts, depth, allow_other_backbone=allow_other_backbone)
 
         self.depth = depth
         self.pool_prompts = bool(pool_prompts)
@@ -154,8 +156,12 @@ class PromptedViT(nn.Module):
         *,
         engine: Literal["auto", "kv", "concat"] = "auto",
         weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
+        allow_other_backbone: bool = False,
     ) -> PromptedViT:
         """`model` with the prompts and the head of a file that `save` wrote, built as they were.
+
+        Args:
+            engine, weight_dtype: as in the constructor; allow_other_backbone: as in `load`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -175,7 +181,7 @@ class PromptedViT(nn.Module):
                 weight_dtype=weight_dtype,
             )
         try:
-            tuned._take_state(path, state)
+            tuned._take_state(path, state, allow_other_backbone=allow_other_backbone)
         except ValueError:
             tuned.release()
             raise
@@ -315,8 +321,12 @@ class PromptedViT(nn.Module):
         check_class_names(self.class_names, getattr(self.model, "num_classes", None))
         self._state().write(path, overwrite=overwrite)
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], *, allow_other_backbone: bool = False) -> None:
         """Read prompts, head and names from a file of `save`; the model must have been built the same way.
+
+        Args:
+            allow_other_backbone: also where the file was saved with other weights of the backbone or for
+                another image size. The weights are known by a few of them, in whatever dtype and device.
 
         Raises:
             ValueError: another backbone, depth or pooling; prompts or head of another shape (both shapes are
@@ -324,7 +334,7 @@ class PromptedViT(nn.Module):
             FileNotFoundError: there is no such file.
         """
         self._check_not_released()
-        self._take_state(path, TunedState.read(path))
+        self._take_state(path, TunedState.read(path), allow_other_backbone=allow_other_backbone)
 
     def release(self) -> nn.Module:
         """Give the model back as it was: head, grad flags, training modes, weights, forward of each block.
@@ -356,10 +366,12 @@ class PromptedViT(nn.Module):
             class_names=self.class_names,
         )
 
-    def _take_state(self, path: str | os.PathLike[str], state: TunedState) -> None:
+    def _take_state(
+        self, path: str | os.PathLike[str], state: TunedState, *, allow_other_backbone: bool
+    ) -> None:
         """Copy the state that a file holds; nothing changes where it does not fit."""
         own = self._state()
-        state.check_fits(path, own)
+        state.check_fits(path, own, allow_other_backbone=allow_other_backbone)
         with torch.no_grad():
             for name, tensor in own.tensors.items():
                 tensor.copy_(state.tensors[name])
