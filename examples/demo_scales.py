@@ -31,7 +31,7 @@ HEAD_RATE = 1e-2
 def random_prompts(num_prompts: int, seed: int) -> Tensor:
     """Random prompts [L, N_p, D], as VPT starts from."""
     torch.manual_seed(seed)
-    return PromptedViT(load_backbone(), num_prompts).prompts.detach()
+    return PromptedViT(load_backbone(), num_prompts, num_classes=0).prompts.detach()
 
 
 def root_mean_square(prompts: Tensor) -> Tensor:

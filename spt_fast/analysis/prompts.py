@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spt_fast.backbones.anatomy import block_input_hooks, check_backbone
+from spt_fast.backbones.anatomy import block_input_hooks
+from spt_fast.backbones.identity import check_backbone
+from spt_fast.backbones.snapshot import has_head
 from spt_fast.data.batches import image_batches
 from spt_fast.ops.cka import StreamingCKA
 from spt_fast.plots import analysis_figure
@@ -125,20 +127,31 @@ def random_prompts(
 ) -> PromptedViT:
     """`model` with VPT's random prompts of one seed; the caller's random state is not touched."""
     with seeded(seed):
-        return PromptedViT(model, num_prompts, depth=depth)
+        return PromptedViT(model, num_prompts, depth=depth, num_classes=_keep_head(model))
 
 
-def load_prompts(path: str | os.PathLike[str], model: nn.Module) -> PromptedViT:
+def load_prompts(
+    path: str | os.PathLike[str], model: nn.Module, *, allow_other_backbone: bool = False
+) -> PromptedViT:
     """`model` with the prompts of a file of `Prototypes.save` or `PromptedViT.save`, without the file's head.
+
+    Args:
+        allow_other_backbone: take prompts that were made with other weights or for another image size.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file holds neither, or prompts for another backbone.
     """
     prompts, facts = _read_prompts(path)
-    check_backbone(path, facts, model)
+    check_backbone(path, facts, model, allow_other_backbone=allow_other_backbone)
     shallow = facts.get("prompt_depth") == "shallow"
-    return PromptedViT(model, prompts, depth="shallow" if shallow else "deep")
+    depth: Literal["deep", "shallow"] = "shallow" if shallow else "deep"
+    return PromptedViT(model, prompts, depth=depth, num_classes=_keep_head(model))
+
+
+def _keep_head(model: nn.Module) -> int | None:
+    """`num_classes` of a `PromptedViT` that has the head of `model`, or none where the model has none."""
+    return None if has_head(model) else 0
 
 
 def _read_prompts(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, str]]:

@@ -1,12 +1,10 @@
-"""The parts of a backbone: its blocks and hooks on them, its width, its prefix tokens, its name."""
+"""The parts of a backbone: its blocks and hooks on them, its width, its prefix tokens, its patches."""
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -121,33 +119,6 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
     )
 
 
-def describe(model: nn.Module) -> dict[str, str]:
-    """Facts by which backbones differ, as metadata of saved files.
-
-    Keys: `architecture` (only where the model carries timm's configuration; with the tag of its pretrained
-    weights, such as "vit_base_patch16_224.mae"), `depth` (L), `width` (D), `num_prefix_tokens`.
-    """
-    facts = {
-        "depth": str(len(get_blocks(model))),
-        "width": str(embed_dim(model)),
-        "num_prefix_tokens": str(num_prefix_tokens(model)),
-    }
-    name = _architecture(model)
-    return {"architecture": name, **facts} if name else facts
-
-
-def check_backbone(path: str | os.PathLike[str], facts: Mapping[str, str], model: nn.Module) -> None:
-    """ValueError where `facts`, read from the file `path`, are those of another backbone than `model`."""
-    check_facts(path, facts, describe(model))
-
-
-def check_facts(path: str | os.PathLike[str], found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """ValueError where a fact found in the file `path` differs from the one expected; either may lack it."""
-    for name, mine in expected.items():
-        if found.get(name, mine) != mine:
-            raise ValueError(f"{Path(path)} is for {name} {found[name]!r}, but this model has {mine!r}")
-
-
 def _hand_input(
     callback: BlockInput, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -162,12 +133,39 @@ def _needs_blocks(model: nn.Module, argument: str) -> str:
 
 
 def _layout_found(model: nn.Module) -> str:
+    if any(cls.__module__.partition(".")[0] == "transformers" for cls in type(model).__mro__):
+        # One that wraps a timm model holds blocks after all.
+        what_to_do = _inner_backbone(model) or (
+            ", whose blocks have other parts; open the same weights in timm (docs/weights.md)"
+        )
+        return "no `.blocks`, for it is a Hugging Face model" + what_to_do
     found = [
         text
         for name, text in _LAYOUTS_WITHOUT_BLOCKS.items()
         if isinstance(getattr(model, name, None), nn.Module)
     ]
-    return "no `.blocks`, but " + found[0] if found else "no `.blocks`"
+    if found:
+        return "no `.blocks`, but " + found[0]
+    return "no `.blocks`" + _inner_backbone(model)
+
+
+def _inner_backbone(model: nn.Module) -> str:
+    """Where a wrapper holds a Vision Transformer that could be given instead; empty where it holds none."""
+    for name, part in model.named_modules():
+        blocks = getattr(part, "blocks", None)
+        if part is model or not isinstance(blocks, (nn.ModuleList, nn.Sequential)):
+            continue
+        try:
+            get_blocks(part)
+        except TypeError:
+            continue
+        # A stage of a hierarchical model has blocks, but nothing that turns images into tokens.
+        others = (child for child in part.children() if child is not blocks)
+        if any(isinstance(module, nn.Conv2d) for child in others for module in child.modules()):
+            return (
+                f", but its part `{name}` is a {type(part).__name__}, which has them: give that part instead"
+            )
+    return ""
 
 
 def _is_convolutional(blocks: nn.ModuleList | nn.Sequential) -> bool:
@@ -180,12 +178,3 @@ def _is_convolutional(blocks: nn.ModuleList | nn.Sequential) -> bool:
 def _norm_widths(blocks: nn.ModuleList | nn.Sequential) -> list[int]:
     shapes = (getattr(getattr(block, "norm1", None), "normalized_shape", None) for block in blocks)
     return [int(shape[-1]) for shape in shapes if shape]
-
-
-def _architecture(model: nn.Module) -> str | None:
-    for holder in ("pretrained_cfg", "default_cfg"):
-        config = getattr(model, holder, None)
-        if isinstance(config, dict) and config.get("architecture"):
-            tag = config.get("tag")
-            return f"{config['architecture']}.{tag}" if tag else str(config["architecture"])
-    return None

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from spt_fast.backbones.checkpoints import load_weights
 from spt_fast.data.shipped import load_backbone
 from spt_fast.support.errors import first_line
 from spt_fast.support.files import check_input_path
@@ -16,7 +21,13 @@ SHIPPED_MODEL = "shipped"
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
-def open_model(name: str, *, pretrained: bool = True, checkpoint: str | Path | None = None) -> nn.Module:
+def open_model(
+    name: str,
+    *,
+    pretrained: bool = True,
+    checkpoint: str | Path | None = None,
+    model_options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """A Vision Transformer without a head, in eval mode.
 
     Args:
@@ -24,21 +35,25 @@ def open_model(name: str, *, pretrained: bool = True, checkpoint: str | Path | N
             backbone, or a file that examples/pretrain_backbone.py wrote.
         pretrained: timm's weights, from its cache or the network; ignored with `checkpoint`. False: random
             weights, the same in every process. The caller's random generators do not advance.
-        checkpoint: file with weights for the timm model `name`.
+        checkpoint: file with weights for the timm model `name`, in one of the layouts of docs/weights.md.
+            One line on stderr says what was renamed, resized and left out.
+        model_options: of `timm.create_model`, such as {"global_pool": "avg", "img_size": 384}.
 
     Raises:
         FileNotFoundError: a file that does not exist.
-        ValueError: no such model, or a checkpoint that does not fit it.
+        ValueError: no such model, a checkpoint that does not fit it, or options for a model not of timm.
         RuntimeError: the pretrained weights cannot be loaded.
     """
     if checkpoint is not None:
         check_input_path(checkpoint, argument="checkpoint")
+    if model_options and (name == SHIPPED_MODEL or Path(name).is_file()):
+        raise ValueError(f"model_options are for models of timm, got {dict(model_options)} for {name}")
     if name == SHIPPED_MODEL:
         return load_backbone()
     if Path(name).is_file():
         return load_backbone(name)
     _check_timm_name(name)
-    return _timm_model(name, pretrained, checkpoint).eval()
+    return _timm_model(name, pretrained, checkpoint, dict(model_options or {})).eval()
 
 
 def _check_timm_name(name: str) -> None:
@@ -54,13 +69,16 @@ def _check_timm_name(name: str) -> None:
 
 
 @seeded(0)
-def _timm_model(name: str, pretrained: bool, checkpoint: str | Path | None) -> nn.Module:
+def _timm_model(
+    name: str, pretrained: bool, checkpoint: str | Path | None, options: dict[str, Any]
+) -> nn.Module:
     import timm
 
+    options = {**options, "num_classes": 0}
     if checkpoint is not None:
-        return _with_checkpoint(timm.create_model(name, pretrained=False, num_classes=0), checkpoint)
+        return _with_checkpoint(timm.create_model(name, pretrained=False, **options), checkpoint)
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     # Hub clients raise different errors without a network, depending on their version.
     except Exception as error:
         if not pretrained:
@@ -73,26 +91,12 @@ def _timm_model(name: str, pretrained: bool, checkpoint: str | Path | None) -> n
 
 
 def _with_checkpoint(model: nn.Module, checkpoint: str | Path) -> nn.Module:
-    from timm.models import load_state_dict
-
-    try:
-        state = {
-            name: value for name, value in load_state_dict(str(checkpoint)).items() if not _of_head(name)
-        }
-        missing, foreign = model.load_state_dict(state, strict=False)
-    # timm picks a reader by the file's ending; each raises other errors for a broken file.
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint {checkpoint} cannot be read into this model: {first_line(error)}"
-        ) from error
-    missing = [name for name in missing if not _of_head(name)]
-    if missing or foreign:
-        raise ValueError(
-            f"checkpoint {checkpoint} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(foreign)} unknown {foreign[:3]}"
-        )
+    report = load_weights(model, checkpoint)
+    # Under torchrun one process tells it for all.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"weights of {checkpoint}: {report}", file=sys.stderr)
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict):
+        # Its tag names weights of timm's, which these are not.
+        vars(model).update(pretrained_cfg={**config, "tag": Path(checkpoint).name})
     return model
-
-
-def _of_head(name: str) -> bool:
-    return name.startswith(("head.", "head_dist."))

@@ -86,8 +86,21 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
     return [module for module in candidates if isinstance(module, nn.Module)]
 
 
+def has_head(model: nn.Module) -> bool:
+    """Whether the outputs of `model` are logits: of a classifier with weights, or as its `num_classes` says.
+
+    True for a model that says nothing of a classifier.
+    """
+    found = classifiers(model)
+    if found:
+        return any(True for classifier in found for _ in classifier.parameters())
+    return getattr(model, "num_classes", None) != 0
+
+
 def replace_head(model: nn.Module, num_classes: int | None) -> None:
     """Give `model` a trainable head, a new one of timm's or a copy of its own; its own is never trained.
+
+    With `num_classes=0` timm takes the head away.
 
     Raises:
         TypeError: a child of the model holds head and blocks, so that a copy would run blocks of its own.

@@ -27,6 +27,7 @@ def add(commands: Commands) -> None:
         "--tuned", type=Path, required=True, metavar="FILE", help="of `spt-fast train`, or PromptedViT.save"
     )
     parser.add_argument("--weight-dtype", choices=("bf16", "fp16"), help="run the backbone in it")
+    options.add_allow_other_backbone(parser)
     options.add_device(parser)
     parser.set_defaults(run=run)
 
@@ -38,7 +39,12 @@ def run(args: argparse.Namespace) -> None:
     from spt_fast.prompting.prompted_vit import PromptedViT
     from spt_fast.training.loop import evaluate
 
-    tuned = PromptedViT.from_file(args.tuned, options.open_model(args), weight_dtype=args.weight_dtype)
+    tuned = PromptedViT.from_file(
+        args.tuned,
+        options.open_model(args),
+        weight_dtype=args.weight_dtype,
+        allow_other_backbone=args.allow_other_backbone,
+    )
     images = options.open_labelled(
         args,
         tuned.model,

@@ -31,6 +31,7 @@ def add(commands: Commands) -> None:
     prompts.add_argument(
         "--depth", choices=("deep", "shallow"), default="deep", help="of --random (default: deep)"
     )
+    options.add_allow_other_backbone(parser)
     options.add_folder(parser, default=Path())
     options.add_device(parser)
     options.add_seed(parser)
@@ -53,7 +54,7 @@ def _analyse_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
     model = options.open_model(args)
     images = options.open_images(args, model)
     if args.prompts is not None:
-        tuned = analysis.load_prompts(args.prompts, model)
+        tuned = analysis.load_prompts(args.prompts, model, allow_other_backbone=args.allow_other_backbone)
     else:
         tuned = analysis.random_prompts(args.random, model, depth=args.depth, seed=args.seed)
     result = analysis.analyse(tuned, images, max_images=args.max_images)

@@ -62,6 +62,15 @@ def add_folder(parser: argparse.ArgumentParser, default: Path | None = None) -> 
     parser.add_argument("--overwrite", action="store_true", help="write over these files if they are there")
 
 
+def add_allow_other_backbone(parser: argparse.ArgumentParser) -> None:
+    """The way around the check that a file of prompts was made with the weights that the model has."""
+    parser.add_argument(
+        "--allow-other-backbone",
+        action="store_true",
+        help="take prompts that were made with other weights or for another image size",
+    )
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """The device of the model."""
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")

@@ -32,6 +32,7 @@ def add(commands: Commands) -> None:
     images.add_argument("--val-split", help="as --split")
     _add_prompts(parser)
     _add_recipe(parser)
+    options.add_allow_other_backbone(parser)
     options.add_folder(parser)
     options.add_device(parser)
     options.add_seed(parser)
@@ -94,6 +95,7 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         depth=args.depth,
         freeze_prompts=args.freeze_prompts,
         weight_dtype=args.weight_dtype,
+        allow_other_backbone=args.allow_other_backbone,
         seed=args.seed,
     )
     history = fit_and_save(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import unwrap
+from spt_fast.backbones.snapshot import has_head
 from spt_fast.prompting.engines import concat_blocker
 from spt_fast.support.arguments import check_int, check_tensor
 
@@ -47,10 +48,22 @@ def check_not_taken_over(blocks: nn.ModuleList | nn.Sequential, owner: type[nn.M
 
 
 def check_num_classes(model: nn.Module, num_classes: int | None) -> int | None:
-    """`num_classes` as an int >= 1 for a model that can make a new head, or None."""
+    """The size of the head that `model` is to get: >= 1, 0 for none, or None where it keeps what it has.
+
+    Raises:
+        ValueError: `num_classes` is None for a model without a head, whose features would pass for logits.
+        TypeError: `model` cannot get another head.
+    """
     if num_classes is None:
+        if not has_head(model):
+            raise ValueError(
+                f"model must have a head to keep, but this {type(model).__name__} has none and returns "
+                "features: give num_classes=N for a new head of N classes, or num_classes=0 for features"
+            )
         return None
-    num_classes = check_int("num_classes", num_classes, 1, "or None")
+    num_classes = check_int("num_classes", num_classes, 0, "or None")
+    if num_classes == 0 and not has_head(model):
+        return None
     if not callable(getattr(model, "reset_classifier", None)):
         raise TypeError(
             f"num_classes needs a model with timm's `reset_classifier`, got {type(model).__name__}; "

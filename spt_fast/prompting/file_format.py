@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
-from spt_fast.backbones.anatomy import check_facts, describe
+from spt_fast.backbones.identity import check_facts, describe, describe_norm
 from spt_fast.support.files import read_safetensors, write_safetensors
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ class TunedState:
 
     Attributes:
         tensors: "prompts" [L or 1, N_p, D], and "head." before each name of the head's own state.
-        facts: those of `anatomy.describe`, and `prompt_depth`, `pool_prompts`, `global_pool`; `num_classes`
-            where the model states it, `class_names` (JSON) where they are set.
+        facts: those of `describe` and `describe_norm`, and `prompt_depth`, `pool_prompts`, `global_pool`;
+            `num_classes` where the model states it, `class_names` (JSON) where they are set.
     """
 
     tensors: Mapping[str, Tensor]
@@ -49,6 +49,7 @@ class TunedState:
         of_head = {f"head.{name}": value for name, value in head.state_dict(keep_vars=True).items()}
         facts = {
             **describe(model),
+            **describe_norm(model),
             "prompt_depth": depth,
             "pool_prompts": str(pool_prompts),
             "global_pool": str(getattr(model, "global_pool", "")),
@@ -87,16 +88,25 @@ class TunedState:
         number = self.facts.get("num_classes")
         return None if number is None else int(number)
 
+    def size_of_new_head(self, model: nn.Module) -> int | None:
+        """What `num_classes` a `PromptedViT` of this state needs on `model`; None keeps the model's head."""
+        if self.num_classes == 0 and not any(name.startswith("head.") for name in self.tensors):
+            return 0
+        same = self.num_classes is None or self.num_classes == getattr(model, "num_classes", None)
+        return None if same else self.num_classes
+
     @property
     def class_names(self) -> tuple[str, ...] | None:
         names = self.facts.get("class_names")
         return None if names is None else tuple(json.loads(names))
 
-    def check_fits(self, path: str | os.PathLike[str], own: TunedState) -> None:
+    def check_fits(
+        self, path: str | os.PathLike[str], own: TunedState, *, allow_other_backbone: bool = False
+    ) -> None:
         """ValueError where this state, read from `path`, cannot take the place of a model's `own`."""
         _check_shapes(path, self.tensors, own.tensors)
         expected = {name: fact for name, fact in own.facts.items() if name not in _FACTS_OF_THE_HEAD}
-        check_facts(path, self.facts, expected)
+        check_facts(path, self.facts, expected, allow_other_backbone=allow_other_backbone)
 
 
 def _check_shapes(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import embed_dim, get_blocks, patch_size
+from spt_fast.backbones.identity import check_backbone
 from spt_fast.backbones.snapshot import placement
 from spt_fast.support.arguments import check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError
@@ -18,16 +19,19 @@ if TYPE_CHECKING:
     from spt_fast.prototypes.result import Prototypes
 
 
-def initial_prompts(model: nn.Module, prompts: Prototypes | Tensor | int, depth: str) -> Tensor:
+def initial_prompts(
+    model: nn.Module, prompts: Prototypes | Tensor | int, depth: str, *, allow_other_backbone: bool = False
+) -> Tensor:
     """A new tensor [L or 1, N_p, D] on the model's device, at least float32.
 
     Args:
-        prompts: as in `PromptedViT`.
+        prompts, allow_other_backbone: as in `PromptedViT`.
 
     Raises:
         TypeError: `prompts` are no `Prototypes`, floating-point tensor or integer, or an integer for a model
             that states no patch size.
-        ValueError: another shape than [L or 1, N_p, D], or an integer below 0.
+        ValueError: another shape than [L or 1, N_p, D], an integer below 0, or `Prototypes` that were built
+            from another backbone.
         NonFiniteError: a prompt holds NaN or infinity; `row` is counted over all layers.
     """
     layers = len(get_blocks(model)) if depth == "deep" else 1
@@ -40,6 +44,8 @@ def initial_prompts(model: nn.Module, prompts: Prototypes | Tensor | int, depth:
     name = "prompts.prompts" if hasattr(prompts, "prompts") else "prompts"
     _check_shape(values, layers, embed_dim(model), depth, name)
     _check_finite(values)
+    facts = getattr(prompts, "metadata", {})
+    check_backbone("prompts.metadata", facts, model, allow_other_backbone=allow_other_backbone)
     device, dtype = placement(model)
     # The steps of an optimiser are too small for half precision; blocks cast prompts to their own dtype.
     return values.detach().to(device, torch.promote_types(dtype, torch.float32), copy=True)

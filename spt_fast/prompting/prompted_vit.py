@@ -68,7 +68,8 @@ class PromptedViT(nn.Module):
             copied; or an int N_p, for VPT's uniform initialisation by torch's global random generator.
             N_p = 0 is the model without prompts.
         depth: "deep" or "shallow".
-        num_classes: size of a new head; None trains a copy of the model's head.
+        num_classes: size of a new head; None trains a copy of the model's head, which it must have; 0 is no
+            head: the outputs are features [B, D], as in timm.
         freeze_prompts: train the head only (Table 4a).
         engine: "kv" adds the prompts to keys and values, computed once per step for the whole batch (deep
             only, in the blocks of docs/backbones.md); "concat" is the textbook form; "auto" takes "kv" where
@@ -79,6 +80,7 @@ class PromptedViT(nn.Module):
             the frozen weights cast once instead of in every step. Results are bitwise those of autocast.
             The original weights are kept until `release()`: half as much memory again for the weights, which
             autocast takes too, from forward to backward.
+        allow_other_backbone: take `Prototypes` that were built with other weights or for another image size.
 
     Attributes:
         prompts: Parameter [L or 1, N_p, D], at least float32 also where the model is narrower.
@@ -90,7 +92,8 @@ class PromptedViT(nn.Module):
 
     Raises:
         TypeError: `model` has no blocks to prompt or is wrapped, or an argument is of the wrong type.
-        ValueError: prompts of another depth or width, an unknown option, or one this model cannot honour.
+        ValueError: prompts of another depth or width or from another backbone; an unknown option, or one
+            this model cannot honour; no `num_classes` for a model without a head.
     """
 
     prompts: nn.Parameter
@@ -108,6 +111,7 @@ class PromptedViT(nn.Module):
         engine: Literal["auto", "kv", "concat"] = "auto",
         pool_prompts: bool = False,
         weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
+        allow_other_backbone: bool = False,
     ) -> None:
         super().__init__()
         check_choice("depth", depth, ("deep", "shallow"))
@@ -120,7 +124,7 @@ class PromptedViT(nn.Module):
             check_pools_patches(model, blocks)
         self.weight_dtype = check_weight_dtype(weight_dtype)
         self.engine, self.engine_reason = choose_engine(model, blocks, depth, engine)
-        values = initial_prompts(model, prompts, depth)
+        values = initial_prompts(model, prompts, depth, allow_other_backbone=allow_other_backbone)
 
         self.depth = depth
         self.pool_prompts = bool(pool_prompts)
@@ -152,15 +156,18 @@ class PromptedViT(nn.Module):
         *,
         engine: Literal["auto", "kv", "concat"] = "auto",
         weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
+        allow_other_backbone: bool = False,
     ) -> PromptedViT:
         """`model` with the prompts and the head of a file that `save` wrote, built as they were.
+
+        Args:
+            engine, weight_dtype: as in the constructor; allow_other_backbone: as in `load`.
 
         Raises:
             FileNotFoundError: there is no such file.
             TypeError, ValueError: as the constructor and `load`; the model is then left as it was.
         """
         state = TunedState.read(path)
-        keep_head = state.num_classes is None or state.num_classes == getattr(model, "num_classes", None)
         # The values of a new head are replaced by those of the file; drawing them must not advance the
         # caller's random generators.
         with seeded(0):
@@ -168,13 +175,13 @@ class PromptedViT(nn.Module):
                 model,
                 state.tensors["prompts"],
                 depth=state.depth,
-                num_classes=None if keep_head else state.num_classes,
+                num_classes=state.size_of_new_head(model),
                 engine=engine,
                 pool_prompts=state.pool_prompts,
                 weight_dtype=weight_dtype,
             )
         try:
-            tuned._take_state(path, state)
+            tuned._take_state(path, state, allow_other_backbone=allow_other_backbone)
         except ValueError:
             tuned.release()
             raise
@@ -213,7 +220,7 @@ class PromptedViT(nn.Module):
         return get_blocks(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of images [B, C, height, width]."""
+        """Logits [B, num_classes], or features [B, D] without a head, of images [B, C, height, width]."""
         self._check_images(images)
         return self._run(self.model, images)
 
@@ -314,8 +321,12 @@ class PromptedViT(nn.Module):
         check_class_names(self.class_names, getattr(self.model, "num_classes", None))
         self._state().write(path, overwrite=overwrite)
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], *, allow_other_backbone: bool = False) -> None:
         """Read prompts, head and names from a file of `save`; the model must have been built the same way.
+
+        Args:
+            allow_other_backbone: also where the file was saved with other weights of the backbone or for
+                another image size. The weights are known by a few of them, in whatever dtype and device.
 
         Raises:
             ValueError: another backbone, depth or pooling; prompts or head of another shape (both shapes are
@@ -323,7 +334,7 @@ class PromptedViT(nn.Module):
             FileNotFoundError: there is no such file.
         """
         self._check_not_released()
-        self._take_state(path, TunedState.read(path))
+        self._take_state(path, TunedState.read(path), allow_other_backbone=allow_other_backbone)
 
     def release(self) -> nn.Module:
         """Give the model back as it was: head, grad flags, training modes, weights, forward of each block.
@@ -355,10 +366,12 @@ class PromptedViT(nn.Module):
             class_names=self.class_names,
         )
 
-    def _take_state(self, path: str | os.PathLike[str], state: TunedState) -> None:
+    def _take_state(
+        self, path: str | os.PathLike[str], state: TunedState, *, allow_other_backbone: bool
+    ) -> None:
         """Copy the state that a file holds; nothing changes where it does not fit."""
         own = self._state()
-        state.check_fits(path, own)
+        state.check_fits(path, own, allow_other_backbone=allow_other_backbone)
         with torch.no_grad():
             for name, tensor in own.tensors.items():
                 tensor.copy_(state.tensors[name])

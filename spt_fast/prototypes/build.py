@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spt_fast.backbones.anatomy import describe, unwrap
+from spt_fast.backbones.anatomy import unwrap
+from spt_fast.backbones.identity import describe, readable
 from spt_fast.clustering import StreamingKMeans
 from spt_fast.clustering.lloyd import LloydResult
 from spt_fast.clustering.out_of_core import OutOfCoreKMeans
@@ -140,7 +141,12 @@ def build_prototypes(
             **version_facts("spt_fast", "torch", "timm"),
         }
     processes.check_same(
-        {"num_prompts": num_prompts, "max_images": max_images, "last_output": last_output, **metadata}
+        {
+            "num_prompts": num_prompts,
+            "max_images": max_images,
+            "last_output": last_output,
+            **readable(metadata),
+        }
     )
     if strategy != "kmeans":
         return _from_one_batch(backbone, num_prompts, strategy, seed, metadata)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from spt_fast.backbones.anatomy import check_backbone
+from spt_fast.backbones.identity import check_backbone
 from spt_fast.plots import training_curves
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.prototypes.result import Prototypes
@@ -34,6 +34,7 @@ def add_prompts_and_head(
     depth: Literal["deep", "shallow"] = "deep",
     freeze_prompts: bool = False,
     weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
+    allow_other_backbone: bool = False,
     seed: int = 0,
 ) -> PromptedViT:
     """`model` with prompts and with a new head for `class_names`, which `seed` decides.
@@ -41,7 +42,7 @@ def add_prompts_and_head(
     Args:
         model: taken over, as `PromptedViT` does.
         prompts: what they start from: `Prototypes`, a file of `Prototypes.save`, or how many random ones.
-        depth, freeze_prompts, weight_dtype: as in `PromptedViT`.
+        depth, freeze_prompts, weight_dtype, allow_other_backbone: as in `PromptedViT`.
         seed: of the head and of random prompts; the caller's random state is not touched.
 
     Raises:
@@ -52,7 +53,7 @@ def add_prompts_and_head(
     if isinstance(prompts, str | Path):
         path = prompts
         prompts = Prototypes.load(path)
-        check_backbone(path, prompts.metadata, model)
+        check_backbone(path, prompts.metadata, model, allow_other_backbone=allow_other_backbone)
     with seeded(check_seed(seed)):
         tuned = PromptedViT(
             model,
@@ -61,6 +62,7 @@ def add_prompts_and_head(
             num_classes=len(class_names),
             freeze_prompts=freeze_prompts,
             weight_dtype=weight_dtype,
+            allow_other_backbone=allow_other_backbone,
         )
     tuned.class_names = tuple(class_names)
     return tuned

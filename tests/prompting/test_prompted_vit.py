@@ -25,7 +25,8 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from spt_fast import build_prototypes
-from spt_fast.backbones.anatomy import describe, embed_dim, get_blocks, num_prefix_tokens
+from spt_fast.backbones.anatomy import embed_dim, get_blocks, num_prefix_tokens
+from spt_fast.backbones.identity import describe
 from spt_fast.ops.nmi_reference import sigmoid_nmi_reference
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.errors import NonFiniteError
@@ -596,10 +597,34 @@ class TestHead:
         assert tuned.head is not original
         assert all(parameter.requires_grad for parameter in tuned.head.parameters())
 
-    def test_model_without_head_gives_features(self, make_random: MakeViT, images: Tensor) -> None:
-        tuned = PromptedViT(make_random(num_classes=0), make_prompts())
+    @pytest.mark.parametrize("num_classes", [0, 5])
+    def test_features_are_had_by_asking_for_no_classes(
+        self, num_classes: int, make_random: MakeViT, images: Tensor, tmp_path: Path
+    ) -> None:
+        model = make_random(num_classes=num_classes)
+        before = model(images)
+        tuned = PromptedViT(model, make_prompts(), num_classes=0)
+        assert tuned.num_classes == 0
         assert tuned(images).shape == (3, WIDTH)
         assert [id(parameter) for parameter in tuned.trainable_parameters()] == [id(tuned.prompts)]
+        tuned.save(tmp_path / "features.safetensors")
+        expected = tuned(images)
+        assert torch.equal(tuned.release()(images), before)
+        again = PromptedViT.from_file(tmp_path / "features.safetensors", make_random())
+        assert torch.equal(again(images), expected)
+
+    @pytest.mark.parametrize("remove", ["by timm", "by hand"])
+    def test_features_are_not_taken_for_logits(
+        self, remove: str, make_random: MakeViT, images: Tensor
+    ) -> None:
+        model = make_random(num_classes=0 if remove == "by timm" else 5)
+        if remove == "by hand":
+            model.head = nn.Identity()
+        with pytest.raises(ValueError, match="has none and returns features: give num_classes=N"):
+            PromptedViT(model, make_prompts())
+        assert model(images).shape == (3, WIDTH)
+        model.head = nn.Linear(WIDTH, 6)
+        assert PromptedViT(model, make_prompts())(images).shape == (3, 6)
 
 
 class TestFiles:
@@ -697,7 +722,7 @@ class TestFiles:
                 lambda make: PromptedViT(make(), make_prompts(), num_classes=6),
                 r"head.weight of shape \[4, 32\].*needs \[6, 32\]",
             ),
-            (lambda make: PromptedViT(make(num_classes=0), make_prompts()), "this model needs"),
+            (lambda make: PromptedViT(make(), make_prompts(), num_classes=0), "this model needs"),
             (
                 lambda make: PromptedViT(make(), make_prompts(1), num_classes=4, depth="shallow"),
                 r"\[3, 7, 32\].*\[1, 7, 32\]",
@@ -728,13 +753,76 @@ class TestFiles:
             other.load(path)
         assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
-    def test_another_architecture_is_refused(self, tmp_path: Path, make_random: MakeViT) -> None:
-        first, second = make_random(), make_random()
-        first.pretrained_cfg = {"architecture": "vit_toy", "tag": "mae"}
-        second.pretrained_cfg = {"architecture": "vit_toy", "tag": "augreg"}
-        PromptedViT(first, 2).save(tmp_path / "tuned.safetensors")
-        with pytest.raises(ValueError, match=r"is for architecture 'vit_toy\.mae', .* has 'vit_toy\.augreg'"):
-            PromptedViT(second, 2).load(tmp_path / "tuned.safetensors")
+    @pytest.mark.parametrize("part", ["pos_embed", "blocks.1.attn.qkv.weight", "norm.weight"])
+    @pytest.mark.parametrize("way", ["load", "from_file"])
+    def test_other_weights_are_refused_unless_allowed(
+        self, part: str, way: str, tuned: PromptedViT, tmp_path: Path, make_random: MakeViT, images: Tensor
+    ) -> None:
+        path = tmp_path / "tuned.safetensors"
+        tuned.model.pretrained_cfg = {"architecture": "vit_toy", "tag": "mae"}
+        tuned.save(path)
+        other = make_random()
+        other.pretrained_cfg = {"architecture": "vit_toy", "tag": "augreg"}
+        expected = PromptedViT.from_file(path, other)(images).detach()
+        other = make_random()
+        other.pretrained_cfg = {"architecture": "vit_toy", "tag": "augreg"}
+        with torch.no_grad():
+            other.get_parameter(part).mul_(1.02)
+
+        def read(**options: Any) -> PromptedViT:
+            if way == "from_file":
+                return PromptedViT.from_file(path, other, **options)
+            loaded = PromptedViT(other, 7, num_classes=4)
+            try:
+                loaded.load(path, **options)
+            except ValueError:
+                loaded.release()
+                raise
+            return loaded
+
+        with pytest.raises(
+            ValueError,
+            match=r"is for other weights \(vit_toy\.mae, \w*fingerprint \w{8}\) than this model has "
+            r"\(vit_toy\.augreg, \w*fingerprint \w{8}\); .* allow_other_backbone=True",
+        ):
+            read()
+        found = read(allow_other_backbone=True)(images).detach()
+        assert 0 < relative_difference(found, expected) < 0.5
+
+    def test_another_image_size_is_refused_unless_allowed(
+        self, tuned: PromptedViT, tmp_path: Path, make_random: MakeViT
+    ) -> None:
+        path = tmp_path / "tuned.safetensors"
+        tuned.save(path)
+        other = make_random(img_size=48)
+        with pytest.raises(ValueError, match="is for image_size '32x32', but this model has '48x48'"):
+            PromptedViT.from_file(path, other)
+        assert PromptedViT.from_file(path, other, allow_other_backbone=True).num_classes == 4
+
+    @pytest.mark.parametrize("options", [{"weight_dtype": "bf16"}, {"weight_dtype": "fp16"}, {}])
+    def test_narrower_weights_are_the_same_weights(
+        self, options: dict[str, Any], tuned: PromptedViT, tmp_path: Path, make_random: MakeViT
+    ) -> None:
+        path = tmp_path / "tuned.safetensors"
+        tuned.save(path)
+        narrow = PromptedViT.from_file(path, make_random(), **options)
+        if not options:
+            narrow.half()
+        narrow.save(tmp_path / "narrow.safetensors")
+        narrow.load(path)
+        tuned.load(tmp_path / "narrow.safetensors")
+
+    def test_prototypes_of_other_weights_are_refused_unless_allowed(
+        self, make_random: MakeViT, make_images: MakeImages
+    ) -> None:
+        prototypes = build_prototypes(make_random(), [make_images(4)], num_prompts=2, progress=False)
+        PromptedViT(make_random().half(), prototypes)
+        other = make_random()
+        with torch.no_grad():
+            other.blocks[2].mlp.fc1.weight.mul_(1.02)
+        with pytest.raises(ValueError, match=r"prompts\.metadata is for other weights .* \(--allow-other"):
+            PromptedViT(other, prototypes)
+        assert PromptedViT(other, prototypes, allow_other_backbone=True).num_prompts == 2
 
     def test_truncated_and_foreign_files_are_refused(self, tuned: PromptedViT, tmp_path: Path) -> None:
         whole, cut, foreign = (tmp_path / name for name in ("whole", "cut", "foreign"))
@@ -901,6 +989,23 @@ class TestOtherModels:
         with pytest.raises(TypeError, match=reason):
             PromptedViT(model, 2)
 
+    def test_wrappers_are_told_which_part_to_give(self, vit: VisionTransformer) -> None:
+        wrapper = nn.Sequential(nn.Identity(), nn.ModuleDict({"net": vit}))
+        with pytest.raises(
+            TypeError, match=r"its part `1\.net` is a VisionTransformer, which has them: give that part"
+        ):
+            PromptedViT(wrapper, 2)
+
+    def test_hugging_face_models_are_called_so(self) -> None:
+        class ViTModel(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layers = nn.ModuleList([nn.Linear(2, 2)])
+
+        ViTModel.__module__ = "transformers.models.vit.modeling_vit"
+        with pytest.raises(TypeError, match=r"got ViTModel: .* Hugging Face model, .* same weights in timm"):
+            PromptedViT(ViTModel(), 2)
+
     def test_hierarchical_and_empty_models_are_refused(self, make_random: MakeViT) -> None:
         model = make_random()
         model.blocks[1] = Block(16, 4)
@@ -917,9 +1022,18 @@ class TestOtherModels:
 
     def test_description_of_a_backbone(self, make_random: MakeViT) -> None:
         model = timm.create_model("vit_tiny_patch16_224.augreg_in21k", depth=1, num_classes=0)
-        facts = {"depth": "1", "width": "192", "num_prefix_tokens": "1"}
-        assert describe(model) == {"architecture": "vit_tiny_patch16_224.augreg_in21k", **facts}
-        assert describe(PlainViT()) == {"depth": "2", "width": "32", "num_prefix_tokens": "0"}
+        facts = describe(model)
+        assert facts.pop("fingerprint")
+        assert facts == {
+            "architecture": "vit_tiny_patch16_224.augreg_in21k",
+            "depth": "1",
+            "width": "192",
+            "num_prefix_tokens": "1",
+            "num_heads": "3",
+            "patch_size": "16x16",
+            "image_size": "224x224",
+        }
+        assert describe(PlainViT()).items() >= {"depth": "2", "width": "32", "num_prefix_tokens": "0"}.items()
         assert embed_dim(PlainViT()) == WIDTH
         assert num_prefix_tokens(make_random(reg_tokens=4)) == 5
 
@@ -1002,8 +1116,8 @@ class TestBadInput:
             (-1, {}, ValueError, "prompts must be an integer >= 0, got -1"),
             (2, {"depth": "middle"}, ValueError, "depth must be one of 'deep', 'shallow', got 'middle'"),
             (2, {"engine": "fast"}, ValueError, "engine must be one of 'auto', 'kv', 'concat', got 'fast'"),
-            (2, {"num_classes": 0}, ValueError, "num_classes must be an integer >= 1 or None, got 0"),
-            (2, {"num_classes": 2.0}, TypeError, r"num_classes must be an integer >= 1 or None, got 2\.0"),
+            (2, {"num_classes": -1}, ValueError, "num_classes must be an integer >= 0 or None, got -1"),
+            (2, {"num_classes": 2.0}, TypeError, r"num_classes must be an integer >= 0 or None, got 2\.0"),
             (
                 2,
                 {"pool_prompts": True},

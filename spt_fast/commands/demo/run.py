@@ -159,7 +159,9 @@ def _prompted(model: Any, prompts: Prototypes | int, head: nn.Module | None, see
         # Kept as the model's own head, so that every method starts from the same one.
         model.head = head
     with seeded(seed):
-        return PromptedViT(model, prompts, freeze_prompts=head is None)
+        return PromptedViT(
+            model, prompts, freeze_prompts=head is None, num_classes=0 if head is None else None
+        )
 
 
 def _train_head(net: nn.Module, head: nn.Module, train: Split, task: Task, recipe: _Recipe) -> Run:
