@@ -175,10 +175,14 @@ def _check_layout(folder: str | Path, images: Sequence[Parts], known: Collection
             + _advice(folder, splits, deep)
         )
     if deep:
-        only = f", such as {Path(folder, tops[0])}" if len(tops) == 1 else ""
+        instead = ""
+        if len(tops) == 1:
+            inner = Path(folder, tops[0])
+            _check_layout(inner, [parts[1:] for parts in deep], known)
+            instead = f", such as {inner}"
         raise ValueError(
             f"data: {folder} holds images in deeper folders, such as {'/'.join(deep[0])}, but {rule}; "
-            f"give the folder whose folders are the classes{only}"
+            f"give the folder whose folders are the classes{instead}"
         )
     if not tops:
         raise ValueError(
@@ -188,9 +192,11 @@ def _check_layout(folder: str | Path, images: Sequence[Parts], known: Collection
 
 def _advice(folder: str | Path, splits: Sequence[str], deep: Sequence[Parts]) -> str:
     with_classes = [name for name in splits if any(parts[0] == name for parts in deep)]
+    # The one to train on, if its name says so.
+    name = min(with_classes or splits, key=lambda name: not name.lower().startswith("train"))
     if not with_classes:
-        return f"sort the images of {splits[0]} into one folder per class and give {Path(folder, splits[0])}"
-    return f"give one of them, such as {Path(folder, with_classes[0])}"
+        return f"sort the images of {name} into one folder per class and give that"
+    return f"give one of them, such as {Path(folder, name)}"
 
 
 def spread(groups: Sequence[int]) -> str:

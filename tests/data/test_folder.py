@@ -76,6 +76,12 @@ def test_without_classes_any_depth_is_read(made):
             ".test, train800, val200., .* into one folder per class",
         ),
         (("Training/0.png", "Validation_set/0.png"), ".Training, Validation_set., but"),
+        (("test/a/0.png", "train/a/0.png"), "names of splits .test, train., .* such as .*/train$"),
+        (
+            ("images/test/a/0.png", "images/train/b/0.png"),
+            "/images holds .* .test, train., .* such as .*/train$",
+        ),
+        (("x/images/a/0.png", "x/images/b/0.png"), "x holds images in deeper .* such as .*/x/images$"),
         (("train/0.png",), "names of splits .train., but"),
         (
             ("train/a/0.png", "a/0.png", "b/0.png"),
