@@ -20,8 +20,8 @@ _NAMES_SHOWN = 5
 _SPLIT = re.compile(
     r"(?:(?:train|val|valid|test)(?:ing|idation)?[-_ ]?(?:set|split|data|images)?[-_ ]?\d*)+", re.IGNORECASE
 )
-# Also a class of CIFAR-100 and others.
-_VEHICLE = "train"
+# Also a class, of CIFAR-100 and others.
+_CLASS_OR_SPLIT = "train"
 
 Parts = tuple[str, ...]
 
@@ -166,7 +166,11 @@ def _check_layout(folder: str | Path, images: Sequence[Parts], known: Collection
     tops = list(dict.fromkeys(parts[0] for parts in images if len(parts) > 1))
     deep = [parts for parts in images if len(parts) > 2]
     splits = [name for name in tops if _SPLIT.fullmatch(name) and name not in known]
-    if splits == [_VEHICLE] and len(tops) > 2 and not any(parts[0] == _VEHICLE for parts in deep):
+    if (
+        splits == [_CLASS_OR_SPLIT]
+        and len(tops) > 2
+        and not any(parts[0] == _CLASS_OR_SPLIT for parts in deep)
+    ):
         splits = []
     rule = "a class is a folder directly under the data folder"
     if splits:
@@ -208,6 +212,11 @@ def spread(groups: Sequence[int]) -> str:
 
 def some_names(names: Sequence[str]) -> str:
     """The first few of `names`, and how many more there are."""
-    shown = [name.encode(errors="backslashreplace").decode() for name in names[:_NAMES_SHOWN]]
+    shown = [printable(name) for name in names[:_NAMES_SHOWN]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def printable(name: str) -> str:
+    """`name`, with escapes for bytes that are no UTF-8."""
+    return name.encode(errors="backslashreplace").decode()

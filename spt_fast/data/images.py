@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from spt_fast.data.folder import list_folder, spread
+from spt_fast.data.folder import list_folder, printable, spread
 from spt_fast.data.loading import BadImages, FolderImages, ImageLoader, NamedImages
 from spt_fast.data.shipped import DIGITS_CLASSES, load_digits
 from spt_fast.support.arguments import check_int, check_seed
@@ -219,7 +219,7 @@ def _loader(
 def _describe(dataset: Any, data: str, split: str | None) -> list[str]:
     """Lines that say what is read: images, classes or folders, images in each, and what is left out."""
     if isinstance(dataset, FolderImages):
-        return [f"{data}: {line}" for line in dataset.listing.description()]
+        return [f"{printable(data)}: {line}" for line in dataset.listing.description()]
     name = f"{data}, split {split or TRAIN}"
     if isinstance(dataset, IterableDataset):
         return [f"{name}: number of images not known"]

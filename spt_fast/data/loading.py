@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from spt_fast.data.decode import open_image, to_rgb
-from spt_fast.data.folder import FolderListing
+from spt_fast.data.folder import FolderListing, printable
 from spt_fast.support.arguments import check_choice
 from spt_fast.support.errors import first_line
 
@@ -48,7 +48,7 @@ class DecodedImages(Dataset[Any]):
             raise
         except Exception as error:
             # Decoders raise errors of many classes for damaged files.
-            return Unreadable(self.name(index), first_line(error))
+            return Unreadable(printable(self.name(index)), printable(first_line(error)))
         if self.target_transform is not None:
             label = self.target_transform(label)
         return self.transform(image), label

@@ -73,13 +73,16 @@ def test_memory_budget_of_exact_mode_changes_no_result(tmp_path):
 
 def test_unreadable_images_are_an_error_or_left_out(folders, tmp_path, only_error, capsys):
     data, out = shutil.copytree(folders / "odd", tmp_path / "data"), tmp_path / "p.safetensors"
-    broken, *rest = sorted((data / "odd").iterdir())
+    first, *rest = sorted((data / "odd").iterdir())
+    # A name that is no UTF-8.
+    broken = first.rename(data / "odd" / "\udcff.png")
     broken.write_bytes(b"nothing")
     base = ("--model", "shipped", "--data", data, "--out", out, "--num-prompts", 2, "--workers", 0)
-    assert f"{broken} cannot be read (cannot identify" in only_error(prototypes(*base), "prototypes")
+    assert "odd/\\udcff.png cannot be read (cannot identify" in only_error(prototypes(*base), "prototypes")
     assert prototypes(*base, "--bad-images", "skip") == 0
     assert Prototypes.load(out).num_images == len(rest)
-    assert f"left out 1 images that cannot be read:\n  {broken} (" in capsys.readouterr().out
+    listed = f"left out 1 images that cannot be read:\n  {data}/odd/\\udcff.png (cannot"
+    assert listed in capsys.readouterr().out
 
 
 def test_prototypes_of_a_timm_model_with_random_weights(folders, tmp_path):
