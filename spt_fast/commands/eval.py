@@ -57,5 +57,8 @@ def run(args: argparse.Namespace) -> None:
             f"they are taken to be those of {args.data}, in this order: {', '.join(images.class_names)}",
             file=sys.stderr,
         )
+    options.print_images(images.loader, "images")
     accuracy = evaluate(tuned, tqdm(images.loader, unit="batch"))
-    print(f"accuracy {accuracy:.2%} of {images.num_images} images")
+    unreadable = images.loader.unreadable
+    print(f"accuracy {accuracy:.2%} of {images.num_images - len(unreadable)} images")
+    options.print_unreadable(unreadable)

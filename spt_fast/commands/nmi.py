@@ -53,6 +53,7 @@ def _analyse_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
 
     model = options.open_model(args)
     images = options.open_images(args, model)
+    options.print_images(images, "images")
     if args.prompts is not None:
         tuned = analysis.load_prompts(args.prompts, model, allow_other_backbone=args.allow_other_backbone)
     else:
@@ -60,6 +61,7 @@ def _analyse_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
     result = analysis.analyse(tuned, images, max_images=args.max_images)
     print(result.table())
     print(f"{result.num_images} images")
+    options.print_unreadable(images.unreadable)
     prompts = args.prompts.name if args.prompts else f"{args.random} random prompts"
     title = f"{prompts}; model {args.model}, images {args.data}"
     contents = result.files(title if "nmi.png" in paths else None)

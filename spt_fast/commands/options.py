@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spt_fast.data.images import LabelledImages
+    from spt_fast.data.loading import ImageLoader
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -35,10 +36,16 @@ def add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) ->
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file instead")
     images = parser.add_argument_group("images")
     images.add_argument("--root", type=Path, metavar="FOLDER", help="where a timm data set lies")
-    images.add_argument("--split", default="train", help="of a timm data set or the digits (default: train)")
+    images.add_argument("--split", help="of a timm data set or the digits (default: train)")
     images.add_argument("--download", action="store_true", help="let timm download the data set")
     images.add_argument("--batch-size", type=int, default=batch_size)
     images.add_argument("--workers", type=int, default=4)
+    images.add_argument(
+        "--bad-images",
+        choices=("error", "skip"),
+        default="error",
+        help="stop at an image that cannot be read (default), or leave it out and list it at the end",
+    )
     return images
 
 
@@ -90,7 +97,7 @@ def open_model(args: argparse.Namespace) -> nn.Module:
     return open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint).to(device)
 
 
-def open_images(args: argparse.Namespace, model: nn.Module, **share: Any) -> Iterable[Any]:
+def open_images(args: argparse.Namespace, model: nn.Module, **share: Any) -> ImageLoader:
     """Batches of the images that the arguments name, for `model`; `share` as in `data.images.open_images`."""
     from spt_fast.data.images import open_images
 
@@ -104,7 +111,46 @@ def open_labelled(args: argparse.Namespace, model: nn.Module, **use: Any) -> Lab
     return open_labelled_images(model=model, **image_options(args), **use)
 
 
+def check_num_prompts(
+    num_prompts: int | None, depth: str, model: nn.Module, images: int | None, where: str = "images"
+) -> None:
+    """Refuse, before the pass, more prototypes than `images` images have patches, as far as that is known."""
+    from timm.data.config import resolve_model_data_config
+
+    from spt_fast.backbones.anatomy import patch_size
+    from spt_fast.prototypes.build import DEFAULT_NUM_PROMPTS
+
+    wanted = DEFAULT_NUM_PROMPTS[depth] if num_prompts is None else num_prompts
+    size = resolve_model_data_config(model)["input_size"][1:]  # type: ignore[no-untyped-call]
+    try:
+        patches = math.prod(
+            math.ceil(side / patch) for side, patch in zip(size, patch_size(model), strict=True)
+        )
+    except TypeError:
+        return
+    if images is not None and wanted > images * patches:
+        raise ValueError(
+            f"num_prompts must be at most the number of patch tokens, {images * patches} per layer "
+            f"({images} {where} with {patches} patches each), got {wanted}"
+        )
+
+
+def print_images(loader: ImageLoader, use: str) -> None:
+    """Say what is about to be read: images, classes, images in each, and what is left out."""
+    for line in loader.description:
+        print(f"{use}: {line}")
+
+
+def print_unreadable(*unreadable: dict[str, str]) -> None:
+    """Say what `--bad-images skip` has left out, given as {name: reason} of each loader."""
+    found = {name: reason for each in unreadable for name, reason in each.items()}
+    if found:
+        print(f"left out {len(found)} images that cannot be read:")
+    for name, reason in sorted(found.items()):
+        print(f"  {name} ({reason})")
+
+
 def image_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments about images, by the names that the functions of `data.images` give them."""
-    names = ("data", "root", "split", "download", "batch_size", "workers")
+    names = ("data", "root", "split", "download", "batch_size", "workers", "bad_images")
     return {name: getattr(args, name) for name in names}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spt_fast.commands import options
 
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spt_fast.commands.options import Commands
+    from spt_fast.data.loading import ImageLoader
     from spt_fast.support.distributed import Processes
 
 
@@ -64,12 +64,14 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
     from spt_fast.prototypes.report import summary
     from spt_fast.support.files import check_output_path
 
-    def open_both() -> tuple[nn.Module, Iterable[Any]]:
+    def open_both() -> tuple[nn.Module, ImageLoader]:
         model = options.open_model(args)
         return model, options.open_images(args, model, max_images=args.max_images, processes=processes)
 
     processes.on_rank_0(partial(check_output_path, args.out, overwrite=args.overwrite))
     model, images = processes.rank_0_first(open_both)
+    processes.on_rank_0(partial(options.print_images, images, "images"))
+    _check_num_prompts(args, model, images.num_images)
     started = time.perf_counter()
     prototypes = build_prototypes(
         model,
@@ -88,5 +90,17 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
     def save_and_print() -> None:
         prototypes.save(args.out, overwrite=args.overwrite)
         print(f"{args.out}: {summary(prototypes, seconds)}")
+        options.print_unreadable(*unreadable)
 
+    unreadable = processes.gather(images.unreadable)
     processes.on_rank_0(save_and_print)
+
+
+def _check_num_prompts(args: argparse.Namespace, model: nn.Module, num_images: int | None) -> None:
+    if num_images is None:
+        return
+    images = num_images if args.max_images is None else min(num_images, args.max_images)
+    where = "images"
+    if args.strategy != "kmeans":
+        images, where = min(images, args.batch_size), "images in a batch"
+    options.check_num_prompts(args.num_prompts, args.depth, model, images, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ def add(commands: Commands) -> None:
     images = parser.add_argument_group("validation")
     images.add_argument("--val-data", help="as --data; default: that, if --val-split is given")
     images.add_argument("--val-split", help="as --split")
+    images.add_argument(
+        "--allow-overlap", action="store_true", help="validate also on files that are training images"
+    )
     _add_prompts(parser)
     _add_recipe(parser)
     options.add_allow_other_backbone(parser)
@@ -88,6 +92,10 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         class_names=train.class_names,
         **options.image_options(args),
     )
+    options.print_images(train.loader, "training")
+    if val is not None:
+        options.print_images(val.loader, "validation")
+        _check_overlap(train.paths, val.paths, allow=args.allow_overlap)
     tuned = add_prompts_and_head(
         model,
         _prompts(args, model),
@@ -109,8 +117,26 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         **_recipe(args),
     )
     print(history.summary())
+    options.print_unreadable(train.loader.unreadable, {} if val is None else val.loader.unreadable)
     for path in paths.values():
         print(f"wrote {path}")
+
+
+def _check_overlap(training: Sequence[Path], validation: Sequence[Path], *, allow: bool) -> None:
+    """Refuse validation images that are trained on, or say how many there are."""
+    from spt_fast.data.folder import some_names
+    from spt_fast.data.overlap import find_overlap
+
+    shared = find_overlap(training, validation)
+    if not shared:
+        return
+    message = (
+        f"{len(shared)} of {len(validation)} validation images are training images too, byte for byte: "
+        + some_names([str(path) for path in shared])
+    )
+    if not allow:
+        raise ValueError(f"{message}; remove them, or validate on them all the same with --allow-overlap")
+    print(f"validation: {message}")
 
 
 def _prompts(args: argparse.Namespace, model: nn.Module) -> Path | int | Prototypes:
@@ -121,9 +147,11 @@ def _prompts(args: argparse.Namespace, model: nn.Module) -> Path | int | Prototy
         return int(args.random)
     from spt_fast.prototypes.build import build_prototypes
 
+    images = options.open_images(args, model, in_classes=True)
+    options.check_num_prompts(args.num_prompts, args.depth, model, images.num_images)
     return build_prototypes(
         model,
-        options.open_images(args, model),
+        images,
         num_prompts=args.num_prompts,
         depth=args.depth,
         seed=args.seed,

@@ -1,6 +1,6 @@
-"""The image tensors in the batches of any loader.
+"""Images and labels in the batches of any loader.
 
-Limits: labels are ignored; pixels must be floating-point and scaled already.
+Limits: pixels must be floating-point and scaled already.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor
 from spt_fast.support.errors import NonFiniteError
 
 IMAGE_KEYS = ("pixel_values", "image", "images")
+LABEL_KEYS = ("labels", "label")
+# As in torch's cross entropy: an image with this label counts nowhere.
+IGNORED_LABEL = -100
 
 
 def image_batches(loader: Iterable[Any], max_images: int | None = None) -> Iterator[Tensor]:
@@ -43,15 +46,13 @@ def image_batches(loader: Iterable[Any], max_images: int | None = None) -> Itera
 
 def images_of(batch: object, argument: str = "batch") -> Tensor:
     """The image tensor [B, C, H, W] in one batch of a loader; errors as in `image_batches`."""
-    images = _find_images(batch)
+    images = _find(batch, 0, IMAGE_KEYS)
     if not isinstance(images, Tensor):
         raise TypeError(
             f"{argument} must be an image tensor [B, C, H, W], a tuple or list whose first item is one, or a "
             f"dict with 'pixel_values', 'image' or 'images' as one; got {_describe(batch)}"
         )
-    if not images.is_floating_point():
-        hint = "; scale to floats and normalise as the model expects" if images.dtype == torch.uint8 else ""
-        raise TypeError(f"{argument} must hold images of a floating-point dtype, got {images.dtype}{hint}")
+    _check_floating(images, argument)
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(
             f"{argument} must hold images [B, C, H, W], at least one, got shape {list(images.shape)}"
@@ -59,12 +60,67 @@ def images_of(batch: object, argument: str = "batch") -> Tensor:
     return images
 
 
-def _find_images(batch: object) -> object:
+def labelled_batch(batch: object, argument: str = "batch") -> tuple[Tensor, Tensor]:
+    """Images, or other inputs [B, ...] of a floating-point dtype, and labels [B] int64 in a loader's batch.
+
+    A batch is a tuple or list that begins with the two, or a mapping with "pixel_values", "image" or "images"
+    and "labels" or "label". Labels may be of any integer dtype; IGNORED_LABEL stands for none.
+
+    Raises:
+        TypeError: no such batch, or another dtype.
+        ValueError: no image, or labels of another shape than [B].
+    """
+    images, labels = _find(batch, 0, IMAGE_KEYS), _find(batch, 1, LABEL_KEYS)
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        raise TypeError(
+            f"{argument} must be a tuple or list that begins with images [B, ...] and labels [B], or a "
+            f"dict with 'pixel_values', 'image' or 'images' and 'labels' or 'label'; got {_describe(batch)}"
+        )
+    _check_floating(images, argument)
+    if images.ndim < 2 or 0 in images.shape:
+        raise ValueError(
+            f"{argument} must hold images [B, ...], at least one, got shape {list(images.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"{argument} must hold labels of an integer dtype, got {labels.dtype}")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{argument} must hold labels [{len(images)}], one for each image, got shape {list(labels.shape)}"
+        )
+    return images, labels.long()
+
+
+def count_labels(labels: Tensor, num_classes: int, argument: str = "batch") -> int:
+    """How many of the labels [B] are not IGNORED_LABEL, once all others are found to be classes.
+
+    On a CUDA device this waits for it: call it before the labels are copied there.
+
+    Raises:
+        ValueError: a label is neither in 0 ... num_classes - 1 nor IGNORED_LABEL.
+    """
+    given = labels[labels != IGNORED_LABEL]
+    foreign = given[(given < 0) | (given >= num_classes)]
+    if len(foreign):
+        raise ValueError(
+            f"{argument} must hold labels from 0 to {num_classes - 1}, the classes of the model, or "
+            f"{IGNORED_LABEL} for none, got {int(foreign[0])}"
+        )
+    return len(given)
+
+
+def _check_floating(images: Tensor, argument: str) -> None:
+    if not images.is_floating_point():
+        hint = "; scale to floats and normalise as the model expects" if images.dtype == torch.uint8 else ""
+        raise TypeError(f"{argument} must hold images of a floating-point dtype, got {images.dtype}{hint}")
+
+
+def _find(batch: object, place: int, keys: Sequence[str]) -> object:
+    """The item of a tuple or list at `place`, of a mapping at one of `keys`; None if there is none."""
     if isinstance(batch, Mapping):
-        return next((batch[key] for key in IMAGE_KEYS if key in batch), None)
+        return next((batch[key] for key in keys if key in batch), None)
     if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return batch[0] if len(batch) else None
-    return batch
+        return batch[place] if len(batch) > place else None
+    return batch if place == 0 else None
 
 
 def _describe(batch: object) -> str:

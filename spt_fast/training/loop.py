@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from spt_fast.data.batches import IGNORED_LABEL, count_labels, labelled_batch
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.arguments import check_int, check_number, check_seed
+from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.randomness import seeded
 from spt_fast.support.tables import csv_bytes
 
@@ -29,11 +31,9 @@ FINAL_LR = 1e-8
 WARMUP_SHARE = 0.1
 HISTORY_COLUMNS = ("epoch", "loss", "val_accuracy", "lr", "seconds")
 
-Batch = tuple[Tensor, Tensor]
 
-
-class Batches(Iterable[Batch], Sized, Protocol):
-    """A loader of (images [B, ...], labels [B]) that is iterated once per epoch and has a length."""
+class Batches(Iterable[Any], Sized, Protocol):
+    """A loader, as `labelled_batch` reads its batches, that is iterated once per epoch and has a length."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class History:
 def fit(
     tuned: nn.Module,
     train_loader: Batches,
-    val_loader: Iterable[Batch] | None = None,
+    val_loader: Iterable[Any] | None = None,
     *,
     epochs: int = 100,
     lr: float = 1e-2,
@@ -106,8 +106,9 @@ def fit(
 
     Args:
         tuned: maps images to logits, e.g. a `PromptedViT`; trained on the device its parameters are on.
-        train_loader: batches of (images, labels), with a length; it decides the order of the images.
-        val_loader: batches of (images, labels), evaluated after every `val_every`-th epoch and the last.
+        train_loader: batches of images [B, ...] and labels [B], as `data.batches.labelled_batch` reads them,
+            with a length; it decides the order of the images. Images with the label -100 count nowhere.
+        val_loader: such batches, evaluated after every `val_every`-th epoch and the last.
         epochs: passes over `train_loader`, at least 1.
         lr: highest learning rate.
         prompt_lr: highest learning rate of the parameters named `prompts`; None is `lr`. Blocks normalise
@@ -121,11 +122,18 @@ def fit(
         on_epoch: called as `on_epoch(epoch, history)` after every epoch, from 1; it may raise to stop.
 
     Raises:
-        TypeError: `train_loader` has no length, or an argument is of the wrong type.
-        ValueError: an argument is out of range, a loader is empty, or no parameter requires a gradient.
+        TypeError: `train_loader` has no length, `val_loader` is an iterator, which can be read only once, a
+            batch holds something else, or an argument is of the wrong type.
+        ValueError: an argument is out of range, a loader or a batch is empty, labels have another shape or
+            are no classes of the model, or no parameter requires a gradient.
         FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate.
     """
-    _check_loader(train_loader)
+    steps = _count_batches(train_loader)
+    if isinstance(val_loader, Iterator):
+        raise TypeError(
+            "val_loader must start anew after each epoch, as a list or a DataLoader does, "
+            f"got {type(val_loader).__name__}"
+        )
     check_recipe(
         epochs=epochs, lr=lr, prompt_lr=prompt_lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs
     )
@@ -133,7 +141,6 @@ def fit(
     if warmup_epochs is None:
         warmup_epochs = WARMUP_SHARE * epochs
     optimizer = _adamw(tuned, lr, lr if prompt_lr is None else prompt_lr, weight_decay)
-    steps = len(train_loader)
     schedule = warmup_cosine(optimizer, round(warmup_epochs * steps), epochs * steps)
     device = _device(tuned)
     history = History()
@@ -168,28 +175,43 @@ def check_recipe(
 
 
 @torch.no_grad()
-def evaluate(tuned: nn.Module, loader: Iterable[Batch]) -> float:
+def evaluate(tuned: nn.Module, loader: Iterable[Any]) -> float:
     """Accuracy in [0, 1]: the share of images whose largest logit is their label.
 
-    `tuned` is evaluated on its own device, without gradients, and then is in the mode that it was in.
+    `tuned` is evaluated on its own device, without gradients, and then is in the mode that it was in. Batches
+    are read as `fit` reads them; images with the label -100 are not counted.
 
     Raises:
-        ValueError: the loader gave no image.
+        TypeError: a batch holds something else than images and labels.
+        ValueError: the loader or a batch is empty, labels have another shape or are no classes of the model,
+            or `tuned` gives something else than logits [B, classes].
+        NonFiniteError: a logit is NaN; `image` is counted from 0 over the loader.
     """
     device, was_training = _device(tuned), tuned.training
-    right = total = 0
+    right = total = seen = 0
     tuned.eval()
     fixed = tuned.fixed_prompts() if isinstance(tuned, PromptedViT) else nullcontext()
     try:
         with fixed:
-            for images, labels in loader:
-                predicted = tuned(images.to(device)).argmax(dim=1)
-                right += int((predicted == labels.to(device)).sum())
-                total += len(labels)
+            for index, batch in enumerate(loader):
+                logits, labels, count = _forward(tuned, batch, device, f"batch {index} of loader")
+                found = (logits.argmax(dim=1) == labels).sum()
+                broken = logits.isnan().any()
+                correct, is_broken = torch.stack([found, broken.long()]).tolist()
+                if is_broken:
+                    first = seen + int(logits.isnan().any(dim=1).nonzero()[0])
+                    raise NonFiniteError(
+                        f"tuned must give finite logits, but image {first} (counted from 0) gave NaN",
+                        image=first,
+                    )
+                right += correct
+                total += count
+                seen += len(labels)
     finally:
         tuned.train(was_training)
     if total == 0:
-        raise ValueError("loader must give at least one image, got none")
+        kind = f"labels other than {IGNORED_LABEL}" if seen else "images"
+        raise ValueError(f"loader must give at least one image with a label, got no {kind}")
     return right / total
 
 
@@ -232,8 +254,12 @@ def _train_epoch(
     tuned.train()
     total_loss, count, rate = 0.0, 0, 0.0
     started = time.perf_counter()
-    for step, (images, labels) in enumerate(loader):
-        loss = F.cross_entropy(tuned(images.to(device)), labels.to(device))
+    for step, batch in enumerate(loader):
+        where = f"batch {step} of train_loader"
+        logits, labels, labelled = _forward(tuned, batch, device, where)
+        if labelled == 0:
+            raise ValueError(f"{where} must hold a label other than {IGNORED_LABEL}, got none")
+        loss = F.cross_entropy(logits, labels)
         rate = optimizer.param_groups[0]["lr"]
         if not math.isfinite(loss.item()):
             raise FloatingPointError(
@@ -243,13 +269,23 @@ def _train_epoch(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        total_loss += loss.item() * len(labels)
-        count += len(labels)
+        total_loss += loss.item() * labelled
+        count += labelled
     if count == 0:
         raise ValueError("train_loader must give at least one image, got none")
     history.loss.append(total_loss / count)
     history.lr.append(rate)
     history.seconds.append(time.perf_counter() - started)
+
+
+def _forward(tuned: nn.Module, batch: object, device: torch.device, where: str) -> tuple[Tensor, Tensor, int]:
+    """Logits [B, classes] and labels [B] of a batch, on `device`, and how many of the labels count."""
+    images, labels = labelled_batch(batch, where)
+    logits = tuned(images.to(device, _input_dtype(tuned)))
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"tuned must give logits [{len(images)}, classes], got {found}")
+    return logits, labels.to(device), count_labels(labels, logits.shape[1], where)
 
 
 def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -267,19 +303,29 @@ def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -
     )
 
 
-def _check_loader(train_loader: Batches) -> None:
-    if not hasattr(train_loader, "__len__"):
+def _count_batches(train_loader: Batches) -> int:
+    try:
+        batches = len(train_loader)
+    except TypeError as error:
         raise TypeError(
-            "train_loader must have a length, as a list or a DataLoader has, "
-            f"got {type(train_loader).__name__}"
-        )
-    if len(train_loader) == 0:
+            "train_loader must have a length, as a list or a DataLoader over a data set with one has: the "
+            f"learning rate of each step depends on it; got {type(train_loader).__name__} ({error})"
+        ) from error
+    if batches == 0:
         raise ValueError("train_loader must give at least one batch, got none")
+    return batches
 
 
 def _device(tuned: nn.Module) -> torch.device:
     first = next(iter(_tensors(tuned)), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def _input_dtype(tuned: nn.Module) -> torch.dtype:
+    """That of the first floating-point parameter or buffer; float32 where `weight_dtype` autocasts."""
+    if getattr(tuned, "weight_dtype", None) is not None:
+        return torch.float32
+    return next((tensor.dtype for tensor in _tensors(tuned) if tensor.is_floating_point()), torch.float32)
 
 
 def _tensors(tuned: nn.Module) -> Iterator[Tensor]:

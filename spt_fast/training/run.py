@@ -15,7 +15,7 @@ from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_seed
 from spt_fast.support.randomness import seeded
 from spt_fast.support.results import png, write_results
-from spt_fast.training.loop import Batch, Batches, History, fit
+from spt_fast.training.loop import Batches, History, fit
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ def add_prompts_and_head(
 def fit_and_save(
     tuned: PromptedViT,
     train_loader: Batches,
-    val_loader: Iterable[Batch] | None,
+    val_loader: Iterable[Any] | None,
     paths: Mapping[str, Path],
     *,
     overwrite: bool = False,

@@ -16,16 +16,17 @@ from spt_fast.data.shipped import load_digits
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Even and odd digits as PNG files: 24 in "train", of both classes; "odd" and "foreign" have one class.
 
-    "flat" has an image outside the folders of classes, "stray" has others in a hidden folder, too.
+    The last two hold the same images, none of "train". "flat" has an image and no folder; "stray" has one
+    beside "even" and "odd", and others in a hidden folder.
     """
     from torchvision.utils import save_image
 
     root = tmp_path_factory.mktemp("images")
     images, labels = load_digits("train")
-    for index in range(24):
+    for index in range(48):
         name = ("even", "odd")[int(labels[index]) % 2]
-        places = [("train", name)] + ([("odd", "odd"), ("foreign", "prime")] if name == "odd" else [])
-        for place, label in places:
+        others = [("odd", "odd"), ("foreign", "prime")] if name == "odd" else []
+        for place, label in [("train", name)] if index < 24 else others:
             folder = root / place / label
             folder.mkdir(parents=True, exist_ok=True)
             save_image(images[index], folder / f"{index}.png", normalize=True)

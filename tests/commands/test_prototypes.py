@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
 from spt_fast.commands import main as cli
 from spt_fast.data import shipped
 from spt_fast.prototypes.result import Prototypes
-
-# timm leaves closing the files it reads to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 
 def prototypes(*arguments: object) -> int:
@@ -34,7 +33,10 @@ def test_prototypes_of_a_folder(folders, tmp_path, capsys):
     assert built.prompts.shape == (depth, 3, width)
     assert built.num_images == 24
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{out}: {depth} x 3 prompts of width {width}\n24 images in ")
+    assert printed.startswith(f"images: {folders / 'train'}: 24 images in 2 folders, ")
+    assert printed.partition("\n")[2].startswith(
+        f"{out}: {depth} x 3 prompts of width {width}\n24 images in "
+    )
     assert "images/s" in printed
     for block, distance in enumerate(built.mean_squared_distance.tolist(), start=1):
         assert f"block {block:2d}: mean squared distance per token {distance:.4g}\n" in printed
@@ -67,6 +69,20 @@ def test_memory_budget_of_exact_mode_changes_no_result(tmp_path):
     assert of_digits(tmp_path / "in_a_file", *base, "--memory-budget", "0 kB") == 0
     first, second = (Prototypes.load(tmp_path / name) for name in ("in_memory", "in_a_file"))
     torch.testing.assert_close(first.prompts, second.prompts)
+
+
+def test_unreadable_images_are_an_error_or_left_out(folders, tmp_path, only_error, capsys):
+    data, out = shutil.copytree(folders / "odd", tmp_path / "data"), tmp_path / "p.safetensors"
+    first, *rest = sorted((data / "odd").iterdir())
+    # A name that is no UTF-8.
+    broken = first.rename(data / "odd" / "\udcff.png")
+    broken.write_bytes(b"nothing")
+    base = ("--model", "shipped", "--data", data, "--out", out, "--num-prompts", 2, "--workers", 0)
+    assert "odd/\\udcff.png cannot be read (cannot identify" in only_error(prototypes(*base), "prototypes")
+    assert prototypes(*base, "--bad-images", "skip") == 0
+    assert Prototypes.load(out).num_images == len(rest)
+    listed = f"left out 1 images that cannot be read:\n  {data}/odd/\\udcff.png (cannot"
+    assert listed in capsys.readouterr().out
 
 
 def test_prototypes_of_a_timm_model_with_random_weights(folders, tmp_path):
@@ -105,7 +121,16 @@ def test_damaged_checkpoint_is_refused(tmp_path, only_error):
     ("changes", "expected"),
     [
         ({"--data": "no_such_folder"}, "there is no folder no_such_folder"),
-        ({"--data": "{tmp}"}, "Found 0 images"),
+        ({"--data": "{tmp}"}, "holds no image (files that are not named as images (1): taken.txt)"),
+        ({"--num-prompts": "99999999"}, "at most the number of patch tokens, 57408 per layer (897 images"),
+        (
+            {"--num-prompts": "700", "--strategy": "max", "--batch-size": "10"},
+            "at most the number of patch tokens, 640 per layer (10 images in a batch with 64 patches each)",
+        ),
+        (
+            {"--num-prompts": "700", "--max-images": "10"},
+            "at most the number of patch tokens, 640 per layer (10 images with 64 patches each)",
+        ),
         (
             {"--model": "vit_bse_patch16_224"},
             "timm has no model named 'vit_bse_patch16_224'; close names: vit_base",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from dataclasses import replace
 
@@ -19,9 +20,6 @@ from spt_fast.data.images import open_images, open_labelled_images
 from spt_fast.support.tables import read_csv
 from spt_fast.training.loop import HISTORY_COLUMNS, fit
 from spt_fast.training.run import FILE_NAMES, TUNED_NAME
-
-# timm leaves closing the files it reads to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 CLASSES = ("even", "odd")
 QUICK = ("--epochs", 2, "--warmup-epochs", 1, "--batch-size", 5, "--workers", 0)
@@ -43,6 +41,12 @@ def test_train_and_eval_of_a_folder(folders, tmp_path, capsys):
     data = ("--data", folders / "train", "--num-prompts", 3, "--out", tmp_path)
     assert train(*data, "--val-data", folders / "odd") == 0
     printed = capsys.readouterr().out
+    even, odd = (len(list((folders / "train" / name).iterdir())) for name in CLASSES)
+    each = f"{min(even, odd)} to {max(even, odd)}" if even != odd else str(even)
+    assert f"training: {folders / 'train'}: 24 images of 2 classes, {each} in each\n" in printed
+    assert (
+        f"validation: {folders / 'odd'}: {len(list((folders / 'odd' / 'odd').iterdir()))} images" in printed
+    )
     assert all(f"wrote {tmp_path / name}" in printed for name in FILE_NAMES)
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
     rows = [numbers for _, numbers in read_csv(tmp_path / "train.csv", HISTORY_COLUMNS)]
@@ -129,8 +133,17 @@ def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, only_e
     ("changes", "expected"),
     [
         (("--data", "{odd}"), "two classes or more"),
-        (("--data", "{flat}"), "must hold its images in one folder per class, but some are in no folder"),
-        (("--data", "{stray}"), "but some are in no folder, .ipynb_checkpoints; move them away"),
+        (("--data", "{flat}"), "must hold its images in one folder per class, but they are in no folder"),
+        (
+            ("--data", "{root}"),
+            "holds folders with names of splits (train), but a class is a folder directly",
+        ),
+        (("--split", "val"), "split is for data sets with splits, got val for the folder"),
+        (("--root", "{tmp}"), "root is for data sets with splits, got {tmp} for the folder"),
+        (
+            ("--num-prompts", "99999999"),
+            "at most the number of patch tokens, 1536 per layer (24 images with 64",
+        ),
         (("--data", "no_such_folder"), "there is no folder no_such_folder"),
         (("--data", "digits", "--split", "tset"), "split must be one of"),
         (("--val-data", "{train}"), "must name other images than those of training"),
@@ -147,16 +160,55 @@ def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, only_e
     ids=" ".join,
 )
 def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, only_error):
-    places = {"{tmp}": tmp_path, **{f"{{{path.name}}}": path for path in folders.iterdir()}}
+    places = {
+        "{tmp}": tmp_path,
+        "{root}": folders,
+        **{f"{{{path.name}}}": path for path in folders.iterdir()},
+    }
     options = {"--data": "{train}", "--out": "{tmp}", "--random": "2"}
     options |= dict(zip(changes[::2], changes[1::2], strict=True))
-    if "--prompts" in options:
+    expected = expected.replace("{tmp}", str(tmp_path))
+    if "--prompts" in options or "--num-prompts" in options:
         del options["--random"]
     arguments = [part for pair in options.items() for part in pair]
     for name, path in places.items():
         arguments = [argument.replace(name, str(path)) for argument in arguments]
     assert expected in only_error(train(*arguments), "train")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_validation_images_that_are_trained_on_are_refused(folders, tmp_path, only_error, capsys):
+    copied = shutil.copytree(folders / "odd", tmp_path / "val")
+    shutil.copy(next((folders / "train" / "odd").iterdir()), copied / "odd" / "again.png")
+    base = ("--data", folders / "train", "--random", 2, "--epochs", 1, "--warmup-epochs", 0)
+    arguments = (*base, "--val-data", copied, "--out", tmp_path / "out")
+    total = len(list((copied / "odd").iterdir()))
+    message = f"1 of {total} validation images are training images too, byte for byte: {copied}/odd/again.png"
+    assert message in only_error(train(*arguments), "train")
+    assert not (tmp_path / "out").exists()
+    assert train(*arguments, "--allow-overlap") == 0
+    assert message in capsys.readouterr().out
+
+
+def test_unreadable_images_are_an_error_or_left_out(folders, tmp_path, only_error, capsys):
+    data = shutil.copytree(folders / "train", tmp_path / "data")
+    arguments = ("--data", data, "--num-prompts", 2, "--epochs", 1, "--warmup-epochs", 0)
+    broken = sorted((data / "even").iterdir(), key=lambda path: int(path.stem))
+    for path in broken[1:]:
+        path.write_bytes(path.read_bytes()[:100])
+    assert "cannot be read" in only_error(train(*arguments, "--out", tmp_path / "a"), "train")
+    assert train(*arguments, "--bad-images", "skip", "--out", tmp_path / "a") == 0
+    listed = [
+        f"left out {len(broken) - 1} images that cannot be read:",
+        *(f"  {path} (" for path in broken[1:]),
+    ]
+    assert all(line in capsys.readouterr().out for line in listed[:1])
+    tuned = ("--tuned", tmp_path / "a" / TUNED_NAME, "--data", data, "--workers", 0)
+    assert f"{broken[1]} cannot be read" in only_error(evaluate(*tuned), "eval")
+    assert evaluate(*tuned, "--bad-images", "skip") == 0
+    printed = capsys.readouterr().out
+    assert f"of {24 - len(broken) + 1} images\n" in printed
+    assert all(line in printed for line in listed)
 
 
 @pytest.mark.parametrize("recipe", [("--epochs", 0), ("--lr", "nan"), ("--weight-decay", -1)])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
+from spt_fast.support.errors import NonFiniteError
 from spt_fast.training.loop import FINAL_LR, evaluate, fit, shuffled_loader, warmup_cosine
 
 
@@ -219,13 +222,143 @@ def test_a_shuffled_loader_wants_a_batch_size(blobs):
 def test_empty_loaders_are_refused(blobs):
     with pytest.raises(ValueError, match="train_loader must give at least one batch, got none"):
         fit(make_net(), [], epochs=2, warmup_epochs=0, progress=False)
-    with pytest.raises(ValueError, match=r"^loader must give at least one image, got none"):
+    with pytest.raises(ValueError, match=r"^loader must give at least one image with a label, got no images"):
         evaluate(make_net(), [])
 
 
-def test_loader_without_a_length_is_refused(blobs):
-    with pytest.raises(TypeError, match=r"train_loader must have a length, as .*, got list_iterator"):
-        fit(make_net(), iter([blobs]), epochs=2, warmup_epochs=0, progress=False)
+class Unsized(IterableDataset):
+    """Rows of two tensors, one after the other."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        yield from zip(*self.tensors, strict=True)
+
+
+def test_fit_needs_a_length_and_evaluate_does_not(blobs):
+    net = make_net()
+    for unsized in (iter([blobs]), DataLoader(Unsized(*blobs), batch_size=8)):
+        with pytest.raises(TypeError, match=r"^train_loader must have a length, as .*: the learning rate"):
+            fit(net, unsized, epochs=2, warmup_epochs=0, progress=False)
+        assert evaluate(net, unsized) == evaluate(net, [blobs])
+
+
+def test_val_loader_that_can_be_read_once_is_refused(blobs):
+    with pytest.raises(TypeError, match=r"^val_loader must start anew .*, got list_iterator$"):
+        train(make_net(), blobs, val_loader=iter([blobs]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, y: [x, y],
+        lambda x, y: (x, y, torch.arange(len(x)), ["name"] * len(x)),
+        lambda x, y: {"pixel_values": x, "labels": y},
+        lambda x, y: {"label": y, "image": x, "index": torch.arange(len(x))},
+        lambda x, y: (x, y.int()),
+        lambda x, y: (x, y.to(torch.uint8)),
+        lambda x, y: (x.double(), y),
+        lambda x, y: (x.half(), y),
+        lambda x, y: (x.bfloat16(), y.short()),
+    ],
+    ids=["list", "with-more", "labels", "label", "int32", "uint8", "float64", "float16", "bfloat16-int16"],
+)
+def test_every_kind_of_batch_trains_and_is_measured(blobs: tuple[Tensor, Tensor], change: Callable) -> None:
+    images, labels = blobs
+    images = images.bfloat16().float()  # numbers that every dtype here holds exactly
+    options = {"epochs": 2, "warmup_epochs": 0, "progress": False}
+    nets = make_net(), make_net()
+    for net, batch in zip(nets, (change(images, labels), (images, labels)), strict=True):
+        fit(net, [batch], **options)
+    given, plain = nets
+    assert all(torch.equal(a, b) for a, b in zip(given.parameters(), plain.parameters(), strict=True))
+    assert evaluate(given, [change(images, labels)]) == evaluate(plain, [(images, labels)])
+
+
+def test_images_take_the_dtype_of_the_model(blobs):
+    net = make_net().double()
+    assert evaluate(net, [blobs]) == evaluate(net, [(blobs[0].double(), blobs[1])])
+    train(net, blobs, epochs=1, warmup_epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "expected"),
+    [
+        (
+            lambda x, y: (x, y[:, None]),
+            ValueError,
+            "must hold labels [41], one for each image, got shape [41, 1]",
+        ),
+        (lambda x, y: (x, y[:1]), ValueError, "must hold labels [41], one for each image, got shape [1]"),
+        (lambda x, y: (x, y[0]), ValueError, "must hold labels [41], one for each image, got shape []"),
+        (
+            lambda x, y: (x, y + 1),
+            ValueError,
+            "must hold labels from 0 to 2, the classes of the model, or -100",
+        ),
+        (
+            lambda x, y: (x, y - 1),
+            ValueError,
+            "must hold labels from 0 to 2, the classes of the model, or -100",
+        ),
+        (lambda x, y: (x, y.float()), TypeError, "must hold labels of an integer dtype, got torch.float32"),
+        (lambda x, y: (x, y > 0), TypeError, "must hold labels of an integer dtype, got torch.bool"),
+        (lambda x, y: (x.byte(), y), TypeError, "floating-point dtype, got torch.uint8; scale to floats"),
+        (
+            lambda x, y: (x[:0], y[:0]),
+            ValueError,
+            "must hold images [B, ...], at least one, got shape [0, 5]",
+        ),
+        (
+            lambda x, y: x,
+            TypeError,
+            "must be a tuple or list that begins with images [B, ...] and labels [B]",
+        ),
+        (lambda x, y: (x,), TypeError, "got a tuple of ['Tensor']"),
+        (lambda x, y: {"image": x, "target": y}, TypeError, "got a dict with the keys ['image', 'target']"),
+        (lambda x, y: (x, y.tolist()), TypeError, "got a tuple of ['Tensor', 'list']"),
+    ],
+)
+def test_a_batch_that_holds_something_else_is_named(blobs, change, error, expected):
+    batches, net = [blobs, change(*blobs)], make_net()
+    with pytest.raises(error, match=f"^batch 1 of loader .*{re.escape(expected)}"):
+        evaluate(net, batches)
+    with pytest.raises(error, match=f"^batch 1 of train_loader .*{re.escape(expected)}"):
+        fit(net, batches, epochs=1, warmup_epochs=0, progress=False)
+
+
+def test_ignored_labels_count_nowhere(blobs):
+    images, labels = blobs
+    some = torch.where(labels == 1, -100, labels)
+    net, same = make_net(), make_net()
+    kept = labels != 1
+    assert evaluate(net, [(images, some)]) == evaluate(net, [(images[kept], labels[kept])])
+    net[1].p = same[1].p = 0.0  # dropout draws for every image
+    losses = [
+        fit(model, [batch], epochs=1, warmup_epochs=0, progress=False).loss[0]
+        for model, batch in ((net, (images, some)), (same, (images[kept], labels[kept])))
+    ]
+    assert losses[0] == pytest.approx(losses[1])
+    none = (images, torch.full_like(labels, -100))
+    with pytest.raises(ValueError, match="batch 0 of train_loader must hold a label other than -100"):
+        fit(net, [none], epochs=1, warmup_epochs=0, progress=False)
+    with pytest.raises(ValueError, match="at least one image with a label, got no labels other than -100"):
+        evaluate(net, [none])
+
+
+def test_nan_logits_are_no_answers(blobs):
+    images, labels = blobs
+    broken = images.clone()
+    broken[3] = math.nan
+    with pytest.raises(NonFiniteError, match=r"but image 44 \(counted from 0\) gave NaN") as caught:
+        evaluate(make_net(), [blobs, (broken, labels)])
+    assert caught.value.image == 44
+
+
+def test_a_model_without_logits_is_refused(blobs):
+    with pytest.raises(ValueError, match=r"^tuned must give logits \[41, classes\], got \[41, 5, 1\]$"):
+        evaluate(nn.Unflatten(1, (5, 1)), [blobs])
 
 
 def test_nothing_trainable_is_refused(blobs):

@@ -1,0 +1,175 @@
+"""Images read from files, batch by batch: what cannot be read is an error that names it, or left out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from spt_fast.data.decode import open_image, to_rgb
+from spt_fast.data.folder import FolderListing, printable
+from spt_fast.support.arguments import check_choice
+from spt_fast.support.errors import first_line
+
+BadImages = Literal["error", "skip"]
+BAD_IMAGES = ("error", "skip")
+
+
+class Unreadable(NamedTuple):
+    """What a data set gives in place of an image that cannot be read."""
+
+    name: str
+    reason: str
+
+
+class DecodedImages(Dataset[Any]):
+    """A data set of (image, label), in which an `Unreadable` takes the place of what cannot be read."""
+
+    transform: Callable[[Any], Any]
+    target_transform: Callable[[int], int] | None = None
+
+    def name(self, index: int) -> str:
+        """What an error calls this image."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """An image, decoded, and its label."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            image, label = self.read(index)
+        except MemoryError:
+            raise
+        except Exception as error:
+            # Decoders raise errors of many classes for damaged files.
+            return Unreadable(printable(self.name(index)), printable(first_line(error)))
+        if self.target_transform is not None:
+            label = self.target_transform(label)
+        return self.transform(image), label
+
+
+class FolderImages(DecodedImages):
+    """The images of a folder; the label is the place of an image's folder in `listing.group_names`."""
+
+    def __init__(self, listing: FolderListing) -> None:
+        self.listing = listing
+
+    def __len__(self) -> int:
+        return len(self.listing.paths)
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return str(self.listing.paths[index])
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """Decoded by `open_image`."""
+        return open_image(str(self.listing.paths[index])), self.listing.groups[index]
+
+
+class NamedImages(DecodedImages):
+    """A timm data set read by index, without timm's habit of giving another image for a damaged one."""
+
+    def __init__(self, dataset: Any, data: str) -> None:
+        self._dataset = dataset
+        self._data = data
+        # timm's own data sets open files by a reader, torchvision's by a loader or in their own way.
+        self._reader = getattr(dataset, "reader", None)
+        if hasattr(dataset, "loader"):
+            dataset.loader = open_image
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def class_names(self) -> Sequence[str] | None:
+        """In the order of their labels, where the data set names them."""
+        numbers = getattr(self._reader, "class_to_idx", None)
+        return sorted(numbers, key=numbers.get) if numbers else getattr(self._dataset, "classes", None)
+
+    def labels(self) -> list[int] | None:
+        """Of all images, where the data set knows them without reading the images."""
+        found = getattr(self._dataset, "targets", getattr(self._dataset, "labels", None))
+        return None if found is None else [int(label) for label in found]
+
+    def name(self, index: int) -> str:
+        """Its number, and the name of the data set."""
+        return f"image {index} (counted from 0) of {self._data}"
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """Decoded by `open_image` where the data set hands out files, else made RGB."""
+        source, label, *_ = self._dataset[index] if self._reader is None else self._reader[index]
+        image = to_rgb(source) if isinstance(source, Image.Image) else _open_and_close(source)
+        return image, -1 if label is None else label
+
+
+class ImageLoader:
+    """Batches [images [B, C, H, W], labels [B]] of a data set; it has a length where the data set has one.
+
+    An image that cannot be read ends the iteration with a ValueError that names it. With
+    `bad_images="skip"` its batch comes without it, or not at all where nothing else is left of it.
+
+    Attributes:
+        num_images: in all batches together, unreadable ones included; None where nobody knows.
+        description: lines that say what is read.
+        unreadable: {name: reason} of what was skipped so far, in any pass.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        num_images: int | None,
+        description: Sequence[str] = (),
+        bad_images: str = "error",
+        **options: Any,
+    ) -> None:
+        self.num_images = num_images
+        self.description = tuple(description)
+        self.unreadable: dict[str, str] = {}
+        self._skip = check_choice("bad_images", bad_images, BAD_IMAGES) == "skip"
+        with _any_number_of_workers():
+            self._loader = DataLoader(dataset, collate_fn=_collate_readable, **options)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        with _any_number_of_workers():
+            batches = iter(self._loader)
+        for batch, unreadable in batches:
+            if unreadable and not self._skip:
+                name, reason = unreadable[0]
+                raise ValueError(
+                    f"{name} cannot be read ({reason}); repair or remove it, or leave such images "
+                    "out (bad_images='skip', --bad-images skip)"
+                )
+            self.unreadable.update(unreadable)
+            if batch is not None:
+                yield batch
+
+
+def _collate_readable(items: list[Any]) -> tuple[Any, list[Unreadable]]:
+    unreadable = [item for item in items if isinstance(item, Unreadable)]
+    readable = [item for item in items if not isinstance(item, Unreadable)]
+    return default_collate(readable) if readable else None, unreadable
+
+
+def _open_and_close(source: str | Path | BinaryIO) -> Image.Image:
+    try:
+        return open_image(source)
+    finally:
+        if not isinstance(source, str | Path):
+            source.close()
+
+
+@contextmanager
+def _any_number_of_workers() -> Iterator[None]:
+    """Without torch's warning that there are fewer cores: the number is what the user asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        yield

@@ -1,0 +1,161 @@
+"""Images from files in batches: nothing stands in for what cannot be read; and what two sets share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+from spt_fast.data import shipped
+from spt_fast.data.images import open_images, open_labelled_images
+from spt_fast.data.loading import ImageLoader, NamedImages
+from spt_fast.data.overlap import find_overlap
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four grey images for each of the classes a, b, c; all of b are cut off."""
+    for place, name in enumerate("abc"):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            path = tmp_path / name / f"{index}.png"
+            Image.effect_noise((32, 32), 50.0 * (place + 1)).save(path)
+            if name == "b":
+                path.write_bytes(path.read_bytes()[:100])
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def backbone() -> torch.nn.Module:
+    return shipped.load_backbone()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_an_error_that_names_it(workers, folder, backbone):
+    loader = open_labelled_images(str(folder), backbone, workers=workers, batch_size=3).loader
+    expected = rf"^{folder}/b/0\.png cannot be read \(.*\); repair or remove it, .*--bad-images skip\)$"
+    with pytest.raises(ValueError, match=expected):
+        list(loader)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skipped_images_leave_nothing_in_their_place(workers, folder, backbone):
+    # Two of the six batches hold nothing else.
+    opened = open_labelled_images(str(folder), backbone, workers=workers, batch_size=2, bad_images="skip")
+    for _ in range(2):
+        batches = list(opened.loader)
+        assert [labels.tolist() for _, labels in batches] == [[0, 0], [0, 0], [2, 2], [2, 2]]
+        assert sorted(opened.loader.unreadable) == [f"{folder}/b/{index}.png" for index in range(4)]
+    assert opened.num_images == 12
+    rest = torch.cat([images for images, _ in batches])
+    whole = open_labelled_images(str(folder), backbone, workers=0, batch_size=5, bad_images="skip").loader
+    assert torch.equal(rest, torch.cat([images for images, _ in whole]))
+
+
+def test_prototypes_read_the_images_of_training(folder, backbone):
+    (folder / "a" / "0.png").rename(folder / "stray.png")
+    counts = {
+        in_classes: open_images(str(folder), backbone, workers=0, in_classes=in_classes).num_images
+        for in_classes in (True, False)
+    }
+    assert counts == {True: 11, False: 12}
+
+
+def test_bad_images_must_be_known(folder, backbone):
+    with pytest.raises(ValueError, match="bad_images must be one of 'error', 'skip', got 'replace'"):
+        open_images(str(folder), backbone, bad_images="replace")
+
+
+@pytest.mark.parametrize("option", [{"split": "test"}, {"root": "elsewhere"}])
+def test_options_of_data_sets_are_refused_for_a_folder(option, folder, backbone):
+    with pytest.raises(ValueError, match=r"is for data sets with splits, got .* for the folder"):
+        open_images(str(folder), backbone, **option)
+
+
+class FakeReader:
+    """As timm's readers: an open file and a label; `class_to_idx`."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self.class_to_idx = {"b": 1, "a": 0}
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        return self.paths[index].open("rb"), index % 2
+
+
+def test_timms_own_data_sets_replace_nothing_either(folder):
+    from timm.data.dataset import ImageDataset
+
+    paths = [folder / "a" / "0.png", folder / "b" / "0.png", folder / "c" / "0.png"]
+    dataset = NamedImages(ImageDataset("", reader=FakeReader(paths)), "hfds/some")
+    dataset.transform = lambda image: torch.tensor(image.getpixel((0, 0)))
+    assert dataset.class_names() == ["a", "b"]
+    assert [item[1] for item in (dataset[0], dataset[2])] == [0, 0]
+    assert dataset[1].name == "image 1 (counted from 0) of hfds/some"
+
+
+def test_torchvisions_folders_are_read_as_ours(folder):
+    from torchvision.datasets import ImageFolder
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("L", (4, 2))
+    image.save(folder / "a" / "0.png", exif=exif)
+    dataset = NamedImages(ImageFolder(str(folder)), "torch/image_folder")
+    dataset.transform = lambda image: image.size
+    assert dataset[0] == ((2, 4), 0)
+    assert dataset.labels() == [0] * 4 + [1] * 4 + [2] * 4
+    assert dataset[4].name.startswith("image 4")
+
+
+class Grey(TensorDataset):
+    """As torchvision's MNIST: grey images in memory."""
+
+    targets = torch.tensor([4])
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.new("L", (2, 2), 7), 4
+
+
+def test_grey_images_of_a_data_set_are_made_rgb():
+    dataset = NamedImages(Grey(torch.zeros(1)), "torch/mnist")
+    dataset.transform = lambda image: image.getpixel((0, 0))
+    assert dataset[0] == ((7, 7, 7), 4)
+    assert dataset.labels() == [4]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_more_workers_than_cores_are_no_warning(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    data = TensorDataset(torch.arange(4))
+    loader = ImageLoader(data, num_images=4, num_workers=2, batch_size=2)
+    assert [batch[0].tolist() for batch in loader] == [[0, 1], [2, 3]]
+
+
+def test_overlap_is_found_by_bytes(tmp_path):
+    contents = {
+        "a": b"one" * 999,
+        "b": b"two" * 999,
+        "c": b"longer" * 999,
+        "d": b"",
+        "e": b"xne" + b"one" * 998,
+    }
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for place, names in ((ours, "abd"), (theirs, "bcde")):
+        place.mkdir()
+        for name in names:
+            (place / name).write_bytes(contents[name])
+    (theirs / "link").symlink_to(ours / "a")
+    (theirs / "broken").symlink_to(ours / "gone")
+    found = find_overlap(sorted(ours.iterdir()), sorted(theirs.iterdir()))
+    assert [path.name for path in found] == ["b", "link"]
+    assert find_overlap(list(ours.iterdir()), []) == []
