@@ -395,3 +395,17 @@ def test_open_model_says_what_it_read(tmp_path: Path, capsys: pytest.CaptureFixt
     assert error.count("\n") == 1
     with pytest.raises(ValueError, match=r"model_options are for models of timm, got .* for shipped"):
         open_model("shipped", model_options=sizes)
+
+
+def test_timms_own_weights_keep_their_norm_with_an_average(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = randomised(open_model("test_vit", pretrained=False, model_options={"depth": 1}))
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    # timm then takes its pretrained weights from the file.
+    options = {"depth": 1, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.safetensors")}}
+    model = open_model("test_vit", model_options={**options, "global_pool": "avg"})
+    assert torch.equal(model.fc_norm.weight, source.norm.weight)
+    assert "weights of test_vit: timm's names; norm -> fc_norm\n" in capsys.readouterr().err
+    assert torch.equal(open_model("test_vit", model_options=options).norm.weight, source.norm.weight)
+    assert capsys.readouterr().err == ""
