@@ -133,7 +133,7 @@ def _find_backbone(content: Any, source: str | Path) -> tuple[State, LoadReport]
         content = content[inner[0]]
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     prefixes = sorted({name[: -len(_EMBEDDING)] for name in state if name.endswith(_EMBEDDING)})
-    prefix = _choose_prefix(prefixes, source) if prefixes else ""
+    prefix = _choose_prefix(prefixes, source) if prefixes else _wrapper_of_all(state)
     others = _group(name for name in state if not name.startswith(prefix))
     report.dropped += others
     if others:
@@ -141,6 +141,15 @@ def _find_backbone(content: Any, source: str | Path) -> tuple[State, LoadReport]
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     report.kind = _kind(state, prefix)
     return state, report
+
+
+def _wrapper_of_all(state: State) -> str:
+    """What data-parallel and compiled models put before every name."""
+    prefix = ""
+    for wrapper in ("module.", "_orig_mod.", "module."):
+        if state and all(name.startswith(prefix + wrapper) for name in state):
+            prefix += wrapper
+    return prefix
 
 
 def _choose_prefix(prefixes: list[str], source: str | Path) -> str:
@@ -160,11 +169,14 @@ def _choose_prefix(prefixes: list[str], source: str | Path) -> str:
 def _named_as_in(model: nn.Module, state: State, report: LoadReport) -> State:
     """Drop what is no weight of the backbone, and give the others the names that `model` has for them."""
     expected = _expected(model)
+    pools_by_attention = any(name.startswith("attn_pool.") for name in expected)
     kept: State = {}
     dropped: list[str] = []
     for name, value in state.items():
         # With a mask token timm takes a file for one of DINOv2's; MAE's belongs to its decoder.
-        is_extra = _HEADS.match(name) or _DECODER.match(name) or name in _MASK_TOKENS
+        is_extra = bool(_HEADS.match(name) or _DECODER.match(name)) or name in _MASK_TOKENS
+        # Of a model that pools otherwise.
+        is_extra |= name.startswith("attn_pool.") and not pools_by_attention
         if is_extra or name.endswith("relative_position_index"):
             dropped.append(name)
         else:
@@ -244,8 +256,8 @@ def _check_geometry(model: nn.Module, state: State, source: str | Path) -> None:
 
 def _check_heads(model: nn.Module, state: State, source: str | Path, report: LoadReport) -> None:
     """ValueError for MoCo-v3's ViT-S, which has 12 heads where timm's has 6: no weight tells of it."""
-    attention: Any = get_blocks(model)[0].attn
     if report.kind == "MoCo-v3" and embed_dim(model) == 384:
+        attention: Any = get_blocks(model)[0].attn
         _compare(source, "heads of MoCo-v3's ViT-S", 12, attention.num_heads, "open it with num_heads=12")
 
 
