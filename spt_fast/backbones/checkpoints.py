@@ -68,7 +68,16 @@ def load_weights(model: nn.Module, path: str | Path) -> LoadReport:
     source = check_input_path(path, argument="checkpoint")
     if source.suffix.lower() == ".npz":
         return _load_jax(model, source)
-    state, report = _find_backbone(_read(source), source)
+    return load_state(model, _read(source), source)
+
+
+def load_state(model: nn.Module, content: Any, source: str | Path) -> LoadReport:
+    """The same for the content of a file; `source` is what error messages call it.
+
+    Raises:
+        ValueError: as `load_weights`.
+    """
+    state, report = _find_backbone(content, source)
     state = _named_as_in(model, state, report)
     _check_geometry(model, state, source)
     _check_heads(model, state, source, report)
@@ -104,7 +113,7 @@ def _read(source: Path) -> Any:
         raise ValueError(f"checkpoint {source} cannot be read: {first_line(error)}") from error
 
 
-def _find_backbone(content: Any, source: Path) -> tuple[State, LoadReport]:
+def _find_backbone(content: Any, source: str | Path) -> tuple[State, LoadReport]:
     """The weights of one backbone, by names without prefixes, and a report of what lay beside them."""
     report = LoadReport()
     for _ in range(4):
@@ -124,7 +133,7 @@ def _find_backbone(content: Any, source: Path) -> tuple[State, LoadReport]:
         content = content[inner[0]]
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     prefixes = sorted({name[: -len(_EMBEDDING)] for name in state if name.endswith(_EMBEDDING)})
-    prefix = _choose_prefix(prefixes, source) if prefixes else ""
+    prefix = _choose_prefix(prefixes, source) if prefixes else _wrapper_of_all(state)
     others = _group(name for name in state if not name.startswith(prefix))
     report.dropped += others
     if others:
@@ -134,7 +143,16 @@ def _find_backbone(content: Any, source: Path) -> tuple[State, LoadReport]:
     return state, report
 
 
-def _choose_prefix(prefixes: list[str], source: Path) -> str:
+def _wrapper_of_all(state: State) -> str:
+    """What data-parallel and compiled models put before every name."""
+    prefix = ""
+    for wrapper in ("module.", "_orig_mod.", "module."):
+        if state and all(name.startswith(prefix + wrapper) for name in state):
+            prefix += wrapper
+    return prefix
+
+
+def _choose_prefix(prefixes: list[str], source: str | Path) -> str:
     """Which of several backbones: DINO's own code takes the teacher, MoCo's the encoder with gradients."""
     if len(prefixes) == 1:
         return prefixes[0]
@@ -151,11 +169,14 @@ def _choose_prefix(prefixes: list[str], source: Path) -> str:
 def _named_as_in(model: nn.Module, state: State, report: LoadReport) -> State:
     """Drop what is no weight of the backbone, and give the others the names that `model` has for them."""
     expected = _expected(model)
+    pools_by_attention = any(name.startswith("attn_pool.") for name in expected)
     kept: State = {}
     dropped: list[str] = []
     for name, value in state.items():
         # With a mask token timm takes a file for one of DINOv2's; MAE's belongs to its decoder.
-        is_extra = _HEADS.match(name) or _DECODER.match(name) or name in _MASK_TOKENS
+        is_extra = bool(_HEADS.match(name) or _DECODER.match(name)) or name in _MASK_TOKENS
+        # Of a model that pools otherwise.
+        is_extra |= name.startswith("attn_pool.") and not pools_by_attention
         if is_extra or name.endswith("relative_position_index"):
             dropped.append(name)
         else:
@@ -221,7 +242,7 @@ def _hand_over_norm(state: State, expected: State, report: LoadReport) -> None:
         report.notes.append("norm -> fc_norm")
 
 
-def _check_geometry(model: nn.Module, state: State, source: Path) -> None:
+def _check_geometry(model: nn.Module, state: State, source: str | Path) -> None:
     """ValueError where the sizes that a user chooses differ: channels, patches, width, depth, heads."""
     own = _expected(model)
     if _EMBEDDING in state and _EMBEDDING in own and state[_EMBEDDING].ndim == own[_EMBEDDING].ndim == 4:
@@ -233,14 +254,14 @@ def _check_geometry(model: nn.Module, state: State, source: Path) -> None:
     _compare(source, "blocks", _depth(state), _depth(own), "choose the model of that size")
 
 
-def _check_heads(model: nn.Module, state: State, source: Path, report: LoadReport) -> None:
+def _check_heads(model: nn.Module, state: State, source: str | Path, report: LoadReport) -> None:
     """ValueError for MoCo-v3's ViT-S, which has 12 heads where timm's has 6: no weight tells of it."""
-    attention: Any = get_blocks(model)[0].attn
     if report.kind == "MoCo-v3" and embed_dim(model) == 384:
+        attention: Any = get_blocks(model)[0].attn
         _compare(source, "heads of MoCo-v3's ViT-S", 12, attention.num_heads, "open it with num_heads=12")
 
 
-def _compare(source: Path, what: str, theirs: object, mine: object, hint: str) -> None:
+def _compare(source: str | Path, what: str, theirs: object, mine: object, hint: str) -> None:
     if theirs != mine:
         raise ValueError(
             f"checkpoint {source} does not fit this model: {what}: {theirs} in the file, "
@@ -253,7 +274,7 @@ def _depth(state: Mapping[str, Any]) -> int:
     return 1 + max((int(found[1]) for found in numbers if found), default=-1)
 
 
-def _converted_by_timm(model: nn.Module, state: State, source: Path, report: LoadReport) -> State:
+def _converted_by_timm(model: nn.Module, state: State, source: str | Path, report: LoadReport) -> State:
     """What timm's own filter for this kind of model makes of the file: it resizes positions, for one."""
     convert: Callable[..., State] | None = getattr(
         sys.modules[type(model).__module__], "checkpoint_filter_fn", None
@@ -282,7 +303,7 @@ def _converted_by_timm(model: nn.Module, state: State, source: Path, report: Loa
     return state
 
 
-def _check_keys(model: nn.Module, state: State, source: Path) -> None:
+def _check_keys(model: nn.Module, state: State, source: str | Path) -> None:
     """ValueError unless the file has each weight that the model has, in its shape, and no other."""
     own = _expected(model)
     missing = [name for name in own if name not in state]

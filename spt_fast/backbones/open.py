@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from spt_fast.backbones.checkpoints import load_weights
+from spt_fast.backbones.checkpoints import LoadReport, load_state, load_weights
 from spt_fast.data.shipped import load_backbone
 from spt_fast.support.errors import first_line
 from spt_fast.support.files import check_input_path
@@ -78,7 +78,7 @@ def _timm_model(
     if checkpoint is not None:
         return _with_checkpoint(timm.create_model(name, pretrained=False, **options), checkpoint)
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        model = _with_pretrained(name, options) if pretrained else timm.create_model(name, **options)
     # Hub clients raise different errors without a network, depending on their version.
     except Exception as error:
         if not pretrained:
@@ -90,11 +90,28 @@ def _timm_model(
     return model
 
 
-def _with_checkpoint(model: nn.Module, checkpoint: str | Path) -> nn.Module:
-    report = load_weights(model, checkpoint)
+def _with_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
+    """timm's weights. With another pooling than theirs they keep their norm, which timm would leave out."""
+    import timm
+
+    if "global_pool" not in options:
+        model: nn.Module = timm.create_model(name, pretrained=True, **options)
+        return model
+    as_trained = {option: value for option, value in options.items() if option != "global_pool"}
+    state = timm.create_model(name, pretrained=True, **as_trained).state_dict()
+    model = timm.create_model(name, pretrained=False, **options)
+    _tell(name, load_state(model, state, name))
+    return model
+
+
+def _tell(source: str | Path, report: LoadReport) -> None:
     # Under torchrun one process tells it for all.
     if os.environ.get("RANK", "0") == "0":
-        print(f"weights of {checkpoint}: {report}", file=sys.stderr)
+        print(f"weights of {source}: {report}", file=sys.stderr)
+
+
+def _with_checkpoint(model: nn.Module, checkpoint: str | Path) -> nn.Module:
+    _tell(checkpoint, load_weights(model, checkpoint))
     config: Any = getattr(model, "pretrained_cfg", None)
     if isinstance(config, dict):
         # Its tag names weights of timm's, which these are not.

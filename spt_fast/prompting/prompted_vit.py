@@ -119,11 +119,11 @@ class PromptedViT(nn.Module):
         check_not_wrapped(model)
         blocks = get_blocks(model)
         check_not_taken_over(blocks, PromptedViT)
-        num_classes = check_num_classes(model, num_classes)
         if pool_prompts:
             check_pools_patches(model, blocks)
         self.weight_dtype = check_weight_dtype(weight_dtype)
         self.engine, self.engine_reason = choose_engine(model, blocks, depth, engine)
+        num_classes = check_num_classes(model, num_classes)
         values = initial_prompts(model, prompts, depth, allow_other_backbone=allow_other_backbone)
 
         self.depth = depth

@@ -395,3 +395,35 @@ def test_open_model_says_what_it_read(tmp_path: Path, capsys: pytest.CaptureFixt
     assert error.count("\n") == 1
     with pytest.raises(ValueError, match=r"model_options are for models of timm, got .* for shipped"):
         open_model("shipped", model_options=sizes)
+
+
+def test_timms_own_weights_keep_their_norm_with_an_average(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = randomised(open_model("test_vit", pretrained=False, model_options={"depth": 1}))
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    # timm then takes its pretrained weights from the file.
+    options = {"depth": 1, "pretrained_cfg_overlay": {"file": str(tmp_path / "weights.safetensors")}}
+    model = open_model("test_vit", model_options={**options, "global_pool": "avg"})
+    assert torch.equal(model.fc_norm.weight, source.norm.weight)
+    assert "weights of test_vit: timm's names; norm -> fc_norm\n" in capsys.readouterr().err
+    assert torch.equal(open_model("test_vit", model_options=options).norm.weight, source.norm.weight)
+    assert capsys.readouterr().err == ""
+
+
+def test_attention_pooling_is_dropped_by_a_model_that_averages(
+    make_vit: MakeViT, images: Tensor, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"num_classes": 0, "class_token": False}
+    source = randomised(make_vit(global_pool="map", **options))
+    target = randomised(make_vit(global_pool="avg", fc_norm=False, **options), 1)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    assert "dropped attn_pool.*" in str(load_weights(target, tmp_path / "weights.pth"))
+    torch.testing.assert_close(target(images), source.forward_features(images).mean(1))
+
+
+def test_a_model_that_is_no_vit_is_read_too(tmp_path: Path) -> None:
+    source = open_model("test_resnet", pretrained=False)
+    torch.save({"state_dict": prefixed("module.", source.state_dict())}, tmp_path / "weights.pth")
+    found = open_model("test_resnet", checkpoint=tmp_path / "weights.pth").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in source.state_dict().items())

@@ -303,7 +303,7 @@ def bad_argument_on_rank_0(_: Path) -> Any:
 
 @scenario(2)
 def nmi_file_is_there_already(folder: Path) -> Any:
-    tracker = NMITracker(PromptedViT(make_vit(), 2))
+    tracker = NMITracker(PromptedViT(make_vit(), 2, num_classes=0))
     (folder / "nmi.csv").touch()
     return _caught(lambda: tracker.to_csv(folder / "nmi.csv"))
 
