@@ -17,7 +17,7 @@ from spt_fast.backbones.anatomy import embed_dim, get_blocks, num_prefix_tokens
 from spt_fast.backbones.snapshot import classifiers
 
 _FINGERPRINTS = ("fingerprint", "norm_fingerprint")
-# Facts that may differ where the user says so; depth and width are the shape of the prompts.
+# Facts that may differ where the user says so; number of blocks and width are the shape of the prompts.
 _FACTS_TO_ALLOW = {
     "num_prefix_tokens",
     "num_heads",
@@ -39,14 +39,14 @@ _FLOAT16_SMALLEST_STEP = 2.0**-24
 def describe(model: nn.Module) -> dict[str, str]:
     """Facts by which backbones differ, as metadata of saved files; those that the model states.
 
-    Keys: `depth` (L), `width` (D), `num_prefix_tokens`, `num_heads`, `patch_size` and `image_size` ("16x16",
-    height first), `architecture` (timm's, with the tag of its pretrained weights, such as
+    Keys: `num_blocks` (L), `width` (D), `num_prefix_tokens`, `num_heads`, `patch_size` and `image_size`
+    ("16x16", height first), `architecture` (timm's, with the tag of its pretrained weights, such as
     "vit_base_patch16_224.mae") and `fingerprint`, of the weights of embedding and blocks.
     """
     patch_embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
     heads = getattr(getattr(get_blocks(model)[0], "attn", None), "num_heads", None)
     facts = {
-        "depth": str(len(get_blocks(model))),
+        "num_blocks": str(len(get_blocks(model))),
         "width": str(embed_dim(model)),
         "num_prefix_tokens": str(num_prefix_tokens(model)),
         "num_heads": None if heads is None else str(heads),

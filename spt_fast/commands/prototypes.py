@@ -24,7 +24,8 @@ def add(commands: Commands) -> None:
         help="build prompts from a model and images, in one pass",
         description="Prototypes of a data set's patch tokens, for SPT; written as safetensors.",
         epilog="example: spt-fast prototypes --model vit_small_patch16_224 --data photos --out p.safetensors "
-        "(several processes share the images: torchrun --nproc-per-node 4 -m spt_fast prototypes ...)",
+        "(several processes share the images: torchrun --nproc-per-node 4 --no-python spt-fast prototypes "
+        "...)",
     )
     options.add_limit(options.add_model_and_data(parser))
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")

@@ -169,7 +169,9 @@ class BackbonePass:
                 yield first_image, images
                 first_image += len(images)
                 bar.update(len(images))
+            # The last batch may have been smaller than the first.
             bar.total = first_image
+            bar.refresh()
 
     def _count_all_ranks(self) -> None:
         counted = self.processes.gather((self.num_images, self.num_tokens))

@@ -113,7 +113,7 @@ def test_number_of_heads_counts(make_vit: MakeViT) -> None:
 
 
 def test_shape_of_the_prompts_counts_whatever_is_allowed(make_vit: MakeViT) -> None:
-    with pytest.raises(ValueError, match=r"file is for depth '3', but this model has '2'$"):
+    with pytest.raises(ValueError, match=r"file is for num_blocks '3', but this model has '2'$"):
         check_backbone("file", describe(make_vit()), make_vit(depth=2), allow_other_backbone=True)
 
 
@@ -130,4 +130,4 @@ def test_name_counts_only_where_a_fingerprint_is_missing(make_vit: MakeViT) -> N
 def test_readable_facts_are_short(make_vit: MakeViT) -> None:
     facts = readable(describe(make_vit()))
     assert len(facts["fingerprint"]) == 8
-    assert facts["depth"] == "3"
+    assert facts["num_blocks"] == "3"

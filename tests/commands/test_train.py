@@ -253,7 +253,7 @@ def test_random_weights_are_the_same_every_time():
     torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("change", [{"patch_size": "8x8"}, {"depth": "7"}])
+@pytest.mark.parametrize("change", [{"patch_size": "8x8"}, {"num_blocks": "7"}])
 def test_prototypes_of_another_backbone_are_refused(change, tmp_path, only_error):
     model = shipped.load_backbone()
     images = [shipped.load_digits("val")[0][:8]]

@@ -1026,14 +1026,17 @@ class TestOtherModels:
         assert facts.pop("fingerprint")
         assert facts == {
             "architecture": "vit_tiny_patch16_224.augreg_in21k",
-            "depth": "1",
+            "num_blocks": "1",
             "width": "192",
             "num_prefix_tokens": "1",
             "num_heads": "3",
             "patch_size": "16x16",
             "image_size": "224x224",
         }
-        assert describe(PlainViT()).items() >= {"depth": "2", "width": "32", "num_prefix_tokens": "0"}.items()
+        assert (
+            describe(PlainViT()).items()
+            >= {"num_blocks": "2", "width": "32", "num_prefix_tokens": "0"}.items()
+        )
         assert embed_dim(PlainViT()) == WIDTH
         assert num_prefix_tokens(make_random(reg_tokens=4)) == 5
 

@@ -401,7 +401,7 @@ class TestSettings:
     def test_metadata_tells_how_and_from_what(self, vit: VisionTransformer, make_loader: MakeLoader) -> None:
         metadata = build(vit, make_loader(4), seed=4, num_prompts=50, depth="shallow").metadata
         expected = {"strategy": "kmeans", "mode": "stream", "capacity": "25000", "prompt_depth": "shallow"}
-        backbone = {"depth": "2", "width": "32", "num_prefix_tokens": "1"}
+        backbone = {"num_blocks": "2", "width": "32", "num_prefix_tokens": "1"}
         assert metadata.items() >= {**expected, **backbone, "seed": "4"}.items()
         assert metadata["torch_version"] == importlib.metadata.version("torch")
         assert "mode" not in build(vit, make_loader(4), strategy="mean").metadata
