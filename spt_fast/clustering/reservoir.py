@@ -135,6 +135,16 @@ class PriorityReservoir:
         self._weights[slots] = weights[rows]
 
 
+def importance(squared: Tensor, sum_of_squared: float, total: float) -> Tensor:
+    """1 + d^2 / mean d^2, float64, of tokens at squared distances d^2 [M]; the mean is sum over total.
+
+    The uniform share, the 1, keeps every weight below twice the plain one.
+    """
+    if sum_of_squared <= 0:
+        return torch.ones_like(squared, dtype=torch.float64)
+    return 1 + squared.double() / (sum_of_squared / total)
+
+
 def take_rows(tokens: Tensor, rows: Tensor) -> Tensor:
     """Rows of [..., D] by their flat index over the leading dimensions, without flattening a strided view."""
     leading = tokens.shape[:-1]

@@ -23,18 +23,28 @@ def kmeans_plus_plus(problem: WeightedTokens, n_clusters: int, rng: np.random.Ge
     After a first token drawn by weight, every further one is the best of 2 + ln K candidates drawn
     with probability proportional to weight times squared distance to the nearest centre so far.
     """
+    return several_starts(problem, n_clusters, 1, rng)[0]
+
+
+def several_starts(
+    problem: WeightedTokens, n_clusters: int, n_starts: int, rng: np.random.Generator
+) -> Tensor:
+    """Centres [S, K, D] of S independent runs of greedy k-means++, in one run's reads of the tokens."""
     weights = problem.unit_weights()
     trials = 2 + int(math.log(n_clusters))
-    first, *uniform = problem.uniform([1] + [trials] * (n_clusters - 1), rng)
+    first, *uniform = problem.uniform([n_starts] + [n_starts * trials] * (n_clusters - 1), rng)
     chosen = [draw(weights, first)]
-    nearest = problem.distances_to(problem.rows(chosen[0]))[:, 0]
+    nearest = problem.distances_to(problem.rows(chosen[0]))  # [n, S]
     for numbers in uniform:
-        candidates = draw(weights * nearest, numbers)
-        distances = problem.distances_to(problem.rows(candidates)).minimum(nearest[:, None])
-        best = weighted_sum(weights, distances).argmin(keepdim=True)
+        pairs = zip(nearest.unbind(1), numbers.view(n_starts, trials), strict=True)
+        candidates = torch.cat([draw(weights * distances, given) for distances, given in pairs])
+        distances = problem.distances_to(problem.rows(candidates)).view(-1, n_starts, trials)
+        distances = distances.minimum(nearest[:, :, None]).flatten(1)  # [n, S * trials]
+        costs = weighted_sum(weights, distances).view(n_starts, trials)
+        best = costs.argmin(1) + trials * torch.arange(n_starts, device=costs.device)
         chosen.append(candidates.index_select(0, best))
-        nearest = distances.index_select(1, best)[:, 0]
-    return problem.rows(torch.cat(chosen))
+        nearest = distances.index_select(1, best)
+    return problem.rows(torch.stack(chosen, 1).flatten()).view(n_starts, n_clusters, -1)
 
 
 def random_tokens(problem: WeightedTokens, n_clusters: int, rng: np.random.Generator) -> Tensor:

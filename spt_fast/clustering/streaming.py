@@ -26,13 +26,14 @@ from spt_fast.clustering.inputs import (
     raise_non_finite,
 )
 from spt_fast.clustering.lloyd import LloydResult, lloyd
-from spt_fast.clustering.reservoir import PriorityReservoir, take_rows
+from spt_fast.clustering.reservoir import PriorityReservoir, importance, take_rows
 from spt_fast.clustering.seeding import kmeans_plus_plus
 from spt_fast.clustering.solver import solve
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops.kmeans import PassResult, assign_accumulate
 from spt_fast.support.arguments import check_int
 from spt_fast.support.distributed import ALONE, Processes
+from spt_fast.support.threads import side_by_side
 
 DEFAULT_CAPACITY = 20_000
 CAPACITY_PER_CLUSTER = 500
@@ -90,11 +91,19 @@ class Summary:
 
         def solve_group(g: int) -> LloydResult:
             solved = solve(self.groups[g], n_clusters, np.random.default_rng([self.seed, g, n_clusters]))
-            if on_group is not None:
-                on_group()
             return replace(solved, centers=solved.centers.cpu(), counts=solved.counts.cpu())
 
-        return self._collect(processes.split_work(self.n_groups, solve_group))
+        mine = range(processes.rank, self.n_groups, processes.size)
+        on_cpu = self.groups[0].tokens.device.type == "cpu"
+        with side_by_side(solve_group, mine if on_cpu else ()) as solved_group:
+
+            def next_group(g: int) -> LloydResult:
+                result = solved_group(g)
+                if on_group is not None:
+                    on_group()
+                return result
+
+            return self._collect(processes.split_work(self.n_groups, next_group))
 
     def _collect(self, results: Sequence[LloydResult]) -> Clustering:
         """Estimates from the sample, scaled so that the counts add up to what was really seen."""
@@ -375,14 +384,8 @@ class _TokenStream:
         self._rough_counts += counts
         gains = (sums - counts[:, None] * self._rough) / self._rough_counts.clamp_min(1e-300)[:, None]
         self._rough = (self._rough + gains).float()
-        self.reservoir.offer(batch, self._importance(assigned.distances[0]), weights)
-
-    def _importance(self, squared: Tensor) -> Tensor:
-        """1 + d^2 / mean d^2: the uniform share keeps every weight below twice the plain one."""
-        mean = self._squared / self.total
-        if mean <= 0:
-            return torch.ones_like(squared, dtype=torch.float64)
-        return 1 + squared.double() / mean
+        preference = importance(assigned.distances[0], self._squared, self.total)
+        self.reservoir.offer(batch, preference, weights)
 
     def _mean(self) -> Tensor:
         """Mean [D] of all tokens so far; of the rough centres before there are any."""
