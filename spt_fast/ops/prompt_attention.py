@@ -22,7 +22,7 @@ from spt_fast.ops.prompt_attention_cpu import (
     prompt_attention_forward,
 )
 from spt_fast.ops.prompt_attention_shapes import empty_gradients, empty_output
-from spt_fast.support.arguments import check_tensor
+from spt_fast.support.arguments import check_number, check_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Widths of a head that Triton's kernels take; they pad to a power of two.
@@ -59,9 +59,11 @@ def prompt_attention(
         [B, H, N, d] in the dtype of `q` (under autocast, in autocast's); in memory [B, N, H, d].
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or dtypes differ outside autocast.
-        ValueError: shapes or devices do not fit together, there is nothing to attend to, a gradient would be
-            needed with `task`, or a tensor carries a tangent of forward-mode differentiation.
+        TypeError: an argument is no floating-point tensor, `scale` is no number, or dtypes differ outside
+            autocast.
+        ValueError: shapes or devices do not fit together, there is nothing to attend to, `scale` is NaN or
+            infinite (not looked at in compiled code), a gradient would be needed with `task`, or a tensor
+            carries a tangent of forward-mode differentiation.
     """
     tensors = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
     _check_images({name: tensors[name] for name in ("q", "k", "v")}, _HEADS_FIRST)
@@ -268,6 +270,9 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def _scale(scale: float | None, width: int) -> float:
+    # The compiler may trace a scale whose value it leaves open, and then cannot branch on it.
+    if scale is not None and not torch.compiler.is_compiling():
+        scale = check_number("scale", scale)
     return width**-0.5 if scale is None else float(scale)
 
 

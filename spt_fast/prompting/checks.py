@@ -126,6 +126,23 @@ def check_block_call(
         )
 
 
+def check_block_input(x: Tensor, width: int, num_prefix_tokens: int, num_prompts: int) -> int:
+    """The number of patch tokens in `x` [B, N, width], which also holds prefix tokens and prompts.
+
+    Raises:
+        TypeError: `x` is no floating-point tensor.
+        ValueError: `x` has another shape, or holds no patch tokens.
+    """
+    check_tensor("x", x, ("B", "N", width))
+    num_patches = x.shape[1] - num_prefix_tokens - num_prompts
+    if num_patches < 1:
+        raise ValueError(
+            f"x must hold patch tokens beside {num_prefix_tokens} prefix tokens and {num_prompts} prompts, "
+            f"so N must be at least {num_prefix_tokens + num_prompts + 1}, got {x.shape[1]}"
+        )
+    return num_patches
+
+
 def check_class_names(names: Sequence[str] | None, num_classes: int | None) -> None:
     """ValueError unless `names` are None, or strings, as many as there are classes where that is known."""
     if names is None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
 from spt_fast.backbones.identity import check_facts, describe, describe_norm
+from spt_fast.prompting.checks import check_class_names
+from spt_fast.support.arguments import check_bool, check_choice, check_tensor
 from spt_fast.support.files import read_safetensors, write_safetensors
-
-if TYPE_CHECKING:
-    import os
 
 _KIND = "prompted_vit"
 # Facts that need not agree: the shape of the head tells the number of classes, and their names are read.
@@ -67,12 +67,40 @@ class TunedState:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is truncated, or no file of a `PromptedViT`.
+            ValueError: it is truncated, or no file of a `PromptedViT`, or a fact or a tensor is missing, not
+                finite or cannot be read.
         """
-        return cls(*read_safetensors(path, kind=_KIND))
+        state = cls(*read_safetensors(path, kind=_KIND))
+        try:
+            state._check()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _not_valid(path, error) from error
+        return state
+
+    def _check(self) -> None:
+        for name, held in (
+            ("prompts", self.tensors),
+            ("prompt_depth", self.facts),
+            ("pool_prompts", self.facts),
+        ):
+            if name not in held:
+                raise ValueError(f"it holds no {name}")
+        prompts = check_tensor("prompts", self.tensors["prompts"])
+        if prompts.ndim != 3:
+            raise ValueError(f"prompts must be [L or 1, N_p, D], got {list(prompts.shape)}")
+        for name, tensor in self.tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} holds NaN or infinity")
+        check_choice("prompt_depth", self.facts["prompt_depth"], ("deep", "shallow"))
+        check_choice("pool_prompts", self.facts["pool_prompts"], ("True", "False"))
+        number = self.facts.get("num_classes", "0")
+        if not number.isdecimal():
+            raise ValueError(f"num_classes must be an integer >= 0, got {number!r}")
+        check_class_names(self.class_names, self.num_classes)
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool) -> None:
         """Write to a safetensors file, completely or not at all."""
+        check_bool("overwrite", overwrite)
         write_safetensors(path, self.tensors, self.facts, kind=_KIND, overwrite=overwrite)
 
     @property
@@ -97,16 +125,26 @@ class TunedState:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        names = self.facts.get("class_names")
-        return None if names is None else tuple(json.loads(names))
+        text = self.facts.get("class_names")
+        if text is None:
+            return None
+        names = json.loads(text)
+        if not isinstance(names, list):
+            raise ValueError(f"class_names must be a JSON list of strings, got {text!r}")
+        return tuple(names)
 
     def check_fits(
         self, path: str | os.PathLike[str], own: TunedState, *, allow_other_backbone: bool = False
     ) -> None:
         """ValueError where this state, read from `path`, cannot take the place of a model's `own`."""
+        check_bool("allow_other_backbone", allow_other_backbone)
         _check_shapes(path, self.tensors, own.tensors)
         expected = {name: fact for name, fact in own.facts.items() if name not in _FACTS_OF_THE_HEAD}
         check_facts(path, self.facts, expected, allow_other_backbone=allow_other_backbone)
+        try:
+            check_class_names(self.class_names, own.num_classes)
+        except ValueError as error:
+            raise _not_valid(path, error) from error
 
 
 def _check_shapes(
@@ -120,3 +158,10 @@ def _check_shapes(
                 f"{Path(path)} holds {name} of shape {list(found[name].shape)}, "
                 f"but this model needs {list(tensor.shape)}"
             )
+        # A head may have integers of its own, such as the count of batches in a batch norm.
+        if found[name].is_floating_point() != tensor.is_floating_point():
+            raise _not_valid(path, f"{name} is {found[name].dtype}, this model needs {tensor.dtype}")
+
+
+def _not_valid(path: str | os.PathLike[str], reason: object) -> ValueError:
+    return ValueError(f"{os.fspath(path)} does not hold a valid tuned model ({reason})")

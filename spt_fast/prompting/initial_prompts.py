@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spt_fast.backbones.anatomy import embed_dim, get_blocks, patch_size
 from spt_fast.backbones.identity import check_backbone
 from spt_fast.backbones.snapshot import placement
-from spt_fast.support.arguments import check_int, check_tensor
+from spt_fast.support.arguments import check_bool, check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -29,11 +29,12 @@ def initial_prompts(
 
     Raises:
         TypeError: `prompts` are no `Prototypes`, floating-point tensor or integer, or an integer for a model
-            that states no patch size.
+            that states no patch size; `allow_other_backbone` is no bool.
         ValueError: another shape than [L or 1, N_p, D], an integer below 0, or `Prototypes` that were built
             from another backbone.
         NonFiniteError: a prompt holds NaN or infinity; `row` is counted over all layers.
     """
+    check_bool("allow_other_backbone", allow_other_backbone)
     layers = len(get_blocks(model)) if depth == "deep" else 1
     values = getattr(prompts, "prompts", prompts)
     if isinstance(values, int | np.integer) and not isinstance(values, bool):

@@ -14,6 +14,7 @@ from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, num_prefix
 from spt_fast.backbones.snapshot import ModelSnapshot, classifiers, replace_head
 from spt_fast.prompting.checks import (
     check_block_call,
+    check_block_input,
     check_class_names,
     check_images,
     check_not_taken_over,
@@ -37,7 +38,7 @@ from spt_fast.prompting.engines import (
 from spt_fast.prompting.file_format import TunedState
 from spt_fast.prompting.initial_prompts import initial_prompts
 from spt_fast.prompting.nmi import check_finite_nmi, nmi_per_image
-from spt_fast.support.arguments import check_choice, check_int, check_tensor
+from spt_fast.support.arguments import check_bool, check_choice, check_int
 from spt_fast.support.randomness import seeded
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ class PromptedViT(nn.Module):
         check_not_wrapped(model)
         blocks = get_blocks(model)
         check_not_taken_over(blocks, PromptedViT)
-        if pool_prompts:
+        check_bool("freeze_prompts", freeze_prompts)
+        self.pool_prompts = check_bool("pool_prompts", pool_prompts)
+        if self.pool_prompts:
             check_pools_patches(model, blocks)
         self.weight_dtype = check_weight_dtype(weight_dtype)
         self.engine, self.engine_reason = choose_engine(model, blocks, depth, engine)
@@ -127,7 +130,6 @@ class PromptedViT(nn.Module):
         values = initial_prompts(model, prompts, depth, allow_other_backbone=allow_other_backbone)
 
         self.depth = depth
-        self.pool_prompts = bool(pool_prompts)
         self.class_names = None
         self._num_blocks = len(blocks)
         self._num_prefix_tokens = num_prefix_tokens(model)
@@ -144,8 +146,7 @@ class PromptedViT(nn.Module):
             self._snapshot.restore(model)
             raise
         # Without prompts there is nothing to learn; DDP would wait for a gradient that never comes.
-        learn_prompts = not freeze_prompts and values.numel() > 0
-        self.prompts = nn.Parameter(values, requires_grad=learn_prompts)
+        self.prompts = nn.Parameter(values, requires_grad=not freeze_prompts and values.numel() > 0)
         self.train(was_training)
 
     @classmethod
@@ -182,7 +183,7 @@ class PromptedViT(nn.Module):
             )
         try:
             tuned._take_state(path, state, allow_other_backbone=allow_other_backbone)
-        except ValueError:
+        except BaseException:
             tuned.release()
             raise
         return tuned
@@ -288,11 +289,11 @@ class PromptedViT(nn.Module):
         """
         if check_int("layer", layer, 0) >= self._num_blocks:
             raise ValueError(f"layer must be below {self._num_blocks}, the number of blocks, got {layer}")
-        check_tensor("x", x, ("B", "N", self.prompts.shape[2]))
+        num_prompts = self.num_prompts if self.depth == "shallow" and layer > 0 else 0
+        num_patches = check_block_input(x, self.prompts.shape[2], self._num_prefix_tokens, num_prompts)
         tokens = x[:, self._num_prefix_tokens :]
         if self.depth == "deep" or layer == 0:
             return self.prompts[layer : layer + 1], tokens
-        num_patches = tokens.shape[1] - self.num_prompts
         return tokens[:, num_patches:], tokens[:, :num_patches]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -422,8 +423,7 @@ class PromptedViT(nn.Module):
         if self.depth == "deep" or index == 0:
             x = append_prompts(x, self._layer(index).to(x.dtype))
         x = original(x, **fit_extras(kwargs, self.num_prompts))
-        is_last = index == self._num_blocks - 1
-        keep = self.pool_prompts if is_last else self.depth == "shallow"
+        keep = self.pool_prompts if index == self._num_blocks - 1 else self.depth == "shallow"
         return x if keep else drop_prompts(x, self.num_prompts)
 
     def _layer(self, index: int) -> Tensor:

@@ -24,7 +24,14 @@ from spt_fast.prototypes.pooling import POOLS, pool
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.prototypes.side_stream import SideStream
 from spt_fast.prototypes.token_store import TokenStore
-from spt_fast.support.arguments import SEED_LIMIT, check_choice, check_int, check_seed, parse_bytes
+from spt_fast.support.arguments import (
+    SEED_LIMIT,
+    check_bool,
+    check_choice,
+    check_int,
+    check_seed,
+    parse_bytes,
+)
 from spt_fast.support.distributed import Processes, find_processes
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.versions import version_facts
@@ -120,6 +127,8 @@ def build_prototypes(
         budget = _choose_budget(memory_budget, strategy, mode)
         max_images = None if max_images is None else check_int("max_images", max_images, 1)
         seed = check_seed(seed)
+        last_output = check_bool("last_output", last_output)
+        progress = check_bool("progress", progress)
         backbone = BackbonePass(
             model,
             loader,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spt_fast.support.arguments import check_int, check_tensor
+from spt_fast.support.arguments import check_bool, check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import check_metadata, read_safetensors, write_safetensors
 
@@ -38,7 +38,8 @@ class Prototypes:
 
     Raises:
         TypeError: a field has another type or dtype.
-        ValueError: a tensor is on another device or has another shape, or a number is less than 1.
+        ValueError: a tensor is on another device or has another shape, counts or inertia are negative, or a
+            number is less than 1.
         NonFiniteError: a tensor holds NaN or infinity; `layer` is set.
     """
 
@@ -56,10 +57,16 @@ class Prototypes:
         layers, num_prompts, width = self.prompts.shape
         _check_values("counts", self.counts, (layers, num_prompts), torch.float64)
         _check_values("inertia", self.inertia, (layers,), torch.float64)
+        _check_not_negative("counts", self.counts)
+        _check_not_negative("inertia", self.inertia)
         check_int("num_images", self.num_images, 1)
         check_int("num_tokens", self.num_tokens, 1)
         check_metadata(self.metadata)
-        if self.last_output is not None and self.last_output.prompts.shape != (1, num_prompts, width):
+        if self.last_output is None:
+            return
+        if not isinstance(self.last_output, Prototypes):
+            raise TypeError(f"last_output must be Prototypes or None, got {self.last_output!r}")
+        if self.last_output.prompts.shape != (1, num_prompts, width):
             raise ValueError(
                 f"last_output must hold prompts [1, {num_prompts}, {width}], "
                 f"got {list(self.last_output.prompts.shape)}"
@@ -161,7 +168,9 @@ class Prototypes:
         Raises:
             FileExistsError: the file exists and `overwrite` is false.
             FileNotFoundError: its folder does not exist.
+            TypeError: `overwrite` is no bool.
         """
+        check_bool("overwrite", overwrite)
         tensors = {
             **self._tensors(),
             "num_images": torch.tensor(self.num_images),
@@ -180,13 +189,15 @@ class Prototypes:
             ValueError: the file is truncated, or does not hold prototypes.
         """
         tensors, metadata = read_safetensors(path, kind=_FILE_KIND)
-        if "inertia" in tensors:
+        if "inertia" in tensors and _INERTIA_IN_FILES not in tensors:
             raise ValueError(
                 f"{os.fspath(path)} is from a development version of spt_fast, whose inertia was the mean "
                 "per token and not the sum; build the prototypes again"
             )
         try:
-            num_images, num_tokens = int(tensors["num_images"]), int(tensors["num_tokens"])
+            num_images, num_tokens = (
+                check_int(name, tensors[name].item(), 1) for name in ("num_images", "num_tokens")
+            )
 
             def read(prefix: str = "", last_output: Prototypes | None = None) -> Prototypes:
                 names = ("prompts", "counts", _INERTIA_IN_FILES)
@@ -252,3 +263,11 @@ def _check_values(name: str, value: object, shape: tuple[int | str, ...], dtype:
     if not bool(good.all()):
         layer = int((~good).nonzero()[0])
         raise NonFiniteError(f"{name} must be finite, but {name}[{layer}] holds NaN or infinity", layer=layer)
+
+
+def _check_not_negative(name: str, values: Tensor) -> None:
+    """ValueError unless all of a tensor [L, ...] is at least 0."""
+    negative = values < 0
+    if bool(negative.any()):
+        layer, value = int(negative.nonzero()[0, 0]), float(values[negative][0])
+        raise ValueError(f"{name} must be >= 0, but {name}[{layer}] holds {value:g}")

@@ -61,6 +61,13 @@ def check_seed(value: Any, name: str = "seed") -> int:
     return seed
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """`value` as a bool; TypeError naming the argument unless it is True or False, Python's or NumPy's."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
     """`value` if it is one of `allowed`; ValueError naming the argument otherwise."""
     if not isinstance(value, str) or value not in allowed:

@@ -6,6 +6,7 @@ there is no GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,6 +94,25 @@ def test_forward_and_backward_match_reference(
 
 def test_scale_is_honoured(backend: str) -> None:
     assert_matches_reference((2, 2, 17, 5, 16), torch.float32, 0.7, device_of(backend))
+
+
+@pytest.mark.parametrize(
+    ("scale", "error"),
+    [("0.5", TypeError), ("x", TypeError), (True, TypeError), (math.nan, ValueError), (math.inf, ValueError)],
+)
+def test_scale_must_be_a_finite_number(scale: Any, error: type[Exception]) -> None:
+    message = f"^scale must be a finite number, got {scale!r}$"
+    with pytest.raises(error, match=message):
+        prompt_attention(*make_inputs((2, 2, 9, 3, 8), torch.float32), scale=scale)
+    with pytest.raises(error, match=message):
+        packed_prompt_attention(*packed_inputs("cpu"), scale=scale)
+
+
+def test_scale_may_change_in_compiled_code() -> None:
+    inputs = make_inputs((2, 2, 9, 3, 8), torch.float32)
+    compiled = torch.compile(prompt_attention, fullgraph=True, backend="aot_eager")
+    for scale in (None, 0.5, 0.25):
+        torch.testing.assert_close(compiled(*inputs, scale=scale), prompt_attention(*inputs, scale=scale))
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

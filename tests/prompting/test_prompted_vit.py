@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from spt_fast.backbones.identity import describe
 from spt_fast.ops.nmi_reference import sigmoid_nmi_reference
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.errors import NonFiniteError
-from spt_fast.support.files import write_safetensors
+from spt_fast.support.files import read_safetensors, write_safetensors
 
 WIDTH, DEPTH, NUM_PROMPTS = 32, 3, 7
 
@@ -835,11 +836,81 @@ class TestFiles:
         with pytest.raises(FileNotFoundError):
             tuned.load(tmp_path / "absent")
 
+    @pytest.mark.parametrize(
+        ("changed", "reason"),
+        [
+            ({"prompts": None}, "it holds no prompts"),
+            ({"prompt_depth": None}, "it holds no prompt_depth"),
+            ({"pool_prompts": None}, "it holds no pool_prompts"),
+            ({"prompt_depth": "middle"}, "prompt_depth must be one of 'deep', 'shallow', got 'middle'"),
+            ({"pool_prompts": "yes"}, "pool_prompts must be one of 'True', 'False', got 'yes'"),
+            ({"num_classes": "x"}, "num_classes must be an integer >= 0, got 'x'"),
+            ({"class_names": "["}, "Expecting value"),
+            ({"class_names": "5"}, "class_names must be a JSON list of strings, got '5'"),
+            ({"class_names": "null"}, "class_names must be a JSON list of strings, got 'null'"),
+            ({"class_names": "[1, 2, 3, 4]"}, "class_names must be a sequence of strings"),
+            ({"class_names": '["a"]'}, "class_names must hold one name for each of 4 classes, got 1"),
+            (
+                {"class_names": '["a"]', "num_classes": None},
+                "class_names must hold one name for each of 4 classes, got 1",
+            ),
+            ({"prompts": torch.full((DEPTH, NUM_PROMPTS, WIDTH), math.nan)}, "prompts holds NaN or infinity"),
+            ({"prompts": torch.ones(NUM_PROMPTS, WIDTH)}, "prompts must be [L or 1, N_p, D], got [7, 32]"),
+            ({"prompts": torch.ones(DEPTH, NUM_PROMPTS, WIDTH).int()}, "prompts must be a floating-point"),
+            ({"head.bias": torch.full((4,), math.inf)}, "head.bias holds NaN or infinity"),
+            ({"head.bias": torch.ones(4).long()}, "head.bias is torch.int64, this model needs torch.float32"),
+        ],
+    )
+    @pytest.mark.parametrize("way", ["load", "from_file"])
+    def test_files_that_are_not_valid_are_refused_and_change_nothing(
+        self,
+        way: str,
+        changed: dict[str, Any],
+        reason: str,
+        tuned: PromptedViT,
+        tmp_path: Path,
+        make_random: MakeViT,
+        images: Tensor,
+    ) -> None:
+        path = tmp_path / "tuned.safetensors"
+        tuned.save(path)
+        tensors, facts = read_safetensors(path, kind="prompted_vit")
+        for name, value in changed.items():
+            part: dict[str, Any] = tensors if name == "prompts" or name.startswith("head.") else facts
+            part.pop(name, None)
+            if value is not None:
+                part[name] = value
+        write_safetensors(path, tensors, facts, kind="prompted_vit", overwrite=True)
+        with torch.no_grad():
+            tuned.prompts.add_(1)
+        model = make_random(num_classes=4) if way == "from_file" else tuned
+        before = fingerprint(model, images)
+        message = f"{path} does not hold a valid tuned model ({reason}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            tuned.load(path) if way == "load" else PromptedViT.from_file(path, model)
+        assert_same(fingerprint(model, images), before)
+        if way == "from_file":
+            assert PromptedViT(model, 3).num_prompts == 3
+
+    def test_from_file_gives_the_model_back_after_any_error(
+        self, tuned: PromptedViT, tmp_path: Path, make_random: MakeViT, images: Tensor
+    ) -> None:
+        path = tmp_path / "tuned.safetensors"
+        tuned.save(path)
+        model = make_random()
+        before = fingerprint(model, images)
+        with pytest.raises(TypeError, match="allow_other_backbone must be True or False, got 'no'"):
+            PromptedViT.from_file(path, model, allow_other_backbone="no")
+        assert_same(fingerprint(model, images), before)
+        assert PromptedViT(model, 3).num_prompts == 3
+
     def test_existing_files_and_missing_folders_are_refused(self, tuned: PromptedViT, tmp_path: Path) -> None:
         path = tmp_path / "tuned.safetensors"
         path.write_text("mine")
         with pytest.raises(FileExistsError):
             tuned.save(path)
+        with pytest.raises(TypeError, match="overwrite must be True or False, got 'no'"):
+            tuned.save(path, overwrite="no")
         assert path.read_text() == "mine"
         tuned.save(path, overwrite=True)
         tuned.load(path)
@@ -917,6 +988,7 @@ class TestPromptsAndTokens:
             (0, torch.ones(17, WIDTH), ValueError, r"x must be \[B, N, 32\], got \[17, 32\]"),
             (0, torch.ones(1, 17, 8), ValueError, r"x must be \[B, N, 32\], got \[1, 17, 8\]"),
             (0, [1.0], TypeError, "x must be a tensor, got list"),
+            (0, torch.ones(1, 1, WIDTH), ValueError, "1 prefix tokens and 0 prompts, .* at least 2, got 1"),
         ],
     )
     def test_others_are_refused(
@@ -924,6 +996,16 @@ class TestPromptsAndTokens:
     ) -> None:
         with pytest.raises(error, match=message):
             tuned.prompts_and_tokens(layer, x)
+
+    @pytest.mark.parametrize("length", [2, 3, 4])
+    def test_shallow_inputs_without_patches_are_refused(self, length: int, make_random: MakeViT) -> None:
+        tuned = PromptedViT(make_random(), 3, depth="shallow")
+        with pytest.raises(
+            ValueError, match=f"1 prefix tokens and 3 prompts, so N must be at least 5, got {length}"
+        ):
+            tuned.prompts_and_tokens(1, torch.ones(1, length, WIDTH))
+        prompts, tokens = tuned.prompts_and_tokens(1, torch.ones(1, 5, WIDTH))
+        assert (prompts.shape[1], tokens.shape[1]) == (3, 1)
 
 
 class PlainViT(nn.Module):
@@ -1121,6 +1203,10 @@ class TestBadInput:
             (2, {"engine": "fast"}, ValueError, "engine must be one of 'auto', 'kv', 'concat', got 'fast'"),
             (2, {"num_classes": -1}, ValueError, "num_classes must be an integer >= 0 or None, got -1"),
             (2, {"num_classes": 2.0}, TypeError, r"num_classes must be an integer >= 0 or None, got 2\.0"),
+            *(
+                (2, {name: "False"}, TypeError, f"{name} must be True or False, got 'False'")
+                for name in ("freeze_prompts", "pool_prompts", "allow_other_backbone")
+            ),
             (
                 2,
                 {"pool_prompts": True},

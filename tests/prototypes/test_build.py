@@ -413,6 +413,8 @@ class TestSettings:
             ({"num_prompts": -1}, ValueError, "num_prompts must be an integer >= 1, got -1"),
             ({"num_prompts": 2.0}, TypeError, r"num_prompts must be an integer >= 1, got 2\.0"),
             ({"num_prompts": True}, TypeError, "num_prompts must be an integer >= 1, got True"),
+            ({"last_output": 2}, TypeError, "last_output must be True or False, got 2"),
+            ({"progress": "no"}, TypeError, "progress must be True or False, got 'no'"),
             ({"depth": "flat"}, ValueError, "depth must be one of 'deep', 'shallow', got 'flat'"),
             ({"strategy": "median"}, ValueError, "strategy must be one of 'kmeans', .* got 'median'"),
             ({"mode": "fast"}, ValueError, "mode must be one of 'stream', 'exact', got 'fast'"),

@@ -200,6 +200,8 @@ class TestFiles:
         assert_same(Prototypes.load(path), protos)
         with pytest.raises(FileNotFoundError, match="folder"):
             protos.save(tmp_path / "nowhere" / "p")
+        with pytest.raises(TypeError, match="overwrite must be True or False, got 'no'"):
+            protos.save(path, overwrite="no")
 
     def test_truncated_and_foreign_files_are_refused(self, protos: Prototypes, tmp_path: Path) -> None:
         path = tmp_path / "p"
@@ -219,6 +221,19 @@ class TestFiles:
         with pytest.raises(
             ValueError, match=r"inertia was the mean per token and not the sum; build .* again"
         ):
+            Prototypes.load(tmp_path / "p")
+
+    def test_file_with_a_sum_and_a_mean_is_read_by_its_sum(self, tmp_path: Path) -> None:
+        tensors = file_tensors()
+        tensors["inertia"] = tensors["inertia_sum"] / 64
+        write_safetensors(tmp_path / "p", tensors, {}, kind="prototypes")
+        assert torch.equal(Prototypes.load(tmp_path / "p").inertia, tensors["inertia_sum"])
+
+    @pytest.mark.parametrize("name", ["num_images", "num_tokens"])
+    def test_file_with_a_broken_number_is_refused(self, name: str, tmp_path: Path) -> None:
+        tensors = {**file_tensors(), name: torch.tensor(1.5)}
+        write_safetensors(tmp_path / "p", tensors, {}, kind="prototypes")
+        with pytest.raises(ValueError, match=rf"prototypes \({name} must be an integer >= 1, got 1\.5\)"):
             Prototypes.load(tmp_path / "p")
 
     @pytest.mark.parametrize("missing", ["prompts", "counts", "inertia_sum", "num_images", "num_tokens"])
@@ -260,6 +275,17 @@ class TestFields:
             ({"prompts": torch.zeros(3, 0, 32)}, ValueError, r"prompts must be .*, got \[3, 0, 32\]"),
             ({"counts": torch.ones(3, 6)}, TypeError, r"counts must be torch\.float64"),
             ({"inertia": torch.ones(2).double()}, ValueError, r"inertia must be \[3\], got \[2\]"),
+            (
+                {"counts": torch.tensor([[1.0] * 6, [1.0] * 6, [-2.0] * 6]).double()},
+                ValueError,
+                r"counts must be >= 0, but counts\[2\] holds -2",
+            ),
+            (
+                {"inertia": torch.tensor([1, -0.5, 0]).double()},
+                ValueError,
+                r"inertia must be >= 0, but inertia\[1\] holds -0\.5",
+            ),
+            ({"last_output": 5}, TypeError, "last_output must be Prototypes or None, got 5"),
             ({"num_images": 0}, ValueError, "num_images must be an integer >= 1, got 0"),
             ({"num_tokens": 2.5}, TypeError, "num_tokens must be an integer >= 1"),
             ({"metadata": None}, TypeError, "metadata must map strings to strings, got NoneType"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from spt_fast.support.arguments import (
+    check_bool,
     check_choice,
     check_int,
     check_number,
@@ -70,6 +71,19 @@ def test_seeds_are_integers_that_all_generators_take() -> None:
         check_seed(-1, "random_state")
     with pytest.raises(TypeError, match=r"^seed must be an integer >= 0, got 1\.5$"):
         check_seed(1.5)
+
+
+@pytest.mark.parametrize("value", [True, False, np.True_, np.False_])
+def test_bools_pass(value: Any) -> None:
+    found = check_bool("flag", value)
+    assert type(found) is bool
+    assert found == value
+
+
+@pytest.mark.parametrize("value", ["False", "no", 0, 1, None])
+def test_what_is_no_bool_is_a_type_error(value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^flag must be True or False, got {value!r}$"):
+        check_bool("flag", value)
 
 
 @pytest.mark.parametrize("value", ["c", 1, None, ["a"]])
