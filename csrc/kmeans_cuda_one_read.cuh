@@ -9,8 +9,9 @@
 // its registers. In between, the warps' shares of the products meet in shared memory, and 8 or 16
 // threads choose a token's centre. A warp copies for itself alone, so two barriers a tile suffice.
 //
-// The arithmetic (bytes, operations, shared memory, registers, time) is in docs/design/kmeans-cuda.md.
-// Limits: no weights; K <= 32; the shared memory of the GPU (one_read_shape says whether it fits).
+// The arithmetic (bytes, operations, shared memory, registers, time) is in
+// docs/design/kmeans-cuda.md. Limits: no weights; K <= 32; the shared memory of the GPU
+// (one_read_shape says whether it fits).
 #pragma once
 
 #include "kmeans_cuda_products.cuh"
