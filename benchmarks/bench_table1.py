@@ -40,7 +40,8 @@ from torch import Tensor, nn
 
 from spt_fast import build_prototypes
 from spt_fast.backbones.token_extractor import TokenExtractor
-from spt_fast.clustering.out_of_core import MAX_ITER, OutOfCoreKMeans
+from spt_fast.clustering.lloyd import MAX_ITER
+from spt_fast.clustering.out_of_core import OutOfCoreKMeans
 from spt_fast.data.batches import image_batches
 from spt_fast.prototypes.token_store import TokenStore
 

@@ -19,7 +19,7 @@ from spt_fast.clustering.estimator import (
     warn_of_empty_clusters,
 )
 from spt_fast.clustering.inputs import ArrayLike, as_groups, as_weights, raise_non_finite
-from spt_fast.clustering.lloyd import LloydResult, lloyd
+from spt_fast.clustering.lloyd import MAX_ITER, N_INIT, TOL, LloydResult, lloyd
 from spt_fast.clustering.moments import moments
 from spt_fast.clustering.seeding import equal_parts, kmeans_plus_plus, random_tokens
 from spt_fast.clustering.weighted import WeightedTokens
@@ -65,9 +65,9 @@ class KMeans(ClusteringEstimator):
         *,
         n_groups: int = 1,
         init: str | ArrayLike = "k-means++",
-        n_init: int = 1,
-        max_iter: int = 300,
-        tol: float = 1e-4,
+        n_init: int = N_INIT,
+        max_iter: int = MAX_ITER,
+        tol: float = TOL,
         seed: int | None = None,
         random_state: int | None = None,
         backend: str = "auto",

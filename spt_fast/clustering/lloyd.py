@@ -16,6 +16,10 @@ from spt_fast.clustering.passes import Step, TokenPasses, center_means, take_run
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops.kmeans import PassResult
 
+# scikit-learn's defaults, with k-means++ starts.
+N_INIT = 1
+MAX_ITER = 300
+TOL = 1e-4  # times the mean variance of a feature
 LOOK_EVERY = 4  # steps on a device between two looks at it
 
 

@@ -12,17 +12,12 @@ from torch import Tensor
 from spt_fast.clustering.chunks import ChunkedTokens
 from spt_fast.clustering.estimator import check_enough
 from spt_fast.clustering.kmeans import seeding_size
-from spt_fast.clustering.lloyd import Lloyd, LloydResult, Until
+from spt_fast.clustering.lloyd import MAX_ITER, N_INIT, TOL, Lloyd, LloydResult, Until
 from spt_fast.clustering.moments import moments
 from spt_fast.clustering.passes import TokenPasses
 from spt_fast.clustering.seeding import kmeans_plus_plus
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.support.distributed import ALONE, Processes
-
-# scikit-learn's defaults for k-means++ starts, and those of `KMeans`.
-N_INIT = 1
-TOL = 1e-4
-MAX_ITER = 300
 
 
 class OutOfCoreKMeans:

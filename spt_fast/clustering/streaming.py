@@ -42,11 +42,6 @@ ROUGH_TOKENS = 2_048  # of the first batch, from which the rough centres start
 ROUGH_ITERATIONS = 5
 
 
-def default_capacity(n_clusters: int) -> int:
-    """Tokens kept per group unless the caller says otherwise."""
-    return max(DEFAULT_CAPACITY, CAPACITY_PER_CLUSTER * n_clusters)
-
-
 @dataclass(frozen=True)
 class Summary:
     """A bounded, weighted sample of a stream, from which centres for any K are solved."""
@@ -186,7 +181,7 @@ class StreamingKMeans(ClusteringEstimator):
             ValueError, TypeError: a shape, dtype or argument does not fit; nothing was taken in.
         """
         settings = self._settings()
-        capacity = _resolve_capacity(self.capacity, settings.n_clusters)
+        capacity = resolve_capacity(self.capacity, settings.n_clusters)
         streams = self._streams or _no_streams(settings.n_groups)
         if len(streams) != settings.n_groups:
             raise ValueError(f"n_groups must be {len(streams)} like before, got {settings.n_groups}")
@@ -265,7 +260,7 @@ class StreamingKMeans(ClusteringEstimator):
             NotFittedError: no rank has seen data.
         """
         settings = self._settings()
-        capacity = _resolve_capacity(self.capacity, settings.n_clusters)
+        capacity = resolve_capacity(self.capacity, settings.n_clusters)
         streams = self._streams or _no_streams(settings.n_groups)
         mine = [None if stream is None else (stream.reservoir, stream.total) for stream in streams]
         layouts = processes.gather([None if m is None else (m[0].width, m[0].dtype) for m in mine])
@@ -302,12 +297,17 @@ def _no_streams(n_groups: int) -> list[_TokenStream | None]:
     return [None] * n_groups
 
 
-def _resolve_capacity(capacity: int | None, n_clusters: int) -> int:
-    """The tokens to keep per group: `capacity`, checked, or the default."""
+def resolve_capacity(capacity: int | None, n_clusters: int, name: str = "n_clusters") -> int:
+    """Tokens to keep per group: `capacity`, checked, or the default; `name` is what callers call `n_clusters`.
+
+    Raises:
+        TypeError: not an integer or None.
+        ValueError: fewer than clusters.
+    """
     if capacity is None:
-        return default_capacity(n_clusters)
+        return max(DEFAULT_CAPACITY, CAPACITY_PER_CLUSTER * n_clusters)
     if check_int("capacity", capacity, 1, "or None") < n_clusters:
-        raise ValueError(f"capacity must be at least n_clusters = {n_clusters}, got {capacity}")
+        raise ValueError(f"capacity must be at least {name} = {n_clusters}, got {capacity}")
     return int(capacity)
 
 

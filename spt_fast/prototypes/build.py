@@ -18,7 +18,7 @@ from spt_fast.backbones.identity import describe, readable
 from spt_fast.clustering import StreamingKMeans
 from spt_fast.clustering.lloyd import LloydResult
 from spt_fast.clustering.out_of_core import OutOfCoreKMeans
-from spt_fast.clustering.streaming import default_capacity
+from spt_fast.clustering.streaming import resolve_capacity
 from spt_fast.prototypes.backbone_pass import BackbonePass
 from spt_fast.prototypes.pooling import POOLS, pool
 from spt_fast.prototypes.result import Prototypes
@@ -270,11 +270,7 @@ def _choose_capacity(capacity: int | None, num_prompts: int, strategy: str, mode
     """Tokens kept per layer, or None where none are kept."""
     if not _has_effect("capacity", capacity, "stream", strategy, mode):
         return None
-    if capacity is None:
-        return default_capacity(num_prompts)
-    if check_int("capacity", capacity, 1) < num_prompts:
-        raise ValueError(f"capacity must be at least num_prompts ({num_prompts}), got {capacity}")
-    return int(capacity)
+    return resolve_capacity(capacity, num_prompts, "num_prompts")
 
 
 def _choose_budget(memory_budget: int | str | None, strategy: str, mode: str) -> int:

@@ -418,7 +418,7 @@ class TestSettings:
             ({"depth": "flat"}, ValueError, "depth must be one of 'deep', 'shallow', got 'flat'"),
             ({"strategy": "median"}, ValueError, "strategy must be one of 'kmeans', .* got 'median'"),
             ({"mode": "fast"}, ValueError, "mode must be one of 'stream', 'exact', got 'fast'"),
-            ({"capacity": 5}, ValueError, r"capacity must be at least num_prompts \(6\), got 5"),
+            ({"capacity": 5}, ValueError, "capacity must be at least num_prompts = 6, got 5"),
             ({"capacity": 0}, ValueError, "capacity must be an integer >= 1, got 0"),
             (
                 {"capacity": 10, "mode": "exact"},
