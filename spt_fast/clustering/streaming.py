@@ -298,7 +298,7 @@ def _no_streams(n_groups: int) -> list[_TokenStream | None]:
 
 
 def resolve_capacity(capacity: int | None, n_clusters: int, name: str = "n_clusters") -> int:
-    """Tokens to keep per group: `capacity`, checked, or the default; `name` is what callers call `n_clusters`.
+    """Tokens to keep per group: `capacity`, checked, or the default; `name` is what errors call `n_clusters`.
 
     Raises:
         TypeError: not an integer or None.

@@ -419,7 +419,7 @@ class TestSettings:
             ({"strategy": "median"}, ValueError, "strategy must be one of 'kmeans', .* got 'median'"),
             ({"mode": "fast"}, ValueError, "mode must be one of 'stream', 'exact', got 'fast'"),
             ({"capacity": 5}, ValueError, "capacity must be at least num_prompts = 6, got 5"),
-            ({"capacity": 0}, ValueError, "capacity must be an integer >= 1, got 0"),
+            ({"capacity": 0}, ValueError, "capacity must be an integer >= 1 or None, got 0"),
             (
                 {"capacity": 10, "mode": "exact"},
                 ValueError,
