@@ -213,7 +213,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
         "spt-fast prototypes --depth flat",
         "python -m benchmarks.bench_builds",
         "python -m benchmarks.bench_build --pictures 32",
-        "python -m benchmarks.bench_stream_quality --out results.json",
+        "python -m benchmarks.bench_stream_quality photos --seed 3",
         "python -m spt_fast doctor",
         "torchrun --nproc-per-node 2 -m spt_fast prototypes",
         "pytest tests/test_nothing.py",
