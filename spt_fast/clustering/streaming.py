@@ -88,7 +88,7 @@ class Summary:
             solved = solve(self.groups[g], n_clusters, np.random.default_rng([self.seed, g, n_clusters]))
             return replace(solved, centers=solved.centers.cpu(), counts=solved.counts.cpu())
 
-        mine = range(processes.rank, self.n_groups, processes.size)
+        mine = processes.work_of(self.n_groups)
         on_cpu = self.groups[0].tokens.device.type == "cpu"
         with side_by_side(solve_group, mine if on_cpu else ()) as solved_group:
 

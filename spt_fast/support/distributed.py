@@ -63,10 +63,14 @@ class Processes:
             everyone.append(theirs.to(rows.device))
         return torch.cat(everyone)
 
+    def work_of(self, count: int) -> range:
+        """Which of the items 0 to `count` - 1 this rank does in `split_work`."""
+        return range(self.rank, count, self.size)
+
     def split_work(self, count: int, work: Callable[[int], Result]) -> list[Result]:
         """`work(0)` to `work(count - 1)`, each done by one rank; every rank gets every result."""
         with self.together():
-            done = {index: work(index) for index in range(self.rank, count, self.size)}
+            done = {index: work(index) for index in self.work_of(count)}
         results = {index: result for share in self.gather(done) for index, result in share.items()}
         return [results[index] for index in range(count)]
 
