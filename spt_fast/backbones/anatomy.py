@@ -130,8 +130,8 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
         if size is not None:
             return (size, size) if isinstance(size, int) else tuple(size)
     raise TypeError(
-        "prompts given as an integer need a model that states `.patch_embed.patch_size`, "
-        f"got {type(model).__name__}"
+        "model must state the size of its patches as `.patch_embed.patch_size`, "
+        f"which {type(model).__name__} does not"
     )
 
 
