@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spt_fast.backbones.anatomy import unwrap
 from spt_fast.backbones.identity import describe, readable
@@ -31,7 +30,7 @@ from spt_fast.prototypes.options import (
     choose_token_dtype,
 )
 from spt_fast.prototypes.pooling import POOLS, pool
-from spt_fast.prototypes.result import Prototypes
+from spt_fast.prototypes.result import Prototypes, layer_bar
 from spt_fast.prototypes.side_stream import SideStream
 from spt_fast.prototypes.token_store import TokenStore
 from spt_fast.support.arguments import SEED_LIMIT, check_bool, check_choice, check_int, check_seed
@@ -219,7 +218,7 @@ def _from_stream(
         summary = clusters.summary()
     else:
         summary = replace(clusters.merged_summary(processes, backbone.device), seed=seed)
-    with _layer_bar(backbone) as bar:
+    with layer_bar(backbone.n_layers, backbone.progress) as bar:
         # The other ranks solve their share of the layers meanwhile.
         solved = summary.solve(num_prompts, on_group=partial(bar.update, processes.size), processes=processes)
     return backbone.result(solved.centers, solved.counts, solved.inertia, metadata=metadata, summary=summary)
@@ -243,7 +242,7 @@ def _from_all_tokens(
         backbone.run(keep, token_dtype=token_dtype)
         backbone.check_enough_tokens(num_prompts)
         fitted = []
-        with _layer_bar(backbone) as bar:
+        with layer_bar(backbone.n_layers, backbone.progress) as bar:
             for layer in range(backbone.n_layers):
                 fitted.append(_fit_exactly(store, layer, num_prompts, exact, seed, backbone.processes))
                 bar.update()
@@ -309,10 +308,6 @@ def _drawn_from_all(
         drawn = [layer.result(processes, backbone.num_tokens) for layer in layers]
     prompts, counts, inertia = (torch.stack(values) for values in zip(*drawn, strict=True))
     return backbone.result(prompts, counts, inertia, metadata=metadata)
-
-
-def _layer_bar(backbone: BackbonePass) -> tqdm[Any]:
-    return tqdm(total=backbone.n_layers, desc="clustering", unit=" layers", disable=not backbone.progress)
 
 
 def _seed_of_rank(seed: int, rank: int) -> int:
