@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -33,6 +33,9 @@ class DecodedImages(Dataset[Any]):
     transform: Callable[[Any], Any]
     target_transform: Callable[[int], int] | None = None
 
+    def __len__(self) -> int:
+        raise NotImplementedError
+
     def name(self, index: int) -> str:
         """What an error calls this image."""
         raise NotImplementedError
@@ -41,14 +44,26 @@ class DecodedImages(Dataset[Any]):
         """An image, decoded, and its label."""
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Any:
+    def identity(self) -> Hashable:
+        """Equal for data sets whose images, with their labels in the files, are the same at each index."""
+        return self
+
+    def load(self, index: int) -> Unreadable | tuple[Any, Any]:
+        """An image and its label as `read` gives them, or what stands for an image that cannot be read."""
         try:
-            image, label = self.read(index)
+            return self.read(index)
         except MemoryError:
             raise
         except Exception as error:
             # Decoders raise errors of many classes for damaged files.
             return Unreadable(printable(self.name(index)), printable(first_line(error)))
+
+    def __getitem__(self, index: int) -> Any:
+        loaded = self.load(index)
+        if isinstance(loaded, Unreadable):
+            return loaded
+        label: Any
+        image, label = loaded
         if self.target_transform is not None:
             label = self.target_transform(label)
         return self.transform(image), label
@@ -66,6 +81,10 @@ class FolderImages(DecodedImages):
     def name(self, index: int) -> str:
         """Its path."""
         return str(self.listing.paths[index])
+
+    def identity(self) -> Hashable:
+        """The paths and their labels."""
+        return self.listing.paths, self.listing.groups
 
     def read(self, index: int) -> tuple[Any, Any]:
         """Decoded by `open_image`."""
@@ -133,7 +152,7 @@ class ImageLoader:
         self.unreadable: dict[str, str] = {}
         self._skip = check_choice("bad_images", bad_images, BAD_IMAGES) == "skip"
         with _any_number_of_workers():
-            self._loader = DataLoader(dataset, collate_fn=_collate_readable, **options)
+            self._loader = DataLoader(dataset, collate_fn=collate_readable, **options)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -141,19 +160,25 @@ class ImageLoader:
     def __iter__(self) -> Iterator[Any]:
         with _any_number_of_workers():
             batches = iter(self._loader)
-        for batch, unreadable in batches:
-            if unreadable and not self._skip:
-                name, reason = unreadable[0]
-                raise ValueError(
-                    f"{name} cannot be read ({reason}); repair or remove it, or leave such images "
-                    "out (bad_images='skip', --bad-images skip)"
-                )
-            self.unreadable.update(unreadable)
+        for items, unreadable in batches:
+            batch = self._checked(items, unreadable)
             if batch is not None:
                 yield batch
 
+    def _checked(self, batch: Any, unreadable: Sequence[Unreadable]) -> Any:
+        """`batch`, once what is unreadable in it is noted, or is an error."""
+        if unreadable and not self._skip:
+            name, reason = unreadable[0]
+            raise ValueError(
+                f"{name} cannot be read ({reason}); repair or remove it, or leave such images "
+                "out (bad_images='skip', --bad-images skip)"
+            )
+        self.unreadable.update(unreadable)
+        return batch
 
-def _collate_readable(items: list[Any]) -> tuple[Any, list[Unreadable]]:
+
+def collate_readable(items: list[Any]) -> tuple[Any, list[Unreadable]]:
+    """A batch of what is readable, None where nothing is, and what is unreadable."""
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     readable = [item for item in items if not isinstance(item, Unreadable)]
     return default_collate(readable) if readable else None, unreadable
