@@ -151,13 +151,11 @@ class CachedImages(DecodedImages):
         if found is not None:
             pixels, label = found
             return _image_of(pixels), label
-        loaded = self._dataset.load(index)
+        loaded: Any = self._dataset.load(index)
         if isinstance(loaded, Unreadable):
             self.kept.mark_unreadable(index)
             return loaded
-        source: Any
-        source, label = loaded
-        image = _apply(self._fixed, source)
+        image, label = _apply(self._fixed, loaded[0]), loaded[1]
         self.kept.put(index, image, label)
         return image, label
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from spt_fast.data.cache import CachedLoader, ImageCache
+from spt_fast.data.files import list_files
 from spt_fast.data.folder import list_folder, printable, spread
 from spt_fast.data.loading import BadImages, DecodedImages, FolderImages, ImageLoader, NamedImages
 from spt_fast.data.shipped import DIGITS_CLASSES, load_digits
@@ -143,6 +144,48 @@ def open_labelled_images(
     loader = _loader(dataset, description, batch_size, workers, seed, bad_images, cache, shuffle=training)
     paths = dataset.listing.paths if isinstance(dataset, FolderImages) else ()
     return LabelledImages(loader, len(dataset), found, paths)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Batches of images from files, of which nothing else is known.
+
+    Attributes:
+        loader: batches of (images [B, C, H, W], places [B] in `paths`), in their order.
+        paths: of the images.
+    """
+
+    loader: ImageLoader
+    paths: tuple[Path, ...]
+
+
+def open_files(
+    data: Sequence[str | Path],
+    model: nn.Module,
+    *,
+    batch_size: int = 64,
+    workers: int = 4,
+    bad_images: BadImages = "error",
+) -> ImageFiles:
+    """The images of files and folders, in the order given, with the transform of `open_labelled_images`.
+
+    Args:
+        data: files, which are read whatever their names are, and folders, of any depth, whose images come in
+            `folder.name_order`.
+        bad_images: as in `open_images`; a batch comes without the images that are left out.
+
+    Raises:
+        FileNotFoundError: one of `data` does not exist.
+        TypeError: a number is not an integer, or `data` is a single name.
+        ValueError: `data` is empty, a folder holds no image, or an argument is out of range.
+    """
+    listing = list_files(data)
+    dataset = FolderImages(listing)
+    dataset.transform = _transform(model)
+    # The first line is of groups, which say nothing here.
+    description = [f"{len(dataset)} images", *listing.description()[1:]]
+    loader = _loader(dataset, description, batch_size, workers, 0, bad_images, None)
+    return ImageFiles(loader, listing.paths)
 
 
 def open_validation_images(
@@ -294,12 +337,16 @@ def _open_dataset(
             if value is not None:
                 raise ValueError(f"{name} is for data sets with splits, got {value} for the folder {data}")
         dataset = _folder(data, in_classes, known)
+    dataset.transform = _transform(model, training)
+    return dataset
+
+
+def _transform(model: nn.Module, training: bool = False) -> Any:
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
 
     config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    dataset.transform = create_transform(**config, is_training=training, color_jitter=0.0)
-    return dataset
+    return create_transform(**config, is_training=training, color_jitter=0.0)
 
 
 def _named(data: str, root: str | Path | None, split: str, download: bool) -> Any:
