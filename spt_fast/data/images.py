@@ -184,6 +184,10 @@ def open_files(
     dataset.transform = _transform(model)
     # The first line is of groups, which say nothing here.
     description = [f"{len(dataset)} images", *listing.description()[1:]]
+    batch_size, workers = check_int("batch_size", batch_size, 1), check_int("workers", workers, 0)
+    if len(dataset) <= batch_size:
+        # To start workers takes longer than to read one batch.
+        workers = 0
     loader = _loader(dataset, description, batch_size, workers, 0, bad_images, None)
     return ImageFiles(loader, listing.paths)
 
