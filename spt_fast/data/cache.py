@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from spt_fast.data.loading import DecodedImages, ImageLoader, Unreadable, collate_readable
 from spt_fast.support.arguments import check_choice, parse_bytes
@@ -29,7 +28,6 @@ Where = Literal["auto", "ram", "device"]
 WHERE = ("auto", "ram", "device")
 # What images may take of free memory, unless told: in RAM and on a device; and of a device that nobody chose.
 _SHARE, _SHARE_OF_AUTO = 0.5, 0.25
-_OPTIONS_OF_ORDER = ("batch_size", "shuffle", "sampler", "generator")
 _CHANNELS = {"L": 1, "RGB": 3}
 _UNKNOWN, _UNREADABLE = -1, -2
 _RECORD = np.dtype([("offset", "i8"), ("label", "i8"), ("height", "i4"), ("width", "i4"), ("channels", "i4")])
@@ -40,9 +38,10 @@ def split_transform(transform: Any) -> tuple[list[Any], list[Any]]:
 
     Steps of unknown classes, which may be random, and those that do not give a PIL image are of the others.
     """
+    from timm.data.transforms import CenterCropOrPad
     from torchvision import transforms
 
-    fixed_classes = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale)
+    fixed_classes = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, CenterCropOrPad)
     steps = list(transform.transforms) if type(transform) is transforms.Compose else [transform]
     count = next((at for at, step in enumerate(steps) if type(step) not in fixed_classes), len(steps))
     return steps[:count], steps[count:]
@@ -143,6 +142,7 @@ class CachedImages(DecodedImages):
         return len(self._dataset)
 
     def name(self, index: int) -> str:
+        """As the data set calls it."""
         return self._dataset.name(index)
 
     def load(self, index: int) -> Unreadable | tuple[Any, Any]:
@@ -155,7 +155,7 @@ class CachedImages(DecodedImages):
         if isinstance(loaded, Unreadable):
             self.kept.mark_unreadable(index)
             return loaded
-        image, label = _apply(self._fixed, loaded[0]), loaded[1]
+        image, label = self.transformed(partial(_apply, self._fixed), loaded[0], index), loaded[1]
         self.kept.put(index, image, label)
         return image, label
 
@@ -186,22 +186,15 @@ class CachedLoader(ImageLoader):
     def __init__(self, dataset: CachedImages, cache: ImageCache, **options: Any) -> None:
         super().__init__(dataset, **options)
         self._cached, self._cache = dataset, cache
-        order = {key: value for key, value in options.items() if key in _OPTIONS_OF_ORDER}
-        numbers: Any = range(len(dataset))
-        self._numbers: DataLoader[Any] = DataLoader(numbers, collate_fn=list, **order)
-        self._begun = False
         self._source: _Source | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        first, self._begun = not self._begun, True
         if self._source is None and self._cached.is_pointwise() and self._cached.kept.is_complete():
             self._source = _Source(self._cached, self._cache)
         if self._source is None:
             yield from super().__iter__()
             return
-        # A DataLoader draws a seed for its workers before the order; with workers that persist, only once.
-        persistent: bool = self._loader.persistent_workers
-        batches: Any = self._loader.batch_sampler if persistent and not first else self._numbers
+        batches: Any = self._loader.batch_sampler
         for numbers in batches:
             batch = self._checked(*self._source.batch(numbers))
             if batch is not None:
@@ -218,7 +211,7 @@ class _Source:
         self._starts = 256 * torch.arange(len(table), dtype=torch.int32, device=self._device).view(-1, 1, 1)
         self._on_device: Tensor | None = None
         if 0 < self._kept.bytes() <= cache.device_bytes():
-            self._on_device = torch.from_numpy(self._kept.gather(range(len(dataset)))).to(self._device)
+            self._on_device = self._copied_to_device(len(dataset))
             self._kept.copied_to = str(self._device)
 
     def batch(self, numbers: Sequence[int]) -> tuple[Any, list[Unreadable]]:
@@ -235,6 +228,14 @@ class _Source:
         if self._on_device is not None:
             return self._on_device[torch.tensor(numbers, device=self._device)]
         return torch.from_numpy(self._kept.gather(numbers)).to(self._device)
+
+    def _copied_to_device(self, count: int) -> Tensor:
+        """The bytes of all images [M, H, W, C], zeros for those that are unreadable."""
+        pixels = torch.zeros(count, *self._kept.shape(), dtype=torch.uint8, device=self._device)
+        for number in range(count):
+            if self._kept.holds(number):
+                pixels[number] = torch.from_numpy(self._kept.gather([number])[0])
+        return pixels
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """[B, C, H, W]: read from the table, which gives the same bits on every device."""
@@ -293,6 +294,7 @@ class _Kept:
             self._records[index] = (start, label, *pixels.shape)
 
     def mark_unreadable(self, index: int) -> None:
+        """Note that an image cannot be read; it is not waited for."""
         with self._memory.lock:
             self._records[index]["offset"] = _UNREADABLE
 
@@ -305,9 +307,11 @@ class _Kept:
         return len(sizes) == 1 and not (records["offset"] == _UNKNOWN).any()
 
     def holds(self, index: int) -> bool:
+        """Whether an image is kept."""
         return bool(self._records[index]["offset"] >= 0)
 
     def label(self, index: int) -> int:
+        """The label of an image that is kept."""
         return int(self._records[index]["label"])
 
     def shape(self) -> tuple[int, int, int]:
@@ -316,14 +320,11 @@ class _Kept:
         return int(record["height"]), int(record["width"]), int(record["channels"])
 
     def gather(self, numbers: Sequence[int]) -> np.ndarray[Any, Any]:
-        """The pixels of a complete set's images [B, H, W, C], zeros for one that is unreadable; a copy."""
-        pixels = np.zeros((len(numbers), *self.shape()), np.uint8)
-        for place, number in enumerate(numbers):
-            if self.holds(number):
-                pixels[place] = self._pixels(self._records[number])
-        return pixels
+        """A copy of the pixels of images that are kept and have one size, [B, H, W, C]."""
+        return np.stack([self._pixels(self._records[number]) for number in numbers])
 
     def bytes(self) -> int:
+        """How many bytes of pixels are kept."""
         held = self._records[self._records["offset"] >= 0]
         return int((held["height"].astype(np.int64) * held["width"] * held["channels"]).sum())
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from spt_fast.data.decode import open_image, to_rgb
 from spt_fast.data.folder import FolderListing, printable
@@ -66,7 +67,15 @@ class DecodedImages(Dataset[Any]):
         image, label = loaded
         if self.target_transform is not None:
             label = self.target_transform(label)
-        return self.transform(image), label
+        return self.transformed(self.transform, image, index), label
+
+    def transformed(self, transform: Callable[[Any], Any], image: Any, index: int) -> Any:
+        """`transform` of an image; a RuntimeError that names the image where that fails."""
+        try:
+            return transform(image)
+        except Exception as error:
+            name = printable(self.name(index))
+            raise RuntimeError(f"{name} cannot be transformed ({first_line(error)})") from error
 
 
 class FolderImages(DecodedImages):
@@ -145,14 +154,27 @@ class ImageLoader:
         num_images: int | None,
         description: Sequence[str] = (),
         bad_images: str = "error",
+        num_workers: int = 0,
+        shuffle: bool = False,
+        seed: int = 0,
         **options: Any,
     ) -> None:
         self.num_images = num_images
         self.description = tuple(description)
         self.unreadable: dict[str, str] = {}
         self._skip = check_choice("bad_images", bad_images, BAD_IMAGES) == "skip"
+        if shuffle:
+            # A generator of its own: torch draws from that of the loader once, or for every pass, or not at
+            # all, as workers persist, and the order is not to depend on that.
+            options["sampler"] = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
         with _any_number_of_workers():
-            self._loader = DataLoader(dataset, collate_fn=collate_readable, **options)
+            self._loader = DataLoader(
+                dataset,
+                collate_fn=collate_readable,
+                num_workers=num_workers,
+                generator=torch.Generator().manual_seed(seed),
+                **options,
+            )
 
     def __len__(self) -> int:
         return len(self._loader)

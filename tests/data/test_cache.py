@@ -15,6 +15,7 @@ from torchvision import transforms
 from spt_fast.data import images as images_module
 from spt_fast.data import loading, shipped
 from spt_fast.data.cache import ImageCache, split_transform
+from spt_fast.data.folder import list_folder
 from spt_fast.data.images import open_images, open_labelled_images, open_validation_images
 from spt_fast.support.randomness import seeded
 
@@ -180,6 +181,18 @@ def test_other_colours_and_bytes_come_back_as_they_were():
     first, second = epochs_of(loader, 2)
     assert_same_bits([second], [first])
     assert torch.equal(second[0][0][0], Grey()[0][0])
+
+
+def test_an_image_that_cannot_be_transformed_is_named(folder):
+    def fail(image: Image.Image) -> Image.Image:
+        raise ValueError("too thin")
+
+    dataset = loading.FolderImages(list_folder(folder, classes=True))
+    for step, reason in ((fail, "too thin"), (transforms.Resize((0, 0)), "height and width must be > 0")):
+        dataset.transform = transforms.Compose([transforms.Resize((8, 8)), step])
+        for each in (dataset, ImageCache().wrap(dataset, "images")):
+            with pytest.raises(RuntimeError, match=rf"^{folder}/a/0.png cannot be transformed \({reason}\)$"):
+                each[0]
 
 
 def test_only_known_steps_are_fixed():
