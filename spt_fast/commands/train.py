@@ -99,8 +99,8 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
     if val is not None:
         options.print_images(val.loader, "validation")
         _check_overlap(train.paths, val.paths, allow=args.allow_overlap)
-    if cache is not None:
-        print(cache.description())
+    for line in cache.description() if cache is not None else ():
+        print(line)
     tuned = add_prompts_and_head(
         model,
         _prompts(args, model, cache),

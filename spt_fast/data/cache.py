@@ -84,11 +84,14 @@ class ImageCache:
                 "give less, or keep no images (--cache off)"
             ) from error
         self._kept: dict[Hashable, _Kept] = {}
+        self._refused = False
 
-    @staticmethod
-    def works_with(workers: int) -> bool:
+    def works_with(self, workers: int) -> bool:
         """Whether so many worker processes of a DataLoader can share the memory: whether they are forks."""
-        return workers == 0 or multiprocessing.get_context().get_start_method() == "fork"
+        if workers == 0 or multiprocessing.get_context().get_start_method() == "fork":
+            return True
+        self._refused = True
+        return False
 
     def wrap(self, dataset: DecodedImages, name: str) -> CachedImages:
         """`dataset` with its images kept; it is not to be used by itself any more.
@@ -107,16 +110,18 @@ class ImageCache:
         self._kept[dataset.identity(), tuple(steps)] = kept
         return CachedImages(dataset, fixed, rest, kept)
 
-    def description(self) -> str:
-        """Where images are kept, and up to how many bytes."""
-        place = "in memory"
-        if self.device.type == "cuda" and self.where != "ram":
-            place += f", and without augmentation on {self.device}"
-        return f"decoded images are kept {place}, up to {mebibytes(self.budget)}"
+    def description(self) -> list[str]:
+        """A line that says where images are kept, and up to how many bytes; none where there is no need."""
+        if not self._kept:
+            reason = "workers that are not forks of this process cannot share them; --workers 0 keeps them"
+            return [f"decoded images are not kept: {reason}"] if self._refused else []
+        on_device = self.device.type == "cuda" and self.where != "ram"
+        place = "in memory" + (f", and without augmentation on {self.device}" if on_device else "")
+        return [f"decoded images are kept {place}, up to {mebibytes(self.budget)}"]
 
     def summary(self) -> list[str]:
         """For each data set, how many images are kept and how many bytes they take, in a line."""
-        return [kept.summary() for kept in self._kept.values()] or ["no decoded images are kept"]
+        return [kept.summary() for kept in self._kept.values()]
 
     def device_bytes(self) -> int:
         """How many bytes may be copied to the device now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from spt_fast.data import loading, shipped
 from spt_fast.data.cache import ImageCache, split_transform
 from spt_fast.data.folder import list_folder
 from spt_fast.data.images import open_images, open_labelled_images, open_validation_images
+from spt_fast.data.loading import ImageLoader
 from spt_fast.support.randomness import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -193,6 +195,24 @@ def test_an_image_that_cannot_be_transformed_is_named(folder):
         for each in (dataset, ImageCache().wrap(dataset, "images")):
             with pytest.raises(RuntimeError, match=rf"^{folder}/a/0.png cannot be transformed \({reason}\)$"):
                 each[0]
+
+
+def test_workers_that_share_no_memory_decode_for_themselves(folder, backbone, monkeypatch):
+    monkeypatch.setattr(multiprocessing.get_context(), "get_start_method", lambda: "spawn")
+    cache = ImageCache()
+    assert type(open_labelled_images(str(folder), backbone, workers=1, cache=cache).loader) is ImageLoader
+    assert cache.description() == [
+        "decoded images are not kept: workers that are not forks of this process cannot share them; "
+        "--workers 0 keeps them"
+    ]
+    open_labelled_images(str(folder), backbone, workers=0, cache=cache)
+    assert len(cache.summary()) == 1
+
+
+def test_images_in_memory_are_not_kept_again(backbone):
+    cache = ImageCache()
+    open_labelled_images("digits", backbone, split="val", cache=cache)
+    assert cache.description() == cache.summary() == []
 
 
 def test_only_known_steps_are_fixed():
