@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -76,13 +77,18 @@ class ImageCache:
                 f"cache_budget must be at most the memory that is free, {mebibytes(free)}, "
                 f"got {mebibytes(self.budget)}"
             )
-        try:
-            self._memory = _SharedMemory(self.budget)
-        except OSError as error:
-            raise ValueError(
-                f"cache_budget: the system does not give {mebibytes(self.budget)} ({error}); "
-                "give less, or keep no images (--cache off)"
-            ) from error
+        while True:
+            try:
+                self._memory = _SharedMemory(self.budget)
+                break
+            except OSError as error:
+                if budget is not None or self.budget == 0:
+                    raise ValueError(
+                        f"cache_budget: the system does not give {mebibytes(self.budget)} ({error}); "
+                        "give less, or keep no images (--cache off)"
+                    ) from error
+                # A system that promises no memory twice may have less to promise than there is free.
+                self.budget //= 2
         self._kept: dict[Hashable, _Kept] = {}
         self._refused = False
 
@@ -256,7 +262,7 @@ class _SharedMemory:
 
     def __init__(self, size: int) -> None:
         # Also guards what `_Kept` notes: the processes of a machine may see writes in another order.
-        self.lock = multiprocessing.get_context().Lock()
+        self.lock = _lock()
         self.bytes = _shared_array(size, np.dtype(np.uint8))
         self._used = _shared_array(1, np.dtype(np.int64))
 
@@ -343,6 +349,14 @@ class _Kept:
         shape = int(record["height"]), int(record["width"]), int(record["channels"])
         start = int(record["offset"])
         return self._memory.bytes[start : start + shape[0] * shape[1] * shape[2]].reshape(shape)
+
+
+def _lock() -> Any:
+    try:
+        return multiprocessing.get_context().Lock()
+    except (ImportError, OSError):
+        # Where processes can have no locks, no workers can start either.
+        return threading.Lock()
 
 
 def _shared_array(count: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:

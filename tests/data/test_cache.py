@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,28 @@ def test_only_known_steps_are_fixed():
 def test_bad_arguments_of_the_cache(arguments, error, message):
     with pytest.raises(error, match=message):
         ImageCache(*arguments)
+
+
+def test_a_system_that_promises_less_gets_a_smaller_budget_or_an_error(monkeypatch):
+    def careful(place: int, size: int) -> mmap.mmap:
+        if size > 2**16:
+            raise OSError(12, "Cannot allocate memory")
+        return original(place, size)
+
+    original = mmap.mmap
+    monkeypatch.setattr(mmap, "mmap", careful)
+    assert 2**15 <= ImageCache().budget <= 2**16
+    with pytest.raises(ValueError, match=r"cache_budget: the system does not give 1\.0 MiB .*--cache off"):
+        ImageCache("ram", "1MiB")
+
+
+def test_without_locks_for_processes_this_process_keeps_images(folder, backbone, decoded, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(multiprocessing.get_context(), "Lock", refuse)
+    epochs_of(open_labelled_images(str(folder), backbone, workers=0, cache=ImageCache()).loader)
+    assert len(decoded) == 7
 
 
 @pytest.mark.gpu
