@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     images = options.open_labelled(
         args,
         tuned.model,
+        tuned=options.made_with(args, args.tuned),
         class_names=tuned.class_names,
         num_classes=getattr(tuned.model, "num_classes", None),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     from spt_fast.data.images import LabelledImages
     from spt_fast.data.loading import ImageLoader
+    from spt_fast.data.transforms import Preprocessing
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -24,7 +26,10 @@ def add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) ->
         help="timm model name, 'shipped', or a file of examples/pretrain_backbone.py",
     )
     parser.add_argument(
-        "--data", required=True, help="folder of images, timm data set (torch/cifar10), or 'digits'"
+        "--data",
+        required=True,
+        help="folder of images, list (x.txt, x.json), x.tar, vtab/TASK, fgvc/SET, timm data set "
+        "(torch/cifar10), or 'digits'",
     )
     weights = parser.add_argument_group("weights of a timm model")
     weights.add_argument(
@@ -35,9 +40,12 @@ def add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) ->
     )
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file instead")
     images = parser.add_argument_group("images")
-    images.add_argument("--root", type=Path, metavar="FOLDER", help="where a timm data set lies")
-    images.add_argument("--split", help="of a timm data set or the digits (default: train)")
+    images.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="where the files of a list, or the data set, lie"
+    )
+    images.add_argument("--split", help="of data that have several; the command says which it took")
     images.add_argument("--download", action="store_true", help="let timm download the data set")
+    add_preprocessing(images)
     images.add_argument("--batch-size", type=int, default=batch_size)
     images.add_argument("--workers", type=int, default=4)
     images.add_argument(
@@ -47,6 +55,19 @@ def add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) ->
         help="stop at an image that cannot be read (default), or leave it out and list it at the end",
     )
     return images
+
+
+def add_preprocessing(images: argparse._ArgumentGroup) -> None:
+    """What is done to images before a model sees them."""
+    images.add_argument(
+        "--resize",
+        choices=("model", "fgvc", "vtab", "short"),
+        help="timm's for the model; short side 256, centre 224; straight to the square; short side, centre "
+        "(default: as the prompts were made, or as fits the data)",
+    )
+    images.add_argument(
+        "--mean-std", choices=("model", "imagenet"), help="of pixels (default: likewise, else the model's)"
+    )
 
 
 def add_limit(images: argparse._ArgumentGroup, default: int | None = None) -> None:
@@ -111,6 +132,19 @@ def open_labelled(args: argparse.Namespace, model: nn.Module, **use: Any) -> Lab
     return open_labelled_images(model=model, **image_options(args), **use)
 
 
+def made_with(args: argparse.Namespace, path: Path | None) -> Preprocessing | None:
+    """What was done to the images that a file of prompts was made with; says so where now it is another."""
+    from spt_fast.data.transforms import choose, recorded
+
+    made = None if path is None else recorded(path)
+    if made is not None and (asked := choose("", args.resize, args.mean_std, made)) != made:
+        print(
+            f"spt-fast {args.command}: warning: {path} was made with {made}, now images are read with {asked}",
+            file=sys.stderr,
+        )
+    return made
+
+
 def check_num_prompts(
     num_prompts: int | None, depth: str, model: nn.Module, images: int | None, where: str = "images"
 ) -> None:
@@ -152,5 +186,8 @@ def print_unreadable(*unreadable: dict[str, str]) -> None:
 
 def image_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments about images, by the names that the functions of `data.images` give them."""
-    names = ("data", "root", "split", "download", "batch_size", "workers", "bad_images")
+    names = (
+        *("data", "root", "split", "download", "resize", "mean_std"),
+        *("batch_size", "workers", "bad_images"),
+    )
     return {name: getattr(args, name) for name in names}

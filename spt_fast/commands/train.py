@@ -21,16 +21,22 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "train",
         help="tune prompts and a head on labelled images",
-        description="Prompts and a new head, learned on images in one folder per class (Sec. 4.1: AdamW, "
-        "linear warm-up, cosine; random crops and flips, except for the digits). Writes tuned.safetensors, "
-        "train.csv, train.png; the first two after every epoch.",
+        description="Prompts and a new head, learned on labelled images (Sec. 4.1: AdamW, linear warm-up, "
+        "cosine; random crops and flips, except for VTAB and the digits). Writes tuned.safetensors, train.csv, "
+        "train.png; the first two after every epoch.",
         epilog="example: spt-fast train --model shipped --data digits --val-split val --epochs 20 "
         "--out folder",
     )
-    options.add_model_and_data(parser, batch_size=32)
+    training = options.add_model_and_data(parser, batch_size=32)
+    training.add_argument(
+        "--augment",
+        choices=("resized-crop", "crop", "none"),
+        help="training images: random resized crops (timm), or random crops after --resize, both with flips "
+        "(default: resized-crop; none on VTAB)",
+    )
     images = parser.add_argument_group("validation")
-    images.add_argument("--val-data", help="as --data; default: that, if --val-split is given")
-    images.add_argument("--val-split", help="as --split")
+    images.add_argument("--val-data", help="as --data; default: that, with --val-split")
+    images.add_argument("--val-split", help="as --split (default: the one to validate with)")
     images.add_argument(
         "--allow-overlap", action="store_true", help="validate also on files that are training images"
     )
@@ -80,16 +86,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
-    from spt_fast.data.images import open_validation_images
+    from spt_fast.data.images import open_validation_images, training_split
     from spt_fast.training.run import add_prompts_and_head, fit_and_save
 
     model = options.open_model(args)
-    train = options.open_labelled(args, model, training=True, seed=args.seed)
+    args.split = args.split or training_split(args.data, args.val_data, args.val_split)
+    made = options.made_with(args, args.prompts)
+    train = options.open_labelled(
+        args, model, training=True, seed=args.seed, augment=args.augment, tuned=made
+    )
+    preprocessing = train.loader.preprocessing
     val = open_validation_images(
         model=model,
         val_data=args.val_data,
         val_split=args.val_split,
         class_names=train.class_names,
+        tuned=preprocessing,
         **options.image_options(args),
     )
     options.print_images(train.loader, "training")
@@ -106,6 +118,7 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         allow_other_backbone=args.allow_other_backbone,
         seed=args.seed,
     )
+    tuned.preprocessing = preprocessing
     history = fit_and_save(
         tuned,
         train.loader,
@@ -124,7 +137,7 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
 
 def _check_overlap(training: Sequence[Path], validation: Sequence[Path], *, allow: bool) -> None:
     """Refuse validation images that are trained on, or say how many there are."""
-    from spt_fast.data.folder import some_names
+    from spt_fast.data.listing import some_names
     from spt_fast.data.overlap import find_overlap
 
     shared = find_overlap(training, validation)

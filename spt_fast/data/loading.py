@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from spt_fast.data.decode import open_image, to_rgb
-from spt_fast.data.folder import FolderListing, printable
+from spt_fast.data.listing import Listing, printable
+from spt_fast.data.transforms import Preprocessing
 from spt_fast.support.arguments import check_choice
 from spt_fast.support.errors import first_line
 
@@ -54,10 +57,10 @@ class DecodedImages(Dataset[Any]):
         return self.transform(image), label
 
 
-class FolderImages(DecodedImages):
-    """The images of a folder; the label is the place of an image's folder in `listing.group_names`."""
+class FileImages(DecodedImages):
+    """The images of a folder or a list; labels are places in `listing.group_names`."""
 
-    def __init__(self, listing: FolderListing) -> None:
+    def __init__(self, listing: Listing) -> None:
         self.listing = listing
 
     def __len__(self) -> int:
@@ -70,6 +73,23 @@ class FolderImages(DecodedImages):
     def read(self, index: int) -> tuple[Any, Any]:
         """Decoded by `open_image`."""
         return open_image(str(self.listing.paths[index])), self.listing.groups[index]
+
+
+class TarImages(FileImages):
+    """The images of a tar archive; `members` says where each of them lies."""
+
+    def __init__(self, path: Path, listing: Listing, members: Sequence[tarfile.TarInfo]) -> None:
+        super().__init__(listing)
+        self._path = path
+        self._members = members
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """Decoded by `open_image`."""
+        # Opened anew, because processes that read in turns cannot share one position in a file.
+        with tarfile.open(self._path, "r:") as archive:
+            file = archive.extractfile(self._members[index])
+            assert file is not None
+            return open_image(io.BytesIO(file.read())), self.listing.groups[index]
 
 
 class NamedImages(DecodedImages):
@@ -116,6 +136,7 @@ class ImageLoader:
     Attributes:
         num_images: in all batches together, unreadable ones included; None where nobody knows.
         description: lines that say what is read.
+        preprocessing: what is done to the images; None where nothing is.
         unreadable: {name: reason} of what was skipped so far, in any pass.
     """
 
@@ -125,11 +146,13 @@ class ImageLoader:
         *,
         num_images: int | None,
         description: Sequence[str] = (),
+        preprocessing: Preprocessing | None = None,
         bad_images: str = "error",
         **options: Any,
     ) -> None:
         self.num_images = num_images
         self.description = tuple(description)
+        self.preprocessing = preprocessing
         self.unreadable: dict[str, str] = {}
         self._skip = check_choice("bad_images", bad_images, BAD_IMAGES) == "skip"
         with _any_number_of_workers():
