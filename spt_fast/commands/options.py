@@ -139,7 +139,7 @@ def made_with(args: argparse.Namespace, path: Path | None) -> Preprocessing | No
     made = None if path is None else recorded(path)
     if made is not None and (asked := choose("", args.resize, args.mean_std, made)) != made:
         print(
-            f"spt-fast {args.command}: warning: {path} was made with {made}, now images are read with {asked}",
+            f"spt-fast {args.command}: warning: {path} was made with {made}, not with {asked} as now",
             file=sys.stderr,
         )
     return made

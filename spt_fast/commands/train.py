@@ -22,8 +22,8 @@ def add(commands: Commands) -> None:
         "train",
         help="tune prompts and a head on labelled images",
         description="Prompts and a new head, learned on labelled images (Sec. 4.1: AdamW, linear warm-up, "
-        "cosine; random crops and flips, except for VTAB and the digits). Writes tuned.safetensors, train.csv, "
-        "train.png; the first two after every epoch.",
+        "cosine; random crops and flips, except for VTAB and the digits). Writes tuned.safetensors, "
+        "train.csv, train.png; the first two after every epoch.",
         epilog="example: spt-fast train --model shipped --data digits --val-split val --epochs 20 "
         "--out folder",
     )

@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from spt_fast.data.loading import BadImages, ImageLoader
 from spt_fast.data.names import Opened, Use, are_same_images, default_split, has_splits, open_data, takes_root
-from spt_fast.data.transforms import Preprocessing, choose, default_augment
+from spt_fast.data.transforms import Preprocessing, choose, default_augment, papers_rows
 from spt_fast.support.arguments import check_int, check_seed
 from spt_fast.support.distributed import ALONE, Processes
 
@@ -220,22 +220,22 @@ def _transformed(
     augment: str | None = None,
     *,
     training: bool = False,
-) -> tuple[Preprocessing, str] | None:
-    """Give the data set its transform; what that is, and a line that says so. The digits need none."""
+) -> tuple[Preprocessing | None, list[str]]:
+    """Give the data set its transform; what that is, and lines that say so. The digits need none."""
     if opened.kind == "digits":
         for name, value in (("resize", resize), ("mean_std", mean_std), ("augment", augment)):
             if value is not None:
                 raise ValueError(f"{name} is for images in files, got {value!r} for the digits")
-        return None
+        return None, []
     chosen = choose(opened.kind, resize, mean_std, tuned)
     augment = (augment or default_augment(opened.kind)) if training else "none"
     opened.dataset.transform = chosen.transform(model, augment)
-    return chosen, chosen.describe(model, augment, opened.kind)
+    return chosen, [chosen.describe(model, augment), *papers_rows(opened.kind)]
 
 
 def _loader(
     opened: Opened,
-    transform: tuple[Preprocessing, str] | None,
+    transform: tuple[Preprocessing | None, list[str]],
     batch_size: int,
     workers: int,
     seed: int,
@@ -244,7 +244,7 @@ def _loader(
 ) -> ImageLoader:
     workers = check_int("workers", workers, 0)
     dataset = opened.dataset
-    preprocessing, lines = (transform[0], [transform[1]]) if transform else (None, [])
+    preprocessing, lines = transform
     return ImageLoader(
         dataset,
         num_images=None if isinstance(dataset, IterableDataset) else len(dataset),

@@ -44,7 +44,7 @@ class ImageList:
     @property
     def numbered(self) -> bool:
         """Whether all labels are integers from 0."""
-        return all(map(_NUMBER.fullmatch, self.labels.values()))
+        return all(map(_NUMBER.fullmatch, set(self.labels.values())))
 
     @property
     def largest(self) -> int:
@@ -53,12 +53,13 @@ class ImageList:
         Raises:
             ValueError: a label is no integer from 0, or none of a class.
         """
-        for label in self.labels.values():
+        labels = set(self.labels.values())
+        for label in labels:
             if not _NUMBER.fullmatch(label) or int(label) > _LARGEST_LABEL:
                 raise ValueError(
                     f"data: {self.path} must have labels from 0 to {_LARGEST_LABEL}, got {label!r}"
                 )
-        return max(map(int, self.labels.values()))
+        return max(map(int, labels))
 
     def listing(self, root: Path, class_names: Sequence[str], numbers: Sequence[str]) -> Listing:
         """The images below `root`; the label `numbers[i]` stands for the class `class_names[i]`."""
@@ -124,7 +125,7 @@ def read_list(path: Path) -> ImageList:
     labels: dict[str, str] = {}
     again = []
     for file, label, where in lines:
-        if label.startswith("-") and _NUMBER.fullmatch(label[1:]):
+        if label[0] == "-" and _NUMBER.fullmatch(label[1:]):
             raise ValueError(f"{where} has the label {label}; allowed are integers from 0, and names")
         if file not in labels:
             labels[file] = label
@@ -145,9 +146,14 @@ def _text_lines(path: Path, text: str) -> Iterator[_Line]:
             continue
         where = f"data: {path}, line {number},"
         parts = [part.strip() for part in line.rsplit("\t" if "\t" in line else None, 1)]
-        if len(parts) < 2 or (is_image_name(parts[1]) and not is_image_name(parts[0])):
+        if len(parts) < 2 or ("." in parts[1] and _is_cut_name(*parts)):
             raise ValueError(f"{where} must be a path and a label, got {line!r}")
         yield _Line(os.path.normpath(parts[0]), parts[1], where)
+
+
+def _is_cut_name(path: str, label: str) -> bool:
+    """Whether a line without a label was cut at a space of its path."""
+    return is_image_name(label) and not is_image_name(path)
 
 
 class _Pairs(list[tuple[str, Any]]):

@@ -40,10 +40,10 @@ _AUGMENT_WORDS = {
 # By benchmark: --resize and --augment where none is given, and what the paper's rows used.
 _DEFAULTS = {"vtab": ("vtab", "none"), "fgvc": ("fgvc", "resized-crop")}
 _PAPER = {
-    "vtab": "the paper's rows: straight to 224 x 224 in its text, --resize short in its code; "
-    "no augmentation; --mean-std imagenet; bicubic",
-    "fgvc": "the paper's rows: random resized crops to 224 x 224 and flips, --resize fgvc to test; "
-    "--mean-std imagenet; bicubic",
+    "vtab": "--resize vtab in its text, but short in its code; 224 x 224, bicubic; no augmentation; "
+    "--mean-std imagenet",
+    "fgvc": "random resized crops to 224 x 224, bicubic, and flips; --resize fgvc to test; "
+    "--mean-std imagenet",
 }
 
 
@@ -81,8 +81,8 @@ class Preprocessing:
         transform = create_transform(**{**config, **_TIMM[self.resize]})
         return cast(Callable[[Any], Any], _at_random(transform) if augment == "crop" else transform)
 
-    def describe(self, model: nn.Module, augment: str = "none", benchmark: str = "") -> str:
-        """One line: what is done, and for a benchmark what the paper's rows had done."""
+    def describe(self, model: nn.Module, augment: str = "none") -> str:
+        """One line: what is done."""
         config = _config(model)
         height, width = config["input_size"][-2:]
         words = {"size": f"{width} x {height}", "interpolation": config["interpolation"]}
@@ -90,7 +90,7 @@ class Preprocessing:
         augmented = _AUGMENT_WORDS[check_choice("augment", augment, AUGMENTS)]
         steps = [augmented] if augment == "resized-crop" else [resized, augmented]
         done = ", ".join([*steps, f"--mean-std {self.mean_std}"]).format(**words)
-        return f"transform: {done}" + (f"; {_PAPER[benchmark]}" if benchmark in _PAPER else "")
+        return f"transform: {done}"
 
     def to_json(self) -> str:
         """Text for the facts of a file; see `from_json`."""
@@ -146,6 +146,11 @@ def recorded(path: str | os.PathLike[str]) -> Preprocessing | None:
     with open_safetensors(path) as file:
         text = (file.metadata() or {}).get(PREPROCESSING)
     return None if text is None else Preprocessing.from_json(text)
+
+
+def papers_rows(benchmark: str) -> list[str]:
+    """A line that says what the paper's rows of a benchmark had done; none for other data."""
+    return [f"the paper's rows: {_PAPER[benchmark]}"] if benchmark in _PAPER else []
 
 
 def default_augment(benchmark: str) -> str:
