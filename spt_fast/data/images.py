@@ -138,16 +138,17 @@ def open_labelled_images(
     seed = check_seed(seed)
     if augment is not None and not training:
         raise ValueError(f"augment is for training images, got {augment!r}")
+    use = use or ("train" if training else "test")
     opened = open_data(
         data,
         root=root,
         split=split,
-        use=use or ("train" if training else "test"),
+        use=use,
         download=download,
         known=class_names or (),
         allow_missing=bad_images == "skip",
     )
-    transform = _transformed(opened, model, resize, mean_std, tuned, augment, training=training)
+    transform = _transformed(opened, model, resize, mean_std, tuned, augment, training=training, use=use)
     found = _class_names(opened, data)
     if training and len(found) < 2:
         raise ValueError(f"data: {data} must hold images of two classes or more, got {list(found)}")
@@ -220,6 +221,7 @@ def _transformed(
     augment: str | None = None,
     *,
     training: bool = False,
+    use: Use = "train",
 ) -> tuple[Preprocessing | None, list[str]]:
     """Give the data set its transform; what that is, and lines that say so. The digits need none."""
     if opened.kind == "digits":
@@ -230,7 +232,9 @@ def _transformed(
     chosen = choose(opened.kind, resize, mean_std, tuned)
     augment = (augment or default_augment(opened.kind)) if training else "none"
     opened.dataset.transform = chosen.transform(model, augment)
-    return chosen, [chosen.describe(model, augment), *papers_rows(opened.kind)]
+    # Once in a run: training images are read beside those of validation.
+    rows = [] if use == "val" else papers_rows(opened.kind)
+    return chosen, [chosen.describe(model, augment), *rows]
 
 
 def _loader(

@@ -1,4 +1,4 @@
-"""Commands on data by name: which split each takes, and that images are prepared alike from one to the next."""
+"""Commands on data by name: which split each takes, and that all prepare images alike."""
 
 from __future__ import annotations
 
