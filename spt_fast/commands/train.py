@@ -87,11 +87,16 @@ def run(args: argparse.Namespace) -> None:
 
 def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
     from spt_fast.data.images import open_validation_images, training_split
+    from spt_fast.data.names import takes_root
     from spt_fast.training.run import add_prompts_and_head, fit_and_save
 
     model = options.open_model(args)
     args.split = args.split or training_split(args.data, args.val_data, args.val_split)
     made = options.made_with(args, args.prompts)
+    of_validation = options.image_options(args)
+    if args.val_data is not None and takes_root(args.val_data) and not takes_root(args.data):
+        # It is for the validation images alone.
+        args.root = None
     train = options.open_labelled(
         args, model, training=True, seed=args.seed, augment=args.augment, tuned=made
     )
@@ -102,7 +107,7 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         val_split=args.val_split,
         class_names=train.class_names,
         tuned=preprocessing,
-        **options.image_options(args),
+        **of_validation,
     )
     options.print_images(train.loader, "training")
     if val is not None:

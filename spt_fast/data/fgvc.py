@@ -13,6 +13,7 @@ from spt_fast.data.listing import Listing, name_order
 from spt_fast.data.lists import merged, read_list
 from spt_fast.data.places import compare_with_table, folders_in, same_name, the_only_one
 from spt_fast.support.arguments import check_choice
+from spt_fast.support.errors import first_line
 
 FGVC_SPLITS = ("train", "val", "trainval", "test")
 _LISTS = ("train", "val", "test")
@@ -127,6 +128,8 @@ def _by_archive(key: str, folder: Path, split: str) -> Listing:
         archive = SETS[key].read(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; {layout}") from error
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"data: {folder} cannot be read ({first_line(error)}); {layout}") from error
     if archive.test is None and split == "test":
         raise FileNotFoundError(f"data: {folder} has no labels of test images; {layout}")
     train, val = (archive.train, archive.val) if archive.val is not None else _divided(archive.train)
@@ -137,13 +140,16 @@ def _by_archive(key: str, folder: Path, split: str) -> Listing:
     return Listing(
         paths=tuple(archive.images / file for file in labels),
         groups=tuple(places[number] for number in labels.values()),
-        group_names=_class_names(numbers, archive.names),
+        group_names=_class_names(folder, numbers, archive.names),
     )
 
 
-def _class_names(numbers: list[int], names: Mapping[int, str] | None) -> tuple[str, ...]:
+def _class_names(folder: Path, numbers: list[int], names: Mapping[int, str] | None) -> tuple[str, ...]:
     if names is None:
         return tuple(map(str, numbers))
+    unnamed = [number for number in numbers if number not in names]
+    if unnamed:
+        raise ValueError(f"data: {folder} names no class {unnamed[0]}, which images have")
     found = [names[number] for number in numbers]
     if len(set(found)) < len(found):
         found = [f"{number} {name}" for number, name in zip(numbers, found, strict=True)]
@@ -253,7 +259,13 @@ def _mat(path: Path) -> dict[str, Any]:
             f"data: {path.name} is a file of MATLAB, which SciPy reads (pip install scipy); "
             "VPT's train.json, val.json and test.json do without"
         ) from error
-    found: dict[str, Any] = loadmat(str(_existing(path)), simplify_cells=True)
+    try:
+        found: dict[str, Any] = loadmat(str(_existing(path)), simplify_cells=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        # SciPy raises errors of many classes for damaged files.
+        raise ValueError(f"data: {path} cannot be read ({first_line(error)})") from error
     return found
 
 

@@ -12,7 +12,16 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from spt_fast.data.loading import BadImages, ImageLoader
-from spt_fast.data.names import Opened, Use, are_same_images, default_split, has_splits, open_data, takes_root
+from spt_fast.data.names import (
+    Opened,
+    Use,
+    are_same_images,
+    default_split,
+    has_splits,
+    kind_of,
+    open_data,
+    takes_root,
+)
 from spt_fast.data.transforms import Preprocessing, choose, default_augment, papers_rows
 from spt_fast.support.arguments import check_int, check_seed
 from spt_fast.support.distributed import ALONE, Processes
@@ -195,6 +204,8 @@ def open_validation_images(
     val_split = val_split or default_split(val_data, "val")
     if not takes_root(val_data):
         options["root"] = None
+    if kind_of(val_data) != "timm":
+        options["download"] = False
     if are_same_images(val_data, val_split, data, split):
         raise ValueError(
             f"val_data and val_split must name other images than those of training, got {val_data}"

@@ -126,3 +126,12 @@ def test_the_digits_are_tested_on_their_test_images(tmp_path, capsys):
     assert recorded(tmp_path / "t.safetensors") is None
     assert run("eval", "--data", "digits", "--tuned", tmp_path / "t.safetensors") == 0
     assert "images: digits, split test: 600 images of 10 classes" in capsys.readouterr().out
+
+
+def test_root_may_be_for_the_validation_images_alone(tasks, folders, tmp_path, capsys):
+    """And is then not refused for the folder to train on."""
+    listed = tmp_path / "val.txt"
+    listed.write_text("images/16.png even\nimages/17.png odd\n")
+    data = ("--data", folders / "train", "--val-data", listed, "--root", tasks / "toy", "--random", 1)
+    assert run("train", *data, *QUICK, "--out", tmp_path / "out") == 0
+    assert f"validation: {listed}: 2 images of 2 classes, 1 in each" in capsys.readouterr().out

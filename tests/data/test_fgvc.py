@@ -253,6 +253,27 @@ def test_newer_cars_train_without_labels_of_the_test_images(tmp_path):
         open_data("fgvc/cars", root=tmp_path, use="test")
 
 
+def test_damaged_archives_are_refused(tmp_path):
+    for archive in ("cub", "flowers"):
+        write_archive(tmp_path, archive, SMALL)
+    birds, flowers = tmp_path / "CUB_200_2011", tmp_path / "flowers-102"
+    (birds / "classes.txt").write_text("1 001.Bird\n2 002.Bird\n")
+    with pytest.raises(ValueError, match="CUB_200_2011 names no class 3, which images have"):
+        open_data("fgvc/cub", root=tmp_path)
+    (birds / "image_class_labels.txt").write_text("1 1\n")
+    with pytest.raises(ValueError, match=r"image '2' of .*images.txt is not in the other lists"):
+        open_data("fgvc/cub", root=tmp_path)
+    save_mat(flowers / "imagelabels.mat", other=np.zeros(3))
+    with pytest.raises(
+        ValueError, match=r"flowers-102 cannot be read \('labels'\); fgvc/flowers should hold"
+    ):
+        open_data("fgvc/flowers", root=tmp_path)
+    (flowers / "setid.mat").write_bytes(b"MATLAB 5.0 MAT-file".ljust(128) + b"\0" * 20)
+    (flowers / "imagelabels.mat").write_bytes(b"no such file of MATLAB" * 9)
+    with pytest.raises(ValueError, match=r"imagelabels.mat cannot be read"):
+        open_data("fgvc/flowers", root=tmp_path)
+
+
 def test_scipy_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
     write_archive(tmp_path, "flowers", SMALL)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
