@@ -17,7 +17,7 @@ from spt_fast.data.listing import Listing, printable, some_names, spread
 from spt_fast.data.lists import LIST_SUFFIXES, open_list
 from spt_fast.data.loading import FileImages, NamedImages, TarImages
 from spt_fast.data.shipped import DIGITS_CLASSES, load_digits
-from spt_fast.data.vtab import open_vtab
+from spt_fast.data.vtab import is_task, open_vtab
 from spt_fast.support.errors import first_line
 
 Use = Literal["train", "val", "test"]
@@ -182,6 +182,13 @@ def _list_folder(name: str, in_classes: bool, known: Sequence[str]) -> Listing:
             f"data: there is no folder {name}; give a folder of images, a list (x.txt, x.json), an archive "
             f"(x.tar), vtab/TASK, fgvc/SET, a timm data set such as torch/cifar10, or {SHIPPED_IMAGES!r}"
         )
+    if is_task(Path(name)):
+        # Its images of all splits are one heap, and their classes are in the lists.
+        path = Path(name).resolve()
+        raise ValueError(
+            f"data: {name} is a task in the layout of VTAB-1k; give vtab/{path.name} and root={path.parent} "
+            "(--root)"
+        )
     return list_folder(name, classes=in_classes, known=known)
 
 
@@ -238,6 +245,11 @@ def _create_dataset(name: str, root: str | Path | None, split: str, download: bo
     except AssertionError as error:
         # timm's way to say that there is no data set or split of this name.
         raise ValueError(f"data: timm cannot open {name}, split {split} ({first_line(error)})") from error
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"data: {name}, split {split}, cannot be had from {root} ({first_line(error)}); see root (--root) "
+            "and download (--download)"
+        ) from error
 
 
 def _counted(name: str, split: str | None, labels: Sequence[int]) -> str:

@@ -86,6 +86,11 @@ def open_vtab(name: str, root: str | Path, split: str) -> Listing:
     return lists[split].listing(folder, names, [str(number) for number in range(len(names))])
 
 
+def is_task(folder: Path) -> bool:
+    """Whether a folder holds a task in the layout that `open_vtab` reads."""
+    return bool(_lists(folder)) and (folder / "images").is_dir()
+
+
 def _names(name: str) -> list[str]:
     """What the folder of a task may be called, as `same_name` has it."""
     given = same_name(name)

@@ -69,6 +69,13 @@ def test_options_without_effect_and_unknown_names_are_refused(name, options, exp
         open_data(name, **options)
 
 
+def test_a_data_set_of_torchvision_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(
+        RuntimeError, match=rf"torch/cifar10, split train, cannot be had from {tmp_path} .*--download"
+    ):
+        open_data("torch/cifar10", root=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["no/such folder", "no such list.txt", "no such archive.tar"])
 def test_what_is_not_there_is_named(name):
     with pytest.raises(FileNotFoundError, match=f"there is no .* {name}"):

@@ -121,6 +121,14 @@ def test_a_missing_folder_is_told_with_its_layout(tmp_path):
         open_data("vtab/dtd", root=tmp_path, split="val200")
 
 
+def test_a_task_given_as_a_folder_is_told_by_its_name(tmp_path):
+    """Its folders are splits and no classes, and all splits are not to be read as one."""
+    write_task(tmp_path / "toy", 2, {"train800": 2, "test": 2}, images=True)
+    for in_classes in (True, False):
+        with pytest.raises(ValueError, match=rf"give vtab/toy and root={tmp_path} \(--root\)"):
+            open_data(str(tmp_path / "toy"), in_classes=in_classes)
+
+
 @pytest.mark.filterwarnings("ignore:vtab:UserWarning")
 def test_two_folders_for_a_task_are_refused_unless_one_has_the_name(tmp_path):
     for folder in ("cifar", "Natural/CIFAR100"):
