@@ -211,6 +211,8 @@ def _check_present(name: str, listing: Listing) -> None:
 def _of_files(dataset: FileImages, name: str, kind: str, split: str | None) -> Opened:
     listing = dataset.listing
     title = printable(name) + (f", split {split}" if split else "")
+    if not listing.paths:
+        raise ValueError(f"data: {title} holds no image")
     return Opened(
         dataset,
         kind,
@@ -247,8 +249,8 @@ def _create_dataset(name: str, root: str | Path | None, split: str, download: bo
         raise ValueError(f"data: timm cannot open {name}, split {split} ({first_line(error)})") from error
     except RuntimeError as error:
         raise RuntimeError(
-            f"data: {name}, split {split}, cannot be had from {root} ({first_line(error)}); see root (--root) "
-            "and download (--download)"
+            f"data: {name}, split {split}, cannot be had from {root} ({first_line(error)}); see root "
+            "(--root) and download (--download)"
         ) from error
 
 

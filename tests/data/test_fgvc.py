@@ -281,6 +281,13 @@ def test_scipy_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
         open_data("fgvc/flowers", root=tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:fgvc:UserWarning")
+def test_a_split_without_images_is_refused(tmp_path):
+    write_archive(tmp_path, "cub", (20, 0))
+    with pytest.raises(ValueError, match=r"^data: fgvc/cub, split test holds no image"):
+        open_data("fgvc/cub", root=tmp_path, use="test")
+
+
 def test_a_data_set_must_be_known():
     with pytest.raises(
         ValueError, match=r"fgvc/planes is not known; the data sets are fgvc/cub, fgvc/nabirds"

@@ -121,6 +121,12 @@ def test_a_missing_folder_is_told_with_its_layout(tmp_path):
         open_data("vtab/dtd", root=tmp_path, split="val200")
 
 
+def test_without_a_root_tasks_lie_here(tmp_path, monkeypatch):
+    write_task(tmp_path / "vtab" / "toy", 2, {"test": 2}, images=True)
+    monkeypatch.chdir(tmp_path)
+    assert len(open_data("vtab/toy", use="test").dataset) == 2
+
+
 def test_a_task_given_as_a_folder_is_told_by_its_name(tmp_path):
     """Its folders are splits and no classes, and all splits are not to be read as one."""
     write_task(tmp_path / "toy", 2, {"train800": 2, "test": 2}, images=True)
