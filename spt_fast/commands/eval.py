@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace, paths: Mapping[str, Path] | None = None) -> None:
     from tqdm import tqdm
 
-    from spt_fast.data.folder import some_names
+    from spt_fast.data.listing import some_names
     from spt_fast.support.results import write_results
     from spt_fast.training.evaluation import evaluate_classes
 
@@ -56,6 +56,7 @@ def _evaluate(args: argparse.Namespace, paths: Mapping[str, Path] | None = None)
     images = options.open_labelled(
         args,
         tuned.model,
+        tuned=options.made_with(args, args.tuned),
         class_names=tuned.class_names,
         num_classes=getattr(tuned.model, "num_classes", None),
     )

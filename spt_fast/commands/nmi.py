@@ -62,7 +62,7 @@ def _analyse_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
     from spt_fast.support.results import write_results
 
     model = options.open_model(args)
-    images = options.open_images(args, model)
+    images = options.open_images(args, model, tuned=options.made_with(args, args.prompts))
     options.print_images(images, "images")
     if args.prompts is not None:
         tuned = analysis.load_prompts(args.prompts, model, allow_other_backbone=args.allow_other_backbone)

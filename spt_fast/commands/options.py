@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from spt_fast.data.cache import ImageCache
     from spt_fast.data.images import LabelledImages
     from spt_fast.data.loading import ImageLoader
+    from spt_fast.data.transforms import Preprocessing
     from spt_fast.prompting.prompted_vit import PromptedViT
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -22,11 +24,16 @@ def add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) ->
     """Options that name a model and images; returns the group of those about images."""
     add_model(parser)
     parser.add_argument(
-        "--data", required=True, help="folder of images, timm data set (torch/cifar10), or 'digits'"
+        "--data",
+        required=True,
+        help="folder of images, list (x.txt, x.json), x.tar, vtab/TASK, fgvc/SET, timm data set "
+        "(torch/cifar10), or 'digits'",
     )
     images = parser.add_argument_group("images")
-    images.add_argument("--root", type=Path, metavar="FOLDER", help="where a timm data set lies")
-    images.add_argument("--split", help="of a timm data set or the digits (default: train)")
+    images.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="where the files of a list, or the data set, lie"
+    )
+    images.add_argument("--split", help="of data that have several; the command says which it took")
     images.add_argument("--download", action="store_true", help="let timm download the data set")
     add_reading(images, batch_size)
     return images
@@ -51,6 +58,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_reading(images: argparse._ArgumentGroup, batch_size: int = 64) -> None:
     """Options that say how images are read, wherever they lie."""
+    add_preprocessing(images)
     images.add_argument("--batch-size", type=int, default=batch_size)
     images.add_argument("--workers", type=int, default=4)
     images.add_argument(
@@ -85,6 +93,19 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--weight-dtype", choices=("bf16", "fp16"), help="run the backbone in it")
     add_allow_other_backbone(parser)
+
+
+def add_preprocessing(images: argparse._ArgumentGroup) -> None:
+    """What is done to images before a model sees them."""
+    images.add_argument(
+        "--resize",
+        choices=("model", "fgvc", "vtab", "short"),
+        help="timm's for the model; short side 256, centre 224; straight to the square; short side, centre "
+        "(default: as the prompts were made, or as fits the data)",
+    )
+    images.add_argument(
+        "--mean-std", choices=("model", "imagenet"), help="of pixels (default: likewise, else the model's)"
+    )
 
 
 def add_limit(images: argparse._ArgumentGroup, default: int | None = None) -> None:
@@ -179,6 +200,19 @@ def open_labelled(args: argparse.Namespace, model: nn.Module, **use: Any) -> Lab
     return open_labelled_images(model=model, **image_options(args), **use)
 
 
+def made_with(args: argparse.Namespace, path: Path | None) -> Preprocessing | None:
+    """What was done to the images that a file of prompts was made with; says so where now it is another."""
+    from spt_fast.data.transforms import choose, recorded
+
+    made = None if path is None else recorded(path)
+    if made is not None and (asked := choose("", args.resize, args.mean_std, made)) != made:
+        print(
+            f"spt-fast {args.command}: warning: {path} was made with {made}, not with {asked} as now",
+            file=sys.stderr,
+        )
+    return made
+
+
 def check_num_prompts(
     num_prompts: int | None, depth: str, model: nn.Module, images: int | None, where: str = "images"
 ) -> None:
@@ -226,4 +260,5 @@ def image_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def reading_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those of them that say how images are read, wherever they lie."""
-    return {name: getattr(args, name) for name in ("batch_size", "workers", "bad_images")}
+    names = ("resize", "mean_std", "batch_size", "workers", "bad_images")
+    return {name: getattr(args, name) for name in names}

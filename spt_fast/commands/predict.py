@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> None:
     elif args.overwrite:
         raise ValueError("overwrite is for a file, but out is standard output")
     tuned = options.open_tuned(args)
-    files = open_files(args.data, tuned.model, **options.reading_options(args))
+    made = options.made_with(args, args.tuned)
+    files = open_files(args.data, tuned.model, tuned=made, **options.reading_options(args))
     say = partial(print, file=sys.stderr)
     if tuned.class_names is None:
         say(f"spt-fast predict: warning: {args.tuned} does not name its classes; they are given by number")

@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
 def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
     import time
 
+    from spt_fast.data.transforms import PREPROCESSING
     from spt_fast.prototypes.build import build_prototypes
     from spt_fast.prototypes.report import summary
     from spt_fast.support.files import check_output_path
@@ -119,6 +120,8 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
     if args.last_output:
         prototypes = prototypes.repeat_last_output()
     seconds = time.perf_counter() - started
+    if images.preprocessing is not None:
+        prototypes.metadata[PREPROCESSING] = images.preprocessing.to_json()
 
     def save_and_print() -> None:
         prototypes.save(args.out, overwrite=args.overwrite)

@@ -22,16 +22,23 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "train",
         help="tune prompts and a head on labelled images",
-        description="Prompts and a new head, learned on images in one folder per class (Sec. 4.1: AdamW, "
-        "linear warm-up, cosine; random crops and flips, except for the digits). Writes tuned.safetensors, "
+        description="Prompts and a new head, learned on labelled images (Sec. 4.1: AdamW, linear warm-up, "
+        "cosine; random crops and flips, except for VTAB and the digits). Writes tuned.safetensors, "
         "train.csv, train.png; the first two after every epoch.",
         epilog="example: spt-fast train --model shipped --data digits --val-split val --epochs 20 "
         "--out folder",
     )
-    options.add_cache(options.add_model_and_data(parser, batch_size=32))
+    training = options.add_model_and_data(parser, batch_size=32)
+    training.add_argument(
+        "--augment",
+        choices=("resized-crop", "crop", "none"),
+        help="training images: random resized crops (timm), or random crops after --resize, both with flips "
+        "(default: resized-crop; none on VTAB)",
+    )
+    options.add_cache(training)
     images = parser.add_argument_group("validation")
-    images.add_argument("--val-data", help="as --data; default: that, if --val-split is given")
-    images.add_argument("--val-split", help="as --split")
+    images.add_argument("--val-data", help="as --data; default: that, with --val-split")
+    images.add_argument("--val-split", help="as --split (default: the one to validate with)")
     images.add_argument(
         "--allow-overlap", action="store_true", help="validate also on files that are training images"
     )
@@ -81,19 +88,30 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
-    from spt_fast.data.images import open_validation_images
+    from spt_fast.data.images import open_validation_images, training_split
+    from spt_fast.data.names import takes_root
     from spt_fast.training.run import add_prompts_and_head, fit_and_save
 
     model = options.open_model(args)
     cache = options.open_cache(args, model)
-    train = options.open_labelled(args, model, training=True, seed=args.seed, cache=cache)
+    args.split = args.split or training_split(args.data, args.val_data, args.val_split)
+    made = options.made_with(args, args.prompts)
+    of_validation = options.image_options(args)
+    if args.val_data is not None and takes_root(args.val_data) and not takes_root(args.data):
+        # It is for the validation images alone.
+        args.root = None
+    train = options.open_labelled(
+        args, model, training=True, seed=args.seed, augment=args.augment, tuned=made, cache=cache
+    )
+    preprocessing = train.loader.preprocessing
     val = open_validation_images(
         model=model,
         val_data=args.val_data,
         val_split=args.val_split,
         class_names=train.class_names,
         cache=cache,
-        **options.image_options(args),
+        tuned=preprocessing,
+        **of_validation,
     )
     options.print_images(train.loader, "training")
     if val is not None:
@@ -111,6 +129,7 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         allow_other_backbone=args.allow_other_backbone,
         seed=args.seed,
     )
+    tuned.preprocessing = preprocessing
     history = fit_and_save(
         tuned,
         train.loader,
@@ -131,7 +150,7 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
 
 def _check_overlap(training: Sequence[Path], validation: Sequence[Path], *, allow: bool) -> None:
     """Refuse validation images that are trained on, or say how many there are."""
-    from spt_fast.data.folder import some_names
+    from spt_fast.data.listing import some_names
     from spt_fast.data.overlap import find_overlap
 
     shared = find_overlap(training, validation)

@@ -6,10 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from spt_fast.data.folder import FolderListing, list_folder
+from spt_fast.data.folder import list_folder
+from spt_fast.data.listing import Listing
 
 
-def list_files(data: Sequence[str | os.PathLike[str]]) -> FolderListing:
+def list_files(data: Sequence[str | os.PathLike[str]]) -> Listing:
     """The images that files and folders hold, in the order given; the group of each is its place.
 
     A file is taken for an image whatever its name is. Folders are read as by `list_folder`, at any depth. A
@@ -37,7 +38,7 @@ def list_files(data: Sequence[str | os.PathLike[str]]) -> FolderListing:
             raise FileNotFoundError(f"data: there is no file or folder {path}")
     if not paths:
         raise ValueError("data must name files or folders of images, got none")
-    return FolderListing(
+    return Listing(
         paths=tuple(paths),
         groups=tuple(range(len(paths))),
         group_names=tuple(map(str, paths)),

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+import tarfile
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from spt_fast.data.decode import is_image_name
+from spt_fast.data.listing import Listing, name_order, some_names
 
 _HIDDEN = "hidden files and folders"
 _OTHER_KIND = "files that are not named as images"
 _EMPTY = "folders without images"
 _KNOWN = "links to folders that are read already"
+_LINK = "links in the archive"
 _OUTSIDE = "images outside the folders of the classes"
-_NAMES_SHOWN = 5
 _SPLIT = re.compile(
     r"(?:(?:train|val|valid|test)(?:ing|idation)?[-_ ]?(?:set|split|data|images)?[-_ ]?\d*)+", re.IGNORECASE
 )
@@ -26,47 +26,7 @@ _CLASS_OR_SPLIT = "train"
 Parts = tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class FolderListing:
-    """The images of a folder.
-
-    Attributes:
-        paths: of the images, in `name_order` of their folders and files.
-        groups: for each image the place of its folder in `group_names`.
-        group_names: the classes, or, where images of any depth were asked for, the folders that hold images.
-        classes: whether these are classes.
-        left_out: what was not read, as {kind of things: names below the folder}.
-    """
-
-    paths: tuple[Path, ...]
-    groups: tuple[int, ...]
-    group_names: tuple[str, ...]
-    classes: bool
-    left_out: dict[str, list[str]]
-
-    def description(self) -> list[str]:
-        """Images, classes and images in each, in one line; then a line for each kind of things left out."""
-        groups = "of {} classes" if self.classes else "in {} folders"
-        each = (
-            f"{len(self.paths)} images {groups.format(len(self.group_names))}, {spread(self.groups)} in each"
-        )
-        left_out = (
-            f"left out {what} ({len(names)}): {some_names(names)}" for what, names in self.left_out.items()
-        )
-        return [each, *left_out]
-
-
-def name_order(name: str) -> tuple[list[str | int], str]:
-    """Sort key: letters regardless of case and numbers by value; then, among equals, by code points.
-
-    "2" is before "10", "001" before "01" before "1", and "Cat" before "cat".
-    """
-    parts = re.split(r"(\d+)", name.lower(), flags=re.ASCII)
-    # Text and digits take turns, so that numbers meet numbers only.
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)], name
-
-
-def list_folder(folder: str | Path, *, classes: bool, known: Collection[str] = ()) -> FolderListing:
+def list_folder(folder: str | Path, *, classes: bool, known: Collection[str] = ()) -> Listing:
     """The images of `folder`, found by their names.
 
     Hidden files and folders and those of macOS's archives ("._x.jpg", "__MACOSX") are not read. Links to
@@ -81,28 +41,77 @@ def list_folder(folder: str | Path, *, classes: bool, known: Collection[str] = (
         OSError: a folder cannot be read.
     """
     walk = _Walk(Path(folder))
-    images = walk.images
+    return arrange(folder, walk.images, walk.left_out, classes=classes, known=known)
+
+
+def list_tar(
+    path: str | Path, *, classes: bool, known: Collection[str] = ()
+) -> tuple[Listing, list[tarfile.TarInfo]]:
+    """The images in a tar archive, by the rules of `list_folder`, and where each of them lies in it.
+
+    Raises:
+        ValueError: as `list_folder`; the archive is compressed or cannot be read.
+        OSError: the archive cannot be read.
+    """
+    members: dict[Parts, tarfile.TarInfo] = {}
+    left_out: dict[str, list[str]] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                parts = tuple(part for part in member.name.split("/") if part not in ("", "."))
+                reason = _why_not(member, parts)
+                if reason is None:
+                    members[parts] = member
+                elif reason:
+                    left_out.setdefault(reason, []).append("/".join(parts))
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"data: {path} cannot be read ({error}); it must be a .tar that is not compressed: unpack "
+            "others, and give the folder"
+        ) from error
+    listing = arrange(path, list(members), left_out, classes=classes, known=known)
+    return listing, [members[image.relative_to(path).parts] for image in listing.paths]
+
+
+def _why_not(member: tarfile.TarInfo, parts: Parts) -> str | None:
+    """What a member of an archive is instead of an image, "" for folders; None for an image."""
+    if member.isdir():
+        return ""
+    if any(_is_hidden(part) for part in parts):
+        return _HIDDEN
+    if not is_image_name(parts[-1]):
+        return _OTHER_KIND
+    return None if member.isfile() else _LINK
+
+
+def arrange(
+    folder: str | Path,
+    images: list[Parts],
+    left_out: dict[str, list[str]],
+    *,
+    classes: bool,
+    known: Collection[str],
+) -> Listing:
+    """Images below `folder`, given as the names that lead to them, in order and in their classes."""
     if not images:
-        found = "; ".join(
-            f"{why} ({len(names)}): {some_names(names)}" for why, names in walk.left_out.items()
-        )
+        found = "; ".join(f"{why} ({len(names)}): {some_names(names)}" for why, names in left_out.items())
         raise ValueError(f"data: {folder} holds no image" + (f" ({found})" if found else ""))
     if classes:
         _check_layout(folder, images, known)
         outside = [parts[0] for parts in images if len(parts) == 1]
         images = [parts for parts in images if len(parts) > 1]
         if outside:
-            walk.left_out[_OUTSIDE] = outside
+            left_out[_OUTSIDE] = outside
     images.sort(key=lambda parts: [name_order(part) for part in parts])
     names = ["/".join(parts[:-1]) for parts in images]
     group_names = tuple(dict.fromkeys(names))
     place = {name: index for index, name in enumerate(group_names)}
-    return FolderListing(
+    return Listing(
         paths=tuple(Path(folder, *parts) for parts in images),
         groups=tuple(place[name] for name in names),
         group_names=group_names,
         classes=classes,
-        left_out=walk.left_out,
+        left_out=left_out,
     )
 
 
@@ -121,7 +130,7 @@ class _Walk:
         empty = []
         for entry in _entries(folder):
             place = (*parts, entry.name)
-            hidden = entry.name.startswith(".") or entry.name == "__MACOSX"
+            hidden = _is_hidden(entry.name)
             if entry.is_dir():
                 if hidden:
                     self._leave_out(_HIDDEN, place)
@@ -149,6 +158,10 @@ class _Walk:
 
     def _leave_out(self, reason: str, parts: Parts) -> None:
         self.left_out.setdefault(reason, []).append("/".join(parts))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -201,22 +214,3 @@ def _advice(folder: str | Path, splits: Sequence[str], deep: Sequence[Parts]) ->
     if not with_classes:
         return f"sort the images of {name} into one folder per class and give that"
     return f"give one of them, such as {Path(folder, name)}"
-
-
-def spread(groups: Sequence[int]) -> str:
-    """How many images the groups have, from the smallest to the largest: "12" or "9 to 15"."""
-    sizes = Counter(groups).values()
-    low, high = min(sizes), max(sizes)
-    return str(low) if low == high else f"{low} to {high}"
-
-
-def some_names(names: Sequence[str]) -> str:
-    """The first few of `names`, and how many more there are."""
-    shown = [printable(name) for name in names[:_NAMES_SHOWN]]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
-
-
-def printable(name: str) -> str:
-    """`name`, with escapes for bytes that are no UTF-8."""
-    return name.encode(errors="backslashreplace").decode()

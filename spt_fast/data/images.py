@@ -1,4 +1,4 @@
-"""Images by name: folders, timm's data sets, and the digits that ship with the package."""
+"""Loaders of images by name, for a model: unlabelled, labelled, and those to validate with."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from spt_fast.data.cache import CachedLoader, ImageCache
 from spt_fast.data.files import list_files
-from spt_fast.data.folder import list_folder, printable, spread
-from spt_fast.data.loading import BadImages, DecodedImages, FolderImages, ImageLoader, NamedImages
-from spt_fast.data.shipped import DIGITS_CLASSES, load_digits
+from spt_fast.data.loading import BadImages, DecodedImages, FileImages, ImageLoader
+from spt_fast.data.names import (
+    Opened,
+    Use,
+    are_same_images,
+    default_split,
+    has_splits,
+    kind_of,
+    open_data,
+    takes_root,
+)
+from spt_fast.data.transforms import Preprocessing, choose, default_augment, papers_rows
 from spt_fast.support.arguments import check_int, check_seed
 from spt_fast.support.distributed import ALONE, Processes
-
-SHIPPED_IMAGES = "digits"
-TRAIN = "train"
-_DATASET_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
 def open_images(
@@ -35,38 +40,50 @@ def open_images(
     workers: int = 4,
     bad_images: BadImages = "error",
     seed: int = 0,
+    resize: str | None = None,
+    mean_std: str | None = None,
+    tuned: Preprocessing | None = None,
     max_images: int | None = None,
     in_classes: bool = False,
     processes: Processes = ALONE,
     cache: ImageCache | None = None,
 ) -> ImageLoader:
-    """Batches of images, shuffled by `seed`, in the size and scale `model` expects (timm's eval transform).
+    """Batches of images, shuffled by `seed`, in the size of `model` and not augmented.
 
     Several processes share the images: each gets its own, none twice, and their numbers differ by at most 1.
 
     Args:
-        data: a folder of images (of any depth), a timm data set name ("torch/cifar10", "hfds/...";
-            see `timm.data.create_dataset`), or "digits", the shipped images.
-        root, download: where a timm data set lies, and whether timm may fetch it.
-        split: of a timm data set or the digits ("train", which None stands for, "val", "test").
+        data: a folder of images (of any depth), a list, "vtab/TASK", "fgvc/SET", a timm data set name
+            ("torch/cifar10", "hfds/..."), or "digits", the shipped images; see `names.open_data`.
+        root, download: where the data lie, and whether timm may fetch them.
+        split: of data that have several; None is the one to train on.
         bad_images: what to do with an image that cannot be read: "error", or "skip" to leave it out.
+        resize, mean_std: as in `transforms.Preprocessing`; None is what `tuned` says or fits the data.
+        tuned: what a file of prompts was made with.
         max_images: of all processes together; a data set that can only be iterated is not cut here.
         in_classes: read the images of a folder that `open_labelled_images` reads, and no others.
         cache: where decoded images are kept for the next pass; None decodes them in each pass. It has no
             effect on data sets that are in memory or can only be iterated, and on workers that are no forks.
 
     Raises:
-        FileNotFoundError: `data` is neither a folder nor the name of a data set.
+        FileNotFoundError: `data` is neither a folder nor the name of a data set, or files are missing.
         TypeError: a number is not an integer.
         ValueError: the folder holds no image, or an argument is out of range or without effect.
     """
     seed = check_seed(seed)
     if max_images is not None:
         max_images = check_int("max_images", max_images, 1)
-    dataset = _open_dataset(data, model, root, split, download, in_classes=in_classes)
-    order = _order(dataset, seed, max_images, processes)
-    description = _describe(dataset, data, split)
-    return _loader(dataset, description, batch_size, workers, seed, bad_images, cache, sampler=order)
+    opened = open_data(
+        data,
+        root=root,
+        split=split,
+        download=download,
+        in_classes=in_classes,
+        allow_missing=bad_images == "skip",
+    )
+    transform = _transformed(opened, model, resize, mean_std, tuned)
+    order = _order(opened.dataset, seed, max_images, processes)
+    return _loader(opened, transform, batch_size, workers, seed, bad_images, cache, sampler=order)
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,7 @@ class LabelledImages:
         loader: batches of (images [B, C, H, W], labels [B]).
         num_images: in all batches together, with those that turn out to be unreadable.
         class_names: of the labels 0, 1, ... in this order.
-        paths: of the images of a folder; empty for other data.
+        paths: of the images where these are files; empty for other data.
     """
 
     loader: ImageLoader
@@ -97,28 +114,36 @@ def open_labelled_images(
     workers: int = 4,
     bad_images: BadImages = "error",
     seed: int = 0,
+    resize: str | None = None,
+    mean_std: str | None = None,
+    augment: str | None = None,
+    tuned: Preprocessing | None = None,
     training: bool = False,
+    use: Use | None = None,
     class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     cache: ImageCache | None = None,
 ) -> LabelledImages:
-    """Images with labels, in the size and scale `model` expects.
+    """Images with labels, in the size of `model`.
 
-    A folder has one class for each folder directly in it that holds images, in `folder.name_order`.
+    A folder has one class for each folder directly in it that holds images, in `listing.name_order`.
 
     Args:
-        data, root, split, download, bad_images, cache: as in `open_images`.
-        training: True gives every epoch in a new order, which depends on `seed` alone, with timm's random
-            resized crops and horizontal flips (Sec. 4.1, FGVC), except for the digits. False gives the order
-            of the data set and timm's transform of evaluation. Crops and flips come from the global
-            generators of Python and torch: those of the workers, which `seed` decides, or, without workers,
-            those of this process, which `fit` seeds.
+        data, root, split, download, bad_images, resize, mean_std, tuned, cache: as in `open_images`.
+        augment: with `training` only: "resized-crop", "crop" or "none", as in `Preprocessing.transform`; None
+            is random resized crops and flips (Sec. 4.1, FGVC), and nothing on VTAB. The digits have none.
+        training: True gives every epoch in a new order, which depends on `seed` alone, and augments images.
+            False gives the order of the data set. Crops and flips come from the global generators of Python
+            and torch: those of the workers, which `seed` decides, or, without workers, those of this process,
+            which `fit` seeds.
+        use: what `split` is where it is None: the one to "train" on (None with `training`), to "val"idate
+            with, or to "test" with (None without).
         class_names: classes of the model; a label is then the place of its class in them. None takes the
             classes of the data.
         num_classes: size of the model's head, if the data must have as many classes.
 
     Raises:
-        FileNotFoundError: `data` is neither a folder nor the name of a data set.
+        FileNotFoundError: `data` is neither a folder nor the name of a data set, or files are missing.
         TypeError: a number is not an integer.
         ValueError: the data set does not name its classes or can only be iterated, has a class that is not
             in `class_names`, holds images deeper than its classes or in folders with names of splits, has one
@@ -126,24 +151,31 @@ def open_labelled_images(
             range or without effect.
     """
     seed = check_seed(seed)
-    known = class_names or ()
-    dataset = _open_dataset(
-        data, model, root, split, download, training=training, in_classes=True, known=known
+    if augment is not None and not training:
+        raise ValueError(f"augment is for training images, got {augment!r}")
+    use = use or ("train" if training else "test")
+    opened = open_data(
+        data,
+        root=root,
+        split=split,
+        use=use,
+        download=download,
+        known=class_names or (),
+        allow_missing=bad_images == "skip",
     )
-    found = _class_names(dataset, data)
+    transform = _transformed(opened, model, resize, mean_std, tuned, augment, training=training, use=use)
+    found = _class_names(opened, data)
     if training and len(found) < 2:
         raise ValueError(f"data: {data} must hold images of two classes or more, got {list(found)}")
     if class_names is not None and tuple(class_names) != found:
-        _renumber(dataset, data, found, class_names)
+        _renumber(opened.dataset, data, found, class_names)
         found = tuple(class_names)
     if num_classes is not None and len(found) != num_classes:
         raise ValueError(
             f"data: {data} has {len(found)} classes, but the head of the model is for {num_classes}"
         )
-    description = _describe(dataset, data, split)
-    loader = _loader(dataset, description, batch_size, workers, seed, bad_images, cache, shuffle=training)
-    paths = dataset.listing.paths if isinstance(dataset, FolderImages) else ()
-    return LabelledImages(loader, len(dataset), found, paths)
+    loader = _loader(opened, transform, batch_size, workers, seed, bad_images, cache, shuffle=training)
+    return LabelledImages(loader, len(opened.dataset), found, opened.paths)
 
 
 @dataclass(frozen=True)
@@ -166,12 +198,16 @@ def open_files(
     batch_size: int = 64,
     workers: int = 4,
     bad_images: BadImages = "error",
+    resize: str | None = None,
+    mean_std: str | None = None,
+    tuned: Preprocessing | None = None,
 ) -> ImageFiles:
     """The images of files and folders, in the order given, with the transform of `open_labelled_images`.
 
     Args:
         data: files, which are read whatever their names are, and folders, of any depth, whose images come in
-            `folder.name_order`.
+            `listing.name_order`.
+        resize, mean_std, tuned: as in `open_images`.
         bad_images: as in `open_images`; a batch comes without the images that are left out.
 
     Raises:
@@ -180,15 +216,16 @@ def open_files(
         ValueError: `data` is empty, a folder holds no image, or an argument is out of range.
     """
     listing = list_files(data)
-    dataset = FolderImages(listing)
-    dataset.transform = _transform(model)
+    dataset = FileImages(listing)
     # The first line is of groups, which say nothing here.
-    description = [f"{len(dataset)} images", *listing.description()[1:]]
+    description = (f"{len(dataset)} images", *listing.description()[1:])
+    opened = Opened(dataset, "folder", description, None, listing.paths)
+    transform = _transformed(opened, model, resize, mean_std, tuned)
     batch_size, workers = check_int("batch_size", batch_size, 1), check_int("workers", workers, 0)
     if len(dataset) <= batch_size:
         # To start workers takes longer than to read one batch.
         workers = 0
-    loader = _loader(dataset, description, batch_size, workers, 0, bad_images, None)
+    loader = _loader(opened, transform, batch_size, workers, 0, bad_images, None)
     return ImageFiles(loader, listing.paths)
 
 
@@ -206,46 +243,71 @@ def open_validation_images(
 
     Args:
         data, split: name the training images.
-        val_data, val_split: name the validation images; where one is None, it is that of training.
+        val_data, val_split: name the validation images; None is the data of training, and the split to
+            validate with.
         class_names, options: as in `open_labelled_images`.
 
     Raises:
-        FileNotFoundError: `val_data` is neither a folder nor the name of a data set.
+        FileNotFoundError: `val_data` is neither a folder nor the name of a data set, or files are missing.
         ValueError: `val_split` without a data set that has splits; the images are those of training; or as
             `open_labelled_images`.
     """
     if val_data is None and val_split is None:
         return None
     if val_data is None and not has_splits(data):
-        raise ValueError(f"val_split is for data sets with splits, but data is the folder {data}")
+        raise ValueError(f"val_split is for data sets with splits, but data is {data}")
+    split = split or training_split(data, val_data, val_split)
     val_data = val_data or data
-    if not has_splits(val_data):
+    val_split = val_split or default_split(val_data, "val")
+    if not takes_root(val_data):
         options["root"] = None
-    elif val_split is None:
-        val_split = split
+    if kind_of(val_data) != "timm":
+        options["download"] = False
     if are_same_images(val_data, val_split, data, split):
         raise ValueError(
             f"val_data and val_split must name other images than those of training, got {val_data}"
             + ("" if val_split is None else f", split {val_split}")
         )
-    return open_labelled_images(val_data, model, split=val_split, class_names=class_names, **options)
+    return open_labelled_images(
+        val_data, model, split=val_split, use="val", class_names=class_names, **options
+    )
 
 
-def has_splits(data: str) -> bool:
-    """Whether `data` is divided by `split`; a folder is not."""
-    return data == SHIPPED_IMAGES or data.lower().startswith(_DATASET_PREFIXES)
+def training_split(data: str, val_data: str | None = None, val_split: str | None = None) -> str | None:
+    """The split of `data` to train on beside these validation images, where none is named."""
+    if val_data is None and val_split is None:
+        return default_split(data, "train")
+    return default_split(data, "train", val_split or default_split(val_data or data, "val"))
 
 
-def are_same_images(data: str, split: str | None, other: str, other_split: str | None) -> bool:
-    """Whether two pairs of names are of the same images; paths are compared as the folders they lead to."""
-    if has_splits(data) and has_splits(other):
-        return (data.lower(), split or TRAIN) == (other.lower(), other_split or TRAIN)
-    return not (has_splits(data) or has_splits(other)) and Path(data).resolve() == Path(other).resolve()
+def _transformed(
+    opened: Opened,
+    model: nn.Module,
+    resize: str | None,
+    mean_std: str | None,
+    tuned: Preprocessing | None,
+    augment: str | None = None,
+    *,
+    training: bool = False,
+    use: Use = "train",
+) -> tuple[Preprocessing | None, list[str]]:
+    """Give the data set its transform; what that is, and lines that say so. The digits need none."""
+    if opened.kind == "digits":
+        for name, value in (("resize", resize), ("mean_std", mean_std), ("augment", augment)):
+            if value is not None:
+                raise ValueError(f"{name} is for images in files, got {value!r} for the digits")
+        return None, []
+    chosen = choose(opened.kind, resize, mean_std, tuned)
+    augment = (augment or default_augment(opened.kind)) if training else "none"
+    opened.dataset.transform = chosen.transform(model, augment)
+    # Once in a run: training images are read beside those of validation.
+    rows = [] if use == "val" else papers_rows(opened.kind)
+    return chosen, [chosen.describe(model, augment), *rows]
 
 
 def _loader(
-    dataset: Any,
-    description: Sequence[str],
+    opened: Opened,
+    transform: tuple[Preprocessing | None, list[str]],
     batch_size: int,
     workers: int,
     seed: int,
@@ -254,9 +316,12 @@ def _loader(
     **order: Any,
 ) -> ImageLoader:
     workers = check_int("workers", workers, 0)
+    dataset = opened.dataset
+    preprocessing, lines = transform
     options = {
         "num_images": None if isinstance(dataset, IterableDataset) else len(dataset),
-        "description": description,
+        "description": [*opened.description, *lines],
+        "preprocessing": preprocessing,
         "bad_images": bad_images,
         "batch_size": check_int("batch_size", batch_size, 1),
         "seed": seed,
@@ -266,34 +331,17 @@ def _loader(
     }
     if cache is None or not isinstance(dataset, DecodedImages) or not cache.works_with(workers):
         return ImageLoader(dataset, **options)
-    return CachedLoader(cache.wrap(dataset, description[0].partition(": ")[0]), cache, **options)
+    return CachedLoader(cache.wrap(dataset, opened.description[0].partition(": ")[0]), cache, **options)
 
 
-def _describe(dataset: Any, data: str, split: str | None) -> list[str]:
-    """Lines that say what is read: images, classes or folders, images in each, and what is left out."""
-    if isinstance(dataset, FolderImages):
-        return [f"{printable(data)}: {line}" for line in dataset.listing.description()]
-    name = f"{data}, split {split or TRAIN}"
-    if isinstance(dataset, IterableDataset):
-        return [f"{name}: number of images not known"]
-    labels = dataset.tensors[1].tolist() if isinstance(dataset, TensorDataset) else dataset.labels()
-    each = "" if labels is None else f" of {len(set(labels))} classes, {spread(labels)} in each"
-    return [f"{name}: {len(dataset)} images{each}"]
-
-
-def _class_names(dataset: Any, data: str) -> tuple[str, ...]:
-    if isinstance(dataset, IterableDataset):
+def _class_names(opened: Opened, data: str) -> tuple[str, ...]:
+    if isinstance(opened.dataset, IterableDataset):
         raise ValueError(
             f"data: {data} can only be iterated, not read by index; give a folder or a torch/ data set"
         )
-    if isinstance(dataset, TensorDataset):
-        return DIGITS_CLASSES
-    if isinstance(dataset, FolderImages):
-        return dataset.listing.group_names
-    names = dataset.class_names()
-    if not names:
+    if not opened.class_names:
         raise ValueError(f"data: {data} does not name its classes; give a folder with one folder per class")
-    return tuple(map(str, names))
+    return opened.class_names
 
 
 def _renumber(dataset: Any, data: str, found: Sequence[str], class_names: Sequence[str]) -> None:
@@ -319,51 +367,3 @@ def _order(dataset: Any, seed: int, max_images: int | None, processes: Processes
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
     share = processes.share_of(len(order))
     return order[share.start : share.stop]
-
-
-def _open_dataset(
-    data: str,
-    model: nn.Module,
-    root: str | Path | None,
-    split: str | None,
-    download: bool,
-    *,
-    training: bool = False,
-    in_classes: bool = False,
-    known: Sequence[str] = (),
-) -> Any:
-    if data == SHIPPED_IMAGES:
-        return TensorDataset(*load_digits(split or TRAIN))
-    if has_splits(data):
-        dataset = _named(data, root, split or TRAIN, download)
-    else:
-        for name, value in (("split", split), ("root", root)):
-            if value is not None:
-                raise ValueError(f"{name} is for data sets with splits, got {value} for the folder {data}")
-        dataset = _folder(data, in_classes, known)
-    dataset.transform = _transform(model, training)
-    return dataset
-
-
-def _transform(model: nn.Module, training: bool = False) -> Any:
-    from timm.data.config import resolve_model_data_config
-    from timm.data.transforms_factory import create_transform
-
-    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    return create_transform(**config, is_training=training, color_jitter=0.0)
-
-
-def _named(data: str, root: str | Path | None, split: str, download: bool) -> Any:
-    from timm.data.dataset_factory import create_dataset
-
-    dataset = create_dataset(data, root=None if root is None else str(root), split=split, download=download)
-    return dataset if isinstance(dataset, IterableDataset) else NamedImages(dataset, data)
-
-
-def _folder(data: str, in_classes: bool, known: Sequence[str]) -> FolderImages:
-    if not Path(data).is_dir():
-        raise FileNotFoundError(
-            f"data: there is no folder {data}; give a folder of images, a timm data set such as "
-            f"torch/cifar10, or {SHIPPED_IMAGES!r}"
-        )
-    return FolderImages(list_folder(data, classes=in_classes, known=known))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from spt_fast.data.decode import open_image, to_rgb
-from spt_fast.data.folder import FolderListing, printable
+from spt_fast.data.listing import Listing, printable
+from spt_fast.data.transforms import Preprocessing
 from spt_fast.support.arguments import check_choice
 from spt_fast.support.errors import first_line
 
@@ -78,10 +81,10 @@ class DecodedImages(Dataset[Any]):
             raise RuntimeError(f"{name} cannot be transformed ({first_line(error)})") from error
 
 
-class FolderImages(DecodedImages):
-    """The images of a folder; the label is the place of an image's folder in `listing.group_names`."""
+class FileImages(DecodedImages):
+    """The images of a folder or a list; labels are places in `listing.group_names`."""
 
-    def __init__(self, listing: FolderListing) -> None:
+    def __init__(self, listing: Listing) -> None:
         self.listing = listing
 
     def __len__(self) -> int:
@@ -98,6 +101,27 @@ class FolderImages(DecodedImages):
     def read(self, index: int) -> tuple[Any, Any]:
         """Decoded by `open_image`."""
         return open_image(str(self.listing.paths[index])), self.listing.groups[index]
+
+
+class TarImages(FileImages):
+    """The images of a tar archive; `members` says where each of them lies."""
+
+    def __init__(self, path: Path, listing: Listing, members: Sequence[tarfile.TarInfo]) -> None:
+        super().__init__(listing)
+        self._path = path
+        self._members = members
+
+    def identity(self) -> Hashable:
+        """The archive, and the paths and labels in it."""
+        return self._path, super().identity()
+
+    def read(self, index: int) -> tuple[Any, Any]:
+        """Decoded by `open_image`."""
+        # Opened anew, because processes that read in turns cannot share one position in a file.
+        with tarfile.open(self._path, "r:") as archive:
+            file = archive.extractfile(self._members[index])
+            assert file is not None
+            return open_image(io.BytesIO(file.read())), self.listing.groups[index]
 
 
 class NamedImages(DecodedImages):
@@ -144,6 +168,7 @@ class ImageLoader:
     Attributes:
         num_images: in all batches together, unreadable ones included; None where nobody knows.
         description: lines that say what is read.
+        preprocessing: what is done to the images; None where nothing is.
         unreadable: {name: reason} of what was skipped so far, in any pass.
     """
 
@@ -153,6 +178,7 @@ class ImageLoader:
         *,
         num_images: int | None,
         description: Sequence[str] = (),
+        preprocessing: Preprocessing | None = None,
         bad_images: str = "error",
         num_workers: int = 0,
         shuffle: bool = False,
@@ -161,6 +187,7 @@ class ImageLoader:
     ) -> None:
         self.num_images = num_images
         self.description = tuple(description)
+        self.preprocessing = preprocessing
         self.unreadable: dict[str, str] = {}
         self._skip = check_choice("bad_images", bad_images, BAD_IMAGES) == "skip"
         if shuffle:

@@ -12,13 +12,14 @@ from typing import Literal
 from torch import Tensor, nn
 
 from spt_fast.backbones.identity import check_facts, describe, describe_norm
+from spt_fast.data.transforms import PREPROCESSING, Preprocessing
 from spt_fast.prompting.checks import check_class_names
 from spt_fast.support.arguments import check_bool, check_choice, check_tensor
 from spt_fast.support.files import read_safetensors, write_safetensors
 
 _KIND = "prompted_vit"
-# Facts that need not agree: the shape of the head tells the number of classes, and their names are read.
-_FACTS_OF_THE_HEAD = ("num_classes", "class_names")
+# The shape of the head tells the number of classes; their names, and what is done to images, are read.
+_FACTS_THAT_MAY_DIFFER = ("num_classes", "class_names", PREPROCESSING)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class TunedState:
     Attributes:
         tensors: "prompts" [L or 1, N_p, D], and "head." before each name of the head's own state.
         facts: those of `describe` and `describe_norm`, and `prompt_depth`, `pool_prompts`, `global_pool`;
-            `num_classes` where the model states it, `class_names` (JSON) where they are set.
+            `num_classes` where the model states it, `class_names` and `preprocessing` (JSON) if set.
     """
 
     tensors: Mapping[str, Tensor]
@@ -44,6 +45,7 @@ class TunedState:
         depth: str,
         pool_prompts: bool,
         class_names: Sequence[str] | None,
+        preprocessing: Preprocessing | None,
     ) -> TunedState:
         """The state of prompts and head on `model`; the tensors are theirs, not copies."""
         of_head = {f"head.{name}": value for name, value in head.state_dict(keep_vars=True).items()}
@@ -59,6 +61,8 @@ class TunedState:
             facts["num_classes"] = str(num_classes)
         if class_names is not None:
             facts["class_names"] = json.dumps(list(class_names))
+        if preprocessing is not None:
+            facts[PREPROCESSING] = preprocessing.to_json()
         return cls({"prompts": prompts, **of_head}, facts)
 
     @classmethod
@@ -97,6 +101,7 @@ class TunedState:
         if not number.isdecimal():
             raise ValueError(f"num_classes must be an integer >= 0, got {number!r}")
         check_class_names(self.class_names, self.num_classes)
+        self.preprocessing  # noqa: B018
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool) -> None:
         """Write to a safetensors file, completely or not at all."""
@@ -133,13 +138,18 @@ class TunedState:
             raise ValueError(f"class_names must be a JSON list of strings, got {text!r}")
         return tuple(names)
 
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        text = self.facts.get(PREPROCESSING)
+        return None if text is None else Preprocessing.from_json(text)
+
     def check_fits(
         self, path: str | os.PathLike[str], own: TunedState, *, allow_other_backbone: bool = False
     ) -> None:
         """ValueError where this state, read from `path`, cannot take the place of a model's `own`."""
         check_bool("allow_other_backbone", allow_other_backbone)
         _check_shapes(path, self.tensors, own.tensors)
-        expected = {name: fact for name, fact in own.facts.items() if name not in _FACTS_OF_THE_HEAD}
+        expected = {name: fact for name, fact in own.facts.items() if name not in _FACTS_THAT_MAY_DIFFER}
         check_facts(path, self.facts, expected, allow_other_backbone=allow_other_backbone)
         try:
             check_class_names(self.class_names, own.num_classes)

@@ -44,6 +44,7 @@ from spt_fast.support.randomness import seeded
 if TYPE_CHECKING:
     import os
 
+    from spt_fast.data.transforms import Preprocessing
     from spt_fast.prototypes.result import Prototypes
 
 
@@ -79,8 +80,7 @@ class PromptedViT(nn.Module):
             models with `global_pool="avg"`.
         weight_dtype: torch.bfloat16 ("bf16") or torch.float16 ("fp16"): run in this dtype by autocast, with
             the frozen weights cast once instead of in every step. Results are bitwise those of autocast.
-            The original weights are kept until `release()`: half as much memory again for the weights, which
-            autocast takes too, from forward to backward.
+            The original weights are kept until `release()`: half as much memory again, as autocast takes too.
         allow_other_backbone: take `Prototypes` that were built with other weights or for another image size.
 
     Attributes:
@@ -90,6 +90,7 @@ class PromptedViT(nn.Module):
         depth: "deep" or "shallow".
         model: the model taken over.
         class_names: the names of the logits, in their order, or None; set by you, saved with the head.
+        preprocessing: what was done to the images (`data.transforms`), or None; set and saved likewise.
 
     Raises:
         TypeError: `model` has no blocks to prompt or is wrapped, or an argument is of the wrong type.
@@ -100,6 +101,7 @@ class PromptedViT(nn.Module):
     prompts: nn.Parameter
     model: nn.Module
     class_names: Sequence[str] | None
+    preprocessing: Preprocessing | None
 
     def __init__(
         self,
@@ -130,7 +132,7 @@ class PromptedViT(nn.Module):
         values = initial_prompts(model, prompts, depth, allow_other_backbone=allow_other_backbone)
 
         self.depth = depth
-        self.class_names = None
+        self.class_names = self.preprocessing = None
         self._num_blocks = len(blocks)
         self._num_prefix_tokens = num_prefix_tokens(model)
         was_training = model.training
@@ -169,8 +171,7 @@ class PromptedViT(nn.Module):
             TypeError, ValueError: as the constructor and `load`; the model is then left as it was.
         """
         state = TunedState.read(path)
-        # The values of a new head are replaced by those of the file; drawing them must not advance the
-        # caller's random generators.
+        # The file replaces the new head's values; drawing them must leave the caller's random state alone.
         with seeded(0):
             tuned = cls(
                 model,
@@ -323,15 +324,13 @@ class PromptedViT(nn.Module):
         self._state().write(path, overwrite=overwrite)
 
     def load(self, path: str | os.PathLike[str], *, allow_other_backbone: bool = False) -> None:
-        """Read prompts, head and names from a file of `save`; the model must have been built the same way.
+        """Read what `save` wrote; the model must have been built the same way. Errors leave it as it was.
 
         Args:
-            allow_other_backbone: also where the file was saved with other weights of the backbone or for
-                another image size. The weights are known by a few of them, in whatever dtype and device.
+            allow_other_backbone: also with other weights, known by a few of them, or another image size.
 
         Raises:
-            ValueError: another backbone, depth or pooling; prompts or head of another shape (both shapes are
-                named); or a file that is truncated or of another kind. Nothing has changed then.
+            ValueError: another backbone, depth, pooling or shape; a truncated file or one of another kind.
             FileNotFoundError: there is no such file.
         """
         self._check_not_released()
@@ -365,6 +364,7 @@ class PromptedViT(nn.Module):
             depth=self.depth,
             pool_prompts=self.pool_prompts,
             class_names=self.class_names,
+            preprocessing=self.preprocessing,
         )
 
     def _take_state(
@@ -376,7 +376,7 @@ class PromptedViT(nn.Module):
         with torch.no_grad():
             for name, tensor in own.tensors.items():
                 tensor.copy_(state.tensors[name])
-        self.class_names = state.class_names
+        self.class_names, self.preprocessing = state.class_names, state.preprocessing
 
     def _take_over(self, blocks: nn.ModuleList | nn.Sequential, num_classes: int | None) -> None:
         self.model.requires_grad_(False)

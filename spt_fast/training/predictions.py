@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spt_fast.data.batches import labelled_batch
-from spt_fast.data.folder import printable
 from spt_fast.data.images import ImageFiles
+from spt_fast.data.listing import printable
 from spt_fast.support.arguments import check_choice, check_int
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.training.evaluation import inference, logits_of, names_of_logits

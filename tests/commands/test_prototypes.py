@@ -34,9 +34,8 @@ def test_prototypes_of_a_folder(folders, tmp_path, capsys):
     assert built.num_images == 24
     printed = capsys.readouterr().out
     assert printed.startswith(f"images: {folders / 'train'}: 24 images in 2 folders, ")
-    assert printed.partition("\n")[2].startswith(
-        f"{out}: {depth} x 3 prompts of width {width}\n24 images in "
-    )
+    assert "images: transform: --resize model (" in printed
+    assert f"\n{out}: {depth} x 3 prompts of width {width}\n24 images in " in printed
     assert "images/s" in printed
     for block, distance in enumerate(built.mean_squared_distance.tolist(), start=1):
         assert f"block {block:2d}: mean squared distance per token {distance:.4g}\n" in printed

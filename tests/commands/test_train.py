@@ -153,7 +153,7 @@ def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, only_e
             "holds folders with names of splits (train), but a class is a folder directly",
         ),
         (("--split", "val"), "split is for data sets with splits, got val for the folder"),
-        (("--root", "{tmp}"), "root is for data sets with splits, got {tmp} for the folder"),
+        (("--root", "{tmp}"), "root is for lists and data sets, got {tmp} for the folder"),
         (
             ("--num-prompts", "99999999"),
             "at most the number of patch tokens, 1536 per layer (24 images with 64",

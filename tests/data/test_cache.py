@@ -190,7 +190,7 @@ def test_an_image_that_cannot_be_transformed_is_named(folder):
     def fail(image: Image.Image) -> Image.Image:
         raise ValueError("too thin")
 
-    dataset = loading.FolderImages(list_folder(folder, classes=True))
+    dataset = loading.FileImages(list_folder(folder, classes=True))
     for step, reason in ((fail, "too thin"), (transforms.Resize((0, 0)), "height and width must be > 0")):
         dataset.transform = transforms.Compose([transforms.Resize((8, 8)), step])
         for each in (dataset, ImageCache().wrap(dataset, "images")):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from spt_fast.data.folder import FolderListing, list_folder, name_order, some_names
+from spt_fast.data.folder import list_folder
+from spt_fast.data.listing import Listing, name_order, some_names
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def made(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def below(folder: Path, listing: FolderListing) -> list[str]:
+def below(folder: Path, listing: Listing) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in listing.paths]
 
 

@@ -845,6 +845,7 @@ class TestFiles:
             ({"prompt_depth": "middle"}, "prompt_depth must be one of 'deep', 'shallow', got 'middle'"),
             ({"pool_prompts": "yes"}, "pool_prompts must be one of 'True', 'False', got 'yes'"),
             ({"num_classes": "x"}, "num_classes must be an integer >= 0, got 'x'"),
+            ({"preprocessing": "{}x"}, "preprocessing must be resize and mean_std in JSON, got '{}x'"),
             ({"class_names": "["}, "Expecting value"),
             ({"class_names": "5"}, "class_names must be a JSON list of strings, got '5'"),
             ({"class_names": "null"}, "class_names must be a JSON list of strings, got 'null'"),
