@@ -14,6 +14,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Read when Triton is imported, by whatever comes first: without a GPU its kernels run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
+# The tests run the kernels themselves, checked or not, and leave the user's cache folder alone.
+os.environ.setdefault("SPT_FAST_VERIFY", "0")
 
 import pytest
 import torch
