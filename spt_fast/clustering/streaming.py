@@ -34,6 +34,7 @@ from spt_fast.ops.kmeans import PassResult, assign_accumulate
 from spt_fast.support.arguments import check_int
 from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.threads import side_by_side
+from spt_fast.support.waiting import first_true
 
 DEFAULT_CAPACITY = 20_000
 CAPACITY_PER_CLUSTER = 500
@@ -200,7 +201,11 @@ class StreamingKMeans(ClusteringEstimator):
             weight = None if weights is None else weights[i]
             seeds = [settings.seed, g]
             stream = streams[g] or _TokenStream.start(batch, weight, capacity, seeds, self.backend)
-            updates.append(stream.prepare(batch, weight))
+            update = stream.prepare(batch, weight)
+            # Waits for the device: nothing may be taken in where a token is bad.
+            if int(update.bad_row) >= 0:
+                raise_non_finite(batch)
+            updates.append(update)
         for g, update in zip(groups, updates, strict=True):
             streams[g] = update.stream
             update.commit()
@@ -208,6 +213,31 @@ class StreamingKMeans(ClusteringEstimator):
         self._from_tensor = isinstance(X, Tensor)
         self._solved = self._labels = self._unlabelled = None
         return self
+
+    def partial_fit_unchecked(self, tokens: Tensor, group: int) -> Tensor:
+        """`partial_fit` of one group that does not wait for a device, but for the group's first tokens.
+
+        Returns:
+            The number of the first row that `partial_fit` would refuse, or -1: int64, where `tokens` is. The
+            estimator is spoiled where it is a row.
+
+        Raises:
+            As `partial_fit`, but NonFiniteError for the first tokens only.
+        """
+        settings = self._settings()
+        streams = self._streams or _no_streams(settings.n_groups)
+        (group,), (batch,) = _batches(tokens, group, settings.n_groups)
+        stream = streams[group]
+        if stream is None:
+            capacity = resolve_capacity(self.capacity, settings.n_clusters)
+            stream = _TokenStream.start(batch, None, capacity, [settings.seed, group], self.backend)
+        check_width(batch, stream.width, type(self).__name__)
+        update = stream.prepare(batch, None)
+        update.commit()
+        streams[group] = stream
+        self._streams, self._from_tensor = streams, True
+        self._solved = self._labels = self._unlabelled = None
+        return update.bad_row
 
     def fit(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> StreamingKMeans:
         """Forget what was seen, take X in as one batch and solve; `y` is ignored.
@@ -246,7 +276,7 @@ class StreamingKMeans(ClusteringEstimator):
             raise not_fitted(self, "partial_fit")
         return Summary(
             groups=tuple(stream.reservoir.summary(self.backend) for stream in streams),
-            totals=tuple(stream.total for stream in streams),
+            totals=tuple(float(stream.total) for stream in streams),
             seed=settings.seed,
         )
 
@@ -262,7 +292,7 @@ class StreamingKMeans(ClusteringEstimator):
         settings = self._settings()
         capacity = resolve_capacity(self.capacity, settings.n_clusters)
         streams = self._streams or _no_streams(settings.n_groups)
-        mine = [None if stream is None else (stream.reservoir, stream.total) for stream in streams]
+        mine = [None if stream is None else (stream.reservoir, float(stream.total)) for stream in streams]
         layouts = processes.gather([None if m is None else (m[0].width, m[0].dtype) for m in mine])
         groups, totals = [], []
         for g, held in enumerate(mine):
@@ -331,8 +361,8 @@ class _TokenStream:
     def __init__(self, rough: Tensor, reservoir: PriorityReservoir, backend: str) -> None:
         self.reservoir = reservoir
         self.n_seen = 0
-        self.total = 0.0  # weight of the tokens seen
-        self._squared = 0.0  # sum of squared distances to the rough centres, as they were
+        # Weight of the tokens seen, and their summed squared distances to the rough centres, as they were.
+        self.total, self._squared = torch.zeros(2, dtype=torch.float64, device=rough.device)
         self._rough = rough  # [R, D] float32
         self._rough_counts = torch.zeros(len(rough), dtype=torch.float64, device=rough.device)
         self._backend = backend
@@ -341,7 +371,10 @@ class _TokenStream:
     def start(
         cls, batch: Tensor, weights: Tensor | None, capacity: int, seeds: list[int], backend: str
     ) -> _TokenStream:
-        """A stream whose rough centres come from a sample of its first batch [B, N, D]."""
+        """A stream whose rough centres come from a sample of its first batch [B, N, D].
+
+        This waits for a device, once for each group.
+        """
         rng = np.random.default_rng([*seeds, 0])
         rows = batch.shape[:-1].numel()
         index = np.sort(rng.choice(rows, min(rows, ROUGH_TOKENS), replace=False))
@@ -366,8 +399,6 @@ class _TokenStream:
             with_distances=True,
             backend=self._backend,
         )
-        if not bool(torch.isfinite(assigned.inertia).all()):
-            raise_non_finite(batch)
         return _Update(self, batch, weights, assigned)
 
     @property
@@ -379,8 +410,8 @@ class _TokenStream:
         assert assigned.distances is not None
         counts, sums = assigned.counts[0], assigned.sums[0]
         self.n_seen += batch.shape[:-1].numel()
-        self.total += float(counts.sum())
-        self._squared += float(assigned.inertia[0])
+        self.total = self.total + counts.sum()
+        self._squared = self._squared + assigned.inertia[0]
         self._rough_counts += counts
         gains = (sums - counts[:, None] * self._rough) / self._rough_counts.clamp_min(1e-300)[:, None]
         self._rough = (self._rough + gains).float()
@@ -389,7 +420,7 @@ class _TokenStream:
 
     def _mean(self) -> Tensor:
         """Mean [D] of all tokens so far; of the rough centres before there are any."""
-        weights = self._rough_counts if self.total > 0 else torch.ones_like(self._rough_counts)
+        weights = self._rough_counts if self.n_seen > 0 else torch.ones_like(self._rough_counts)
         return (weights @ self._rough.double() / weights.sum()).float()
 
     def _check_like_before(self, batch: Tensor) -> None:
@@ -401,12 +432,20 @@ class _TokenStream:
 
 @dataclass(frozen=True)
 class _Update:
-    """A batch that was measured and found good, to be taken in by its stream."""
+    """A batch that was measured, to be taken in by its stream."""
 
     stream: _TokenStream
     batch: Tensor
     weights: Tensor | None
     assigned: PassResult
+
+    @property
+    def bad_row(self) -> Tensor:
+        """The first row that is not finite or too far off, int64 on the device; -1 where there is none."""
+        assert self.assigned.distances is not None
+        # The inertia decides: what is not finite makes it so, in every kernel.
+        row = first_true(~torch.isfinite(self.assigned.distances)).clamp_min(0)
+        return torch.where(torch.isfinite(self.assigned.inertia[0]), -1, row)
 
     def commit(self) -> None:
         self.stream.take_in(self.batch, self.weights, self.assigned)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from spt_fast.support.arguments import check_int, check_number, check_seed
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.randomness import seeded
 from spt_fast.support.tables import csv_bytes
+from spt_fast.support.waiting import OnTheWay, first_true
 
 FINAL_LR = 1e-8
 WARMUP_SHARE = 0.1
@@ -126,7 +128,8 @@ def fit(
             batch holds something else, or an argument is of the wrong type.
         ValueError: an argument is out of range, a loader or a batch is empty, labels have another shape or
             are no classes of the model, or no parameter requires a gradient.
-        FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate.
+        FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate. It is raised
+            after that step or the next one, so that no step waits for its loss; the model has taken them.
     """
     steps = _count_batches(train_loader)
     if isinstance(val_loader, Iterator):
@@ -189,24 +192,34 @@ def evaluate(tuned: nn.Module, loader: Iterable[Any]) -> float:
     """
     device, was_training = _device(tuned), tuned.training
     right = total = seen = 0
+    answers: deque[tuple[int, OnTheWay]] = deque()
+
+    def read_next() -> int:
+        first_image, found = answers.popleft()
+        correct, broken = found.read()
+        if broken >= 0:
+            image = first_image + broken
+            raise NonFiniteError(
+                f"tuned must give finite logits, but image {image} (counted from 0) gave NaN", image=image
+            )
+        return int(correct)
+
     tuned.eval()
     fixed = tuned.fixed_prompts() if isinstance(tuned, PromptedViT) else nullcontext()
     try:
         with fixed:
             for index, batch in enumerate(loader):
                 logits, labels, count = _forward(tuned, batch, device, f"batch {index} of loader")
-                found = (logits.argmax(dim=1) == labels).sum()
-                broken = logits.isnan().any()
-                correct, is_broken = torch.stack([found, broken.long()]).tolist()
-                if is_broken:
-                    first = seen + int(logits.isnan().any(dim=1).nonzero()[0])
-                    raise NonFiniteError(
-                        f"tuned must give finite logits, but image {first} (counted from 0) gave NaN",
-                        image=first,
-                    )
-                right += correct
+                correct = (logits.argmax(dim=1) == labels).sum()
+                broken = first_true(logits.isnan().any(dim=1))
+                answers.append((seen, OnTheWay(torch.stack([correct, broken]))))
                 total += count
                 seen += len(labels)
+                # Those of the batch before, while the device is at this one.
+                if len(answers) > 1:
+                    right += read_next()
+            while answers:
+                right += read_next()
     finally:
         tuned.train(was_training)
     if total == 0:
@@ -252,7 +265,8 @@ def _train_epoch(
     history: History,
 ) -> None:
     tuned.train()
-    total_loss, count, rate = 0.0, 0, 0.0
+    losses = _Losses(epoch)
+    rate = 0.0
     started = time.perf_counter()
     for step, batch in enumerate(loader):
         where = f"batch {step} of train_loader"
@@ -261,31 +275,57 @@ def _train_epoch(
             raise ValueError(f"{where} must hold a label other than {IGNORED_LABEL}, got none")
         loss = F.cross_entropy(logits, labels)
         rate = optimizer.param_groups[0]["lr"]
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at epoch {epoch}, step {step + 1}, learning rate {rate:.2g}; lower lr"
-            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        total_loss += loss.item() * labelled
-        count += labelled
-    if count == 0:
-        raise ValueError("train_loader must give at least one image, got none")
-    history.loss.append(total_loss / count)
+        losses.add(loss.detach(), labelled, step + 1, rate)
+    history.loss.append(losses.mean())
     history.lr.append(rate)
     history.seconds.append(time.perf_counter() - started)
+
+
+class _Losses:
+    """The losses of an epoch, each read while the device is at the next step."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._total, self._count = 0.0, 0
+        self._unread: deque[tuple[OnTheWay, int, int, float]] = deque()
+
+    def add(self, loss: Tensor, labelled: int, step: int, rate: float) -> None:
+        """Take the loss of a step, a mean over `labelled` images, and look at that of the step before."""
+        self._unread.append((OnTheWay(loss), labelled, step, rate))
+        if len(self._unread) > 1:
+            self._read_next()
+
+    def mean(self) -> float:
+        """The mean over all images, once all losses are read."""
+        while self._unread:
+            self._read_next()
+        if self._count == 0:
+            raise ValueError("train_loader must give at least one image, got none")
+        return self._total / self._count
+
+    def _read_next(self) -> None:
+        sent, labelled, step, rate = self._unread.popleft()
+        loss = sent.read()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss is {loss} at epoch {self._epoch}, step {step}, learning rate {rate:.2g}; lower lr"
+            )
+        self._total += loss * labelled
+        self._count += labelled
 
 
 def _forward(tuned: nn.Module, batch: object, device: torch.device, where: str) -> tuple[Tensor, Tensor, int]:
     """Logits [B, classes] and labels [B] of a batch, on `device`, and how many of the labels count."""
     images, labels = labelled_batch(batch, where)
-    logits = tuned(images.to(device, _input_dtype(tuned)))
+    logits = tuned(images.to(device, _input_dtype(tuned), non_blocking=True))
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"tuned must give logits [{len(images)}, classes], got {found}")
-    return logits, labels.to(device), count_labels(labels, logits.shape[1], where)
+    return logits, labels.to(device, non_blocking=True), count_labels(labels, logits.shape[1], where)
 
 
 def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -> torch.optim.AdamW:
