@@ -25,22 +25,17 @@ from spt_fast.clustering.inputs import (
     check_width,
     raise_non_finite,
 )
-from spt_fast.clustering.lloyd import LloydResult, lloyd
-from spt_fast.clustering.reservoir import PriorityReservoir, importance, take_rows
-from spt_fast.clustering.seeding import kmeans_plus_plus
+from spt_fast.clustering.lloyd import LloydResult
+from spt_fast.clustering.reservoir import PriorityReservoir
 from spt_fast.clustering.solver import solve
+from spt_fast.clustering.token_stream import TokenStream
 from spt_fast.clustering.weighted import WeightedTokens
-from spt_fast.ops.kmeans import PassResult, assign_accumulate
 from spt_fast.support.arguments import check_int
 from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.threads import side_by_side
-from spt_fast.support.waiting import first_true
 
 DEFAULT_CAPACITY = 20_000
 CAPACITY_PER_CLUSTER = 500
-ROUGH_CENTERS = 16
-ROUGH_TOKENS = 2_048  # of the first batch, from which the rough centres start
-ROUGH_ITERATIONS = 5
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ class StreamingKMeans(ClusteringEstimator):
         n_seen_: tokens seen by each group, int64 [G], a torch tensor always.
     """
 
-    _streams: list[_TokenStream | None] | None = None
+    _streams: list[TokenStream | None] | None = None
     _solved: Clustering | None = None
 
     def __init__(
@@ -200,7 +195,7 @@ class StreamingKMeans(ClusteringEstimator):
         for i, (g, batch) in enumerate(zip(groups, batches, strict=True)):
             weight = None if weights is None else weights[i]
             seeds = [settings.seed, g]
-            stream = streams[g] or _TokenStream.start(batch, weight, capacity, seeds, self.backend)
+            stream = streams[g] or TokenStream.start(batch, weight, capacity, seeds, self.backend)
             update = stream.prepare(batch, weight)
             # Waits for the device: nothing may be taken in where a token is bad.
             if int(update.bad_row) >= 0:
@@ -230,7 +225,7 @@ class StreamingKMeans(ClusteringEstimator):
         stream = streams[group]
         if stream is None:
             capacity = resolve_capacity(self.capacity, settings.n_clusters)
-            stream = _TokenStream.start(batch, None, capacity, [settings.seed, group], self.backend)
+            stream = TokenStream.start(batch, None, capacity, [settings.seed, group], self.backend)
         check_width(batch, stream.width, type(self).__name__)
         update = stream.prepare(batch, None)
         update.commit()
@@ -323,7 +318,7 @@ class StreamingKMeans(ClusteringEstimator):
         return self.solve()
 
 
-def _no_streams(n_groups: int) -> list[_TokenStream | None]:
+def _no_streams(n_groups: int) -> list[TokenStream | None]:
     return [None] * n_groups
 
 
@@ -353,99 +348,3 @@ def _batches(X: ArrayLike, group: int | None, n_groups: int) -> tuple[list[int],
         raise ValueError(f"X must be [..., M, D], got {list(tokens.shape)}. Reshape your data")
     check_filled(tokens)
     return [group], [tokens.reshape(-1, *tokens.shape[-2:])]
-
-
-class _TokenStream:
-    """What one group remembers: rough centres, totals and the reservoir."""
-
-    def __init__(self, rough: Tensor, reservoir: PriorityReservoir, backend: str) -> None:
-        self.reservoir = reservoir
-        self.n_seen = 0
-        # Weight of the tokens seen, and their summed squared distances to the rough centres, as they were.
-        self.total, self._squared = torch.zeros(2, dtype=torch.float64, device=rough.device)
-        self._rough = rough  # [R, D] float32
-        self._rough_counts = torch.zeros(len(rough), dtype=torch.float64, device=rough.device)
-        self._backend = backend
-
-    @classmethod
-    def start(
-        cls, batch: Tensor, weights: Tensor | None, capacity: int, seeds: list[int], backend: str
-    ) -> _TokenStream:
-        """A stream whose rough centres come from a sample of its first batch [B, N, D].
-
-        This waits for a device, once for each group.
-        """
-        rng = np.random.default_rng([*seeds, 0])
-        rows = batch.shape[:-1].numel()
-        index = np.sort(rng.choice(rows, min(rows, ROUGH_TOKENS), replace=False))
-        part = take_rows(batch, torch.from_numpy(index).to(batch.device))
-        if not bool(torch.isfinite(part).all()):
-            raise_non_finite(batch)
-        problem = WeightedTokens(part, None, part.double().mean(0).float(), backend)
-        centers = kmeans_plus_plus(problem, min(ROUGH_CENTERS, len(part)), rng)
-        rough = lloyd(problem, centers, max_iter=ROUGH_ITERATIONS).centers
-        generator = torch.Generator().manual_seed(int(np.random.default_rng([*seeds, 1]).integers(2**62)))
-        reservoir = PriorityReservoir(capacity, batch.shape[-1], batch.dtype, batch.device, generator)
-        return cls(rough, reservoir, backend)
-
-    def prepare(self, batch: Tensor, weights: Tensor | None) -> _Update:
-        """Measure a batch [B, N, D] against the rough centres without changing anything."""
-        self._check_like_before(batch)
-        assigned = assign_accumulate(
-            batch[None],
-            self._rough[None],
-            shift=self._mean()[None],
-            weights=None if weights is None else weights[None],
-            with_distances=True,
-            backend=self._backend,
-        )
-        return _Update(self, batch, weights, assigned)
-
-    @property
-    def width(self) -> int:
-        return self._rough.shape[-1]
-
-    def take_in(self, batch: Tensor, weights: Tensor | None, assigned: PassResult) -> None:
-        """Mini-batch update of the rough centres; the tokens go to the reservoir by importance."""
-        assert assigned.distances is not None
-        counts, sums = assigned.counts[0], assigned.sums[0]
-        self.n_seen += batch.shape[:-1].numel()
-        self.total = self.total + counts.sum()
-        self._squared = self._squared + assigned.inertia[0]
-        self._rough_counts += counts
-        gains = (sums - counts[:, None] * self._rough) / self._rough_counts.clamp_min(1e-300)[:, None]
-        self._rough = (self._rough + gains).float()
-        preference = importance(assigned.distances[0], self._squared, self.total)
-        self.reservoir.offer(batch, preference, weights)
-
-    def _mean(self) -> Tensor:
-        """Mean [D] of all tokens so far; of the rough centres before there are any."""
-        weights = self._rough_counts if self.n_seen > 0 else torch.ones_like(self._rough_counts)
-        return (weights @ self._rough.double() / weights.sum()).float()
-
-    def _check_like_before(self, batch: Tensor) -> None:
-        if batch.dtype != self.reservoir.dtype:
-            raise ValueError(f"X must be {self.reservoir.dtype} like before, got {batch.dtype}")
-        if batch.device != self._rough.device:
-            raise ValueError(f"X must be on {self._rough.device} like before, got {batch.device}")
-
-
-@dataclass(frozen=True)
-class _Update:
-    """A batch that was measured, to be taken in by its stream."""
-
-    stream: _TokenStream
-    batch: Tensor
-    weights: Tensor | None
-    assigned: PassResult
-
-    @property
-    def bad_row(self) -> Tensor:
-        """The first row that is not finite or too far off, int64 on the device; -1 where there is none."""
-        assert self.assigned.distances is not None
-        # The inertia decides: what is not finite makes it so, in every kernel.
-        row = first_true(~torch.isfinite(self.assigned.distances)).clamp_min(0)
-        return torch.where(torch.isfinite(self.assigned.inertia[0]), -1, row)
-
-    def commit(self) -> None:
-        self.stream.take_in(self.batch, self.weights, self.assigned)

@@ -23,7 +23,7 @@ from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.waiting import OnTheWay
 
 _NO_BATCH = "loader must give at least one batch of images, got none"
-_Consume = Callable[[int, Tensor], Tensor]
+_Consume = Callable[[int, Tensor], Tensor | None]
 
 
 class _Report(NamedTuple):
@@ -89,7 +89,7 @@ class BackbonePass:
         `consume(layer, tokens)` is called with tokens [B, N_e, D] of each layer of each batch: at once, or on
         `side_stream` while the model is at the next batch. It returns the number of the first row of tokens
         that is not fit for its work, or -1, int64 where the tokens are; that is looked at one batch later, so
-        that the host never waits for the device.
+        that the host never waits for the device. It may return None and raise NonFiniteError instead.
 
         Raises:
             NonFiniteError: pixels are not finite, or `consume` has found a row or has raised one; `image` is
@@ -169,7 +169,7 @@ class BackbonePass:
             self._report(first_image, tokens.shape[1])
             self._look_at_reports(0)
             self._refuse(layer, first_image + (error.row or 0) // tokens.shape[1])
-        self._bad_rows.append(bad_row)
+        self._bad_rows.append(torch.full((), -1, device=tokens.device) if bad_row is None else bad_row)
         if layer == self.n_layers - 1:
             self._report(first_image, tokens.shape[1])
             self._look_at_reports(1)

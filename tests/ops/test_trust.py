@@ -424,3 +424,11 @@ def test_compiled_code_whose_kernel_is_refused_gets_the_same_attention(shape) ->
     exact = torch.autograd.grad(out, leaves, grad)
     ours = differentiate_plainly(grad, q, k, v, *plain, 0.0, False, scale=0.3)
     torch.testing.assert_close(ours, tuple(exact))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", [kmeans.KERNEL, prompt_attention.KERNEL, nmi.KERNEL], ids=lambda k: k.name)
+def test_kernels_prove_themselves_on_this_gpu(kernel: trust.Kernel, planted_apart: Plant) -> None:
+    assert trust.why_not(kernel, GPU, torch.bfloat16) == ""
+    (verdict,) = trust.kept_verdicts()
+    assert verdict.gpu.name == torch.cuda.get_device_name(GPU)
