@@ -267,7 +267,7 @@ def check_apart(kernel: Kernel, device: torch.device, gpu: Gpu, dtype: torch.dty
     with tempfile.TemporaryDirectory() as folder:
         report, errors = Path(folder, "report"), Path(folder, "errors")
         request = {
-            "path": sys.path,
+            "path": [str(entry) for entry in sys.path],
             "package": str(_PACKAGE),
             "proof": kernel.proof,
             "device": str(device),
