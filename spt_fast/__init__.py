@@ -4,7 +4,7 @@
 >>> tuned = spt_fast.PromptedViT(model, protos, num_classes=200)
 """
 
-from spt_fast.analysis import NMITracker
+from spt_fast.analysis import NMITracker, nearest_patches
 from spt_fast.clustering import KMeans, StreamingKMeans
 from spt_fast.ops.cka import cka
 from spt_fast.ops.nmi import sigmoid_nmi
@@ -25,6 +25,7 @@ __all__ = [
     "StreamingKMeans",
     "build_prototypes",
     "cka",
+    "nearest_patches",
     "prompt_attention",
     "sigmoid_nmi",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spt_fast.backbones.anatomy import block_input_hooks
 from spt_fast.prompting.nmi import nmi_per_image
 from spt_fast.prompting.prompted_vit import PromptedViT
-from spt_fast.support.arguments import check_int
+from spt_fast.support.arguments import check_bool, check_int, check_number
 from spt_fast.support.distributed import Processes, find_processes
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import check_output_path, write_bytes
@@ -65,6 +65,7 @@ class NMITracker:
             host, at the latest by `detach()`; keys "nmi/block_1", ..., and "nmi/mean". On the CPU that is at
             the end of the step's forward, on a GPU usually during the next one.
         max_images: measure the first `max_images` images of each batch; None measures all.
+        scale, normalize: of the scores, as in `sigmoid_nmi`; by default they are eq. 7's.
 
     Raises:
         TypeError: `module` is no `PromptedViT`, or another argument is of the wrong type.
@@ -79,10 +80,16 @@ class NMITracker:
         every: int = 1,
         callback: Callback | None = None,
         max_images: int | None = None,
+        scale: float = 1.0,
+        normalize: bool = False,
     ) -> None:
         self._tuned = _prompted_vit(module)
         self._every = check_int("every", every, 1)
         self._max_images = None if max_images is None else check_int("max_images", max_images, 1, "or None")
+        self._scores = {
+            "scale": check_number("scale", scale, above=0),
+            "normalize": check_bool("normalize", normalize),
+        }
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
         self._callback = callback
@@ -206,7 +213,7 @@ class NMITracker:
             self._end()
         elif self._row is not None and x is not None:
             prompts, tokens = self._tuned.prompts_and_tokens(layer, x[: self._max_images])
-            self._row.append(nmi_per_image(prompts, tokens).mean())
+            self._row.append(nmi_per_image(prompts, tokens, **self._scores).mean())
 
     def _begin(self) -> None:
         self._row = None

@@ -6,8 +6,9 @@ One pass for deep prompts, two per batch for shallow ones; memory is that of one
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -41,7 +42,7 @@ class Analysis:
 
     Attributes:
         nmi: [M, L], NMI of each image's patch tokens and the prompts of the same block.
-        cka: [L, L], linear CKA without bias; rows are prompts, columns patch tokens, of block 1 to L.
+        cka: [L, L], linear CKA; rows are prompts, columns patch tokens, of block 1 to L.
     """
 
     nmi: Tensor
@@ -90,7 +91,14 @@ class Analysis:
 
 
 def analyse(
-    tuned: PromptedViT, loader: Iterable[Any], *, max_images: int | None = 512, progress: bool = True
+    tuned: PromptedViT,
+    loader: Iterable[Any],
+    *,
+    max_images: int | None = 512,
+    scale: float = 1.0,
+    normalize: bool = False,
+    unbiased: bool = True,
+    progress: bool = True,
 ) -> Analysis:
     """NMI per layer and CKA between layers, over the images of `loader`.
 
@@ -101,6 +109,8 @@ def analyse(
         tuned: the model with its prompts; its mode and its prompts stay as they are.
         loader: batches of images, as in `build_prototypes`.
         max_images: stop after this many; None reads the whole loader.
+        scale, normalize: of the scores of NMI, as in `sigmoid_nmi`; by default they are eq. 7's.
+        unbiased: False for the biased form of `cka`.
 
     Raises:
         TypeError: the loader holds something else than images.
@@ -112,10 +122,11 @@ def analyse(
         raise ValueError("tuned must have at least one prompt per block, got none")
     depth = len(tuned.prompted_blocks)
     device = tuned.prompts.device
-    cka, nmi = StreamingCKA(depth, depth), []
+    cka, nmi = StreamingCKA(depth, depth, unbiased=unbiased), []
+    measure = partial(nmi_per_image, scale=scale, normalize=normalize)
     with torch.no_grad(), tqdm(desc="analysis", unit=" images", disable=not progress) as bar:
         for images in image_batches(loader, max_images):
-            nmi.append(_analyse_batch(tuned, images.to(device), cka))
+            nmi.append(_analyse_batch(tuned, images.to(device), measure, cka))
             bar.update(len(images))
     if not nmi:
         raise ValueError("loader must give at least one batch of images, got none")
@@ -166,7 +177,9 @@ def _read_prompts(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, str]]
     return tuned.tensors["prompts"], dict(tuned.facts)
 
 
-def _analyse_batch(tuned: PromptedViT, images: Tensor, cka: StreamingCKA) -> Tensor:
+def _analyse_batch(
+    tuned: PromptedViT, images: Tensor, nmi_of: Callable[[Tensor, Tensor], Tensor], cka: StreamingCKA
+) -> Tensor:
     """NMI [B, L] of one batch, whose tokens are also added to `cka`."""
     nmi: list[Tensor] = []
     every_prompt = _prompts_of_all_blocks(tuned, images)
@@ -174,7 +187,7 @@ def _analyse_batch(tuned: PromptedViT, images: Tensor, cka: StreamingCKA) -> Ten
     def measure(layer: int, x: Tensor) -> None:
         prompts, tokens = tuned.prompts_and_tokens(layer, x)
         _check_finite(layer, tokens)
-        nmi.append(nmi_per_image(prompts, tokens))
+        nmi.append(nmi_of(prompts, tokens))
         cka.update([each.mT for each in every_prompt], tokens.to(tuned.prompts.dtype).mT, layer)
 
     with block_input_hooks(tuned.prompted_blocks, measure):

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 # Called with the index of a block and the tokens [B, N, D] that enter it.
 BlockInput = Callable[[int, Tensor], None]
 
+# What models call the tokens that are no patches.
+_PREFIX_TOKENS = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens")
+
 _LAYOUTS_WITHOUT_BLOCKS = {
     "layers": "stages in `.layers`, as a Swin Transformer has",
     "stages": "stages in `.stages`, as a ConvNeXt or an MViT has",
@@ -80,8 +83,21 @@ def block_input_hooks(blocks: Iterable[nn.Module], callback: BlockInput) -> Iter
 
 
 def num_prefix_tokens(model: nn.Module) -> int:
-    """Number of class and register tokens before the patch tokens; 0 where the model does not say."""
-    return int(getattr(model, "num_prefix_tokens", 0))
+    """Number of class and register tokens before the patch tokens; 0 where the model has none.
+
+    Raises:
+        TypeError: the model has such a token and does not say how many come before its patch tokens.
+    """
+    given = getattr(model, "num_prefix_tokens", None)
+    if given is not None:
+        return int(given)
+    for name in _PREFIX_TOKENS:
+        if getattr(model, name, None) is not None:
+            raise TypeError(
+                f"model has `{name}` but no `num_prefix_tokens`, so nobody knows which of its tokens are "
+                "patches: set model.num_prefix_tokens, for one class token before the patch tokens to 1"
+            )
+    return 0
 
 
 def embed_dim(model: nn.Module) -> int:
@@ -114,8 +130,8 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
         if size is not None:
             return (size, size) if isinstance(size, int) else tuple(size)
     raise TypeError(
-        "prompts given as an integer need a model that states `.patch_embed.patch_size`, "
-        f"got {type(model).__name__}"
+        "model must state the size of its patches as `.patch_embed.patch_size`, "
+        f"which {type(model).__name__} does not"
     )
 
 

@@ -64,6 +64,11 @@ def describe_norm(model: nn.Module) -> dict[str, str]:
     return {} if found is None else {"norm_fingerprint": found}
 
 
+def backbone_facts(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What `describe` has written into the metadata of a file."""
+    return {name: metadata[name] for name in ("num_blocks", "width", *_FACTS_TO_ALLOW) if name in metadata}
+
+
 def readable(facts: Mapping[str, str]) -> dict[str, str]:
     """`facts` with eight letters in the place of each fingerprint."""
     return {name: _short(fact) if name in _FINGERPRINTS else fact for name, fact in facts.items()}

@@ -40,6 +40,7 @@ class TokenExtractor:
     Args:
         model: a timm Vision Transformer, or any module that calls its `.blocks` in order, each once, on
             tokens [B, N, D]; it may be inside `torch.compile` or DistributedDataParallel.
+        position_embedding: False hands out, for layer 0, what `model.patch_embed` returns.
         callback: called without autocast and without gradients, in order of layers.
         depth: "deep", the input of every block, or "shallow", of the first block only.
         amp_dtype: autocast dtype; None is bfloat16 on CUDA and no autocast elsewhere, torch.float32 none.
@@ -55,6 +56,7 @@ class TokenExtractor:
         callback: TokenCallback,
         *,
         depth: str = "deep",
+        position_embedding: bool = True,
         last_output: bool = False,
         amp_dtype: torch.dtype | None = None,
     ) -> None:
@@ -62,6 +64,8 @@ class TokenExtractor:
         self._model = unwrap(model)
         self._blocks = get_blocks(self._model)
         self._prefix = num_prefix_tokens(self._model)
+        self._patch_embed = None if position_embedding else _patch_embed_of(self._model)
+        self._patches: Any = None  # what it returned
         self._callback = callback
         self._last_output = last_output
         self.n_layers = len(self._blocks) if depth == "deep" else 1
@@ -86,6 +90,8 @@ class TokenExtractor:
             for module in self._model.modules():
                 stack.callback(setattr, module, "training", module.training)
                 module.training = False
+            if self._patch_embed is not None:
+                stack.callback(self._patch_embed.register_forward_hook(self._keep_patches).remove)
             stack.enter_context(block_input_hooks(self._blocks[: self.n_layers], self._take_input))
             if self._last_output:
                 stack.callback(self._blocks[-1].register_forward_hook(self._output_hook).remove)
@@ -149,8 +155,27 @@ class TokenExtractor:
     def _hand_out(self, layer: int, tokens: Any) -> None:
         self._check_tokens(layer, tokens)
         self._next = layer + 1
+        patches = tokens[:, self._prefix :]
+        if layer == 0 and self._patch_embed is not None:
+            patches = self._take_patches(patches.shape)
         with torch.autocast(self.device.type, enabled=False):
-            self._callback(layer, tokens[:, self._prefix :])
+            self._callback(layer, patches)
+
+    def _keep_patches(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._patches = output
+
+    def _take_patches(self, shape: torch.Size) -> Tensor:
+        """What `patch_embed` returned, as patch tokens of `shape` [B, N_e, D]."""
+        patches, self._patches = self._patches, None
+        if isinstance(patches, Tensor) and patches.ndim == 4:
+            patches = patches.flatten(1, 2)  # [B, H, W, D] where a model takes images of any size
+        if not isinstance(patches, Tensor) or patches.shape != shape:
+            found = list(patches.shape) if isinstance(patches, Tensor) else type(patches).__name__
+            raise TypeError(
+                f"position_embedding=False needs a model whose `patch_embed` returns its patch tokens "
+                f"{list(shape)}, got {found}"
+            )
+        return patches
 
     def _check_tokens(self, layer: int, tokens: Any) -> None:
         first_shape, self._shape = self._shape, getattr(tokens, "shape", torch.Size())
@@ -174,6 +199,15 @@ class TokenExtractor:
                 f"model must keep the shape of its tokens from block to block, "
                 f"but {self.name(layer)} is {found} after {list(first_shape)}"
             )
+
+
+def _patch_embed_of(model: nn.Module) -> nn.Module:
+    patch_embed = getattr(model, "patch_embed", None)
+    if not isinstance(patch_embed, nn.Module):
+        raise TypeError(
+            f"position_embedding=False needs a model with `patch_embed`, which {type(model).__name__} has not"
+        )
+    return patch_embed
 
 
 def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:

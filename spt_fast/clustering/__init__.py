@@ -2,6 +2,7 @@
 
 from spt_fast.clustering.estimator import Clustering
 from spt_fast.clustering.kmeans import KMeans
-from spt_fast.clustering.streaming import StreamingKMeans, Summary
+from spt_fast.clustering.streaming import StreamingKMeans
+from spt_fast.clustering.summary import Summary
 
 __all__ = ["Clustering", "KMeans", "StreamingKMeans", "Summary"]

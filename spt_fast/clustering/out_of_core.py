@@ -5,6 +5,8 @@ Limits: tokens without weights. The same chunks give the same bits, wherever the
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from spt_fast.clustering.kmeans import seeding_size
 from spt_fast.clustering.lloyd import MAX_ITER, N_INIT, TOL, Lloyd, LloydResult, Until
 from spt_fast.clustering.moments import moments
 from spt_fast.clustering.passes import TokenPasses
-from spt_fast.clustering.seeding import kmeans_plus_plus
+from spt_fast.clustering.seeding import equal_bounds, kmeans_plus_plus
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.support.distributed import ALONE, Processes
 
@@ -38,8 +40,9 @@ class OutOfCoreKMeans:
         tokens: this rank's share, which may be empty.
         n_clusters: K.
         rng: draws the starts; in the same state on every rank.
-        n_init: restarts; the one with the lowest inertia is the result.
-        starts: starting centres [n_init, K, D] instead of k-means++.
+        init: where it starts: "k-means++", "random" or "uniform", as in `KMeans`.
+        n_init: restarts; the one with the lowest inertia is the result. One with "uniform".
+        starts: starting centres [n_init, K, D] instead of `init`.
         prune: False makes plain passes over all tokens.
 
     Raises:
@@ -52,6 +55,7 @@ class OutOfCoreKMeans:
         n_clusters: int,
         rng: np.random.Generator,
         *,
+        init: str = "k-means++",
         n_init: int = N_INIT,
         starts: Tensor | None = None,
         processes: Processes = ALONE,
@@ -66,7 +70,7 @@ class OutOfCoreKMeans:
         found = moments(tokens, processes=processes, backend=backend)
         self._mean, self._variance = found.mean, found.variance
         if starts is None:
-            starts = self._draw_starts(n_clusters, n_init, rng)
+            starts = self._make_starts(init, n_clusters, n_init, rng)
         self._passes = TokenPasses(tokens, self._mean, processes=processes, backend=backend, prune=prune)
         self._runs = Lloyd(self._passes, starts.to(tokens.device))
 
@@ -84,19 +88,45 @@ class OutOfCoreKMeans:
             raise ValueError(f"tokens must have one width and dtype on all ranks, got {known}")
         return known[0]
 
-    def _draw_starts(self, n_clusters: int, n_init: int, rng: np.random.Generator) -> Tensor:
-        """Starts [n_init, K, D] by k-means++ on a uniform sample of all tokens; the same on every rank."""
+    def _make_starts(self, init: str, n_clusters: int, n_init: int, rng: np.random.Generator) -> Tensor:
+        """Starts [n_init, K, D]; the same on every rank."""
+        if init == "uniform":
+            return self._equal_parts(n_clusters)[None]
+        if init == "random":
+            return torch.stack([self._sample(n_clusters, rng).float() for _ in range(n_init)])
+        return self._greedy_starts(n_clusters, n_init, rng)
+
+    def _greedy_starts(self, n_clusters: int, n_init: int, rng: np.random.Generator) -> Tensor:
+        """By k-means++ on a uniform sample of all tokens."""
         sample = WeightedTokens(self._sample(seeding_size(n_clusters), rng), None, self._mean, self._backend)
         starts = torch.empty(0, n_clusters, self._width, device=self._tokens.device)
         if self._processes.rank == 0:
             starts = torch.stack([kmeans_plus_plus(sample, n_clusters, rng) for _ in range(n_init)])
         return self._processes.concatenate(starts)
 
+    def _equal_parts(self, n_clusters: int) -> Tensor:
+        """Means [K, D] of K consecutive stretches of the tokens of all ranks, equal in length."""
+        bounds = equal_bounds(self.n_tokens, n_clusters)
+        sums = torch.zeros(n_clusters, self._width, dtype=torch.float64, device=self._tokens.device)
+        first = self._first_row()
+        for chunk in self._tokens.chunks():
+            for k, (start, stop) in enumerate(itertools.pairwise(bounds)):
+                rows = chunk[max(start - first, 0) : max(stop - first, 0)]
+                if len(rows):
+                    sums[k] += rows.sum(0, dtype=torch.float64)
+            first += len(chunk)
+        lengths = torch.tensor(bounds, device=sums.device).diff()
+        return (self._processes.sum(sums) / lengths[:, None]).float()
+
+    def _first_row(self) -> int:
+        """The position of this rank's first token among those of all ranks."""
+        return sum(self._rows_of_ranks[: self._processes.rank])
+
     def _sample(self, size: int, rng: np.random.Generator) -> Tensor:
         index = np.arange(self.n_tokens)
         if size < self.n_tokens:
             index = np.sort(rng.choice(self.n_tokens, size, replace=False))
-        first = sum(self._rows_of_ranks[: self._processes.rank])
+        first = self._first_row()
         mine = index[np.searchsorted(index, first) : np.searchsorted(index, first + len(self._tokens))]
         if len(self._tokens):
             rows = self._tokens.rows(mine - first)

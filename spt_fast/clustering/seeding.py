@@ -59,14 +59,18 @@ def random_tokens(problem: WeightedTokens, n_clusters: int, rng: np.random.Gener
 
 def equal_parts(problem: WeightedTokens, n_clusters: int) -> Tensor:
     """Starting centres [K, D]: means of K parts of the data, equal in size and in its order."""
-    bounds = [len(problem) * k // n_clusters for k in range(n_clusters + 1)]
     means = []
-    for start, stop in itertools.pairwise(bounds):
+    for start, stop in itertools.pairwise(equal_bounds(len(problem), n_clusters)):
         weights = None if problem.weights is None else problem.weights[start:stop]
         if weights is not None and not bool(weights.any()):
             weights = None
         means.append(mean_of(problem.tokens[start:stop], weights, problem.backend))
     return torch.stack(means)
+
+
+def equal_bounds(count: int, n_clusters: int) -> list[int]:
+    """Where the K parts of `count` tokens begin, and where the last one ends."""
+    return [count * k // n_clusters for k in range(n_clusters + 1)]
 
 
 def draw(mass: Tensor, uniform: Tensor) -> Tensor:

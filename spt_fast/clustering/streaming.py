@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,88 +22,14 @@ from spt_fast.clustering.inputs import (
     check_width,
     raise_non_finite,
 )
-from spt_fast.clustering.lloyd import LloydResult
 from spt_fast.clustering.reservoir import PriorityReservoir
-from spt_fast.clustering.solver import solve
+from spt_fast.clustering.summary import Summary
 from spt_fast.clustering.token_stream import TokenStream
-from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.support.arguments import check_int
-from spt_fast.support.distributed import ALONE, Processes
-from spt_fast.support.threads import side_by_side
+from spt_fast.support.distributed import Processes
 
 DEFAULT_CAPACITY = 20_000
 CAPACITY_PER_CLUSTER = 500
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A bounded, weighted sample of a stream, from which centres for any K are solved."""
-
-    groups: tuple[WeightedTokens, ...]
-    totals: tuple[float, ...]  # tokens seen by each group, or their weight
-    seed: int
-
-    @property
-    def n_groups(self) -> int:
-        return len(self.groups)
-
-    @property
-    def n_features(self) -> int:
-        return self.groups[0].tokens.shape[-1]
-
-    @property
-    def max_clusters(self) -> int:
-        """The largest K that `solve` accepts: tokens kept by the smallest group."""
-        return min(len(group) for group in self.groups)
-
-    def solve(
-        self,
-        n_clusters: int,
-        *,
-        on_group: Callable[[], object] | None = None,
-        processes: Processes = ALONE,
-    ) -> Clustering:
-        """Solve every group for `n_clusters` centres. The same K gives the same centres every time.
-
-        `on_group` is called after each group, for a progress bar. All `processes` hold the same summary; they
-        share out the groups, and each gets all the results.
-
-        Raises:
-            ValueError: a group holds fewer tokens than `n_clusters`.
-        """
-        n_clusters = check_int("n_clusters", n_clusters, 1)
-        if n_clusters > self.max_clusters:
-            raise ValueError(
-                f"n_clusters must be at most the number of tokens kept, {self.max_clusters}, got {n_clusters}"
-            )
-
-        def solve_group(g: int) -> LloydResult:
-            solved = solve(self.groups[g], n_clusters, np.random.default_rng([self.seed, g, n_clusters]))
-            return replace(solved, centers=solved.centers.cpu(), counts=solved.counts.cpu())
-
-        mine = processes.work_of(self.n_groups)
-        on_cpu = self.groups[0].tokens.device.type == "cpu"
-        with side_by_side(solve_group, mine if on_cpu else ()) as solved_group:
-
-            def next_group(g: int) -> LloydResult:
-                result = solved_group(g)
-                if on_group is not None:
-                    on_group()
-                return result
-
-            return self._collect(processes.split_work(self.n_groups, next_group))
-
-    def _collect(self, results: Sequence[LloydResult]) -> Clustering:
-        """Estimates from the sample, scaled so that the counts add up to what was really seen."""
-        counts = torch.stack([result.counts for result in results])
-        scales = torch.tensor(self.totals, dtype=torch.float64) / counts.sum(dim=1)
-        inertia = torch.tensor([result.inertia for result in results], dtype=torch.float64)
-        return Clustering(
-            centers=torch.stack([result.centers for result in results]),
-            counts=counts * scales[:, None],
-            inertia=inertia * scales,
-            n_iter=tuple(result.n_iter for result in results),
-        )
 
 
 class StreamingKMeans(ClusteringEstimator):

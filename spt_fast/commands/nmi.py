@@ -31,6 +31,16 @@ def add(commands: Commands) -> None:
     prompts.add_argument(
         "--depth", choices=("deep", "shallow"), default="deep", help="of --random (default: deep)"
     )
+    measures = parser.add_argument_group("measures")
+    measures.add_argument(
+        "--scale", type=float, default=1.0, help="of the scores in the sigmoid (default: 1, as eq. 7 has it)"
+    )
+    measures.add_argument(
+        "--normalize", action="store_true", help="scores of prompts and tokens divided by their lengths"
+    )
+    measures.add_argument(
+        "--biased-cka", action="store_true", help="the CKA of Kornblith et al. (default: the unbiased form)"
+    )
     options.add_allow_other_backbone(parser)
     options.add_folder(parser, default=Path())
     options.add_device(parser)
@@ -58,7 +68,14 @@ def _analyse_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         tuned = analysis.load_prompts(args.prompts, model, allow_other_backbone=args.allow_other_backbone)
     else:
         tuned = analysis.random_prompts(args.random, model, depth=args.depth, seed=args.seed)
-    result = analysis.analyse(tuned, images, max_images=args.max_images)
+    result = analysis.analyse(
+        tuned,
+        images,
+        max_images=args.max_images,
+        scale=args.scale,
+        normalize=args.normalize,
+        unbiased=not args.biased_cka,
+    )
     print(result.table())
     print(f"{result.num_images} images")
     options.print_unreadable(images.unreadable)

@@ -118,7 +118,7 @@ def check_num_prompts(
     from timm.data.config import resolve_model_data_config
 
     from spt_fast.backbones.anatomy import patch_size
-    from spt_fast.prototypes.build import DEFAULT_NUM_PROMPTS
+    from spt_fast.prototypes.options import DEFAULT_NUM_PROMPTS
 
     wanted = DEFAULT_NUM_PROMPTS[depth] if num_prompts is None else num_prompts
     size = resolve_model_data_config(model)["input_size"][1:]  # type: ignore[no-untyped-call]

@@ -45,6 +45,28 @@ def add(commands: Commands) -> None:
         metavar="SIZE",
         help="of exact: memory for tokens, such as 800MB; the others go to a temporary file (default: 4GiB)",
     )
+    prompts.add_argument(
+        "--init", choices=("k-means++", "random", "uniform"), help="of exact (default: k-means++)"
+    )
+    prompts.add_argument("--n-init", type=int, help="of exact: starts (default: 1)")
+    prompts.add_argument(
+        "--sampling",
+        choices=("batch", "all"),
+        default="batch",
+        help="of mean, max, random: from one batch, as in the paper, or from all images, as in its code",
+    )
+    prompts.add_argument(
+        "--no-position-embedding",
+        action="store_true",
+        help="tokens of block 1 without position embedding, as in the paper's code",
+    )
+    repeated = prompts.add_mutually_exclusive_group()
+    repeated.add_argument(
+        "--layer", type=int, metavar="BLOCK", help="prompts of this block, from 1, for all (Table S2)"
+    )
+    repeated.add_argument(
+        "--last-output", action="store_true", help="prompts of the last block's output for all (Table S2)"
+    )
     prompts.add_argument("--device", help="default: cuda where there is one (torchrun: one each), else cpu")
     options.add_seed(prompts)
     parser.set_defaults(run=run)
@@ -73,6 +95,7 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
     model, images = processes.rank_0_first(open_both)
     processes.on_rank_0(partial(options.print_images, images, "images"))
     _check_num_prompts(args, model, images.num_images)
+    _check_layer(args, model)
     started = time.perf_counter()
     prototypes = build_prototypes(
         model,
@@ -82,10 +105,19 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
         strategy=args.strategy,
         capacity=args.capacity,
         mode=args.mode,
+        init=args.init,
+        n_init=args.n_init,
+        sampling=args.sampling,
+        position_embedding=not args.no_position_embedding,
+        last_output=args.last_output,
         max_images=args.max_images,
         memory_budget=args.memory_budget,
         seed=args.seed,
     )
+    if args.layer is not None:
+        prototypes = prototypes.repeat_layer(args.layer - 1)
+    if args.last_output:
+        prototypes = prototypes.repeat_last_output()
     seconds = time.perf_counter() - started
 
     def save_and_print() -> None:
@@ -95,6 +127,17 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
 
     unreadable = processes.gather(images.unreadable)
     processes.on_rank_0(save_and_print)
+
+
+def _check_layer(args: argparse.Namespace, model: nn.Module) -> None:
+    """Refuse before the pass what `repeat_layer` would refuse after it."""
+    if args.layer is None:
+        return
+    from spt_fast.backbones.anatomy import get_blocks
+
+    last = len(get_blocks(model)) if args.depth == "deep" else 1
+    if not 1 <= args.layer <= last:
+        raise ValueError(f"--layer must be a block with prompts, 1 to {last}, got {args.layer}")
 
 
 def _check_num_prompts(args: argparse.Namespace, model: nn.Module, num_images: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Linear centred kernel alignment (CKA) without bias, of two sets of features or of a stream of them.
+"""Linear centred kernel alignment (CKA), of two sets of features or of a stream of them.
 
 Limits: computed in float64, no gradients; needs a float64 copy of what it is given at once.
 """
@@ -12,19 +12,21 @@ from torch import Tensor
 
 from spt_fast.ops.autograd_guards import refuse_tangents
 from spt_fast.ops.cka_cpu import cka_forward, cka_of_hsic, hsic, own_hsic
-from spt_fast.support.arguments import check_int, check_tensor
+from spt_fast.support.arguments import check_bool, check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError
 
 MIN_EXAMPLES = 4
 
 
-def cka(x: Tensor, y: Tensor) -> Tensor:
+def cka(x: Tensor, y: Tensor, *, unbiased: bool = True) -> Tensor:
     """Similarity of two feature sets of the same n examples: 1 if equal, 0 on average if unrelated.
 
     Linear CKA (Kornblith et al. 2019) with the unbiased HSIC_1 (Nguyen, Raghu and Kornblith 2021):
     rotating features, scaling all of them by one number or adding a constant to a feature changes nothing.
     Being unbiased, it may also fall below 0; it stays within [-1, 1]. Features that say nothing about the
-    examples (constant, or telling a single example from the rest) give 0.
+    examples (constant, or telling a single example from the rest) give 0. With `unbiased=False` it is the
+    form of Kornblith et al., |Yc^T Xc|^2 / (|Xc^T Xc| |Yc^T Yc|) of centred features and Frobenius norms,
+    which lies in [0, 1] and far above 0 for unrelated features where n is small.
 
     Prompts and patch tokens of different number are compared with channels as examples (App. B.4):
     `cka(prompts.T, tokens.T)` for [N_p, D] and [N_e, D].
@@ -32,6 +34,7 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
     Args:
         x: [n, D1], floating point, n >= 4; any strides.
         y: [n, D2], same n, dtype and device.
+        unbiased: False for the biased form.
 
     Returns:
         Scalar without gradient; float64 for float64 inputs, else float32.
@@ -47,16 +50,17 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
     check_tensor("y", y, (len(x), "D2"), dtype=x.dtype, device=x.device)
     refuse_tangents("cka", {"x": x, "y": y})
     _check_finite({"x": x, "y": y})
-    return torch.ops.spt_fast.cka(x.detach(), y.detach())  # type: ignore[no-any-return]
+    unbiased = check_bool("unbiased", unbiased)
+    return torch.ops.spt_fast.cka(x.detach(), y.detach(), unbiased)  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("spt_fast::cka", mutates_args=())
-def _cka(x: Tensor, y: Tensor) -> Tensor:
-    return cka_forward(x, y)
+def _cka(x: Tensor, y: Tensor, unbiased: bool = True) -> Tensor:
+    return cka_forward(x, y, unbiased)
 
 
 @_cka.register_fake
-def _(x: Tensor, y: Tensor) -> Tensor:
+def _(x: Tensor, y: Tensor, unbiased: bool = True) -> Tensor:
     return x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -70,9 +74,11 @@ class StreamingCKA:
     Args:
         num_x: number of feature sets on the one side, such as the prompts of L layers.
         num_y: number on the other side, such as the tokens of L layers.
+        unbiased: False averages the biased HSIC, whose bias depends on the size of a minibatch.
     """
 
-    def __init__(self, num_x: int, num_y: int) -> None:
+    def __init__(self, num_x: int, num_y: int, *, unbiased: bool = True) -> None:
+        self._unbiased = check_bool("unbiased", unbiased)
         num_x, num_y = check_int("num_x", num_x, 1), check_int("num_y", num_y, 1)
         self._device: torch.device | None = None  # of the first y: sums that stay there wait for nothing
         self._cross, self._own_x, self._own_y = torch.zeros(3, num_x, num_y, dtype=torch.float64)
@@ -109,10 +115,11 @@ class StreamingCKA:
             self._cross, self._own_x, self._own_y = (
                 sums.to(y.device) for sums in (self._cross, self._own_x, self._own_y)
             )
-        own, centred = own_hsic(y)
+        own, centred = own_hsic(y, self._unbiased)
         for row, x in enumerate(xs):
-            own_x, centred_x = own_hsic(x)
-            self._cross[row, column] += hsic(centred_x, centred).expand(count).sum().to(self._device)
+            own_x, centred_x = own_hsic(x, self._unbiased)
+            cross = hsic(centred_x, centred, self._unbiased)
+            self._cross[row, column] += cross.expand(count).sum().to(self._device)
             self._own_x[row, column] += own_x.expand(count).sum().to(self._device)
             self._own_y[row, column] += own.sum().to(self._device)
         self._minibatches[column] += count

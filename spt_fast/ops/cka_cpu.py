@@ -1,4 +1,4 @@
-"""Unbiased HSIC and CKA in PyTorch, on every device, from features and not from their n x n kernels.
+"""HSIC and CKA in PyTorch, on every device, from features and not from their n x n kernels.
 
 Limits: float64 inside, of which it holds a copy of what it is given.
 """
@@ -17,34 +17,39 @@ _REST_OF_A_CONSTANT = 1e-13
 def cka_forward(
     x: Tensor,  # [n, D1]
     y: Tensor,  # [n, D2]
+    unbiased: bool,
 ) -> Tensor:
     """CKA of x and y, a scalar; float64 for float64, else float32."""
-    (own_x, centred_x), (own_y, centred_y) = own_hsic(x), own_hsic(y)
-    value = cka_of_hsic(hsic(centred_x, centred_y), own_x, own_y)
+    (own_x, centred_x), (own_y, centred_y) = own_hsic(x, unbiased), own_hsic(y, unbiased)
+    value = cka_of_hsic(hsic(centred_x, centred_y, unbiased), own_x, own_y)
     return value.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def own_hsic(x: Tensor) -> tuple[Tensor, Tensor]:
-    """HSIC_1 [...] of features [..., n, D] with themselves, 0 where it is rounding, and the features centred.
+def own_hsic(x: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """HSIC [...] of features [..., n, D] with themselves, 0 where it is rounding, and the features centred.
 
-    HSIC_1 does not depend on the mean of a feature; without the mean nothing large cancels.
+    HSIC does not depend on the mean of a feature; without the mean nothing large cancels.
     """
     wide = x.double()
     centred = wide - wide.mean(dim=-2, keepdim=True)
-    own = hsic(centred, centred)
+    own = hsic(centred, centred, unbiased)
     n = x.shape[-2]
-    constant = centred.norm(dim=(-2, -1)) <= _REST_OF_A_CONSTANT * wide.norm(dim=(-2, -1))
-    rounding = own * (n * (n - 3)) <= _ROUNDING * _cross_products(centred, centred)
-    return own.masked_fill(constant | rounding, 0), centred
+    nothing = centred.norm(dim=(-2, -1)) <= _REST_OF_A_CONSTANT * wide.norm(dim=(-2, -1))
+    if unbiased:
+        nothing = nothing | (own * (n * (n - 3)) <= _ROUNDING * _cross_products(centred, centred))
+    return own.masked_fill(nothing, 0), centred
 
 
-def hsic(x: Tensor, y: Tensor) -> Tensor:
-    """HSIC_1 [...] of centred features [..., n, D1] and [..., n, D2] with the kernels x x^T and y y^T.
+def hsic(x: Tensor, y: Tensor, unbiased: bool) -> Tensor:
+    """HSIC [...] of centred features [..., n, D1] and [..., n, D2] with the kernels x x^T and y y^T.
 
-    The rows of both kernels sum to 0. The sums over kernels without their diagonals, k and l, in Song et
-    al. (2012) are therefore sums over the diagonals alone: K~ 1 = -k, 1^T K~ 1 = -sum k.
+    Biased, it is |x^T y|^2 / (n - 1)^2 (Gretton et al., 2005). Unbiased, it is HSIC_1: the rows of both
+    kernels sum to 0. The sums over kernels without their diagonals, k and l, in Song et al. (2012) are
+    therefore sums over the diagonals alone: K~ 1 = -k, 1^T K~ 1 = -sum k.
     """
     n = x.shape[-2]
+    if not unbiased:
+        return _cross_products(x, y) / (n - 1) ** 2
     k, l = x.square().sum(dim=-1), y.square().sum(dim=-1)  # noqa: E741
     total = _cross_products(x, y)
     total = total - n / (n - 2) * (k * l).sum(dim=-1) + k.sum(-1) * l.sum(-1) / ((n - 1) * (n - 2))

@@ -12,11 +12,12 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from spt_fast.ops import triton_support, trust
 from spt_fast.ops.autograd_guards import refuse_second_derivative, refuse_tangents
 from spt_fast.ops.nmi_cpu import nmi_backward, nmi_coefficients, nmi_forward
-from spt_fast.support.arguments import check_tensor
+from spt_fast.support.arguments import check_bool, check_number, check_tensor
 
 KERNEL = trust.Kernel("sigmoid_nmi", "spt_fast.ops.cases:prove_nmi", ("ops/nmi*.py", "ops/triton_*.py"))
 
@@ -33,10 +34,31 @@ class NMIParts(NamedTuple):
 
 
 @overload
-def sigmoid_nmi(prompts: Tensor, tokens: Tensor, *, with_parts: Literal[False] = False) -> Tensor: ...
+def sigmoid_nmi(
+    prompts: Tensor,
+    tokens: Tensor,
+    *,
+    scale: float = 1.0,
+    normalize: bool = False,
+    with_parts: Literal[False] = False,
+) -> Tensor: ...
 @overload
-def sigmoid_nmi(prompts: Tensor, tokens: Tensor, *, with_parts: Literal[True]) -> NMIParts: ...
-def sigmoid_nmi(prompts: Tensor, tokens: Tensor, *, with_parts: bool = False) -> Tensor | NMIParts:
+def sigmoid_nmi(
+    prompts: Tensor,
+    tokens: Tensor,
+    *,
+    scale: float = 1.0,
+    normalize: bool = False,
+    with_parts: Literal[True],
+) -> NMIParts: ...
+def sigmoid_nmi(
+    prompts: Tensor,
+    tokens: Tensor,
+    *,
+    scale: float = 1.0,
+    normalize: bool = False,
+    with_parts: bool = False,
+) -> Tensor | NMIParts:
     """NMI(P; E) = 2 I(P; E) / (H(P) + H(E)) with pi_kj = sigmoid(p_k . e_j) / sum (eq. 7, 8).
 
     The result is within a relative 1e-4 of exact arithmetic on the same inputs for scores from 1e-3 to 1e3 in
@@ -48,6 +70,9 @@ def sigmoid_nmi(prompts: Tensor, tokens: Tensor, *, with_parts: bool = False) ->
     Args:
         prompts: [N_p, D], floating point.
         tokens: [B, N_e, D], same dtype and device; any strides, such as `x[:, 1:]` without the class token.
+        scale: s in sigmoid(s p_k . e_j), > 0. The paper has none (eq. 7), but long prompts saturate the
+            sigmoid; D ** -0.5 is what attention takes.
+        normalize: divide prompts and tokens by their lengths first, so that scores are s cos(p_k, e_j).
         with_parts: return information, entropies and marginals too.
 
     Returns:
@@ -55,11 +80,14 @@ def sigmoid_nmi(prompts: Tensor, tokens: Tensor, *, with_parts: bool = False) ->
 
     Raises:
         TypeError: an argument is no floating-point tensor, or the dtypes differ.
-        ValueError: empty, wrong rank, different widths or devices, or a tangent of forward-mode
-            differentiation.
+        ValueError: empty, wrong rank, different widths or devices, a scale that is not positive, or a tangent
+            of forward-mode differentiation.
     """
     _check(prompts, tokens)
+    scale, normalize = check_number("scale", scale, above=0), check_bool("normalize", normalize)
     refuse_tangents("sigmoid_nmi", {"prompts": prompts, "tokens": tokens})
+    if scale != 1 or normalize:
+        prompts, tokens = _scaled(prompts, tokens, scale, normalize)
     nmi, information, prompt_entropy, token_entropy, r, c = torch.ops.spt_fast.sigmoid_nmi(prompts, tokens)
     if not with_parts:
         return nmi  # type: ignore[no-any-return]
@@ -154,6 +182,15 @@ def _differentiate(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
 
 _sigmoid_nmi.register_autograd(_differentiate, setup_context=_save)
 _sigmoid_nmi_backward.register_autograd(refuse_second_derivative("sigmoid_nmi"))
+
+
+def _scaled(prompts: Tensor, tokens: Tensor, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Prompts and tokens whose products are the scores wanted; at least float32, to keep rounding small."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    prompts, tokens = prompts.to(dtype), tokens.to(dtype)
+    if normalize:
+        prompts, tokens = functional.normalize(prompts, dim=-1), functional.normalize(tokens, dim=-1)
+    return prompts * scale, tokens
 
 
 def _check(prompts: Tensor, tokens: Tensor) -> None:

@@ -14,6 +14,7 @@ from spt_fast.plots.figures import (
     nmi_per_layer,
     training_curves,
 )
+from spt_fast.plots.patches import nearest_patches
 from spt_fast.support.results import matplotlib_missing
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "construction_time",
     "demo_figure",
     "matplotlib_missing",
+    "nearest_patches",
     "nmi_over_epochs",
     "nmi_per_layer",
     "training_curves",

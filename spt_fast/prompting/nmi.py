@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,15 +11,20 @@ from spt_fast.ops.nmi import sigmoid_nmi
 from spt_fast.support.errors import NonFiniteError
 
 
-def nmi_per_image(prompts: Tensor, tokens: Tensor) -> Tensor:
+def nmi_per_image(prompts: Tensor, tokens: Tensor, **scores: Any) -> Tensor:
     """NMI [B] of prompts [1 or B, N_p, D] and patch tokens [B, N_e, D], in the dtype of the tokens.
 
-    One set of prompts is compared with every image, B sets each with its own image.
+    One set of prompts is compared with every image, B sets each with its own image. `scores` are `scale` and
+    `normalize` of `sigmoid_nmi`.
     """
     prompts = prompts.to(tokens.dtype)
     if len(prompts) == 1:
-        return sigmoid_nmi(prompts[0], tokens)
-    return torch.cat([sigmoid_nmi(own, image[None]) for own, image in zip(prompts, tokens, strict=True)])
+        values: Tensor = sigmoid_nmi(prompts[0], tokens, **scores)
+        return values
+    each: list[Tensor] = [
+        sigmoid_nmi(own, image[None], **scores) for own, image in zip(prompts, tokens, strict=True)
+    ]
+    return torch.cat(each)
 
 
 def check_finite_nmi(values: Tensor) -> None:

@@ -66,6 +66,7 @@ class BackbonePass:
         self._extractor = TokenExtractor(model, self._receive, **extractor_options)
         self._loader = loader
         self._length = _length_of(loader)
+        self._token_dtype: torch.dtype | None = None
         self._max_images = None if max_images is None else len(processes.share_of(max_images))
         self._first_image = 0  # of the batch that the model is working on
         self._consume: _Consume | None = None
@@ -83,19 +84,27 @@ class BackbonePass:
         """The model's, where the tokens are."""
         return self._extractor.device
 
-    def run(self, consume: _Consume, side_stream: SideStream | None = None) -> None:
+    def run(
+        self,
+        consume: _Consume,
+        side_stream: SideStream | None = None,
+        token_dtype: torch.dtype | None = None,
+    ) -> None:
         """Run the model on every image.
 
         `consume(layer, tokens)` is called with tokens [B, N_e, D] of each layer of each batch: at once, or on
-        `side_stream` while the model is at the next batch. It returns the number of the first row of tokens
-        that is not fit for its work, or -1, int64 where the tokens are; that is looked at one batch later, so
-        that the host never waits for the device. It may return None and raise NonFiniteError instead.
+        `side_stream` while the model is at the next batch. Tokens are rounded to `token_dtype`; None keeps
+        what the model gives, or takes float32 where k-means cannot read that. `consume` returns the number of
+        the first row of tokens that is not fit for its work, or -1, int64 where the tokens are; that is
+        looked at one batch later, so that the host never waits for the device. It may return None and raise
+        NonFiniteError instead.
 
         Raises:
             NonFiniteError: pixels are not finite, or `consume` has found a row or has raised one; `image` is
                 set, and for tokens `layer`.
         """
         self._side_stream = side_stream
+        self._token_dtype = token_dtype
         with self.processes.together(), self._extractor, closing(self._numbered_batches()) as batches:
             for first_image, images in batches:
                 self._run_batch(first_image, images, consume)
@@ -155,15 +164,16 @@ class BackbonePass:
         if layer == 0:
             self.num_tokens += tokens.shape[0] * tokens.shape[1]
         hand_on = partial(self._hand_on, self._consume, self._first_image, layer)
+        dtype = self._token_dtype or (tokens.dtype if tokens.dtype in TOKEN_DTYPES else torch.float32)
         if self._side_stream is None:
-            hand_on(tokens)
+            hand_on(tokens.to(dtype))
         else:
-            self._side_stream.add(hand_on, tokens)
+            self._side_stream.add(hand_on, tokens, dtype)
 
     def _hand_on(self, consume: _Consume, first_image: int, layer: int, tokens: Tensor) -> None:
         """Call `consume`, and look at what it has found in the batch before."""
         try:
-            bad_row = consume(layer, tokens if tokens.dtype in TOKEN_DTYPES else tokens.float())
+            bad_row = consume(layer, tokens)
         except NonFiniteError as error:
             # Other layers or batches may have been bad before.
             self._report(first_image, tokens.shape[1])

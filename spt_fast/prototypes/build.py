@@ -11,39 +11,35 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spt_fast.backbones.anatomy import unwrap
 from spt_fast.backbones.identity import describe, readable
 from spt_fast.clustering import StreamingKMeans
 from spt_fast.clustering.lloyd import LloydResult
 from spt_fast.clustering.out_of_core import OutOfCoreKMeans
-from spt_fast.clustering.streaming import resolve_capacity
 from spt_fast.prototypes.backbone_pass import BackbonePass
+from spt_fast.prototypes.drawn import DrawnFromAll
+from spt_fast.prototypes.options import (
+    DEFAULT_NUM_PROMPTS,
+    MODES,
+    SAMPLINGS,
+    STRATEGIES,
+    ExactOptions,
+    choose_capacity,
+    choose_exact,
+    choose_token_dtype,
+)
 from spt_fast.prototypes.pooling import POOLS, pool
-from spt_fast.prototypes.result import Prototypes
+from spt_fast.prototypes.result import Prototypes, layer_bar
 from spt_fast.prototypes.side_stream import SideStream
 from spt_fast.prototypes.token_store import TokenStore
-from spt_fast.support.arguments import (
-    SEED_LIMIT,
-    check_bool,
-    check_choice,
-    check_int,
-    check_seed,
-    parse_bytes,
-)
+from spt_fast.support.arguments import SEED_LIMIT, check_bool, check_choice, check_int, check_seed
 from spt_fast.support.distributed import Processes, find_processes
 from spt_fast.support.versions import version_facts
 from spt_fast.support.waiting import first_true
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-STRATEGIES = ("kmeans", *POOLS)
-MODES = ("stream", "exact")
-# Prompt lengths of the paper (Sec. 3.4, remark I).
-DEFAULT_NUM_PROMPTS = {"deep": 20, "shallow": 100}
-DEFAULT_MEMORY_BUDGET = "4GiB"
 
 
 def build_prototypes(
@@ -55,8 +51,15 @@ def build_prototypes(
     strategy: Literal["kmeans", "mean", "max", "random"] = "kmeans",
     capacity: int | None = None,
     mode: Literal["stream", "exact"] = "stream",
+    init: Literal["k-means++", "random", "uniform"] | None = None,
+    n_init: int | None = None,
+    tol: float | None = None,
+    max_iter: int | None = None,
+    sampling: Literal["batch", "all"] = "batch",
+    position_embedding: bool = True,
     max_images: int | None = None,
     amp_dtype: torch.dtype | None = None,
+    token_dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
     seed: int = 0,
     last_output: bool = False,
@@ -81,13 +84,25 @@ def build_prototypes(
         depth: "deep", from the inputs of every block (eq. 13), or "shallow", of block 1 only (eq. 11).
         strategy: "kmeans" (eq. 9, 10) over the tokens of all images, or one of Sec. 3.4 over the tokens of a
             single batch, drawn at random: "mean" or "max" of windows of floor(N_e B / N_p) tokens, or
-            "random", a sample of N_p tokens.
+            "random", a sample of N_p tokens. `sampling` changes that.
         capacity: for "stream" only: tokens kept per layer; None is max(20_000, 500 * num_prompts).
         mode: for "kmeans" only: "stream" sees every token once and keeps `capacity` of them; "exact" keeps
-            all tokens and runs Lloyd's algorithm on them to convergence, from one k-means++ start
-            (scikit-learn's default).
+            all tokens and runs Lloyd's algorithm on them until `tol` or `max_iter` ends it.
+        init, n_init, tol, max_iter: for "exact" only, as in `KMeans`: where Lloyd starts ("uniform" is our
+            reading of the paper's uniform partition: the means of K consecutive parts of the data, equal in
+            size), from how many starts, and when it stops. None is k-means++, 1, 1e-4 and 300, scikit-learn's
+            defaults.
+        sampling: for "mean", "max" and "random" only: "batch", the paper's (Sec. 3.4), or "all", as the
+            released code does: N_p of the tokens of all images at random, or N_p of the windows of all
+            images. A window is then floor(N_e / (N_p - 1)) tokens of one image, or what these leave over.
+            `counts` and `inertia` are then estimates from a sample of 4,096 tokens.
+        position_embedding: False takes the tokens of block 1 before the position embedding is added, as the
+            released code does, and not as eq. 1 has them; those of later blocks are the same.
         max_images: stop after this many images, which several ranks share evenly; None is the whole loader.
         amp_dtype: autocast dtype; None is bfloat16 on CUDA and the model's own dtype elsewhere.
+        token_dtype: for "kmeans" only: what tokens are rounded to before they are clustered; None is bfloat16
+            on CUDA, unless `amp_dtype` is torch.float32, and the dtype that the model gives them elsewhere.
+            Prompts are float32 in any case.
         memory_budget: for "exact" only: memory in which this process keeps tokens, on the device and on the
             host together, in bytes or as text such as "800 MB"; None is "4GiB". On CUDA, up to half of the
             free device memory is used first, then pinned host memory. Other tokens go to a temporary file.
@@ -123,8 +138,12 @@ def build_prototypes(
         if num_prompts is None:
             num_prompts = DEFAULT_NUM_PROMPTS[depth]
         num_prompts = check_int("num_prompts", num_prompts, 1)
-        capacity = _choose_capacity(capacity, num_prompts, strategy, mode)
-        budget = _choose_budget(memory_budget, strategy, mode)
+        capacity = choose_capacity(capacity, num_prompts, strategy, mode)
+        exact = choose_exact(memory_budget, init, n_init, tol, max_iter, strategy=strategy, mode=mode)
+        check_choice("sampling", sampling, SAMPLINGS)
+        if sampling != "batch" and strategy == "kmeans":
+            raise ValueError(f"sampling is for strategy {', '.join(map(repr, POOLS))}, got {sampling!r}")
+        position_embedding = check_bool("position_embedding", position_embedding)
         max_images = None if max_images is None else check_int("max_images", max_images, 1)
         seed = check_seed(seed)
         last_output = check_bool("last_output", last_output)
@@ -136,15 +155,21 @@ def build_prototypes(
             max_images=max_images,
             progress=progress,
             depth=depth,
+            position_embedding=position_embedding,
             last_output=last_output,
             amp_dtype=amp_dtype,
         )
+        token_dtype = choose_token_dtype(token_dtype, amp_dtype, strategy, backbone.device)
         metadata = {
             "strategy": strategy,
             **({"mode": mode} if strategy == "kmeans" else {}),
             **({"capacity": str(capacity)} if capacity is not None else {}),
+            **(exact.facts() if exact is not None else {}),
+            **({"sampling": sampling} if strategy != "kmeans" else {}),
+            **({} if position_embedding else {"position_embedding": "False"}),
             "prompt_depth": depth,
             "seed": str(seed),
+            **({"token_dtype": str(token_dtype)[6:]} if token_dtype is not None else {}),
             **({"processes": str(processes.size)} if processes.size > 1 else {}),
             **describe(unwrap(model)),
             **version_facts("spt_fast", "torch", "timm"),
@@ -154,18 +179,26 @@ def build_prototypes(
             "num_prompts": num_prompts,
             "max_images": max_images,
             "last_output": last_output,
+            "position_embedding": position_embedding,
             **readable(metadata),
         }
     )
+    if sampling == "all":
+        return _drawn_from_all(backbone, num_prompts, strategy, seed, metadata)
     if strategy != "kmeans":
         return _from_one_batch(backbone, num_prompts, strategy, seed, metadata)
-    if mode == "exact":
-        return _from_all_tokens(backbone, num_prompts, budget, seed, metadata)
-    return _from_stream(backbone, num_prompts, capacity, seed, metadata)
+    if exact is not None:
+        return _from_all_tokens(backbone, num_prompts, exact, token_dtype, seed, metadata)
+    return _from_stream(backbone, num_prompts, capacity, token_dtype, seed, metadata)
 
 
 def _from_stream(
-    backbone: BackbonePass, num_prompts: int, capacity: int | None, seed: int, metadata: dict[str, str]
+    backbone: BackbonePass,
+    num_prompts: int,
+    capacity: int | None,
+    token_dtype: torch.dtype | None,
+    seed: int,
+    metadata: dict[str, str],
 ) -> Prototypes:
     """K-means by a single look at each token."""
     processes = backbone.processes
@@ -178,51 +211,60 @@ def _from_stream(
     backbone.run(
         lambda layer, tokens: clusters.partial_fit_unchecked(tokens, layer),
         SideStream(backbone.device) if backbone.device.type == "cuda" else None,
+        token_dtype,
     )
     backbone.check_enough_tokens(num_prompts)
     if processes.size == 1:
         summary = clusters.summary()
     else:
         summary = replace(clusters.merged_summary(processes, backbone.device), seed=seed)
-    with _layer_bar(backbone) as bar:
+    with layer_bar(backbone.n_layers, backbone.progress) as bar:
         # The other ranks solve their share of the layers meanwhile.
         solved = summary.solve(num_prompts, on_group=partial(bar.update, processes.size), processes=processes)
     return backbone.result(solved.centers, solved.counts, solved.inertia, metadata=metadata, summary=summary)
 
 
 def _from_all_tokens(
-    backbone: BackbonePass, num_prompts: int, budget: int, seed: int, metadata: dict[str, str]
+    backbone: BackbonePass,
+    num_prompts: int,
+    exact: ExactOptions,
+    token_dtype: torch.dtype | None,
+    seed: int,
+    metadata: dict[str, str],
 ) -> Prototypes:
     """K-means by Lloyd's algorithm, each layer on its own over all of its tokens."""
-    with TokenStore(backbone.n_layers, budget, backbone.device) as store:
+    with TokenStore(backbone.n_layers, exact.budget, backbone.device) as store:
 
         def keep(layer: int, tokens: Tensor) -> Tensor:
             store.append(layer, tokens)
             return _first_unfit(tokens)
 
-        backbone.run(keep)
+        backbone.run(keep, token_dtype=token_dtype)
         backbone.check_enough_tokens(num_prompts)
         fitted = []
-        with _layer_bar(backbone) as bar:
+        with layer_bar(backbone.n_layers, backbone.progress) as bar:
             for layer in range(backbone.n_layers):
-                fitted.append(_fit_exactly(store, layer, num_prompts, seed, backbone.processes))
+                fitted.append(_fit_exactly(store, layer, num_prompts, exact, seed, backbone.processes))
                 bar.update()
     return backbone.result(
         torch.stack([fit.centers for fit in fitted]),
         torch.stack([fit.counts for fit in fitted]),
         torch.tensor([fit.inertia for fit in fitted], dtype=torch.float64),
-        metadata=metadata,
+        metadata={**metadata, "n_iter": " ".join(str(fit.n_iter) for fit in fitted)},
     )
 
 
 def _fit_exactly(
-    store: TokenStore, layer: int, num_prompts: int, seed: int, processes: Processes
+    store: TokenStore, layer: int, num_prompts: int, exact: ExactOptions, seed: int, processes: Processes
 ) -> LloydResult:
     """Cluster the tokens of one layer, which the store forgets afterwards."""
     with processes.together():
         store.load(layer)
     rng = np.random.default_rng([seed, 0])
-    fitted = OutOfCoreKMeans(store.layer(layer), num_prompts, rng, processes=processes).run()
+    kmeans = OutOfCoreKMeans(
+        store.layer(layer), num_prompts, rng, init=exact.init, n_init=exact.n_init, processes=processes
+    )
+    fitted = kmeans.run(exact.tol, exact.max_iter)
     store.release(layer)
     return fitted
 
@@ -246,8 +288,26 @@ def _from_one_batch(
     return backbone.result(prompts, counts, inertia, metadata=metadata)
 
 
-def _layer_bar(backbone: BackbonePass) -> tqdm[Any]:
-    return tqdm(total=backbone.n_layers, desc="clustering", unit=" layers", disable=not backbone.progress)
+def _drawn_from_all(
+    backbone: BackbonePass, num_prompts: int, strategy: str, seed: int, metadata: dict[str, str]
+) -> Prototypes:
+    """Tokens, or windows of the tokens of single images, drawn from all images, as the released code does."""
+    processes = backbone.processes
+    layers = [
+        DrawnFromAll(strategy, num_prompts, backbone.device, [seed, layer, processes.rank])
+        for layer in range(backbone.n_layers)
+    ]
+
+    def take_in(layer: int, tokens: Tensor) -> Tensor:
+        layers[layer].take_in(tokens)
+        return _first_unfit(tokens)
+
+    backbone.run(take_in)
+    backbone.check_enough_tokens(num_prompts)
+    with processes.together():
+        drawn = [layer.result(processes, backbone.num_tokens) for layer in layers]
+    prompts, counts, inertia = (torch.stack(values) for values in zip(*drawn, strict=True))
+    return backbone.result(prompts, counts, inertia, metadata=metadata)
 
 
 def _seed_of_rank(seed: int, rank: int) -> int:
@@ -262,29 +322,3 @@ def _first_unfit(tokens: Tensor) -> Tensor:
     # The extremes are NaN if any number is; unlike a mask, they need no memory.
     low, high = tokens.amin(-1).float(), tokens.amax(-1).float()
     return first_true(~((-limit <= low) & (high <= limit)))
-
-
-def _choose_capacity(capacity: int | None, num_prompts: int, strategy: str, mode: str) -> int | None:
-    """Tokens kept per layer, or None where none are kept."""
-    if not _has_effect("capacity", capacity, "stream", strategy, mode):
-        return None
-    return resolve_capacity(capacity, num_prompts, "num_prompts")
-
-
-def _choose_budget(memory_budget: int | str | None, strategy: str, mode: str) -> int:
-    """Bytes of tokens to keep in memory."""
-    if not _has_effect("memory_budget", memory_budget, "exact", strategy, mode):
-        return 0
-    return parse_bytes("memory_budget", DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget)
-
-
-def _has_effect(argument: str, value: object, its_mode: str, strategy: str, mode: str) -> bool:
-    """Whether `argument`, an option of one mode of k-means, has an effect; ValueError where it has none."""
-    if strategy == "kmeans" and mode == its_mode:
-        return True
-    if value is not None:
-        raise ValueError(
-            f"{argument} is for strategy='kmeans' with mode={its_mode!r}, "
-            f"got {value!r} for strategy={strategy!r} with mode={mode!r}"
-        )
-    return False

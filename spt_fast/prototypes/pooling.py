@@ -26,6 +26,28 @@ def pool(
     return prompts, assigned.counts[0], assigned.inertia[0]
 
 
+def windows_of_images(strategy: str, tokens: Tensor, num_prompts: int) -> Tensor:
+    """Means or maxima of windows of each image's tokens, as in the released code: [B, N_e, D] to [B, N_p, D].
+
+    The windows are of floor(N_e / (N_p - 1)) tokens, and a last one of what they leave over; where they leave
+    nothing, there are N_p - 1.
+
+    Raises:
+        ValueError: there are fewer tokens than N_p - 1.
+    """
+    count = max(num_prompts - 1, 1)
+    window = tokens.shape[1] // count
+    if window == 0:
+        raise ValueError(
+            f"num_prompts must be at most {tokens.shape[1] + 1} for windows of single images, which have "
+            f"{tokens.shape[1]} patch tokens, got {num_prompts}"
+        )
+    whole = tokens[:, : count * window].reshape(len(tokens), count, window, -1)
+    rest = tokens[:, None, count * window :]
+    parts = [whole, rest] if rest.shape[2] else [whole]
+    return torch.cat([part.mean(2) if strategy == "mean" else part.amax(2) for part in parts], dim=1)
+
+
 def _windows(tokens: Tensor, num_prompts: int) -> Tensor:
     """N_p windows of floor(M / N_p) tokens, [M, D] to [N_p, window, D]; the tokens left over are dropped."""
     window = len(tokens) // num_prompts

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from spt_fast.clustering.summary import Summary
 from spt_fast.support.arguments import check_bool, check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import check_metadata, read_safetensors, write_safetensors
 
-if TYPE_CHECKING:
-    from spt_fast.clustering import Summary
-
 _FILE_KIND = "prototypes"
 _LAST = "last_output."
+_SAMPLE = "sample."
 # Not "inertia": under that name, files of development versions hold the mean per token.
 _INERTIA_IN_FILES = "inertia_sum"
 
@@ -51,6 +51,8 @@ class Prototypes:
     metadata: dict[str, str] = field(default_factory=dict)
     last_output: Prototypes | None = None
     _summary: Summary | None = None
+    # What `select` has solved, by length; shared by all that come from one pass.
+    _selected: dict[int, Prototypes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_values("prompts", self.prompts, ("L", "N_p", "D"), torch.float32)
@@ -87,26 +89,36 @@ class Prototypes:
         """Of a token to its nearest prototype, [L], float64: `inertia / num_tokens`."""
         return self.inertia / self.num_tokens
 
-    def select(self, num_prompts: int) -> Prototypes:
-        """Prototypes of another prompt length, from the summary of the same pass, without the images.
+    def select(self, num_prompts: int, *, progress: bool = False) -> Prototypes:
+        """Prototypes of another prompt length, from the sample of the same pass, without the images.
 
-        Each length is as good as one built directly, and the result can be asked for yet another.
+        Each length is as good as one built directly, and the result can be asked for yet another. A length is
+        solved once.
+
+        Args:
+            progress: show a bar.
 
         Raises:
-            ValueError: `num_prompts` < 1 or more than the summary can give, or there is no summary: only
-                k-means in stream mode has one, and neither files nor prompts of a repeated layer keep it.
+            ValueError: `num_prompts` < 1 or more than the sample gives, or there is no sample. Only k-means
+                in stream mode has one; files hold it where `save` was told so, repeated layers never.
         """
         check_int("num_prompts", num_prompts, 1)
+        progress = check_bool("progress", progress)
         summary = self._summary
         if summary is None:
-            raise ValueError(f"select needs the summary of the pass, {self._why_no_summary()}")
+            raise ValueError(f"select needs the sample of the pass, {self._why_no_summary()}")
+        if num_prompts == self.prompts.shape[1]:
+            return self
+        if num_prompts in self._selected:
+            return self._selected[num_prompts]
         if num_prompts > summary.max_clusters:
             raise ValueError(
-                f"num_prompts must be at most {summary.max_clusters}, which the summary can give, "
+                f"num_prompts must be at most {summary.max_clusters}, which the sample can give, "
                 f"got {num_prompts}; build with a larger capacity or more images"
             )
-        solved = summary.solve(num_prompts)
-        return from_layers(
+        with layer_bar(summary.n_groups, progress) as bar:
+            solved = summary.solve(num_prompts, on_group=bar.update)
+        selected = from_layers(
             solved.centers,
             solved.counts,
             solved.inertia,
@@ -116,6 +128,10 @@ class Prototypes:
             with_last_output=self.last_output is not None,
             summary=summary,
         )
+        selected = replace(selected, _selected=self._selected)
+        self._selected.setdefault(self.prompts.shape[1], self)
+        self._selected[num_prompts] = selected
+        return selected
 
     def repeat_layer(self, index: int) -> Prototypes:
         """The prompts of one layer for all layers: `repeat_layer(0)` is "first P_0" of Table S2 b.
@@ -160,17 +176,27 @@ class Prototypes:
             metadata={**self.metadata, "layer": name},
             last_output=None,
             _summary=None,
+            _selected={},
         )
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write to a safetensors file, completely or not at all. The summary for `select` is not saved.
+    def save(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, with_sample: bool = False
+    ) -> None:
+        """Write to a safetensors file, completely or not at all.
+
+        Args:
+            with_sample: also the sample of the pass, so that `select` and `merge` work on what is loaded. It
+                takes L * capacity * D numbers of the tokens' dtype.
 
         Raises:
             FileExistsError: the file exists and `overwrite` is false.
             FileNotFoundError: its folder does not exist.
-            TypeError: `overwrite` is no bool.
+            TypeError: `overwrite` or `with_sample` is no bool.
+            ValueError: there is no sample to save.
         """
         check_bool("overwrite", overwrite)
+        if check_bool("with_sample", with_sample) and self._summary is None:
+            raise ValueError(f"with_sample needs the sample of the pass, {self._why_no_summary()}")
         tensors = {
             **self._tensors(),
             "num_images": torch.tensor(self.num_images),
@@ -178,6 +204,8 @@ class Prototypes:
         }
         if self.last_output is not None:
             tensors |= {_LAST + name: tensor for name, tensor in self.last_output._tensors().items()}
+        if with_sample and self._summary is not None:
+            tensors |= {_SAMPLE + name: tensor for name, tensor in self._summary.tensors().items()}
         write_safetensors(path, tensors, self.metadata, kind=_FILE_KIND, overwrite=overwrite)
 
     @classmethod
@@ -204,7 +232,13 @@ class Prototypes:
                 prompts, counts, inertia = (tensors[prefix + name] for name in names)
                 return cls(prompts, counts, inertia, num_images, num_tokens, dict(metadata), last_output)
 
-            return read(last_output=read(_LAST) if _LAST + "prompts" in tensors else None)
+            loaded = read(last_output=read(_LAST) if _LAST + "prompts" in tensors else None)
+            sample = {
+                name.removeprefix(_SAMPLE): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(_SAMPLE)
+            }
+            return replace(loaded, _summary=Summary.from_tensors(sample)) if sample else loaded
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)} does not hold valid prototypes ({error})") from error
 
@@ -221,7 +255,12 @@ class Prototypes:
             return f"and strategy={strategy!r} makes none: build again with the new num_prompts"
         if mode != "stream":
             return f"and mode={mode!r} makes none: build again, with mode='stream' or the new num_prompts"
-        return "which files do not hold: call select before save, once for each length"
+        return "which this file does not hold: save with with_sample=True"
+
+
+def layer_bar(layers: int, progress: bool) -> tqdm[Any]:
+    """A bar of the layers that are solved."""
+    return tqdm(total=layers, desc="clustering", unit=" layers", disable=not progress)
 
 
 def from_layers(

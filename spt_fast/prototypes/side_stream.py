@@ -30,9 +30,9 @@ class SideStream:
         # The model has written the tokens of the waiting jobs once this event has passed.
         self._tokens_written = self._model_stream().record_event()
 
-    def add(self, job: _Job, tokens: Tensor) -> None:
-        """Copy `tokens` and keep them; `job` gets the copy later, without autocast or gradients."""
-        self._new_jobs.append((job, tokens.clone()))
+    def add(self, job: _Job, tokens: Tensor, dtype: torch.dtype) -> None:
+        """Copy `tokens` as `dtype`; `job` gets the copy later, without autocast or gradients."""
+        self._new_jobs.append((job, tokens.to(dtype, copy=True)))
 
     def advance(self) -> None:
         """Run the jobs of the batch before, now that the model is under way with the batch just added."""

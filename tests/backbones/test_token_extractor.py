@@ -274,6 +274,23 @@ def state_of(model: nn.Module) -> list[Any]:
 
 
 class TestRefusedModels:
+    def test_class_token_that_may_be_a_patch(self, images: Tensor) -> None:
+        class Own(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+                self.embed, self.blocks = nn.Conv2d(3, 4, 8, 8), nn.ModuleList([nn.Identity()])
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.embed(x).flatten(2).mT], 1)
+                return self.blocks[0](x)
+
+        model = Own()
+        with pytest.raises(TypeError, match="model has `cls_token` but no `num_prefix_tokens`"):
+            tap(model, images)
+        model.num_prefix_tokens = 1
+        assert [t.shape for t in tap(model, images)] == [(5, 16, 4)]
+
     @pytest.mark.parametrize(
         ("name", "reason"),
         [

@@ -97,6 +97,23 @@ def test_is_as_good_as_kmeans_in_memory() -> None:
     assert ours.inertia <= 1.005 * float(KMeans(6, n_init=10, seed=5).fit(tokens).inertia_)
 
 
+@pytest.mark.parametrize("chunk_bytes", [100, 4_000])
+def test_starts_by_name_are_those_of_kmeans(chunk_bytes: int) -> None:
+    tokens = make_tokens()
+    bounds = [len(tokens) * k // 6 for k in range(7)]
+    parts = torch.stack([tokens[a:b].double().mean(0) for a, b in itertools.pairwise(bounds)]).float()
+    with stored(tokens, chunk_bytes=chunk_bytes) as layer:
+        expected = fit(layer, starts=parts[None]).run()
+        ours = fit(layer, init="uniform").run()
+        assert ours.n_iter == expected.n_iter
+        torch.testing.assert_close(ours.centers, expected.centers, rtol=1e-5, atol=1e-5)
+        drawn = fit(layer, init="random", n_init=2)._runs.centers
+    for start in drawn:
+        gaps = torch.cdist(start, tokens, compute_mode="donot_use_mm_for_euclid_dist")
+        assert float(gaps.amin(1).max()) == 0
+        assert len(set(gaps.argmin(1).tolist())) == 6
+
+
 def test_memory_five_times_too_small_gives_the_same_bits() -> None:
     tokens = make_tokens()
     with stored(tokens) as layer:

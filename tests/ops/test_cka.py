@@ -1,4 +1,4 @@
-"""Linear CKA without bias: against its definition in float64, its invariances, and its streaming form."""
+"""Linear CKA: against its definition in float64, its invariances, and its streaming form."""
 
 from __future__ import annotations
 
@@ -39,6 +39,24 @@ def test_cka_matches_reference(n, width_x, width_y):
     torch.testing.assert_close(cka(x, y), cka_reference(x, y), **EXACT)
     torch.testing.assert_close(cka(x, y), cka(y, x), **EXACT)
     torch.testing.assert_close(cka(x, x), torch.ones((), dtype=torch.float64), **EXACT)
+
+
+@pytest.mark.parametrize(("n", "width_x", "width_y"), [(4, 1, 1), (7, 40, 60), (33, 5, 129)])
+def test_biased_cka_is_that_of_kornblith(n, width_x, width_y):
+    x, y = related(n, width_x, width_y)
+    centring = torch.eye(n, dtype=torch.float64) - 1 / n
+    k, l = (centring @ z @ z.T @ centring for z in (x, y))  # noqa: E741
+    expected = (k * l).sum() / (k.norm() * l.norm())
+    torch.testing.assert_close(cka(x, y, unbiased=False), expected, **EXACT)
+    streaming = StreamingCKA(1, 1, unbiased=False)
+    streaming.update([x[None]], y[None], 0)
+    torch.testing.assert_close(streaming.result()[0, 0], expected, **EXACT)
+    assert float(cka(x, x + 5, unbiased=False)) == pytest.approx(1)
+
+
+def test_biased_cka_of_a_constant_is_zero():
+    x, y = related(9, 3, 4)
+    assert float(cka(x, torch.ones_like(y), unbiased=False)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

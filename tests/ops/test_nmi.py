@@ -54,6 +54,33 @@ def test_matches_reference_over_the_range_of_scores(
     assert ((got.double() - expected) / expected).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("scale", [0.051, 1.0, 7.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scale_and_normalize_are_those_of_the_scores(
+    dtype: torch.dtype, scale: float, normalize: bool
+) -> None:
+    prompts, tokens = (x.to(dtype) for x in make_inputs(7, 2, 33, 48, largest_score=40.0))
+    wide = [x.double().requires_grad_() for x in (prompts, tokens)]
+    lengths = [x.norm(dim=-1, keepdim=True) if normalize else torch.ones(()) for x in wide]
+    expected = sigmoid_nmi_reference(scale * wide[0] / lengths[0], wide[1] / lengths[1])
+    leaves = [x.clone().requires_grad_() for x in (prompts, tokens)]
+    got = sigmoid_nmi(*leaves, scale=scale, normalize=normalize)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=0)
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), wide), strict=True
+    ):
+        assert ours.dtype == dtype
+        bound = 1e-4 if dtype == torch.float32 else 1e-2
+        assert float((ours.double() - theirs).abs().max()) <= bound * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
+def test_scale_must_be_positive(scale: float) -> None:
+    with pytest.raises(ValueError, match="scale must be a finite number > 0"):
+        sigmoid_nmi(*make_inputs(2, 1, 3, 4, largest_score=1.0), scale=scale)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     num_prompts=st.integers(2, 12),

@@ -1039,7 +1039,7 @@ class TestOtherModels:
             TypeError, match="num_classes needs a model with timm's `reset_classifier`, got PlainViT"
         ):
             PromptedViT(PlainViT(), make_prompts(2), num_classes=3)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match="prompts given as an integer need a model that states"):
+        with pytest.raises(TypeError, match="model must state the size of its patches"):
             PromptedViT(PlainViT(), 3)  # type: ignore[arg-type]
 
     def test_blocks_that_are_given_more_than_tokens_are_refused(self, make_random: MakeViT) -> None:

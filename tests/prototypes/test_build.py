@@ -108,6 +108,78 @@ class TestExact:
                 build(vit, loader, mode="exact", memory_budget=0)
         assert vit.training
 
+    def test_options_are_those_of_kmeans(self, vit: VisionTransformer, loader: Loader) -> None:
+        few = build(vit, loader, mode="exact", init="uniform", max_iter=2)
+        assert few.metadata["n_iter"] == "2 2"
+        assert (few.metadata["init"], few.metadata["max_iter"], few.metadata["tol"]) == (
+            "uniform",
+            "2",
+            "0.0001",
+        )
+        for layer, tokens in enumerate(collect(vit, loader)):
+            theirs = KMeans(6, init="uniform", max_iter=2).fit(tokens)
+            torch.testing.assert_close(few.prompts[layer], theirs.cluster_centers_, rtol=1e-5, atol=1e-5)
+        best = build(vit, loader, mode="exact", n_init=8, tol=0)
+        one = build(vit, loader, mode="exact")
+        assert bool((best.inertia <= one.inertia * (1 + 1e-6)).all())
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ({"init": "uniform", "mode": "stream"}, "init is for strategy='kmeans' with mode='exact'"),
+            (
+                {"n_init": 2, "strategy": "mean", "mode": "stream"},
+                "n_init is for strategy='kmeans' with mode",
+            ),
+            ({"init": "grid"}, "init must be one of 'k-means\\+\\+', 'random', 'uniform', got 'grid'"),
+            ({"tol": -1}, "tol must be a finite number >= 0"),
+            ({"max_iter": 0}, "max_iter must be an integer >= 1"),
+        ],
+    )
+    def test_bad_options(
+        self, vit: VisionTransformer, loader: Loader, option: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            build(vit, loader, **{"mode": "exact", **option})
+
+
+class TestPositionEmbedding:
+    """`position_embedding=False`: tokens of block 1 as the released code takes them."""
+
+    @pytest.mark.parametrize("depth", ["deep", "shallow"])
+    def test_first_layer_is_before_it(
+        self, make_vit: MakeViT, flavour: dict[str, Any], loader: Loader, depth: str
+    ) -> None:
+        vit = make_vit(depth=2, **flavour)
+        before = [vit.patch_embed(images).flatten(1, -2).detach() for images, _ in loader]
+        found: dict[int, list[Tensor]] = {}
+        options = {"depth": depth, "position_embedding": False}
+        with TokenExtractor(vit, lambda i, x: found.setdefault(i, []).append(x.clone()), **options) as tap:
+            for images, _ in loader:
+                tap.run(images)
+        torch.testing.assert_close(torch.cat(found[0]), torch.cat(before))
+        if depth == "deep":
+            torch.testing.assert_close(torch.cat(found[1]).flatten(0, 1), collect(vit, loader)[1])
+
+    def test_prototypes_say_so(self, vit: VisionTransformer, loader: Loader) -> None:
+        with_it, without = (build(vit, loader, position_embedding=p) for p in (True, False))
+        assert "position_embedding" not in with_it.metadata
+        assert without.metadata["position_embedding"] == "False"
+        assert not torch.allclose(with_it.prompts[0], without.prompts[0])
+        torch.testing.assert_close(with_it.prompts[1], without.prompts[1])
+
+    def test_model_without_patch_embed(self, make_vit: MakeViT, loader: Loader) -> None:
+        class Plain(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embed_dim, self.blocks = 32, make_vit(depth=2).blocks
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.blocks(x.flatten(2).mT[:, :, :1].expand(-1, -1, 32))
+
+        with pytest.raises(TypeError, match="needs a model with `patch_embed`, which Plain has not"):
+            build(Plain(), loader, position_embedding=False)
+
 
 class TestStream:
     def test_equals_exact_while_nothing_is_dropped(self, vit: VisionTransformer) -> None:
@@ -507,6 +579,53 @@ class TestGPU:
         linear.register_forward_hook(lambda _, __, output: dtypes.add(output.dtype))
         assert build(vit.cuda(), loader).prompts.dtype == torch.float32
         assert dtypes == {torch.bfloat16}
+
+
+class TestTokenDtype:
+    """Rounding tokens before they are clustered; the default on CUDA."""
+
+    def test_clusters_rounded_tokens(self, vit: VisionTransformer, loader: Loader) -> None:
+        protos = build(vit, loader, token_dtype=torch.bfloat16)
+        rounded = [tokens.bfloat16().float() for tokens in collect(vit, loader)]
+        expected = KMeans(6, n_init=5, seed=0)
+        for layer, tokens in enumerate(rounded):
+            best = float(expected.fit(tokens).inertia_)
+            assert float(protos.inertia[layer]) <= 1.05 * best
+        assert protos.metadata["token_dtype"] == "bfloat16"
+        assert protos.prompts.dtype == torch.float32
+        assert protos._summary is not None
+        assert {group.tokens.dtype for group in protos._summary.groups} == {torch.bfloat16}
+
+    @pytest.mark.parametrize("mode", ["stream", "exact"])
+    def test_equals_a_model_that_gives_rounded_tokens(
+        self, vit: VisionTransformer, loader: Loader, mode: str
+    ) -> None:
+        class Rounding(nn.Module):
+            """A block whose output needs no rounding, so that only the first layer is compared."""
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x.bfloat16().float()
+
+        expected = build(vit, loader, depth="shallow", mode=mode, token_dtype=torch.bfloat16)
+        vit.norm_pre = Rounding()
+        found = build(vit, loader, depth="shallow", mode=mode)
+        assert "token_dtype" not in found.metadata
+        assert torch.allclose(found.prompts, expected.prompts, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found.counts, expected.counts)
+
+    def test_late_tokens_are_rounded_too(self, vit: VisionTransformer, loader: Loader) -> None:
+        for side_stream in (None, SideStream(torch.device("cpu"))):
+            seen: list[Tensor] = []
+            backbone = BackbonePass(vit, loader, ALONE, max_images=None, progress=False)
+            backbone.run(lambda _, tokens, to=seen: to.append(tokens), side_stream, torch.bfloat16)
+            assert {tokens.dtype for tokens in seen} == {torch.bfloat16}
+
+    def test_is_refused_where_it_says_nothing(self, vit: VisionTransformer, loader: Loader) -> None:
+        with pytest.raises(ValueError, match="token_dtype is for strategy='kmeans'"):
+            build(vit, loader, strategy="mean", token_dtype=torch.bfloat16)
+        for wrong in (torch.float64, torch.int32, "bfloat16"):
+            with pytest.raises(ValueError, match=r"token_dtype must be one of torch\.float32, "):
+                build(vit, loader, token_dtype=wrong)
 
 
 class TestSideStream:

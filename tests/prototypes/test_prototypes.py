@@ -78,6 +78,18 @@ class TestSelect:
     def test_may_be_asked_again(self, protos: Prototypes) -> None:
         assert_same(protos.select(3).select(6), protos)
 
+    def test_solves_a_length_once(self, vit: VisionTransformer, loader: Loader) -> None:
+        protos = build(vit, loader)
+        first = protos.select(3)
+        assert first.select(6) is protos
+        assert protos.select(3) is first is first.select(6).select(3)
+
+    def test_bar(self, protos: Prototypes, capsys: pytest.CaptureFixture[str]) -> None:
+        protos.select(17, progress=True)
+        assert "3/3" in capsys.readouterr().err
+        protos.select(18)
+        assert capsys.readouterr().err == ""
+
     def test_inertia_falls_with_more_prompts(self, protos: Prototypes) -> None:
         inertia = torch.stack([protos.select(k).inertia for k in (1, 4, 16)])
         assert bool((inertia.diff(dim=0) < 0).all())
@@ -114,7 +126,7 @@ class TestSelect:
 
     def test_says_that_files_hold_no_summary(self, protos: Prototypes, tmp_path: Path) -> None:
         protos.save(tmp_path / "p")
-        with pytest.raises(ValueError, match="which files do not hold: call select before save"):
+        with pytest.raises(ValueError, match="which this file does not hold: save with with_sample=True"):
             Prototypes.load(tmp_path / "p").select(3)
 
     def test_says_that_it_comes_before_repeat_layer(self, protos: Prototypes) -> None:

@@ -238,6 +238,18 @@ def strategy_with_an_empty_rank(_: Path) -> Any:
     return [build([[], iter(make_batches())][dist.get_rank()], strategy="mean", seed=s) for s in range(3)]
 
 
+@scenario(1, 2)
+def exact_from_equal_parts(_: Path) -> Any:
+    return build(mine(make_batches()), mode="exact", init="uniform")
+
+
+@scenario(3)
+def drawn_from_all_with_an_empty_rank(_: Path) -> Any:
+    batches = make_batches()
+    share = [batches[:3], [], batches[3:]][dist.get_rank()]
+    return [build(share, strategy=strategy, sampling="all") for strategy in ("mean", "random")]
+
+
 @scenario(3)
 def max_images(_: Path) -> Any:
     return build(mine(make_batches()), max_images=8)

@@ -172,6 +172,19 @@ def test_strategies_never_draw_a_rank_without_images(outcomes: Outcomes) -> None
         assert first["images"] == 6
 
 
+def test_equal_parts_are_those_of_all_ranks(outcomes: Outcomes) -> None:
+    one, two = outcomes.same("exact_from_equal_parts_1"), outcomes.same("exact_from_equal_parts_2")
+    torch.testing.assert_close(two["prompts"], one["prompts"], rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_are_drawn_from_the_images_of_all_ranks(outcomes: Outcomes) -> None:
+    for first, second, third in zip(*outcomes.of("drawn_from_all_with_an_empty_rank"), strict=True):
+        assert_same(first, second)
+        assert_same(first, third)
+        assert first["images"] == 42
+        assert float(first["counts"].sum(1).min()) == pytest.approx(42 * 16)
+
+
 @pytest.mark.parametrize(("scenario", "images"), [("max_images", 8), ("max_images_for_fewer_than_all", 2)])
 def test_max_images_is_shared(outcomes: Outcomes, scenario: str, images: int) -> None:
     assert outcomes.same(scenario)["images"] == images
@@ -318,7 +331,9 @@ def test_side_stream_hands_on_everything_in_order_one_batch_late() -> None:
     for batch in range(3):
         tokens = torch.full((2,), float(batch))
         for layer in range(2):
-            side_stream.add(lambda given, layer=layer: seen.append((layer, float(given[0]))), tokens)
+            side_stream.add(
+                lambda given, layer=layer: seen.append((layer, float(given[0]))), tokens, tokens.dtype
+            )
         tokens.fill_(-1)  # the model may reuse its memory
         side_stream.advance()
         assert len(seen) == 2 * batch

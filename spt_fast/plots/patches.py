@@ -1,0 +1,119 @@
+"""Prompts as pictures: for each, the patches of the task's own images that are nearest to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from spt_fast.plots.parts import Values, new_figure
+from spt_fast.support.arguments import check_int
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MOST_PROMPTS = 20
+_INCHES = 0.55  # of a picture
+_GAP = 0.12  # between pictures, as a share of their size
+
+
+class Found(Protocol):
+    """What is drawn of `spt_fast.analysis.NearestPatches`."""
+
+    @property
+    def pictures(self) -> Tensor: ...
+    @property
+    def context(self) -> int: ...
+
+
+def nearest_patches(
+    found: Found,
+    layer: int = 0,
+    *,
+    prompts: Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    title: str = "",
+) -> Figure:
+    """A row per prompt: the patches nearest to it, the nearest first, framed where more is shown around them.
+
+    Args:
+        found: what `spt_fast.nearest_patches` returned.
+        layer: which layer of it, from 0; layer i holds the prompts of block i + 1.
+        prompts: which prompts, from 0; None is the first 20.
+        mean, std: what the images were normalised with, one number per channel; None spreads what is there
+            over the whole range of brightness.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: there is no such layer or prompt; `mean` and `std` are not given together.
+    """
+    layers, count = found.pictures.shape[:2]
+    check_int("layer", layer, 0)
+    if layer >= layers:
+        raise ValueError(f"layer must be 0 to {layers - 1}, got {layer}")
+    chosen = list(range(min(count, _MOST_PROMPTS))) if prompts is None else [int(p) for p in prompts]
+    if not chosen or not all(0 <= p < count for p in chosen):
+        raise ValueError(f"prompts must be some of 0 to {count - 1}, got {prompts}")
+    pictures = _as_colours(found.pictures[layer, chosen].numpy(), mean, std)
+    return _mosaic(pictures, chosen, found.context, title)
+
+
+def _as_colours(pixels: Values, mean: Sequence[float] | None, std: Sequence[float] | None) -> Values:
+    """[P, k, C, H, W] to [P, k, H, W, 3] in [0, 1]."""
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std must be given together")
+    if mean is None or std is None:
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) / max(high - low, 1e-12)
+    else:
+        per_channel = [np.asarray(values, dtype=float).reshape(-1, 1, 1) for values in (mean, std)]
+        pixels = pixels * per_channel[1] + per_channel[0]
+    if pixels.shape[2] != 3:
+        # One channel, or some that are no colours: grey.
+        pixels = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    return np.moveaxis(pixels, 2, -1).clip(0, 1)
+
+
+def _mosaic(pictures: Values, prompts: list[int], context: int, title: str) -> Figure:
+    """Pictures [P, k, H, W, 3] in P rows; white frames around the patches themselves."""
+    from matplotlib.patches import Rectangle
+
+    rows, k, height, width = pictures.shape[:4]
+    step_y, step_x = (round(side * (1 + _GAP)) for side in (height, width))
+    canvas = np.ones((rows * step_y, k * step_x, 3))
+    for row, column in np.ndindex(rows, k):
+        top, left = row * step_y, column * step_x
+        canvas[top : top + height, left : left + width] = pictures[row, column]
+    figure = new_figure(_INCHES * k * 1.12 + 0.7, _INCHES * rows * 1.12 + (0.5 if title else 0.25))
+    axes = figure.subplots()
+    axes.imshow(canvas, interpolation="nearest")
+    if context:
+        patch_height, patch_width = (side / (2 * context + 1) for side in (height, width))
+        for row, column in np.ndindex(rows, k):
+            corner = (
+                column * step_x + context * patch_width - 0.5,
+                row * step_y + context * patch_height - 0.5,
+            )
+            # White within black shows on any colour.
+            for colour, linewidth in (("black", 1.6), ("white", 0.8)):
+                axes.add_patch(
+                    Rectangle(
+                        corner,
+                        patch_width,
+                        patch_height,
+                        fill=False,
+                        edgecolor=colour,
+                        linewidth=linewidth,
+                    )
+                )
+    axes.set_yticks([row * step_y + height / 2 for row in range(rows)], [str(p) for p in prompts], fontsize=7)
+    axes.set_ylabel("prompt", fontsize=8)
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    if title:
+        axes.set_title(title, fontsize=9)
+    return figure
