@@ -20,7 +20,13 @@ import torch
 
 from spt_fast.commands import main as cli
 from spt_fast.ops import cases, kmeans, nmi, prompt_attention, triton_support, trust
-from spt_fast.ops.prompt_attention_cpu import attend_plainly, differentiate_plainly
+from spt_fast.ops.prompt_attention_cpu import (
+    attend_plainly,
+    differentiate_plainly,
+    prompt_attention_backward,
+    prompt_attention_forward,
+)
+from spt_fast.ops.prompt_attention_shapes import empty_gradients, empty_output
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -424,6 +430,20 @@ def test_compiled_code_whose_kernel_is_refused_gets_the_same_attention(shape) ->
     exact = torch.autograd.grad(out, leaves, grad)
     ours = differentiate_plainly(grad, q, k, v, *plain, 0.0, False, scale=0.3)
     torch.testing.assert_close(ours, tuple(exact))
+
+
+@pytest.mark.parametrize(("images", "prompts"), [(True, True), (True, False), (False, True)])
+def test_compiled_code_whose_kernel_is_refused_gets_results_of_the_same_shapes(images, prompts) -> None:
+    """On a device for which PyTorch's flash kernel for the CPU is no way out."""
+    q, k, v = torch.randn(3, 2, 4, 7, 8, device="meta")
+    prompt_k, prompt_v = torch.randn(2, 4, 5, 8, device="meta")
+    out, lse = prompt_attention_forward(q, k, v, prompt_k, prompt_v, None, 0.3)
+    assert [tensor.shape for tensor in (out, lse)] == [tensor.shape for tensor in empty_output(q)]
+    found = prompt_attention_backward(
+        torch.empty_like(out), q, k, v, prompt_k, prompt_v, out, lse, 0.3, images, prompts
+    )
+    expected = empty_gradients(q, prompt_k, images, prompts)
+    assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected]
 
 
 @pytest.mark.gpu
