@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -25,6 +23,7 @@ import torch
 from sklearn.cluster import KMeans as SklearnKMeans
 from torch import Tensor
 
+from benchmarks.timing import alternate, medians
 from spt_fast.clustering.lloyd import lloyd
 from spt_fast.clustering.moments import mean_of
 from spt_fast.clustering.weighted import WeightedTokens
@@ -194,17 +193,6 @@ def test_kmeans(benchmark: object, workload: str, side: str) -> None:
     benchmark.pedantic(sides[side], rounds=3)
 
 
-def measure(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each side, the sides taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
-            started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def report(
     tokens: Tensor, starts: Tensor, workload: str, rounds: int, title: str, wanted: list[str] | None
 ) -> None:
@@ -212,10 +200,10 @@ def report(
     if wanted is not None:
         sides = {name: run for name, run in sides.items() if name in ["spt_fast", *wanted]}
     found = outcomes(sides, tokens)
-    medians = measure(sides | (bounds(tokens, starts) if workload == "pass" else {}), rounds)
-    base = medians["spt_fast"]
+    timed = alternate(sides | (bounds(tokens, starts) if workload == "pass" else {}), rounds, warmup=0)
+    base = timed["spt_fast"].median
     print(f"{title} {workload}")
-    for name, seconds in medians.items():
+    for name, seconds in medians(timed).items():
         line = f"  {name:20} {seconds * 1e3:9.1f} ms {seconds / base:6.2f}x"
         if name in found:
             line += f"  inertia {found[name][0] / found['spt_fast'][0]:.5f}, {found[name][1]} iterations"

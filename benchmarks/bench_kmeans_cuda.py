@@ -6,8 +6,9 @@
 Sides: ours, PyTorch, flash-kmeans where it is installed, and faiss where it sees a GPU (on the CPU, where
 it is installed). faiss takes float32 tokens from host memory, whose way to the GPU is in its time. All
 start from the same centres and must reach the same inertia within 1 % (bfloat16 sums of peers are coarse)
-before anything is timed. "copy" copies the tokens, and its rate counts reading and writing; "of copy" is
-the rate at which a side goes through the tokens once per iteration, over that rate. Limits: never run on a
+before anything is timed. Times are the device's, by events; "host" is how long the call took to return. The
+tokens are larger than any cache. "copy" copies the tokens, and its rate counts reading and writing; "of copy"
+is the rate at which a side goes through the tokens once per iteration, over that rate. Limits: never run on a
 GPU yet.
 """
 
@@ -19,7 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.bench_kmeans import available, faiss_kmeans, make_tokens, measure, one_pass
+from benchmarks.bench_kmeans import available, faiss_kmeans, make_tokens, one_pass
+from benchmarks.timing import alternate
 from spt_fast.clustering.lloyd import lloyd
 from spt_fast.clustering.moments import mean_of
 from spt_fast.clustering.weighted import WeightedTokens
@@ -94,32 +96,23 @@ def check(sides: dict[str, Side], tokens: Tensor) -> None:
             raise AssertionError(f"{name} ends at {inertia(run) / ours:.4f} of the inertia of spt_fast")
 
 
-def finished(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """`run`, and the wait until the device has done it."""
-
-    def wait() -> None:
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return wait
-
-
 def report(tokens: Tensor, clusters: int, iterations: int, rounds: int) -> None:
     starts = tokens[:clusters].float()
     sides = make_sides(tokens, starts, iterations)
     check(sides, tokens)
     target = torch.empty_like(tokens)
     timed: dict[str, Callable[[], object]] = {**sides, "copy": lambda: target.copy_(tokens)}
-    medians = measure({name: finished(run, tokens.device) for name, run in timed.items()}, rounds)
+    seconds = alternate(timed, rounds, device=tokens.device)
     size = tokens.numel() * tokens.element_size()
-    copy_rate = 2 * size / medians["copy"]
+    copy_rate = 2 * size / seconds["copy"].median
     title = str(tokens.dtype).removeprefix("torch.")
     print(f"{title} M={len(tokens)} D={tokens.shape[1]} K={clusters}, {iterations} iteration(s)")
-    for name, value in medians.items():
-        line = f"  {name:14}{value * 1e3:10.3f} ms {value / medians['spt_fast']:7.2f}x"
+    for name, taken in seconds.items():
+        value = taken.median
+        line = f"  {name:14}{value * 1e3:10.3f} ms {value / seconds['spt_fast'].median:7.2f}x"
         rate = copy_rate if name == "copy" else iterations * size / value
-        print(f"{line}  {rate / 1e9:8.1f} GB/s  {rate / copy_rate:5.2f} of copy", flush=True)
+        host = f"host {taken.host_median * 1e3:.3f} ms"
+        print(f"{line}  {rate / 1e9:8.1f} GB/s  {rate / copy_rate:5.2f} of copy  {host}", flush=True)
 
 
 def main() -> None:

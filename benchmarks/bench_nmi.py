@@ -11,7 +11,6 @@ import argparse
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import timm
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Rotating, alternate, finished, medians
 from spt_fast import NMITracker, PromptedViT, sigmoid_nmi
 
 # N_p, N_e, D, B
@@ -61,11 +61,9 @@ def make_inputs(num_prompts: int, num_tokens: int, width: int, batch: int) -> tu
     return prompts.to(DEVICE), tokens.to(DEVICE)[:, 1:]
 
 
-def run(side: Side, prompts: Tensor, tokens: Tensor) -> None:
+def run(side: Side, rotating: Rotating) -> None:
     with torch.no_grad():
-        side(prompts, tokens)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+        side(*rotating())
 
 
 def check(prompts: Tensor, tokens: Tensor) -> None:
@@ -82,18 +80,8 @@ def test_nmi(benchmark: Any, side: str, size: tuple[int, int, int, int]) -> None
     inputs = make_inputs(*size)
     if side == "ours":
         check(*inputs)
-    benchmark.pedantic(run, (SIDES[side](), *inputs), rounds=5, warmup_rounds=2)
-
-
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side, one call of each in turn; the first two rounds warm up and are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: times[2:] for name, times in seconds.items()}
+    step = functools.partial(run, SIDES[side](), Rotating(inputs))
+    benchmark.pedantic(finished(step, DEVICE), rounds=5, warmup_rounds=2)
 
 
 def peak_memory(side: Side, prompts: Tensor, tokens: Tensor) -> str:
@@ -103,7 +91,8 @@ def peak_memory(side: Side, prompts: Tensor, tokens: Tensor) -> str:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run(side, prompts, tokens)
+    with torch.no_grad():
+        side(prompts, tokens)
     return f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}"
 
 
@@ -113,12 +102,13 @@ def compare(sizes: list[tuple[int, int, int, int]], rounds: int) -> None:
         inputs = make_inputs(*size)
         check(*inputs)
         sides = {name: make() for name, make in SIDES.items()}
-        steps = {name: functools.partial(run, side, *inputs) for name, side in sides.items()}
-        medians = {name: statistics.median(times) for name, times in interleaved(steps, rounds).items()}
-        for name, median in medians.items():
+        rotating = Rotating(inputs)
+        steps = {name: functools.partial(run, side, rotating) for name, side in sides.items()}
+        timed = medians(alternate(steps, rounds, device=DEVICE, warmup=2, launched_ahead=True))
+        for name, median in timed.items():
             numbers = "".join(f"{value:6d}" for value in size)
             memory = peak_memory(sides[name], *inputs)
-            ratio = median / medians["ours"]
+            ratio = median / timed["ours"]
             print(f"{numbers[1:]}  {name:9s} {1e3 * median:7.2f}  {ratio:7.2f}x  {memory:>8s}", flush=True)
 
 
@@ -134,20 +124,19 @@ def track(rounds: int) -> None:
         optimizer.zero_grad()
         torch.autograd.backward(tuned(images).square().mean())
         optimizer.step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
     def tracked() -> None:
         with tracker:
             plain()
 
-    seconds = interleaved({"plain": plain, "tracked": tracked}, rounds)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    paired = statistics.median(b / a for a, b in zip(seconds["plain"], seconds["tracked"], strict=True))
+    timed = alternate({"plain": plain, "tracked": tracked}, rounds, device=DEVICE, warmup=2)
+    pairs = zip(timed["plain"].device, timed["tracked"].device, strict=True)
+    paired = statistics.median(tracked / plain for plain, tracked in pairs)
     print(f"training step of {MODEL}, batch {BATCH}, {NUM_PROMPTS} prompts in each of 12 blocks")
-    for name, median in medians.items():
-        print(f"{name:8s} {1e3 * median:9.1f} ms")
-    print(f"overhead {100 * (medians['tracked'] / medians['plain'] - 1):8.2f} % of medians")
+    for name, seconds in timed.items():
+        host = "" if DEVICE == "cpu" else f", host {1e3 * seconds.host_median:.1f} ms"
+        print(f"{name:8s} {1e3 * seconds.median:9.1f} ms{host}")
+    print(f"overhead {100 * (timed['tracked'].median / timed['plain'].median - 1):8.2f} % of medians")
     print(f"overhead {100 * (paired - 1):8.2f} % median of ratios of neighbouring steps, {rounds} pairs")
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks.bench_prompted_step import interleaved_medians
+from benchmarks.timing import Rotating, alternate, finished, medians
 from spt_fast.ops.prompt_attention import packed_prompt_attention
 
 GPU = torch.cuda.is_available()
@@ -81,13 +81,12 @@ def check(side: str, inputs: list[Tensor]) -> None:
     torch.testing.assert_close(SIDES[side](*inputs), ours(*inputs), atol=tolerance, rtol=tolerance)
 
 
-def run(side: str, inputs: list[Tensor], cotangent: Tensor, backward: bool) -> None:
+def run(side: str, rotating: Rotating, cotangent: Tensor, backward: bool) -> None:
+    inputs = rotating()
     with torch.set_grad_enabled(backward):
         out = SIDES[side](*inputs)
     if backward:
         torch.autograd.grad(out, inputs, cotangent, allow_unused=True)
-    if GPU:
-        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-backward"])
@@ -100,7 +99,8 @@ def test_prompt_attention(benchmark: Any, case: tuple[int, int, int], side: str,
     benchmark.extra_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     check(side, inputs)
     cotangent = torch.randn_like(ours(*inputs))
-    benchmark.pedantic(run, args=(side, inputs, cotangent, backward), rounds=10, warmup_rounds=3)
+    step = functools.partial(run, side, Rotating(inputs), cotangent, backward)
+    benchmark.pedantic(finished(step, DEVICE), rounds=10, warmup_rounds=3)
 
 
 def report(case: tuple[int, ...], rounds: int) -> None:
@@ -110,12 +110,13 @@ def report(case: tuple[int, ...], rounds: int) -> None:
     for side in SIDES:
         check(side, inputs)
     for backward in (False, True):
-        steps = {side: functools.partial(run, side, inputs, cotangent, backward) for side in SIDES}
-        medians = interleaved_medians(steps, rounds, warmup=3)
+        rotating = Rotating(inputs)
+        steps = {side: functools.partial(run, side, rotating, cotangent, backward) for side in SIDES}
+        timed = medians(alternate(steps, rounds, device=DEVICE, warmup=3, launched_ahead=True))
         kind = "forward-backward" if backward else "forward"
-        for side, median in medians.items():
+        for side, median in timed.items():
             sizes = "B{} N{} P{} H{} d{}".format(*case)
-            ratio = median / medians["ours"]
+            ratio = median / timed["ours"]
             print(
                 f"{sizes:24s} {kind:17s} {side:15s} {1e3 * median:8.3f} ms  {ratio:6.3f} x ours", flush=True
             )

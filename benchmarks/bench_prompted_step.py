@@ -14,9 +14,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import random
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -26,6 +23,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import alternate, finished, medians
 from spt_fast.prompting.engines import prompt_keys_values
 from spt_fast.prompting.prompted_vit import PromptedViT
 
@@ -138,8 +136,6 @@ def step_of(model: nn.Module, images: Tensor, *, dtype: str = "fp32", compiled: 
         with autocast(device, dtype):
             loss = run(images).float().square().mean()
         loss.backward()
-        if device != "cpu":
-            torch.cuda.synchronize()
 
     return step
 
@@ -190,22 +186,6 @@ def memory_of(model: nn.Module, images: Tensor, step: Step, dtype: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def interleaved_medians(steps: dict[str, Step], rounds: int, warmup: int = 1) -> dict[str, float]:
-    """Median seconds per step, one step of each side per round; the rounds of warm-up are not counted.
-
-    The order changes in each round: in a fixed one, the same side would always find the same caches.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle = list(steps), random.Random(0).shuffle
-    for _ in range(rounds + warmup):
-        shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[warmup:]) for name, times in seconds.items()}
-
-
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("num_prompts", PROMPT_COUNTS)
 def test_prompted_step(benchmark: Any, side: str, num_prompts: int) -> None:
@@ -222,7 +202,7 @@ def test_prompted_step(benchmark: Any, side: str, num_prompts: int) -> None:
     if side == "ours":
         check_sides_agree(MODEL, num_prompts, device)
     step = step_of(build(side, MODEL, num_prompts, device), make_images(batch, device))
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(finished(step, device), rounds=5, warmup_rounds=1)
 
 
 def report_steps(options: argparse.Namespace) -> None:
@@ -242,12 +222,14 @@ def report_steps(options: argparse.Namespace) -> None:
         memory = {
             side: memory_of(model, images, steps[side], options.dtype) for side, model in models.items()
         }
-        medians = interleaved_medians(steps, options.rounds, warmup=2 if options.compile else 1)
-        base = medians[options.sides[0]]
-        for side, median in medians.items():
+        timed = alternate(steps, options.rounds, device=options.device, warmup=2 if options.compile else 1)
+        base = timed[options.sides[0]].median
+        for side, seconds in timed.items():
+            median = seconds.median
+            host = "" if options.device == "cpu" else f"  host {1e3 * seconds.host_median:.1f} ms"
             print(
                 f"N_p={num_prompts:<4d} {side:13s} {1e3 * median:9.1f} ms {batch / median:8.2f} images/s "
-                f"{memory[side] / 2**20:9.1f} MiB   {median / base:6.3f} x {options.sides[0]}",
+                f"{memory[side] / 2**20:9.1f} MiB   {median / base:6.3f} x {options.sides[0]}{host}",
                 flush=True,
             )
 
@@ -303,9 +285,9 @@ def report_inference(options: argparse.Namespace) -> None:
             other: Any = build("ours", options.model, num_prompts, options.device).eval()
             scope.enter_context(other.fixed_prompts())
             sides = {"each pass": each, "fixed_prompts": functools.partial(each, other)}
-            medians = interleaved_medians(sides, options.rounds)
-        for side, median in medians.items():
-            ratio = median / medians["each pass"]
+            timed = medians(alternate(sides, options.rounds, device=options.device))
+        for side, median in timed.items():
+            ratio = median / timed["each pass"]
             print(f"N_p={num_prompts:<4d} {side:14s} {1e3 * median:9.1f} ms   {ratio:6.3f} x each pass")
 
 
@@ -343,7 +325,7 @@ def report_prompt_keys(options: argparse.Namespace) -> None:
             "layer by layer": functools.partial(there_and_back, layers, prompts, grad),
             "one product": functools.partial(there_and_back, batched, prompts, grad),
         }
-        for side, median in interleaved_medians(steps, options.rounds).items():
+        for side, median in medians(alternate(steps, options.rounds)).items():
             print(f"N_p={num_prompts:<4d} {side:16s} {1e3 * median:9.1f} ms")
 
 

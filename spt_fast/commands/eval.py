@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,33 +19,40 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "eval",
         help="accuracy of tuned prompts on labelled images",
-        description="Share of images whose largest logit is their label.",
+        description="Share of images whose largest logit is their label; with --out also classes.csv (the "
+        "same for each class) and confusion.csv (images by class and predicted class).",
         epilog="example: spt-fast eval --model shipped --tuned folder/tuned.safetensors --data digits "
         "--split test",
     )
     options.add_model_and_data(parser)
-    parser.add_argument(
-        "--tuned", type=Path, required=True, metavar="FILE", help="of `spt-fast train`, or PromptedViT.save"
-    )
-    parser.add_argument("--weight-dtype", choices=("bf16", "fp16"), help="run the backbone in it")
-    options.add_allow_other_backbone(parser)
+    options.add_tuned(parser)
+    options.add_folder(parser, optional=True)
     options.add_device(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the accuracy."""
+    """Print the accuracy, and write the tables of the classes where a folder is given."""
+    from spt_fast.support.results import result_folder
+    from spt_fast.training.evaluation import EVALUATION_FILES
+
+    if args.out is None:
+        if args.overwrite:
+            raise ValueError("overwrite is for the files of out, but no folder is given")
+        _evaluate(args)
+        return
+    with result_folder(args.out, EVALUATION_FILES, overwrite=args.overwrite) as paths:
+        _evaluate(args, paths)
+
+
+def _evaluate(args: argparse.Namespace, paths: Mapping[str, Path] | None = None) -> None:
     from tqdm import tqdm
 
-    from spt_fast.prompting.prompted_vit import PromptedViT
-    from spt_fast.training.loop import evaluate
+    from spt_fast.data.folder import some_names
+    from spt_fast.support.results import write_results
+    from spt_fast.training.evaluation import evaluate_classes
 
-    tuned = PromptedViT.from_file(
-        args.tuned,
-        options.open_model(args),
-        weight_dtype=args.weight_dtype,
-        allow_other_backbone=args.allow_other_backbone,
-    )
+    tuned = options.open_tuned(args)
     images = options.open_labelled(
         args,
         tuned.model,
@@ -58,7 +66,15 @@ def run(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     options.print_images(images.loader, "images")
-    accuracy = evaluate(tuned, tqdm(images.loader, unit="batch"))
-    unreadable = images.loader.unreadable
-    print(f"accuracy {accuracy:.2%} of {images.num_images - len(unreadable)} images")
-    options.print_unreadable(unreadable)
+    found = evaluate_classes(tuned, tqdm(images.loader, unit="batch"), images.class_names)
+    print(f"accuracy {found.accuracy:.2%} of {found.num_images} images")
+    missing = found.missing_classes
+    print(
+        f"mean of the classes' accuracies {found.mean_class_accuracy:.2%}, "
+        f"of {len(found.class_names) - len(missing)} classes"
+    )
+    if missing:
+        print(f"classes without images ({len(missing)}): {some_names(missing)}")
+    options.print_unreadable(images.loader.unreadable)
+    for path in write_results(paths, found.files(), overwrite=args.overwrite) if paths else ():
+        print(f"wrote {path}")

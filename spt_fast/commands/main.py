@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from spt_fast.commands import doctor, nmi, prototypes, train
+from spt_fast.commands import doctor, nmi, predict, prototypes, train
 from spt_fast.commands import eval as eval_command
 from spt_fast.commands.demo import command as demo
 from spt_fast.support.errors import one_line
@@ -18,7 +18,7 @@ from spt_fast.support.errors import one_line
 BAD_INPUT = 2
 INTERRUPTED = 130
 # Each has `add(commands)`, which declares its options, and `run(args)`, which may return an exit code.
-COMMANDS = (demo, prototypes, train, eval_command, nmi, doctor)
+COMMANDS = (demo, prototypes, train, eval_command, predict, nmi, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,26 +5,39 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from spt_fast.data.cache import ImageCache
     from spt_fast.data.images import LabelledImages
     from spt_fast.data.loading import ImageLoader
+    from spt_fast.prompting.prompted_vit import PromptedViT
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) -> argparse._ArgumentGroup:
     """Options that name a model and images; returns the group of those about images."""
+    add_model(parser)
+    parser.add_argument(
+        "--data", required=True, help="folder of images, timm data set (torch/cifar10), or 'digits'"
+    )
+    images = parser.add_argument_group("images")
+    images.add_argument("--root", type=Path, metavar="FOLDER", help="where a timm data set lies")
+    images.add_argument("--split", help="of a timm data set or the digits (default: train)")
+    images.add_argument("--download", action="store_true", help="let timm download the data set")
+    add_reading(images, batch_size)
+    return images
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Options that name a model and its weights."""
     parser.add_argument(
         "--model",
         required=True,
         help="timm model name, 'shipped', or a file of examples/pretrain_backbone.py",
-    )
-    parser.add_argument(
-        "--data", required=True, help="folder of images, timm data set (torch/cifar10), or 'digits'"
     )
     weights = parser.add_argument_group("weights of a timm model")
     weights.add_argument(
@@ -34,10 +47,10 @@ def add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) ->
         help="timm's weights (default) or random ones, the same every time",
     )
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file instead")
-    images = parser.add_argument_group("images")
-    images.add_argument("--root", type=Path, metavar="FOLDER", help="where a timm data set lies")
-    images.add_argument("--split", help="of a timm data set or the digits (default: train)")
-    images.add_argument("--download", action="store_true", help="let timm download the data set")
+
+
+def add_reading(images: argparse._ArgumentGroup, batch_size: int = 64) -> None:
+    """Options that say how images are read, wherever they lie."""
     images.add_argument("--batch-size", type=int, default=batch_size)
     images.add_argument("--workers", type=int, default=4)
     images.add_argument(
@@ -46,7 +59,32 @@ def add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) ->
         default="error",
         help="stop at an image that cannot be read (default), or leave it out and list it at the end",
     )
-    return images
+
+
+def add_cache(images: argparse._ArgumentGroup) -> None:
+    """Whether decoded images are kept for the next epoch."""
+    images.add_argument(
+        "--cache",
+        choices=("auto", "ram", "device", "off"),
+        default="auto",
+        help="keep decoded images in memory; on the device too if they fit and are not augmented (default: "
+        "auto, if they take a quarter of its free memory at most)",
+    )
+    images.add_argument(
+        "--cache-budget",
+        metavar="SIZE",
+        help="memory for them, such as 2GiB; the others are decoded in each epoch (default: half of what is "
+        "free)",
+    )
+
+
+def add_tuned(parser: argparse.ArgumentParser) -> None:
+    """The file of a tuned model, and how it is opened."""
+    parser.add_argument(
+        "--tuned", type=Path, required=True, metavar="FILE", help="of `spt-fast train`, or PromptedViT.save"
+    )
+    parser.add_argument("--weight-dtype", choices=("bf16", "fp16"), help="run the backbone in it")
+    add_allow_other_backbone(parser)
 
 
 def add_limit(images: argparse._ArgumentGroup, default: int | None = None) -> None:
@@ -60,11 +98,18 @@ def add_random(source: argparse._MutuallyExclusiveGroup) -> None:
     source.add_argument("--random", type=int, metavar="N_P", help="as many random ones, as VPT starts from")
 
 
-def add_folder(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
-    """The folder that a command writes its files into; without a default it has to be given."""
+def add_folder(
+    parser: argparse.ArgumentParser, default: Path | None = None, *, optional: bool = False
+) -> None:
+    """The folder that a command writes into; without a default it has to be given unless it is optional."""
     where = "where to write, made if need be" + (" (default: here)" if default else "")
     parser.add_argument(
-        "--out", type=Path, required=default is None, default=default, metavar="FOLDER", help=where
+        "--out",
+        type=Path,
+        required=default is None and not optional,
+        default=default,
+        metavar="FOLDER",
+        help=where,
     )
     parser.add_argument("--overwrite", action="store_true", help="write over these files if they are there")
 
@@ -95,6 +140,29 @@ def open_model(args: argparse.Namespace) -> nn.Module:
 
     device = device_of_this_process(args.device)
     return open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint).to(device)
+
+
+def open_tuned(args: argparse.Namespace) -> PromptedViT:
+    """The tuned model in the file that the arguments name."""
+    from spt_fast.prompting.prompted_vit import PromptedViT
+
+    return PromptedViT.from_file(
+        args.tuned,
+        open_model(args),
+        weight_dtype=args.weight_dtype,
+        allow_other_backbone=args.allow_other_backbone,
+    )
+
+
+def open_cache(args: argparse.Namespace, model: nn.Module) -> ImageCache | None:
+    """Where decoded images are kept, for a model on its device; None with `--cache off`."""
+    from spt_fast.data.cache import ImageCache
+
+    if args.cache == "off":
+        if args.cache_budget is not None:
+            raise ValueError(f"cache_budget is without effect with cache='off', got {args.cache_budget}")
+        return None
+    return ImageCache(args.cache, args.cache_budget, device=next(model.parameters()).device)
 
 
 def open_images(args: argparse.Namespace, model: nn.Module, **share: Any) -> ImageLoader:
@@ -135,22 +203,27 @@ def check_num_prompts(
         )
 
 
-def print_images(loader: ImageLoader, use: str) -> None:
+def print_images(loader: ImageLoader, use: str, file: TextIO | None = None) -> None:
     """Say what is about to be read: images, classes, images in each, and what is left out."""
     for line in loader.description:
-        print(f"{use}: {line}")
+        print(f"{use}: {line}", file=file)
 
 
-def print_unreadable(*unreadable: dict[str, str]) -> None:
+def print_unreadable(*unreadable: dict[str, str], file: TextIO | None = None) -> None:
     """Say what `--bad-images skip` has left out, given as {name: reason} of each loader."""
     found = {name: reason for each in unreadable for name, reason in each.items()}
     if found:
-        print(f"left out {len(found)} images that cannot be read:")
+        print(f"left out {len(found)} images that cannot be read:", file=file)
     for name, reason in sorted(found.items()):
-        print(f"  {name} ({reason})")
+        print(f"  {name} ({reason})", file=file)
 
 
 def image_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments about images, by the names that the functions of `data.images` give them."""
-    names = ("data", "root", "split", "download", "batch_size", "workers", "bad_images")
-    return {name: getattr(args, name) for name in names}
+    names = ("data", "root", "split", "download")
+    return {**{name: getattr(args, name) for name in names}, **reading_options(args)}
+
+
+def reading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that say how images are read, wherever they lie."""
+    return {name: getattr(args, name) for name in ("batch_size", "workers", "bad_images")}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from spt_fast.commands.options import Commands
+    from spt_fast.data.cache import ImageCache
     from spt_fast.prototypes.result import Prototypes
 
 
@@ -27,7 +28,7 @@ def add(commands: Commands) -> None:
         epilog="example: spt-fast train --model shipped --data digits --val-split val --epochs 20 "
         "--out folder",
     )
-    options.add_model_and_data(parser, batch_size=32)
+    options.add_cache(options.add_model_and_data(parser, batch_size=32))
     images = parser.add_argument_group("validation")
     images.add_argument("--val-data", help="as --data; default: that, if --val-split is given")
     images.add_argument("--val-split", help="as --split")
@@ -84,21 +85,25 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
     from spt_fast.training.run import add_prompts_and_head, fit_and_save
 
     model = options.open_model(args)
-    train = options.open_labelled(args, model, training=True, seed=args.seed)
+    cache = options.open_cache(args, model)
+    train = options.open_labelled(args, model, training=True, seed=args.seed, cache=cache)
     val = open_validation_images(
         model=model,
         val_data=args.val_data,
         val_split=args.val_split,
         class_names=train.class_names,
+        cache=cache,
         **options.image_options(args),
     )
     options.print_images(train.loader, "training")
     if val is not None:
         options.print_images(val.loader, "validation")
         _check_overlap(train.paths, val.paths, allow=args.allow_overlap)
+    for line in cache.description() if cache is not None else ():
+        print(line)
     tuned = add_prompts_and_head(
         model,
-        _prompts(args, model),
+        _prompts(args, model, cache),
         class_names=train.class_names,
         depth=args.depth,
         freeze_prompts=args.freeze_prompts,
@@ -117,6 +122,8 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         **_recipe(args),
     )
     print(history.summary())
+    for line in cache.summary() if cache is not None else ():
+        print(line)
     options.print_unreadable(train.loader.unreadable, {} if val is None else val.loader.unreadable)
     for path in paths.values():
         print(f"wrote {path}")
@@ -139,7 +146,7 @@ def _check_overlap(training: Sequence[Path], validation: Sequence[Path], *, allo
     print(f"validation: {message}")
 
 
-def _prompts(args: argparse.Namespace, model: nn.Module) -> Path | int | Prototypes:
+def _prompts(args: argparse.Namespace, model: nn.Module, cache: ImageCache | None) -> Path | int | Prototypes:
     """What the prompts start from: a file, random ones, or prototypes of the training images."""
     if args.prompts is not None:
         return Path(args.prompts)
@@ -147,7 +154,7 @@ def _prompts(args: argparse.Namespace, model: nn.Module) -> Path | int | Prototy
         return int(args.random)
     from spt_fast.prototypes.build import build_prototypes
 
-    images = options.open_images(args, model, in_classes=True)
+    images = options.open_images(args, model, in_classes=True, cache=cache)
     options.check_num_prompts(args.num_prompts, args.depth, model, images.num_images)
     return build_prototypes(
         model,

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
+from spt_fast.data.cache import CachedLoader, ImageCache
+from spt_fast.data.files import list_files
 from spt_fast.data.folder import list_folder, printable, spread
-from spt_fast.data.loading import BadImages, FolderImages, ImageLoader, NamedImages
+from spt_fast.data.loading import BadImages, DecodedImages, FolderImages, ImageLoader, NamedImages
 from spt_fast.data.shipped import DIGITS_CLASSES, load_digits
 from spt_fast.support.arguments import check_int, check_seed
 from spt_fast.support.distributed import ALONE, Processes
@@ -36,6 +38,7 @@ def open_images(
     max_images: int | None = None,
     in_classes: bool = False,
     processes: Processes = ALONE,
+    cache: ImageCache | None = None,
 ) -> ImageLoader:
     """Batches of images, shuffled by `seed`, in the size and scale `model` expects (timm's eval transform).
 
@@ -49,6 +52,8 @@ def open_images(
         bad_images: what to do with an image that cannot be read: "error", or "skip" to leave it out.
         max_images: of all processes together; a data set that can only be iterated is not cut here.
         in_classes: read the images of a folder that `open_labelled_images` reads, and no others.
+        cache: where decoded images are kept for the next pass; None decodes them in each pass. It has no
+            effect on data sets that are in memory or can only be iterated, and on workers that are no forks.
 
     Raises:
         FileNotFoundError: `data` is neither a folder nor the name of a data set.
@@ -60,9 +65,8 @@ def open_images(
         max_images = check_int("max_images", max_images, 1)
     dataset = _open_dataset(data, model, root, split, download, in_classes=in_classes)
     order = _order(dataset, seed, max_images, processes)
-    return _loader(
-        dataset, _describe(dataset, data, split), batch_size, workers, seed, bad_images, sampler=order
-    )
+    description = _describe(dataset, data, split)
+    return _loader(dataset, description, batch_size, workers, seed, bad_images, cache, sampler=order)
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,14 @@ def open_labelled_images(
     training: bool = False,
     class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
+    cache: ImageCache | None = None,
 ) -> LabelledImages:
     """Images with labels, in the size and scale `model` expects.
 
     A folder has one class for each folder directly in it that holds images, in `folder.name_order`.
 
     Args:
-        data, root, split, download, bad_images: as in `open_images`.
+        data, root, split, download, bad_images, cache: as in `open_images`.
         training: True gives every epoch in a new order, which depends on `seed` alone, with timm's random
             resized crops and horizontal flips (Sec. 4.1, FGVC), except for the digits. False gives the order
             of the data set and timm's transform of evaluation. Crops and flips come from the global
@@ -135,11 +140,56 @@ def open_labelled_images(
         raise ValueError(
             f"data: {data} has {len(found)} classes, but the head of the model is for {num_classes}"
         )
-    loader = _loader(
-        dataset, _describe(dataset, data, split), batch_size, workers, seed, bad_images, shuffle=training
-    )
+    description = _describe(dataset, data, split)
+    loader = _loader(dataset, description, batch_size, workers, seed, bad_images, cache, shuffle=training)
     paths = dataset.listing.paths if isinstance(dataset, FolderImages) else ()
     return LabelledImages(loader, len(dataset), found, paths)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Batches of images from files, of which nothing else is known.
+
+    Attributes:
+        loader: batches of (images [B, C, H, W], places [B] in `paths`), in their order.
+        paths: of the images.
+    """
+
+    loader: ImageLoader
+    paths: tuple[Path, ...]
+
+
+def open_files(
+    data: Sequence[str | Path],
+    model: nn.Module,
+    *,
+    batch_size: int = 64,
+    workers: int = 4,
+    bad_images: BadImages = "error",
+) -> ImageFiles:
+    """The images of files and folders, in the order given, with the transform of `open_labelled_images`.
+
+    Args:
+        data: files, which are read whatever their names are, and folders, of any depth, whose images come in
+            `folder.name_order`.
+        bad_images: as in `open_images`; a batch comes without the images that are left out.
+
+    Raises:
+        FileNotFoundError: one of `data` does not exist.
+        TypeError: a number is not an integer, or `data` is a single name.
+        ValueError: `data` is empty, a folder holds no image, or an argument is out of range.
+    """
+    listing = list_files(data)
+    dataset = FolderImages(listing)
+    dataset.transform = _transform(model)
+    # The first line is of groups, which say nothing here.
+    description = [f"{len(dataset)} images", *listing.description()[1:]]
+    batch_size, workers = check_int("batch_size", batch_size, 1), check_int("workers", workers, 0)
+    if len(dataset) <= batch_size:
+        # To start workers takes longer than to read one batch.
+        workers = 0
+    loader = _loader(dataset, description, batch_size, workers, 0, bad_images, None)
+    return ImageFiles(loader, listing.paths)
 
 
 def open_validation_images(
@@ -200,20 +250,23 @@ def _loader(
     workers: int,
     seed: int,
     bad_images: str,
+    cache: ImageCache | None,
     **order: Any,
 ) -> ImageLoader:
     workers = check_int("workers", workers, 0)
-    return ImageLoader(
-        dataset,
-        num_images=None if isinstance(dataset, IterableDataset) else len(dataset),
-        description=description,
-        bad_images=bad_images,
-        batch_size=check_int("batch_size", batch_size, 1),
-        generator=torch.Generator().manual_seed(seed),
-        num_workers=0 if isinstance(dataset, TensorDataset) else workers,
-        pin_memory=torch.cuda.is_available(),
+    options = {
+        "num_images": None if isinstance(dataset, IterableDataset) else len(dataset),
+        "description": description,
+        "bad_images": bad_images,
+        "batch_size": check_int("batch_size", batch_size, 1),
+        "seed": seed,
+        "num_workers": 0 if isinstance(dataset, TensorDataset) else workers,
+        "pin_memory": torch.cuda.is_available(),
         **order,
-    )
+    }
+    if cache is None or not isinstance(dataset, DecodedImages) or not cache.works_with(workers):
+        return ImageLoader(dataset, **options)
+    return CachedLoader(cache.wrap(dataset, description[0].partition(": ")[0]), cache, **options)
 
 
 def _describe(dataset: Any, data: str, split: str | None) -> list[str]:
@@ -288,12 +341,16 @@ def _open_dataset(
             if value is not None:
                 raise ValueError(f"{name} is for data sets with splits, got {value} for the folder {data}")
         dataset = _folder(data, in_classes, known)
+    dataset.transform = _transform(model, training)
+    return dataset
+
+
+def _transform(model: nn.Module, training: bool = False) -> Any:
     from timm.data.config import resolve_model_data_config
     from timm.data.transforms_factory import create_transform
 
     config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    dataset.transform = create_transform(**config, is_training=training, color_jitter=0.0)
-    return dataset
+    return create_transform(**config, is_training=training, color_jitter=0.0)
 
 
 def _named(data: str, root: str | Path | None, split: str, download: bool) -> Any:

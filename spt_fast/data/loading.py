@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from spt_fast.data.decode import open_image, to_rgb
 from spt_fast.data.folder import FolderListing, printable
@@ -33,6 +34,9 @@ class DecodedImages(Dataset[Any]):
     transform: Callable[[Any], Any]
     target_transform: Callable[[int], int] | None = None
 
+    def __len__(self) -> int:
+        raise NotImplementedError
+
     def name(self, index: int) -> str:
         """What an error calls this image."""
         raise NotImplementedError
@@ -41,17 +45,37 @@ class DecodedImages(Dataset[Any]):
         """An image, decoded, and its label."""
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Any:
+    def identity(self) -> Hashable:
+        """Equal for data sets whose images, with their labels in the files, are the same at each index."""
+        return self
+
+    def load(self, index: int) -> Unreadable | tuple[Any, Any]:
+        """An image and its label as `read` gives them, or what stands for an image that cannot be read."""
         try:
-            image, label = self.read(index)
+            return self.read(index)
         except MemoryError:
             raise
         except Exception as error:
             # Decoders raise errors of many classes for damaged files.
             return Unreadable(printable(self.name(index)), printable(first_line(error)))
+
+    def __getitem__(self, index: int) -> Any:
+        loaded = self.load(index)
+        if isinstance(loaded, Unreadable):
+            return loaded
+        label: Any
+        image, label = loaded
         if self.target_transform is not None:
             label = self.target_transform(label)
-        return self.transform(image), label
+        return self.transformed(self.transform, image, index), label
+
+    def transformed(self, transform: Callable[[Any], Any], image: Any, index: int) -> Any:
+        """`transform` of an image; a RuntimeError that names the image where that fails."""
+        try:
+            return transform(image)
+        except Exception as error:
+            name = printable(self.name(index))
+            raise RuntimeError(f"{name} cannot be transformed ({first_line(error)})") from error
 
 
 class FolderImages(DecodedImages):
@@ -66,6 +90,10 @@ class FolderImages(DecodedImages):
     def name(self, index: int) -> str:
         """Its path."""
         return str(self.listing.paths[index])
+
+    def identity(self) -> Hashable:
+        """The paths and their labels."""
+        return self.listing.paths, self.listing.groups
 
     def read(self, index: int) -> tuple[Any, Any]:
         """Decoded by `open_image`."""
@@ -126,14 +154,27 @@ class ImageLoader:
         num_images: int | None,
         description: Sequence[str] = (),
         bad_images: str = "error",
+        num_workers: int = 0,
+        shuffle: bool = False,
+        seed: int = 0,
         **options: Any,
     ) -> None:
         self.num_images = num_images
         self.description = tuple(description)
         self.unreadable: dict[str, str] = {}
         self._skip = check_choice("bad_images", bad_images, BAD_IMAGES) == "skip"
+        if shuffle:
+            # A generator of its own: torch draws from that of the loader once, or for every pass, or not at
+            # all, as workers persist, and the order is not to depend on that.
+            options["sampler"] = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
         with _any_number_of_workers():
-            self._loader = DataLoader(dataset, collate_fn=_collate_readable, **options)
+            self._loader = DataLoader(
+                dataset,
+                collate_fn=collate_readable,
+                num_workers=num_workers,
+                generator=torch.Generator().manual_seed(seed),
+                **options,
+            )
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -141,19 +182,25 @@ class ImageLoader:
     def __iter__(self) -> Iterator[Any]:
         with _any_number_of_workers():
             batches = iter(self._loader)
-        for batch, unreadable in batches:
-            if unreadable and not self._skip:
-                name, reason = unreadable[0]
-                raise ValueError(
-                    f"{name} cannot be read ({reason}); repair or remove it, or leave such images "
-                    "out (bad_images='skip', --bad-images skip)"
-                )
-            self.unreadable.update(unreadable)
+        for items, unreadable in batches:
+            batch = self._checked(items, unreadable)
             if batch is not None:
                 yield batch
 
+    def _checked(self, batch: Any, unreadable: Sequence[Unreadable]) -> Any:
+        """`batch`, once what is unreadable in it is noted, or is an error."""
+        if unreadable and not self._skip:
+            name, reason = unreadable[0]
+            raise ValueError(
+                f"{name} cannot be read ({reason}); repair or remove it, or leave such images "
+                "out (bad_images='skip', --bad-images skip)"
+            )
+        self.unreadable.update(unreadable)
+        return batch
 
-def _collate_readable(items: list[Any]) -> tuple[Any, list[Unreadable]]:
+
+def collate_readable(items: list[Any]) -> tuple[Any, list[Unreadable]]:
+    """A batch of what is readable, None where nothing is, and what is unreadable."""
     unreadable = [item for item in items if isinstance(item, Unreadable)]
     readable = [item for item in items if not isinstance(item, Unreadable)]
     return default_collate(readable) if readable else None, unreadable

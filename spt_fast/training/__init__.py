@@ -1,5 +1,16 @@
-"""Training of prompts and heads: the loop, its schedule, and what is kept of a run."""
+"""Training of prompts and heads: the loop, its schedule, what is kept of a run, and what comes out."""
 
-from spt_fast.training.loop import History, evaluate, fit, warmup_cosine
+from spt_fast.training.evaluation import Evaluation, evaluate, evaluate_classes
+from spt_fast.training.loop import History, fit, warmup_cosine
+from spt_fast.training.predictions import Prediction, predict
 
-__all__ = ["History", "evaluate", "fit", "warmup_cosine"]
+__all__ = [
+    "Evaluation",
+    "History",
+    "Prediction",
+    "evaluate",
+    "evaluate_classes",
+    "fit",
+    "predict",
+    "warmup_cosine",
+]

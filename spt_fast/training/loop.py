@@ -9,7 +9,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -21,13 +20,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from spt_fast.data.batches import IGNORED_LABEL, count_labels, labelled_batch
-from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.data.batches import IGNORED_LABEL
 from spt_fast.support.arguments import check_int, check_number, check_seed
-from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.randomness import seeded
 from spt_fast.support.tables import csv_bytes
-from spt_fast.support.waiting import OnTheWay, first_true
+from spt_fast.support.waiting import OnTheWay
+from spt_fast.training.evaluation import device_of, evaluate, forward
 
 FINAL_LR = 1e-8
 WARMUP_SHARE = 0.1
@@ -145,7 +143,7 @@ def fit(
         warmup_epochs = WARMUP_SHARE * epochs
     optimizer = _adamw(tuned, lr, lr if prompt_lr is None else prompt_lr, weight_decay)
     schedule = warmup_cosine(optimizer, round(warmup_epochs * steps), epochs * steps)
-    device = _device(tuned)
+    device = device_of(tuned)
     history = History()
     with seeded(seed, device), tqdm(total=epochs, unit="epoch", disable=not progress) as bar:
         for epoch in range(1, epochs + 1):
@@ -175,57 +173,6 @@ def check_recipe(
     check_number("weight_decay", weight_decay, 0)
     if warmup_epochs is not None and check_number("warmup_epochs", warmup_epochs, 0) >= epochs:
         raise ValueError(f"warmup_epochs must be below epochs ({epochs}), got {warmup_epochs}")
-
-
-@torch.no_grad()
-def evaluate(tuned: nn.Module, loader: Iterable[Any]) -> float:
-    """Accuracy in [0, 1]: the share of images whose largest logit is their label.
-
-    `tuned` is evaluated on its own device, without gradients, and then is in the mode that it was in. Batches
-    are read as `fit` reads them; images with the label -100 are not counted.
-
-    Raises:
-        TypeError: a batch holds something else than images and labels.
-        ValueError: the loader or a batch is empty, labels have another shape or are no classes of the model,
-            or `tuned` gives something else than logits [B, classes].
-        NonFiniteError: a logit is NaN; `image` is counted from 0 over the loader.
-    """
-    device, was_training = _device(tuned), tuned.training
-    right = total = seen = 0
-    answers: deque[tuple[int, OnTheWay]] = deque()
-
-    def read_next() -> int:
-        first_image, found = answers.popleft()
-        correct, broken = found.read()
-        if broken >= 0:
-            image = first_image + broken
-            raise NonFiniteError(
-                f"tuned must give finite logits, but image {image} (counted from 0) gave NaN", image=image
-            )
-        return int(correct)
-
-    tuned.eval()
-    fixed = tuned.fixed_prompts() if isinstance(tuned, PromptedViT) else nullcontext()
-    try:
-        with fixed:
-            for index, batch in enumerate(loader):
-                logits, labels, count = _forward(tuned, batch, device, f"batch {index} of loader")
-                correct = (logits.argmax(dim=1) == labels).sum()
-                broken = first_true(logits.isnan().any(dim=1))
-                answers.append((seen, OnTheWay(torch.stack([correct, broken]))))
-                total += count
-                seen += len(labels)
-                # Those of the batch before, while the device is at this one.
-                if len(answers) > 1:
-                    right += read_next()
-            while answers:
-                right += read_next()
-    finally:
-        tuned.train(was_training)
-    if total == 0:
-        kind = f"labels other than {IGNORED_LABEL}" if seen else "images"
-        raise ValueError(f"loader must give at least one image with a label, got no {kind}")
-    return right / total
 
 
 def shuffled_loader(
@@ -270,7 +217,7 @@ def _train_epoch(
     started = time.perf_counter()
     for step, batch in enumerate(loader):
         where = f"batch {step} of train_loader"
-        logits, labels, labelled = _forward(tuned, batch, device, where)
+        logits, labels, labelled = forward(tuned, batch, device, where)
         if labelled == 0:
             raise ValueError(f"{where} must hold a label other than {IGNORED_LABEL}, got none")
         loss = F.cross_entropy(logits, labels)
@@ -318,16 +265,6 @@ class _Losses:
         self._count += labelled
 
 
-def _forward(tuned: nn.Module, batch: object, device: torch.device, where: str) -> tuple[Tensor, Tensor, int]:
-    """Logits [B, classes] and labels [B] of a batch, on `device`, and how many of the labels count."""
-    images, labels = labelled_batch(batch, where)
-    logits = tuned(images.to(device, _input_dtype(tuned), non_blocking=True))
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"tuned must give logits [{len(images)}, classes], got {found}")
-    return logits, labels.to(device, non_blocking=True), count_labels(labels, logits.shape[1], where)
-
-
 def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the parameters that require a gradient, in groups by rate and decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -354,23 +291,6 @@ def _count_batches(train_loader: Batches) -> int:
     if batches == 0:
         raise ValueError("train_loader must give at least one batch, got none")
     return batches
-
-
-def _device(tuned: nn.Module) -> torch.device:
-    first = next(iter(_tensors(tuned)), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-def _input_dtype(tuned: nn.Module) -> torch.dtype:
-    """That of the first floating-point parameter or buffer; float32 where `weight_dtype` autocasts."""
-    if getattr(tuned, "weight_dtype", None) is not None:
-        return torch.float32
-    return next((tensor.dtype for tensor in _tensors(tuned) if tensor.is_floating_point()), torch.float32)
-
-
-def _tensors(tuned: nn.Module) -> Iterator[Tensor]:
-    yield from tuned.parameters()
-    yield from tuned.buffers()
 
 
 def _last_values(history: History) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 from spt_fast.commands import main as cli
 from spt_fast.commands.demo import compare
 
-COMMANDS = ("demo", "prototypes", "train", "eval", "nmi", "doctor")
+COMMANDS = ("demo", "prototypes", "train", "eval", "predict", "nmi", "doctor")
 
 
 def test_help_names_every_command(capsys):

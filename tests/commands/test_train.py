@@ -84,6 +84,20 @@ def test_train_is_prototypes_and_fit(folders, tmp_path):
     torch.testing.assert_close(learned.head.weight, tuned.head.weight)
 
 
+def test_the_run_is_the_same_with_and_without_a_cache_and_says_what_is_kept(folders, tmp_path, capsys):
+    base = ("--data", folders / "train", "--val-data", folders / "odd", "--num-prompts", 2)
+    budget = ("--cache-budget", "1MiB")
+    for name, cache in (("kept", ("ram", *budget)), ("off", ("off",))):
+        assert train(*base, "--cache", *cache, "--out", tmp_path / name) == 0
+        printed = capsys.readouterr().out
+        assert ("decoded images are kept in memory, up to 1.0 MiB\n" in printed) is (name == "kept")
+        assert (f"{folders / 'train'}: kept 24 of 24 images (0.1 MiB)\n" in printed) is (name == "kept")
+        assert (f"{folders / 'odd'}: kept " in printed) is (name == "kept")
+    kept, off = (reopened(tmp_path / name / TUNED_NAME) for name in ("kept", "off"))
+    assert torch.equal(kept.prompts, off.prompts)
+    assert torch.equal(kept.head.weight, off.head.weight)
+
+
 def test_training_images_are_augmented_and_those_of_eval_are_not(folders):
     model, data = shipped.load_backbone(), str(folders / "odd")
     first, again = (
@@ -150,6 +164,8 @@ def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, only_e
         (("--val-data", "{train}/../train/", "--val-split", "val"), "other images than those of training"),
         (("--val-split", "val"), "val_split is for data sets with splits"),
         (("--val-data", "{foreign}"), "1 classes that the model does not know (prime)"),
+        (("--cache-budget", "lots"), "cache_budget must be a number with a unit"),
+        (("--cache", "off", "--cache-budget", "1MB"), "cache_budget is without effect with cache='off'"),
         (("--epochs", "0"), "epochs must be an integer >= 1, got 0"),
         (("--lr", "nan"), "lr must be a finite number"),
         (("--warmup-epochs", "2"), "warmup_epochs must be below epochs (2), got 2.0"),

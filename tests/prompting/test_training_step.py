@@ -12,7 +12,7 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from spt_fast import PromptedViT
-from spt_fast.training.loop import evaluate
+from spt_fast.training.evaluation import evaluate
 
 # Those of `make_vit`, but for the prompts.
 WIDTH, DEPTH, HEADS, NUM_PROMPTS, TOKENS = 32, 3, 2, 7, 17

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from spt_fast import PromptedViT
 from spt_fast.support.errors import NonFiniteError
-from spt_fast.training.loop import FINAL_LR, evaluate, fit, shuffled_loader, warmup_cosine
+from spt_fast.training.evaluation import evaluate
+from spt_fast.training.loop import FINAL_LR, fit, shuffled_loader, warmup_cosine
 
 
 @pytest.fixture

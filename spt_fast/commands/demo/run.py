@@ -19,7 +19,8 @@ from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.prototypes.build import build_prototypes
 from spt_fast.support.arguments import check_choice
 from spt_fast.support.randomness import seeded
-from spt_fast.training.loop import evaluate, fit, shuffled_loader
+from spt_fast.training.evaluation import evaluate
+from spt_fast.training.loop import fit, shuffled_loader
 
 if TYPE_CHECKING:
     from spt_fast.prototypes.result import Prototypes
