@@ -42,6 +42,14 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
+def move(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Values on a device, without waiting for it where they come from the host.
+
+    The other way it has to be waited for: what is read before it has arrived is not what was sent.
+    """
+    return values.to(device, dtype, non_blocking=values.device.type == "cpu")
+
+
 def first_true(mask: Tensor) -> Tensor:
     """Index of the first true element of a flattened mask, or -1: int64, where the mask is."""
     return torch.where(mask.any(), mask.flatten().byte().argmax(), -1)

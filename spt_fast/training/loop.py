@@ -27,7 +27,7 @@ from spt_fast.support.arguments import check_int, check_number, check_seed
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.randomness import seeded
 from spt_fast.support.tables import csv_bytes
-from spt_fast.support.waiting import OnTheWay, first_true
+from spt_fast.support.waiting import OnTheWay, first_true, move
 
 FINAL_LR = 1e-8
 WARMUP_SHARE = 0.1
@@ -321,11 +321,11 @@ class _Losses:
 def _forward(tuned: nn.Module, batch: object, device: torch.device, where: str) -> tuple[Tensor, Tensor, int]:
     """Logits [B, classes] and labels [B] of a batch, on `device`, and how many of the labels count."""
     images, labels = labelled_batch(batch, where)
-    logits = tuned(images.to(device, _input_dtype(tuned), non_blocking=True))
+    logits = tuned(move(images, device, _input_dtype(tuned)))
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"tuned must give logits [{len(images)}, classes], got {found}")
-    return logits, labels.to(device, non_blocking=True), count_labels(labels, logits.shape[1], where)
+    return logits, move(labels, device), count_labels(labels, logits.shape[1], where)
 
 
 def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -> torch.optim.AdamW:

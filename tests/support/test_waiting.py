@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spt_fast.support.waiting import OnTheWay, first_true, send
+from spt_fast.support.waiting import OnTheWay, first_true, move, send
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -13,6 +13,7 @@ def test_values_go_there_and_back(device: str) -> None:
     values = torch.randn(3, 2, dtype=torch.float64)
     there = send(values, torch.device(device))
     assert there.device.type == device
+    assert torch.equal(move(move(values, there.device), values.device, torch.float32), values.float())
     back = OnTheWay(there)
     assert back.read() == values.tolist()
     assert back.has_arrived()
