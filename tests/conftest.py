@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Read when Triton is imported, by whatever comes first: without a GPU its kernels run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
+# The tests run the kernels themselves, checked or not, and leave the user's cache folder alone.
+os.environ.setdefault("SPT_FAST_VERIFY", "0")
 
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import spt_fast
 
@@ -89,6 +93,83 @@ def make_vit() -> Callable[..., VisionTransformer]:
         return model_class(**{**sizes, **options})
 
     return make
+
+
+# Where the host may look at numbers, by the end of the file's name and the function; and why.
+MAY_WAIT = {
+    ("support/waiting.py", "read"): "the numbers of a step or batch before, after the next one was queued",
+    ("data/batches.py", "count_labels"): "labels are on the host still",
+    ("data/batches.py", "_check_pixels"): "images are on the host still",
+    ("training/evaluation.py", "evaluate"): "labels and predictions are on the host",
+    ("clustering/token_stream.py", "start"): "once for each group, before its first batch",
+    ("ops/cka.py", "_check_finite"): "one look at all tensors of an update, which may take in none of them",
+    ("torch/optim/adam.py", "_multi_tensor_adam"): "AdamW counts its steps on the host",
+    ("torch/optim/adam.py", "_single_tensor_adam"): "AdamW counts its steps on the host",
+}
+
+
+def check_may_wait(what: str) -> None:
+    """AssertionError unless a caller is one of MAY_WAIT."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if any(code.co_filename.endswith(file) and code.co_name == name for file, name in MAY_WAIT):
+            return
+        frame = frame.f_back
+    raise AssertionError(what)
+
+
+class NoRoundTrips(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: reading a number there, or a size that depends on it."""
+
+    WAITING = (
+        "_local_scalar_dense",
+        "item",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "is_nonzero",
+        "_unique2",
+        "repeat_interleave",
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype is torch.bool for i in args[1]
+        )
+        to_host = (
+            name == "_to_copy"
+            and kwargs.get("device") == torch.device("cpu")
+            and args[0].device.type != "cpu"
+            and not kwargs.get("non_blocking")
+        )
+        if name in self.WAITING or masks or to_host:
+            check_may_wait(f"{name} waits for the device")
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _like_on_a_device() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch, NoRoundTrips():
+        patch.setattr("spt_fast.clustering.ordered.on_host", lambda values: False)
+        patch.setattr("spt_fast.clustering.reservoir.on_host", lambda values: False)
+        for name in ("cpu", "numpy", "tolist", "__array__"):
+            method = getattr(Tensor, name)
+
+            def look(*args: Any, method: Any = method, **options: Any) -> Any:
+                check_may_wait("brought to the host")
+                return method(*args, **options)
+
+            patch.setattr(Tensor, name, look)
+        yield
+
+
+@pytest.fixture(scope="session")
+def like_on_a_device() -> Callable[[], AbstractContextManager[None]]:
+    """Contexts that take a GPU's paths on CPU tensors, and refuse to wait or to bring them to the host."""
+    return _like_on_a_device
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from spt_fast.support.distributed import Processes, find_processes
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import check_output_path, write_bytes
 from spt_fast.support.tables import csv_bytes
+from spt_fast.support.waiting import OnTheWay
 
 Callback = Callable[[int, Mapping[str, float]], None]
 
@@ -97,7 +98,7 @@ class NMITracker:
         self._hooks: ExitStack | None = None  # while attached
         self._step = 0
         self._row: list[Tensor] | None = None  # of the forward now running, where it is to be recorded
-        self._travelling: deque[_Record] = deque()
+        self._travelling: deque[tuple[int, OnTheWay]] = deque()
         self._steps = array("q")
         self._values = array("f")
 
@@ -223,19 +224,19 @@ class NMITracker:
 
     def _end(self) -> None:
         if self._row is not None:
-            self._travelling.append(_Record(self._step - 1, torch.stack(self._row)))
+            self._travelling.append((self._step - 1, OnTheWay(torch.stack(self._row))))
             self._row = None
         self._receive(wait=False)
 
     def _receive(self, *, wait: bool) -> None:
         """Store the records that are on the host, or all of them, in order."""
-        while self._travelling and (wait or self._travelling[0].has_arrived()):
-            record = self._travelling.popleft()
-            row = record.values()
-            self._steps.append(record.step)
+        while self._travelling and (wait or self._travelling[0][1].has_arrived()):
+            step, values = self._travelling.popleft()
+            row = values.read()
+            self._steps.append(step)
             self._values.extend(row)
             if self._callback is not None:
-                self._callback(record.step, _named(row))
+                self._callback(step, _named(row))
 
 
 class _Hook(functools.partial[None]):
@@ -247,28 +248,6 @@ class _Hook(functools.partial[None]):
 
 def _ignore(*_: object) -> None:
     pass
-
-
-class _Record:
-    """One step's values on their way from the device to the host."""
-
-    def __init__(self, step: int, values: Tensor) -> None:
-        self.step = step
-        self._arrival: torch.cuda.Event | None = None
-        self._values = values
-        if values.is_cuda:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
-            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrival.record(torch.cuda.current_stream(values.device))
-
-    def has_arrived(self) -> bool:
-        return self._arrival is None or bool(self._arrival.query())  # type: ignore[no-untyped-call]
-
-    def values(self) -> list[float]:
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return [float(value) for value in self._values.tolist()]
 
 
 @torch.library.custom_op("spt_fast::observe_nmi", mutates_args=("order",))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, num_prefix_tokens, unwrap
 from spt_fast.support.arguments import check_choice
+from spt_fast.support.waiting import move
 
 DEPTHS = ("deep", "shallow")
 
@@ -120,7 +121,7 @@ class TokenExtractor:
         self._start_batch(len(images))
         try:
             with torch.no_grad(), _without_compilation(self._model), self._autocast():
-                self._model(images.to(self.device, self._dtype, non_blocking=True))
+                self._model(move(images, self.device, self._dtype))
         except _ForwardDone:
             return
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:

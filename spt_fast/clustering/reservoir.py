@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from spt_fast.clustering.moments import mean_of
+from spt_fast.clustering.ordered import on_host
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.support.distributed import Processes
+from spt_fast.support.waiting import send
 
 FIRST_ROWS = 32_768  # Room from the start; more is made as tokens come, for they may be few.
 
@@ -18,7 +20,8 @@ class PriorityReservoir:
     A token of importance p gets the key u / p, u uniform in (0, 1]; the smallest keys stay. With tau
     the smallest key that did not stay, a kept token stands for 1 / min(1, p tau) tokens, which makes
     every weighted sum over the sample an unbiased estimate of the sum over the stream. The order of
-    arrival plays no part. Tokens are stored in their own dtype, so nothing is lost.
+    arrival plays no part. Tokens are stored in their own dtype, so nothing is lost. Where the tokens are on a
+    device and without weights, no call but `merged_summary` waits for it.
     """
 
     def __init__(
@@ -26,9 +29,10 @@ class PriorityReservoir:
     ) -> None:
         self.capacity = capacity
         self._generator = generator
-        self._threshold = torch.inf  # tau
+        self._threshold = torch.full((), torch.inf, dtype=torch.float64, device=device)  # tau
         self._size = 0
-        rows = min(capacity, FIRST_ROWS)
+        # A full reservoir has one row more, for the tokens that do not stay.
+        rows = min(capacity + 1, FIRST_ROWS)
         self._tokens = torch.empty(rows, width, dtype=dtype, device=device)
         self._keys = torch.empty(rows, dtype=torch.float64, device=device)
         self._importance = torch.empty(rows, dtype=torch.float64, device=device)
@@ -51,13 +55,12 @@ class PriorityReservoir:
         importance = importance.double()
         if weights is not None:
             importance = importance * weights
-        keys = uniform.to(importance.device) / importance
-        entering = (keys < self._threshold).nonzero()[:, 0]
-        if len(entering) == 0:
+        keys = send(uniform, importance.device) / importance
+        rows = self._candidates(keys, sure=weights is None)
+        if len(rows) == 0:
             return
         weights = torch.ones_like(keys) if weights is None else weights.double()
-        kept, slots = self._make_room(keys[entering])
-        self._write(slots, tokens, entering[kept], keys, importance, weights)
+        self._write(self._make_room(keys[rows]), tokens, rows, keys, importance, weights)
 
     def summary(self, backend: str = "auto") -> WeightedTokens:
         """The kept tokens with the weights that make them stand for the whole stream."""
@@ -92,34 +95,49 @@ class PriorityReservoir:
         """The smallest key on any rank that does not belong to the `capacity` smallest of all."""
         mine = self._keys[: self._size]
         if self._threshold < torch.inf:
-            mine = torch.cat([mine, mine.new_tensor([self._threshold])])
+            mine = torch.cat([mine, self._threshold[None]])
         keys = processes.concatenate(mine)
         if len(keys) <= self.capacity:
             return torch.inf
         return float(keys.kthvalue(self.capacity + 1).values)
 
-    def _make_room(self, new_keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the new keys stay (indices), and the slots that they take; lowers the threshold."""
-        size, fresh = self._size, len(new_keys)
-        self._grow_to(min(size + fresh, self.capacity))
-        free = self.capacity - size
-        if fresh <= free:
+    def _candidates(self, keys: Tensor, *, sure: bool) -> Tensor:
+        """Rows of new tokens, all those below the threshold among them.
+
+        On the CPU, where looking is free, no others. On a device all rows if they are `sure` to have finite
+        keys: their number is known, and moving a batch of tokens takes less time than waiting. A weight of
+        zero makes a key infinite, and its token may not take a place while there is room.
+        """
+        if on_host(keys) or not sure:
+            return (keys < self._threshold).nonzero()[:, 0]
+        return torch.arange(len(keys), device=keys.device)
+
+    def _make_room(self, new_keys: Tensor) -> Tensor:
+        """The row for each of the new keys, `capacity` for those that do not stay; lowers the threshold."""
+        size, fresh, capacity = self._size, len(new_keys), self.capacity
+        device = new_keys.device
+        if size + fresh <= capacity:
+            self._grow_to(size + fresh)
             self._size += fresh
-            everything = torch.arange(fresh, device=new_keys.device)
-            return everything, everything + size
+            return torch.arange(size, size + fresh, device=device)
+        self._grow_to(capacity + 1)
         keys = torch.cat([self._keys[:size], new_keys])
-        self._threshold = float(keys.kthvalue(self.capacity + 1).values)
-        kept = (new_keys < self._threshold).nonzero()[:, 0]
-        vacated = (self._keys[:size] >= self._threshold).nonzero()[:, 0]
-        slots = torch.cat([vacated, torch.arange(size, self.capacity, device=keys.device)])
-        self._size = self.capacity
-        return kept, slots[: len(kept)]
+        self._threshold = torch.minimum(self._threshold, keys.kthvalue(capacity + 1).values)
+        free = torch.ones(capacity, dtype=torch.bool, device=device)
+        free[:size] = self._keys[:size] >= self._threshold
+        # The first key that stays gets the first free row, and so on; no size depends on the keys.
+        rows = torch.full((capacity + 1,), capacity, device=device)
+        ranks = torch.where(free, free.cumsum(0) - 1, capacity)
+        rows.scatter_(0, ranks, torch.arange(capacity, device=device))
+        stays = new_keys < self._threshold
+        self._size = capacity
+        return torch.where(stays, rows[(stays.cumsum(0) - 1).clamp(0, capacity)], capacity)
 
     def _grow_to(self, rows: int) -> None:
         """Room for so many tokens. Doubled at least, so that each is copied once on average."""
         held = len(self._keys)
         if rows > held:
-            rows = min(self.capacity, max(rows, 2 * held))
+            rows = min(self.capacity + 1, max(rows, 2 * held))
             for name in ("_tokens", "_keys", "_importance", "_weights"):
                 old = getattr(self, name)
                 new = old.new_empty(rows, *old.shape[1:])
@@ -135,14 +153,12 @@ class PriorityReservoir:
         self._weights[slots] = weights[rows]
 
 
-def importance(squared: Tensor, sum_of_squared: float, total: float) -> Tensor:
+def importance(squared: Tensor, sum_of_squared: Tensor, total: Tensor) -> Tensor:
     """1 + d^2 / mean d^2, float64, of tokens at squared distances d^2 [M]; the mean is sum over total.
 
     The uniform share, the 1, keeps every weight below twice the plain one.
     """
-    if sum_of_squared <= 0:
-        return torch.ones_like(squared, dtype=torch.float64)
-    return 1 + squared.double() / (sum_of_squared / total)
+    return 1 + torch.where(sum_of_squared > 0, squared.double() / (sum_of_squared / total), 0.0)
 
 
 def take_rows(tokens: Tensor, rows: Tensor) -> Tensor:

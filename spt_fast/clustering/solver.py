@@ -63,9 +63,7 @@ def draw_by_importance(problem: WeightedTokens, size: int, rng: np.random.Genera
     centers = kmeans_plus_plus(few, min(ROUGH_CENTERS, len(few)), rng)
     measured = problem.assign(centers, with_distances=True)
     assert measured.distances is not None
-    preference = importance(
-        measured.distances[0], float(measured.inertia[0]), float(measured.counts[0].sum())
-    )
+    preference = importance(measured.distances[0], measured.inertia[0], measured.counts[0].sum())
     tokens = problem.tokens
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     reservoir = PriorityReservoir(size, tokens.shape[1], tokens.dtype, tokens.device, generator)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,20 +22,14 @@ from spt_fast.clustering.inputs import (
     check_width,
     raise_non_finite,
 )
-from spt_fast.clustering.lloyd import lloyd
-from spt_fast.clustering.reservoir import PriorityReservoir, importance, take_rows
-from spt_fast.clustering.seeding import kmeans_plus_plus
+from spt_fast.clustering.reservoir import PriorityReservoir
 from spt_fast.clustering.summary import Summary
-from spt_fast.clustering.weighted import WeightedTokens
-from spt_fast.ops.kmeans import PassResult, assign_accumulate
+from spt_fast.clustering.token_stream import TokenStream
 from spt_fast.support.arguments import check_int
 from spt_fast.support.distributed import Processes
 
 DEFAULT_CAPACITY = 20_000
 CAPACITY_PER_CLUSTER = 500
-ROUGH_CENTERS = 16
-ROUGH_TOKENS = 2_048  # of the first batch, from which the rough centres start
-ROUGH_ITERATIONS = 5
 
 
 class StreamingKMeans(ClusteringEstimator):
@@ -65,7 +57,7 @@ class StreamingKMeans(ClusteringEstimator):
         n_seen_: tokens seen by each group, int64 [G], a torch tensor always.
     """
 
-    _streams: list[_TokenStream | None] | None = None
+    _streams: list[TokenStream | None] | None = None
     _solved: Clustering | None = None
 
     def __init__(
@@ -126,8 +118,12 @@ class StreamingKMeans(ClusteringEstimator):
         for i, (g, batch) in enumerate(zip(groups, batches, strict=True)):
             weight = None if weights is None else weights[i]
             seeds = [settings.seed, g]
-            stream = streams[g] or _TokenStream.start(batch, weight, capacity, seeds, self.backend)
-            updates.append(stream.prepare(batch, weight))
+            stream = streams[g] or TokenStream.start(batch, weight, capacity, seeds, self.backend)
+            update = stream.prepare(batch, weight)
+            # Waits for the device: nothing may be taken in where a token is bad.
+            if int(update.bad_row) >= 0:
+                raise_non_finite(batch)
+            updates.append(update)
         for g, update in zip(groups, updates, strict=True):
             streams[g] = update.stream
             update.commit()
@@ -135,6 +131,31 @@ class StreamingKMeans(ClusteringEstimator):
         self._from_tensor = isinstance(X, Tensor)
         self._solved = self._labels = self._unlabelled = None
         return self
+
+    def partial_fit_unchecked(self, tokens: Tensor, group: int) -> Tensor:
+        """`partial_fit` of one group that does not wait for a device, but for the group's first tokens.
+
+        Returns:
+            The number of the first row that `partial_fit` would refuse, or -1: int64, where `tokens` is. The
+            estimator is spoiled where it is a row.
+
+        Raises:
+            As `partial_fit`, but NonFiniteError for the first tokens only.
+        """
+        settings = self._settings()
+        streams = self._streams or _no_streams(settings.n_groups)
+        (group,), (batch,) = _batches(tokens, group, settings.n_groups)
+        stream = streams[group]
+        if stream is None:
+            capacity = resolve_capacity(self.capacity, settings.n_clusters)
+            stream = TokenStream.start(batch, None, capacity, [settings.seed, group], self.backend)
+        check_width(batch, stream.width, type(self).__name__)
+        update = stream.prepare(batch, None)
+        update.commit()
+        streams[group] = stream
+        self._streams, self._from_tensor = streams, True
+        self._solved = self._labels = self._unlabelled = None
+        return update.bad_row
 
     def fit(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> StreamingKMeans:
         """Forget what was seen, take X in as one batch and solve; `y` is ignored.
@@ -173,7 +194,7 @@ class StreamingKMeans(ClusteringEstimator):
             raise not_fitted(self, "partial_fit")
         return Summary(
             groups=tuple(stream.reservoir.summary(self.backend) for stream in streams),
-            totals=tuple(stream.total for stream in streams),
+            totals=tuple(float(stream.total) for stream in streams),
             seed=settings.seed,
         )
 
@@ -189,7 +210,7 @@ class StreamingKMeans(ClusteringEstimator):
         settings = self._settings()
         capacity = resolve_capacity(self.capacity, settings.n_clusters)
         streams = self._streams or _no_streams(settings.n_groups)
-        mine = [None if stream is None else (stream.reservoir, stream.total) for stream in streams]
+        mine = [None if stream is None else (stream.reservoir, float(stream.total)) for stream in streams]
         layouts = processes.gather([None if m is None else (m[0].width, m[0].dtype) for m in mine])
         groups, totals = [], []
         for g, held in enumerate(mine):
@@ -220,7 +241,7 @@ class StreamingKMeans(ClusteringEstimator):
         return self.solve()
 
 
-def _no_streams(n_groups: int) -> list[_TokenStream | None]:
+def _no_streams(n_groups: int) -> list[TokenStream | None]:
     return [None] * n_groups
 
 
@@ -250,90 +271,3 @@ def _batches(X: ArrayLike, group: int | None, n_groups: int) -> tuple[list[int],
         raise ValueError(f"X must be [..., M, D], got {list(tokens.shape)}. Reshape your data")
     check_filled(tokens)
     return [group], [tokens.reshape(-1, *tokens.shape[-2:])]
-
-
-class _TokenStream:
-    """What one group remembers: rough centres, totals and the reservoir."""
-
-    def __init__(self, rough: Tensor, reservoir: PriorityReservoir, backend: str) -> None:
-        self.reservoir = reservoir
-        self.n_seen = 0
-        self.total = 0.0  # weight of the tokens seen
-        self._squared = 0.0  # sum of squared distances to the rough centres, as they were
-        self._rough = rough  # [R, D] float32
-        self._rough_counts = torch.zeros(len(rough), dtype=torch.float64, device=rough.device)
-        self._backend = backend
-
-    @classmethod
-    def start(
-        cls, batch: Tensor, weights: Tensor | None, capacity: int, seeds: list[int], backend: str
-    ) -> _TokenStream:
-        """A stream whose rough centres come from a sample of its first batch [B, N, D]."""
-        rng = np.random.default_rng([*seeds, 0])
-        rows = batch.shape[:-1].numel()
-        index = np.sort(rng.choice(rows, min(rows, ROUGH_TOKENS), replace=False))
-        part = take_rows(batch, torch.from_numpy(index).to(batch.device))
-        if not bool(torch.isfinite(part).all()):
-            raise_non_finite(batch)
-        problem = WeightedTokens(part, None, part.double().mean(0).float(), backend)
-        centers = kmeans_plus_plus(problem, min(ROUGH_CENTERS, len(part)), rng)
-        rough = lloyd(problem, centers, max_iter=ROUGH_ITERATIONS).centers
-        generator = torch.Generator().manual_seed(int(np.random.default_rng([*seeds, 1]).integers(2**62)))
-        reservoir = PriorityReservoir(capacity, batch.shape[-1], batch.dtype, batch.device, generator)
-        return cls(rough, reservoir, backend)
-
-    def prepare(self, batch: Tensor, weights: Tensor | None) -> _Update:
-        """Measure a batch [B, N, D] against the rough centres without changing anything."""
-        self._check_like_before(batch)
-        assigned = assign_accumulate(
-            batch[None],
-            self._rough[None],
-            shift=self._mean()[None],
-            weights=None if weights is None else weights[None],
-            with_distances=True,
-            backend=self._backend,
-        )
-        if not bool(torch.isfinite(assigned.inertia).all()):
-            raise_non_finite(batch)
-        return _Update(self, batch, weights, assigned)
-
-    @property
-    def width(self) -> int:
-        return self._rough.shape[-1]
-
-    def take_in(self, batch: Tensor, weights: Tensor | None, assigned: PassResult) -> None:
-        """Mini-batch update of the rough centres; the tokens go to the reservoir by importance."""
-        assert assigned.distances is not None
-        counts, sums = assigned.counts[0], assigned.sums[0]
-        self.n_seen += batch.shape[:-1].numel()
-        self.total += float(counts.sum())
-        self._squared += float(assigned.inertia[0])
-        self._rough_counts += counts
-        gains = (sums - counts[:, None] * self._rough) / self._rough_counts.clamp_min(1e-300)[:, None]
-        self._rough = (self._rough + gains).float()
-        preference = importance(assigned.distances[0], self._squared, self.total)
-        self.reservoir.offer(batch, preference, weights)
-
-    def _mean(self) -> Tensor:
-        """Mean [D] of all tokens so far; of the rough centres before there are any."""
-        weights = self._rough_counts if self.total > 0 else torch.ones_like(self._rough_counts)
-        return (weights @ self._rough.double() / weights.sum()).float()
-
-    def _check_like_before(self, batch: Tensor) -> None:
-        if batch.dtype != self.reservoir.dtype:
-            raise ValueError(f"X must be {self.reservoir.dtype} like before, got {batch.dtype}")
-        if batch.device != self._rough.device:
-            raise ValueError(f"X must be on {self._rough.device} like before, got {batch.device}")
-
-
-@dataclass(frozen=True)
-class _Update:
-    """A batch that was measured and found good, to be taken in by its stream."""
-
-    stream: _TokenStream
-    batch: Tensor
-    weights: Tensor | None
-    assigned: PassResult
-
-    def commit(self) -> None:
-        self.stream.take_in(self.batch, self.weights, self.assigned)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.ops.kmeans import PassResult, assign_accumulate, squared_distances
+from spt_fast.support.waiting import send
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class WeightedTokens:
 
     def uniform(self, sizes: list[int], rng: np.random.Generator) -> tuple[Tensor, ...]:
         """Random numbers in [0, 1), float64, split into these sizes; one copy from the host."""
-        numbers = torch.from_numpy(rng.random(sum(sizes))).to(self.tokens.device, non_blocking=True)
+        numbers = send(torch.from_numpy(rng.random(sum(sizes))), self.tokens.device)
         return torch.split_with_sizes(numbers, sizes)
 
     def sample(self, size: int, rng: np.random.Generator) -> WeightedTokens:

@@ -59,6 +59,7 @@ def report() -> str:
         "machine": _machine(),
         "compiled extension": _extension(),
         "backends": _backends(),
+        "kernels checked on GPUs": _verdicts(),
         "engines of PromptedViT": _engines(),
         "shipped backbone": _backbone(),
     }
@@ -114,16 +115,43 @@ def _backends() -> Iterator[Line]:
     from spt_fast.clustering import faiss_backend
     from spt_fast.commands.self_check import devices
     from spt_fast.ops import kmeans, nmi, prompt_attention
+    from spt_fast.ops.trust import kept_verdicts_only
 
-    for device in devices():
-        name, reason = kmeans.explain_backend(device)
-        yield f"k-means on {device}", f"{name}: {reason}" if reason else name
-    yield "k-means by faiss", faiss_backend.explain()
-    for device in devices():
-        name, reason = prompt_attention.explain_backend(device, torch.float32, 64)
-        yield f"prompt_attention on {device}", f"{name}: {reason}"
-        name, reason = nmi.explain_backend(device)
-        yield f"sigmoid_nmi on {device}", f"{name}: {reason}"
+    # A report starts no checks, which take seconds each.
+    with kept_verdicts_only():
+        for device in devices():
+            name, reason = kmeans.explain_backend(device)
+            yield f"k-means on {device}", f"{name}: {reason}" if reason else name
+        yield "k-means by faiss", faiss_backend.explain()
+        for device in devices():
+            name, reason = prompt_attention.explain_backend(device, torch.float32, 64)
+            yield f"prompt_attention on {device}", f"{name}: {reason}"
+            name, reason = nmi.explain_backend(device)
+            yield f"sigmoid_nmi on {device}", f"{name}: {reason}"
+
+
+def _verdicts() -> Iterator[Line]:
+    from spt_fast.ops import kmeans, nmi, prompt_attention, trust
+
+    if os.environ.get(trust.VARIABLE) == "0":
+        yield "checks", f"off ({trust.VARIABLE}=0): every kernel is used unchecked"
+    try:
+        yield "kept in", str(trust.verdict_folder())
+    except OSError as error:
+        yield "kept in", f"nowhere: {error}"
+    verdicts = trust.kept_verdicts()
+    builds = {
+        kernel.name: trust.build_of(kernel) for kernel in (kmeans.KERNEL, prompt_attention.KERNEL, nmi.KERNEL)
+    }
+    for verdict in verdicts:
+        judgement = f"refused: {verdict.reason}" if verdict.reason else "trusted"
+        age = "" if builds.get(verdict.kernel) == verdict.build else "; of another build"
+        yield (
+            f"{verdict.kernel}, {verdict.dtype}",
+            f"{judgement} ({verdict.gpu.name}, driver {verdict.gpu.driver}{age})",
+        )
+    if not verdicts:
+        yield "verdicts", "none: no kernel for CUDA was checked yet"
 
 
 def _engines() -> Iterator[Line]:

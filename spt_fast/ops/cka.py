@@ -80,6 +80,7 @@ class StreamingCKA:
     def __init__(self, num_x: int, num_y: int, *, unbiased: bool = True) -> None:
         self._unbiased = check_bool("unbiased", unbiased)
         num_x, num_y = check_int("num_x", num_x, 1), check_int("num_y", num_y, 1)
+        self._device: torch.device | None = None  # of the first y: sums that stay there wait for nothing
         self._cross, self._own_x, self._own_y = torch.zeros(3, num_x, num_y, dtype=torch.float64)
         self._minibatches = torch.zeros(num_y, dtype=torch.int64)
 
@@ -109,12 +110,18 @@ class StreamingCKA:
             if len(x) not in (1, count):
                 raise ValueError(f"{name} must hold 1 or {count} minibatches as y does, got {len(x)}")
         _check_finite({"y": y, **named})
+        if self._device is None:
+            self._device = y.device
+            self._cross, self._own_x, self._own_y = (
+                sums.to(y.device) for sums in (self._cross, self._own_x, self._own_y)
+            )
         own, centred = own_hsic(y, self._unbiased)
         for row, x in enumerate(xs):
             own_x, centred_x = own_hsic(x, self._unbiased)
-            self._cross[row, column] += hsic(centred_x, centred, self._unbiased).expand(count).sum().cpu()
-            self._own_x[row, column] += own_x.expand(count).sum().cpu()
-            self._own_y[row, column] += own.sum().cpu()
+            cross = hsic(centred_x, centred, self._unbiased)
+            self._cross[row, column] += cross.expand(count).sum().to(self._device)
+            self._own_x[row, column] += own_x.expand(count).sum().to(self._device)
+            self._own_y[row, column] += own.sum().to(self._device)
         self._minibatches[column] += count
 
     def result(self) -> Tensor:
@@ -129,7 +136,7 @@ class StreamingCKA:
                 "each y must have had the same number of minibatches, at least 1, "
                 f"got {self._minibatches.tolist()}"
             )
-        return cka_of_hsic(self._cross, self._own_x, self._own_y)
+        return cka_of_hsic(self._cross, self._own_x, self._own_y).cpu()
 
 
 def _check_examples(name: str, features: Tensor) -> None:
@@ -142,9 +149,13 @@ def _check_examples(name: str, features: Tensor) -> None:
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:
     """NonFiniteError naming a row of NaN or infinity; nothing where there are no values to look at."""
+    values = list(tensors.values())
+    if torch.compiler.is_compiling() or any(tensor.is_meta for tensor in values):
+        return
+    # One look at the device for all of them.
+    if bool(torch.stack([torch.isfinite(tensor).all() for tensor in values]).all()):
+        return
     for name, tensor in tensors.items():
-        if torch.compiler.is_compiling() or tensor.is_meta:
-            return
         if not bool(torch.isfinite(tensor).all()):
             row = int((~torch.isfinite(tensor)).any(dim=-1).flatten().nonzero()[0])
             raise NonFiniteError(f"{name} must be finite, but row {row} holds NaN or infinity", row=row)

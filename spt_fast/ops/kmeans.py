@@ -13,12 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spt_fast.ops import kmeans_native
+from spt_fast.ops import kmeans_native, trust
 from spt_fast.ops.kmeans_reference import assign_accumulate_reference, distances_reference
 from spt_fast.support.arguments import check_choice, check_int, check_tensor
 
 TOKEN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = ("auto", "native", "reference")
+# All CUDA kernels of the compiled module.
+KERNEL = trust.Kernel(
+    "k-means", "spt_fast.ops.cases:prove_kmeans", ("_kmeans*.so", "_kmeans*.pyd", "ops/kmeans*.py")
+)
 _CPU = torch.device("cpu")
 
 
@@ -55,7 +59,7 @@ def assign_accumulate(
     """
     view, shift, weights = _check(tokens, centers, shift, weights)
     centers = centers.contiguous()
-    if choose_backend(tokens.device, backend) == "native":
+    if choose_backend(tokens.device, backend, tokens.dtype) == "native":
         return PassResult(
             *kmeans_native.assign_accumulate(view, centers, shift, weights, with_labels, with_distances)
         )
@@ -164,14 +168,14 @@ def squared_distances(
     """Squared distances [G, M, K] between tokens and centres, float32; arguments as above."""
     view, shift, _ = _check(tokens, centers, shift, None)
     centers = centers.contiguous()
-    if choose_backend(tokens.device, backend) == "native":
+    if choose_backend(tokens.device, backend, tokens.dtype) == "native":
         return kmeans_native.distances(view, centers, shift)
     return distances_reference(view.flatten(1, 2), centers, shift)
 
 
-def explain_backend(device: torch.device) -> tuple[str, str]:
-    """Name of the backend that serves tensors on `device`, and why."""
-    reason = kmeans_native.why_not(device)
+def explain_backend(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """Name of the backend that serves tokens of `dtype` on `device`, and why."""
+    reason = _why_not(device, dtype)
     if reason:
         return "reference", reason
     if device.type == "cuda":
@@ -179,17 +183,23 @@ def explain_backend(device: torch.device) -> tuple[str, str]:
     return "native", f"compiled kernels, {kmeans_native.build_info()['isa']}"
 
 
-def choose_backend(device: torch.device, backend: str) -> str:
+def choose_backend(device: torch.device, backend: str, dtype: torch.dtype = torch.float32) -> str:
     """Resolve `backend`: "auto" falls back with a warning, an explicit choice raises if it cannot be had."""
     if check_choice("backend", backend, BACKENDS) == "reference":
         return backend
-    reason = kmeans_native.why_not(device)
+    reason = _why_not(device, dtype)
     if not reason:
         return "native"
     if backend == "native":
         raise ValueError(f"backend='native' cannot serve {device.type} tensors: {reason}")
     _warn_once(reason)
     return "reference"
+
+
+def _why_not(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the compiled kernels cannot serve tokens of `dtype` on `device`, or ""."""
+    reason = kmeans_native.why_not(device)
+    return trust.why_not(KERNEL, device, dtype) if not reason and device.type == "cuda" else reason
 
 
 @cache

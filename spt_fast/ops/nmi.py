@@ -6,16 +6,20 @@ with float64 inside, serves the rest.
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spt_fast.ops import triton_support
+from spt_fast.ops import triton_support, trust
 from spt_fast.ops.autograd_guards import refuse_second_derivative, refuse_tangents
 from spt_fast.ops.nmi_cpu import nmi_backward, nmi_coefficients, nmi_forward
 from spt_fast.support.arguments import check_bool, check_number, check_tensor
+
+KERNEL = trust.Kernel("sigmoid_nmi", "spt_fast.ops.cases:prove_nmi", ("ops/nmi*.py", "ops/triton_*.py"))
 
 
 class NMIParts(NamedTuple):
@@ -97,11 +101,22 @@ def explain_backend(device: torch.device, dtype: torch.dtype = torch.float32) ->
     reason = triton_support.why_not(device)
     if not reason and dtype == torch.float64:
         reason = "Triton's kernels have no float64"
+    if not reason:
+        reason = trust.why_not(KERNEL, device, dtype)
     return ("portable", f"PyTorch in float64: {reason}") if reason else ("triton", "compiled at first use")
 
 
 def _has_kernel(tensor: Tensor) -> bool:
-    return explain_backend(tensor.device, tensor.dtype)[0] == "triton"
+    """Whether Triton serves such tensors; warns once for each reason why a GPU has to do without."""
+    name, reason = explain_backend(tensor.device, tensor.dtype)
+    if name == "portable":
+        _warn_once(reason)
+    return name == "triton"
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"sigmoid_nmi is computed by {reason}, which is slower", stacklevel=4)
 
 
 @torch.library.custom_op("spt_fast::sigmoid_nmi", mutates_args=())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spt_fast.ops import triton_support
+from spt_fast.ops import triton_support, trust
 from spt_fast.ops.autocast import autocast_dtype
 from spt_fast.ops.autograd_guards import refuse_second_derivative, refuse_tangents
 from spt_fast.ops.prompt_attention_cpu import (
@@ -24,6 +24,11 @@ from spt_fast.ops.prompt_attention_cpu import (
 from spt_fast.ops.prompt_attention_shapes import empty_gradients, empty_output
 from spt_fast.support.arguments import check_number, check_tensor
 
+KERNEL = trust.Kernel(
+    "prompt_attention",
+    "spt_fast.ops.cases:prove_prompt_attention",
+    ("ops/prompt_attention*.py", "ops/triton_*.py"),
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Widths of a head that Triton's kernels take; they pad to a power of two.
 MAX_KERNEL_WIDTH, KERNEL_WIDTH_STEP = 128, 8
@@ -117,6 +122,9 @@ def explain_backend(device: torch.device, dtype: torch.dtype, width: int) -> tup
         reason = "Triton's kernels have no float64"
     if not reason and (width > MAX_KERNEL_WIDTH or width % KERNEL_WIDTH_STEP):
         reason = f"head width {width} is no multiple of {KERNEL_WIDTH_STEP} up to {MAX_KERNEL_WIDTH}"
+    # In code that is being compiled the operator asks, when it runs.
+    if not reason and not torch.compiler.is_compiling():
+        reason = trust.why_not(KERNEL, device, dtype)
     if reason:
         return "joined", reason
     return "triton", "Triton kernels, prompts never joined to the images' keys"
@@ -136,7 +144,11 @@ def _warn_once(reason: str) -> None:
 
 
 def _has_kernel(tensor: Tensor) -> bool:
-    return explain_backend(tensor.device, tensor.dtype, tensor.shape[-1])[0] == "triton"
+    """Whether kernels serve inside the operators, which code compiled before a refusal calls all the same."""
+    name, reason = explain_backend(tensor.device, tensor.dtype, tensor.shape[-1])
+    if name == "joined":
+        _warn_once(reason)
+    return name == "triton"
 
 
 @torch.library.custom_op("spt_fast::prompt_attention", mutates_args=())

@@ -1,8 +1,9 @@
 """`prompt_attention` where no Triton kernel serves: keys and values with the prompts joined to them.
 
 Limits: `prompt_attention_forward` and `_backward` call PyTorch's flash kernel for the CPU, and take tensors
-whose last dimension is contiguous; `joined_prompt_attention` runs on every device and is differentiated by
-autograd. The caller has checked everything else.
+whose last dimension is contiguous; on other devices they hold all scores in float32 at once.
+`joined_prompt_attention` runs on every device and is differentiated by autograd. The caller has checked
+everything else.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def prompt_attention_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, N, H, d], contiguous, and the logarithm of each softmax sum [B, H, N]."""
-    out, lse = _flash(q, _join(k, prompt_k, task), _join(v, prompt_v, task), scale=scale)
+    attend = _flash if q.device.type == "cpu" else attend_plainly
+    out, lse = attend(q, _join(k, prompt_k, task), _join(v, prompt_v, task), scale=scale)
     if task is not None:
         out = _mark_unknown(out, task, len(prompt_k))
     return out.transpose(1, 2).contiguous(), lse.contiguous()
@@ -73,15 +75,19 @@ def prompt_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v [B, N, 3, H, d], of `prompt_k` and of `prompt_v`; [0] where not asked for."""
     nothing = grad.new_empty(0)
-    if not images:
+    on_cpu = q.device.type == "cpu"
+    if not images and on_cpu:
         return nothing, *_prompt_gradients(grad, q, prompt_k, prompt_v, out, lse, scale)
     tokens = q.shape[2]
-    dq, dk, dv = _flash_backward(
+    differentiate = _flash_backward if on_cpu else differentiate_plainly
+    dq, dk, dv = differentiate(
         grad.transpose(1, 2), q, join_prompts(k, prompt_k), join_prompts(v, prompt_v), out.transpose(1, 2),
         lse, 0.0, False, scale=scale,
     )  # fmt: skip
-    of_images = (dq, dk[:, :, :tokens], dv[:, :, :tokens])
-    packed = torch.stack([part.transpose(1, 2) for part in of_images], dim=2)
+    packed = nothing
+    if images:
+        of_images = (dq, dk[:, :, :tokens], dv[:, :, :tokens])
+        packed = torch.stack([part.transpose(1, 2) for part in of_images], dim=2)
     if not prompts:
         return packed, nothing, nothing.clone()
     return packed, _sum_images(dk[:, :, tokens:]), _sum_images(dv[:, :, tokens:])
@@ -102,6 +108,35 @@ def _prompt_gradients(
     sums = lse.transpose(0, 1).flatten(1)[None]
     _, dk, dv = _flash_backward(grad, q, prompt_k[None], prompt_v[None], out, sums, 0.0, False, scale=scale)
     return dk[0].contiguous(), dv[0].contiguous()
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """What PyTorch's flash kernel for the CPU returns, in float32 at least, on any device.
+
+    The operators need it where code was compiled for them and then their kernels were refused.
+    """
+    (q, dtype), (k, _), (v, _) = map(_widened, (q, k, v))
+    scores = scale * (q @ k.mT)
+    lse = scores.logsumexp(dim=-1)
+    return ((scores - lse[..., None]).exp() @ v).to(dtype), lse
+
+
+def differentiate_plainly(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    _dropout: float, _causal: bool, *, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v; with P the softmax, dS = P (dP - sum(dO O)), as flash attention has it."""
+    (grad, _), (q, dtype), (k, _), (v, _), (out, _) = map(_widened, (grad, q, k, v, out))
+    weights = (scale * (q @ k.mT) - lse[..., None]).exp()
+    of_scores = scale * weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
+    gradients = of_scores @ k, of_scores.mT @ q, weights.mT @ grad
+    dq, dk, dv = (gradient.to(dtype) for gradient in gradients)
+    return dq, dk, dv
+
+
+def _widened(tensor: Tensor) -> tuple[Tensor, torch.dtype]:
+    """The tensor in float32 at least, and its dtype."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)), tensor.dtype
 
 
 def _join(images: Tensor, prompts: Tensor, task: Tensor | None) -> Tensor:

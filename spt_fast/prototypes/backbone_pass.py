@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -19,9 +20,18 @@ from spt_fast.prototypes.result import Prototypes, from_layers
 from spt_fast.prototypes.side_stream import SideStream
 from spt_fast.support.distributed import Processes
 from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.waiting import OnTheWay
 
 _NO_BATCH = "loader must give at least one batch of images, got none"
-_Consume = Callable[[int, Tensor], object]
+_Consume = Callable[[int, Tensor], Tensor | None]
+
+
+class _Report(NamedTuple):
+    """What was found in the tokens of one batch."""
+
+    first_image: int
+    tokens_per_image: int
+    rows: OnTheWay  # [n_layers]: the first bad row of each layer, or -1
 
 
 class BackbonePass:
@@ -61,6 +71,8 @@ class BackbonePass:
         self._first_image = 0  # of the batch that the model is working on
         self._consume: _Consume | None = None
         self._side_stream: SideStream | None = None
+        self._bad_rows: list[Tensor] = []  # of the layers of one batch
+        self._reports: deque[_Report] = deque()
 
     @property
     def n_layers(self) -> int:
@@ -82,11 +94,14 @@ class BackbonePass:
 
         `consume(layer, tokens)` is called with tokens [B, N_e, D] of each layer of each batch: at once, or on
         `side_stream` while the model is at the next batch. Tokens are rounded to `token_dtype`; None keeps
-        what the model gives, or takes float32 where k-means cannot read that.
+        what the model gives, or takes float32 where k-means cannot read that. `consume` returns the number of
+        the first row of tokens that is not fit for its work, or -1, int64 where the tokens are; that is
+        looked at one batch later, so that the host never waits for the device. It may return None and raise
+        NonFiniteError instead.
 
         Raises:
-            NonFiniteError: pixels are not finite, or `consume` has raised one; `image` is set, and for tokens
-                `layer`.
+            NonFiniteError: pixels are not finite, or `consume` has found a row or has raised one; `image` is
+                set, and for tokens `layer`.
         """
         self._side_stream = side_stream
         self._token_dtype = token_dtype
@@ -97,6 +112,7 @@ class BackbonePass:
                     side_stream.advance()
             if side_stream is not None:
                 side_stream.finish()
+            self._look_at_reports(0)
         self._count_all_ranks()
 
     def run_one_batch(self, consume: _Consume, generator: torch.Generator) -> int:
@@ -112,6 +128,7 @@ class BackbonePass:
         with self.processes.together(), self._extractor:
             if owner == self.processes.rank and chosen is not None:
                 self._run_batch(*chosen, consume)
+                self._look_at_reports(0)
         self._count_all_ranks()
         return owner
 
@@ -154,17 +171,41 @@ class BackbonePass:
             self._side_stream.add(hand_on, tokens, dtype)
 
     def _hand_on(self, consume: _Consume, first_image: int, layer: int, tokens: Tensor) -> None:
-        """Call `consume`; a NonFiniteError from it that names a row comes out naming image and layer."""
+        """Call `consume`, and look at what it has found in the batch before."""
         try:
-            consume(layer, tokens)
+            bad_row = consume(layer, tokens)
         except NonFiniteError as error:
-            image = first_image + (error.row or 0) // tokens.shape[1]
-            raise NonFiniteError(
-                f"tokens must be finite, but {self._extractor.name(layer)} holds NaN, infinity or numbers "
-                f"too large to be squared in float32 for image {image} (counted from 0)",
-                image=image,
-                layer=layer,
-            ) from None
+            # Other layers or batches may have been bad before.
+            self._report(first_image, tokens.shape[1])
+            self._look_at_reports(0)
+            self._refuse(layer, first_image + (error.row or 0) // tokens.shape[1])
+        self._bad_rows.append(torch.full((), -1, device=tokens.device) if bad_row is None else bad_row)
+        if layer == self.n_layers - 1:
+            self._report(first_image, tokens.shape[1])
+            self._look_at_reports(1)
+
+    def _report(self, first_image: int, tokens_per_image: int) -> None:
+        """Send what was found in the layers of a batch so far."""
+        if self._bad_rows:
+            rows = OnTheWay(torch.stack(self._bad_rows))
+            self._reports.append(_Report(first_image, tokens_per_image, rows))
+            self._bad_rows = []
+
+    def _look_at_reports(self, unread: int) -> None:
+        """Raise NonFiniteError where a batch held a bad row; the last batches, `unread` of them, can wait."""
+        while len(self._reports) > unread:
+            first_image, tokens_per_image, rows = self._reports.popleft()
+            for layer, row in enumerate(rows.read()):
+                if row >= 0:
+                    self._refuse(layer, first_image + row // tokens_per_image)
+
+    def _refuse(self, layer: int, image: int) -> NoReturn:
+        raise NonFiniteError(
+            f"tokens must be finite, but {self._extractor.name(layer)} holds NaN, infinity or numbers "
+            f"too large to be squared in float32 for image {image} (counted from 0)",
+            image=image,
+            layer=layer,
+        ) from None
 
     def _numbered_batches(self) -> Generator[tuple[int, Tensor], None, None]:
         """This rank's batches, each with the number of its first image; shows a bar."""

@@ -35,8 +35,8 @@ from spt_fast.prototypes.side_stream import SideStream
 from spt_fast.prototypes.token_store import TokenStore
 from spt_fast.support.arguments import SEED_LIMIT, check_bool, check_choice, check_int, check_seed
 from spt_fast.support.distributed import Processes, find_processes
-from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.versions import version_facts
+from spt_fast.support.waiting import first_true
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -209,7 +209,7 @@ def _from_stream(
         seed=_seed_of_rank(seed, processes.rank),
     )
     backbone.run(
-        lambda layer, tokens: clusters.partial_fit(tokens, group=layer),
+        lambda layer, tokens: clusters.partial_fit_unchecked(tokens, layer),
         SideStream(backbone.device) if backbone.device.type == "cuda" else None,
         token_dtype,
     )
@@ -235,9 +235,9 @@ def _from_all_tokens(
     """K-means by Lloyd's algorithm, each layer on its own over all of its tokens."""
     with TokenStore(backbone.n_layers, exact.budget, backbone.device) as store:
 
-        def keep(layer: int, tokens: Tensor) -> None:
-            _check_finite(tokens)
+        def keep(layer: int, tokens: Tensor) -> Tensor:
             store.append(layer, tokens)
+            return _first_unfit(tokens)
 
         backbone.run(keep, token_dtype=token_dtype)
         backbone.check_enough_tokens(num_prompts)
@@ -276,11 +276,11 @@ def _from_one_batch(
     generator = torch.Generator().manual_seed(seed)
     pooled: list[tuple[Tensor, ...]] = []
 
-    def pool_layer(_: int, tokens: Tensor) -> None:
+    def pool_layer(_: int, tokens: Tensor) -> Tensor:
         backbone.check_enough_tokens(num_prompts, "the batch drawn from loader")
-        _check_finite(tokens)
         made = pool(strategy, tokens.flatten(0, 1).float(), num_prompts, generator)
         pooled.append(tuple(values.cpu() for values in made))
+        return _first_unfit(tokens)
 
     owner = backbone.run_one_batch(pool_layer, generator)
     layers = backbone.processes.gather(pooled)[owner]
@@ -298,9 +298,9 @@ def _drawn_from_all(
         for layer in range(backbone.n_layers)
     ]
 
-    def take_in(layer: int, tokens: Tensor) -> None:
-        _check_finite(tokens)
+    def take_in(layer: int, tokens: Tensor) -> Tensor:
         layers[layer].take_in(tokens)
+        return _first_unfit(tokens)
 
     backbone.run(take_in)
     backbone.check_enough_tokens(num_prompts)
@@ -315,12 +315,10 @@ def _seed_of_rank(seed: int, rank: int) -> int:
     return seed if rank == 0 else int(np.random.default_rng([seed, rank]).integers(SEED_LIMIT - 1))
 
 
-def _check_finite(tokens: Tensor) -> None:
-    """Raise NonFiniteError, naming a row, unless no squared distance can be infinite in float32."""
-    low, high = torch.aminmax(tokens)
+def _first_unfit(tokens: Tensor) -> Tensor:
+    """The first row of [B, N_e, D] with which a squared distance may be infinite in float32, or -1; int64."""
     # |a - b|^2 <= D (2 max |x|)^2.
     limit = math.sqrt(torch.finfo(torch.float32).max / tokens.shape[-1]) / 2
-    # Written so that NaN fails.
-    if not (-limit <= float(low) and float(high) <= limit):
-        row = int((~(tokens.abs() <= limit)).any(-1).flatten().nonzero()[0])
-        raise NonFiniteError(f"row {row} holds NaN, infinity or numbers too large to be squared", row=row)
+    # The extremes are NaN if any number is; unlike a mask, they need no memory.
+    low, high = tokens.amin(-1).float(), tokens.amax(-1).float()
+    return first_true(~((-limit <= low) & (high <= limit)))

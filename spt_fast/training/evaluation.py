@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from spt_fast.data.batches import IGNORED_LABEL, count_labels, labelled_batch
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.tables import csv_bytes
+from spt_fast.support.waiting import OnTheWay, move
 
 CLASSES_NAME, CONFUSION_NAME = "classes.csv", "confusion.csv"
 EVALUATION_FILES = (CLASSES_NAME, CONFUSION_NAME)
@@ -162,7 +163,7 @@ def inference(tuned: nn.Module) -> Iterator[None]:
 
 def logits_of(tuned: nn.Module, images: Tensor) -> Tensor:
     """The logits [B, classes] of images [B, ...]; ValueError where `tuned` gives something else."""
-    logits = tuned(images.to(device_of(tuned), _input_dtype(tuned)))
+    logits = tuned(move(images, device_of(tuned), _input_dtype(tuned)))
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"tuned must give logits [{len(images)}, classes], got {found}")
@@ -173,7 +174,7 @@ def forward(tuned: nn.Module, batch: object, device: torch.device, where: str) -
     """Logits [B, classes] and labels [B] of a batch, on `device`, and how many of the labels count."""
     images, labels = labelled_batch(batch, where)
     logits = logits_of(tuned, images)
-    return logits, labels.to(device), count_labels(labels, logits.shape[1], where)
+    return logits, move(labels, device), count_labels(labels, logits.shape[1], where)
 
 
 def device_of(tuned: nn.Module) -> torch.device:
@@ -183,22 +184,36 @@ def device_of(tuned: nn.Module) -> torch.device:
 
 
 def _labels_and_predictions(tuned: nn.Module, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Labels [B] and the places of the largest logits [B], on the CPU, and the number of logits, by batch."""
+    """Labels [B] and the places of the largest logits [B], on the CPU, and the number of logits, by batch.
+
+    Each batch is read while the device is at the next one.
+    """
     seen = total = 0
+    unread: deque[tuple[int, Tensor, OnTheWay, int]] = deque()
+
+    def read_next() -> tuple[Tensor, Tensor, int]:
+        first_image, labels, sent, width = unread.popleft()
+        largest = sent.read()
+        if -1 in largest:
+            image = first_image + largest.index(-1)
+            raise NonFiniteError(
+                f"tuned must give finite logits, but image {image} (counted from 0) gave NaN", image=image
+            )
+        return labels, torch.tensor(largest), width
+
     with inference(tuned):
         for index, batch in enumerate(loader):
             where = f"batch {index} of loader"
             logits, labels, count = forward(tuned, batch, torch.device("cpu"), where)
             # In one transfer: -1 stands for NaN.
-            largest = logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1).cpu()
-            if bool((largest < 0).any()):
-                first = seen + int((largest < 0).nonzero()[0])
-                raise NonFiniteError(
-                    f"tuned must give finite logits, but image {first} (counted from 0) gave NaN", image=first
-                )
+            largest = logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
+            unread.append((seen, labels, OnTheWay(largest), logits.shape[1]))
             seen += len(labels)
             total += count
-            yield labels, largest, logits.shape[1]
+            if len(unread) > 1:
+                yield read_next()
+        while unread:
+            yield read_next()
     if total == 0:
         kind = f"labels other than {IGNORED_LABEL}" if seen else "images"
         raise ValueError(f"loader must give at least one image with a label, got no {kind}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ from spt_fast.data.batches import IGNORED_LABEL
 from spt_fast.support.arguments import check_int, check_number, check_seed
 from spt_fast.support.randomness import seeded
 from spt_fast.support.tables import csv_bytes
+from spt_fast.support.waiting import OnTheWay
 from spt_fast.training.evaluation import device_of, evaluate, forward
 
 FINAL_LR = 1e-8
@@ -124,7 +126,8 @@ def fit(
             batch holds something else, or an argument is of the wrong type.
         ValueError: an argument is out of range, a loader or a batch is empty, labels have another shape or
             are no classes of the model, or no parameter requires a gradient.
-        FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate.
+        FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate. It is raised
+            after that step or the next one, so that no step waits for its loss; the model has taken them.
     """
     steps = _count_batches(train_loader)
     if isinstance(val_loader, Iterator):
@@ -209,7 +212,8 @@ def _train_epoch(
     history: History,
 ) -> None:
     tuned.train()
-    total_loss, count, rate = 0.0, 0, 0.0
+    losses = _Losses(epoch)
+    rate = 0.0
     started = time.perf_counter()
     for step, batch in enumerate(loader):
         where = f"batch {step} of train_loader"
@@ -218,21 +222,47 @@ def _train_epoch(
             raise ValueError(f"{where} must hold a label other than {IGNORED_LABEL}, got none")
         loss = F.cross_entropy(logits, labels)
         rate = optimizer.param_groups[0]["lr"]
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"loss is {loss.item()} at epoch {epoch}, step {step + 1}, learning rate {rate:.2g}; lower lr"
-            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        total_loss += loss.item() * labelled
-        count += labelled
-    if count == 0:
-        raise ValueError("train_loader must give at least one image, got none")
-    history.loss.append(total_loss / count)
+        losses.add(loss.detach(), labelled, step + 1, rate)
+    history.loss.append(losses.mean())
     history.lr.append(rate)
     history.seconds.append(time.perf_counter() - started)
+
+
+class _Losses:
+    """The losses of an epoch, each read while the device is at the next step."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._total, self._count = 0.0, 0
+        self._unread: deque[tuple[OnTheWay, int, int, float]] = deque()
+
+    def add(self, loss: Tensor, labelled: int, step: int, rate: float) -> None:
+        """Take the loss of a step, a mean over `labelled` images, and look at that of the step before."""
+        self._unread.append((OnTheWay(loss), labelled, step, rate))
+        if len(self._unread) > 1:
+            self._read_next()
+
+    def mean(self) -> float:
+        """The mean over all images, once all losses are read."""
+        while self._unread:
+            self._read_next()
+        if self._count == 0:
+            raise ValueError("train_loader must give at least one image, got none")
+        return self._total / self._count
+
+    def _read_next(self) -> None:
+        sent, labelled, step, rate = self._unread.popleft()
+        loss = sent.read()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"loss is {loss} at epoch {self._epoch}, step {step}, learning rate {rate:.2g}; lower lr"
+            )
+        self._total += loss * labelled
+        self._count += labelled
 
 
 def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -> torch.optim.AdamW:

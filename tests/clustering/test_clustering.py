@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
@@ -14,15 +13,15 @@ import scipy.sparse
 import torch
 from sklearn.cluster import KMeans as SklearnKMeans
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spt_fast import KMeans, NonFiniteError, NotFittedError, StreamingKMeans
-from spt_fast.clustering import ordered
 from spt_fast.clustering.lloyd import lloyd
 from spt_fast.clustering.moments import mean_of
 from spt_fast.clustering.seeding import draw, kmeans_plus_plus
 from spt_fast.clustering.swaps import improve_by_swaps
 from spt_fast.clustering.weighted import WeightedTokens
+
+LikeOnADevice = Callable[[], AbstractContextManager[None]]
 
 
 def blobs(rows: int, width: int = 8, n_blobs: int = 6, seed: int = 0, spread: float = 0.3) -> Tensor:
@@ -126,44 +125,7 @@ def test_swaps_never_raise_the_inertia() -> None:
     assert after <= before * (1 + 1e-6)
 
 
-class NoRoundTrips(TorchDispatchMode):
-    """Refuses what makes the host wait for a device: reading a number there, or a size that depends on it."""
-
-    WAITING = (
-        "_local_scalar_dense",
-        "item",
-        "nonzero",
-        "masked_select",
-        "equal",
-        "_unique2",
-        "repeat_interleave",
-    )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        masks = name in ("index", "index_put_") and any(
-            i is not None and i.dtype is torch.bool for i in args[1]
-        )
-        if name in self.WAITING or masks:
-            raise AssertionError(f"{name} waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def like_on_a_device() -> Iterator[None]:
-    """Takes the paths of a GPU on CPU tensors, and refuses to wait for them or to bring them to the host."""
-
-    def refuse(*args: object) -> None:
-        raise AssertionError("brought to the host")
-
-    with pytest.MonkeyPatch.context() as patch, NoRoundTrips():
-        patch.setattr(ordered, "on_host", lambda values: False)
-        for method in ("cpu", "numpy", "tolist", "__array__"):
-            patch.setattr(Tensor, method, refuse)
-        yield
-
-
-def test_round_trips_are_noticed() -> None:
+def test_round_trips_are_noticed(like_on_a_device: LikeOnADevice) -> None:
     values = torch.rand(3)
     for wait in (
         lambda: float(values[0]),
@@ -176,7 +138,9 @@ def test_round_trips_are_noticed() -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_seeding_and_swaps_need_no_round_trip_per_step(weighted: bool) -> None:
+def test_seeding_and_swaps_need_no_round_trip_per_step(
+    weighted: bool, like_on_a_device: LikeOnADevice
+) -> None:
     tokens, weights = blobs(900, n_blobs=12, spread=1.0), torch.rand(900) if weighted else None
     problem = WeightedTokens(tokens, weights, mean_of(tokens, weights), "reference")
 

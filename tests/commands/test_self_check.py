@@ -9,6 +9,7 @@ from spt_fast.commands import main as cli
 from spt_fast.commands import self_check
 from spt_fast.commands.doctor import WRONG
 from spt_fast.ops import accuracy, kmeans, nmi, prompt_attention
+from spt_fast.ops.cases import Outcome, check_case
 
 CPU = torch.device("cpu")
 CPU_OPS = {
@@ -42,7 +43,7 @@ def test_summary_says_what_was_not_checked(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(self_check, "cases", lambda _: [])
+    monkeypatch.setattr(self_check, "all_cases", lambda _: [])
     assert self_check.report()
     assert capsys.readouterr().out.splitlines()[-1].startswith("no CUDA device is available")
 
@@ -80,11 +81,11 @@ def test_an_operation_that_raises_is_reported_and_the_others_still_run(
         assert all(line.endswith(end) for line in found)
 
 
-def outcomes(op: str, *dtypes: torch.dtype) -> list[self_check.Outcome]:
+def outcomes(op: str, *dtypes: torch.dtype) -> list[Outcome]:
     """What the check of one operation finds on the CPU."""
-    cases = [case for case in self_check.cases(CPU) if case.op.startswith(op)]
+    cases = [case for case in self_check.all_cases(CPU) if case.op.startswith(op)]
     assert cases
-    return [self_check.check_case(case, CPU, dtype) for case in cases for dtype in dtypes]
+    return [check_case(case, CPU, dtype) for case in cases for dtype in dtypes]
 
 
 def test_a_wrong_label_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +99,7 @@ def test_a_wrong_label_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kmeans, "assign_accumulate", wrong)
     for outcome in outcomes("assign_accumulate", *self_check.DTYPES):
-        assert "WRONG: beyond the bound: labels, distances, counts" in outcome.line()
+        assert "WRONG: beyond the bound: labels, distances, counts" in self_check.line(outcome)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_a_wrong_value_shows(change, verdict: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(nmi, "sigmoid_nmi", lambda *inputs: change(right(*inputs)))
     (outcome,) = outcomes("sigmoid_nmi, 20 prompts", torch.float32)
     assert not outcome.ok
-    assert verdict in outcome.line()
+    assert verdict in self_check.line(outcome)
 
 
 def test_a_gradient_that_is_wrong_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,22 +131,22 @@ def test_a_gradient_that_is_wrong_shows(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(accuracy, "value_and_gradients", wrong)
     for outcome in outcomes("prompt_attention, 7 prompts", *self_check.DTYPES):
-        assert outcome.line().endswith("WRONG: beyond the bound: dprompt_k")
+        assert self_check.line(outcome).endswith("WRONG: beyond the bound: dprompt_k")
 
 
 def test_a_fallback_on_a_gpu_is_named() -> None:
-    outcome = self_check.Outcome("op", "cuda:0", "float32", "reference", "built without CUDA", {}, "")
+    outcome = Outcome("op", "cuda:0", "float32", "reference", "built without CUDA", {}, "")
     assert outcome.ok
-    assert outcome.line().endswith("ok, but it is a fallback: built without CUDA")
+    assert self_check.line(outcome).endswith("ok, but it is a fallback: built without CUDA")
 
 
 def test_problems_that_only_a_gpu_checks_are_right_here() -> None:
     """They would take longer than all others; the float32 ones stand for them."""
-    on_cpu = {case.op for case in self_check.cases(CPU)}
-    more = [case for case in self_check.cases(torch.device("cuda", 0)) if case.op not in on_cpu]
+    on_cpu = {case.op for case in self_check.all_cases(CPU)}
+    more = [case for case in self_check.all_cases(torch.device("cuda", 0)) if case.op not in on_cpu]
     assert len(more) == 2
     for case in more:
-        assert self_check.check_case(case, CPU, torch.float32).ok
+        assert check_case(case, CPU, torch.float32).ok
 
 
 def test_reference_of_lloyd_refuses_ties() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -252,3 +255,15 @@ def test_streaming_refuses_what_does_not_fit():
     streaming.update([x], y, 0)
     with pytest.raises(ValueError, match=r"got \[2, 0\]"):
         streaming.result()
+
+
+def test_a_stream_looks_at_the_device_once_for_each_update(
+    like_on_a_device: Callable[[], AbstractContextManager[None]],
+) -> None:
+    tokens = torch.randn(2, 3, 16, 7)
+    streams = [StreamingCKA(2, 2), StreamingCKA(2, 2)]
+    for stream, context in zip(streams, (nullcontext, like_on_a_device), strict=True):
+        with context():
+            for column in range(2):
+                stream.update(list(tokens), tokens[column], column)
+    assert torch.equal(streams[0].result(), streams[1].result())

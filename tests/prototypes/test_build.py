@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -635,7 +636,9 @@ class TestSideStream:
         for side_stream in (None, SideStream(torch.device("cpu"))):
             clusters = StreamingKMeans(6, n_groups=2, capacity=100)
             backbone = BackbonePass(vit, loader, ALONE, max_images=None, progress=False)
-            backbone.run(lambda layer, tokens, to=clusters: to.partial_fit(tokens, group=layer), side_stream)
+            backbone.run(
+                lambda layer, tokens, to=clusters: to.partial_fit_unchecked(tokens, layer), side_stream
+            )
             assert (backbone.num_images, backbone.num_tokens) == (40, 640)
             summaries.append(clusters.summary())
         for ours, theirs in zip(summaries[0].groups, summaries[1].groups, strict=True):
@@ -649,11 +652,70 @@ class TestSideStream:
         backbone = BackbonePass(vit, loader, ALONE, max_images=None, progress=False)
         with pytest.raises(NonFiniteError, match="for image 19 ") as raised:
             backbone.run(
-                lambda layer, tokens: clusters.partial_fit(tokens, group=layer),
+                lambda layer, tokens: clusters.partial_fit_unchecked(tokens, layer),
                 SideStream(torch.device("cpu")),
             )
         assert (raised.value.image, raised.value.layer) == (19, 0)
         assert vit.training
+
+
+class TestWaiting:
+    """Nothing waits for a device batch by batch; the same is refused here without one."""
+
+    def test_no_batch_of_the_stream_waits(
+        self, vit: VisionTransformer, loader: Loader, like_on_a_device: Callable[[], AbstractContextManager]
+    ) -> None:
+        summaries = []
+        for context in (nullcontext, like_on_a_device):
+            clusters = StreamingKMeans(6, n_groups=2, capacity=100, backend="reference")
+            backbone = BackbonePass(vit, loader, ALONE, max_images=None, progress=False)
+            with context():
+                backbone.run(lambda layer, tokens, to=clusters: to.partial_fit_unchecked(tokens, layer))
+            summaries.append(clusters.summary())
+        here, there = summaries
+        assert here.totals == there.totals
+        for ours, theirs in zip(here.groups, there.groups, strict=True):
+            assert len(ours) == 100
+            assert torch.equal(ours.tokens, theirs.tokens)
+            assert torch.equal(ours.weights, theirs.weights)
+
+    def test_no_batch_of_the_exact_mode_waits(
+        self, vit: VisionTransformer, loader: Loader, like_on_a_device: Callable[[], AbstractContextManager]
+    ) -> None:
+        def lazily() -> Iterator[Any]:
+            with like_on_a_device():
+                yield from loader
+
+        expected = build(vit, loader, mode="exact").prompts
+        assert torch.equal(build(vit, lazily(), mode="exact").prompts, expected)
+
+    @pytest.mark.gpu
+    def test_no_batch_of_the_stream_waits_for_a_gpu(self) -> None:
+        clusters = StreamingKMeans(6, capacity=100)
+        batches = torch.randn(4, 2, 40, 16, device="cuda")
+        clusters.partial_fit_unchecked(batches[0], 0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            rows = [clusters.partial_fit_unchecked(batch, 0) for batch in batches[1:]]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert [int(row) for row in rows] == [-1, -1, -1]
+
+    @pytest.mark.parametrize("late", [False, True])
+    def test_the_first_of_several_bad_images_is_named(
+        self, vit: VisionTransformer, loader: Loader, late: bool
+    ) -> None:
+        """In whichever layer and batch others are."""
+        for batch, image in ((4, 0), (2, 6), (2, 3)):
+            loader[batch][0][image] = 3e38
+        clusters = StreamingKMeans(6, n_groups=2)
+        backbone = BackbonePass(vit, loader, ALONE, max_images=None, progress=False)
+        with pytest.raises(NonFiniteError) as raised:
+            backbone.run(
+                lambda layer, tokens: clusters.partial_fit_unchecked(tokens, layer),
+                SideStream(torch.device("cpu")) if late else None,
+            )
+        assert (raised.value.image, raised.value.layer) == (19, 0)
 
 
 class TestBar:

@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from spt_fast import PromptedViT
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.training.evaluation import evaluate
 from spt_fast.training.loop import FINAL_LR, fit, shuffled_loader, warmup_cosine
@@ -373,3 +375,61 @@ def test_infinite_loss_is_reported_with_epoch_and_step(blobs):
     images[5] = math.inf
     with pytest.raises(FloatingPointError, match="epoch 1, step"):
         train(make_net(), (images, labels))
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_a_loss_that_is_nan_stops_training_and_names_its_step(step: int) -> None:
+    """Also the last one of an epoch, after which nothing more would show it."""
+    batches = [(torch.randn(4, 5), torch.tensor([0, 1, 2, 0])) for _ in range(6)]
+    batches[step - 1][0][2, 3] = math.nan
+    seen: list[int] = []
+
+    def watched() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(batches, start=1):
+            seen.append(number)
+            yield batch
+
+    class Watched(list[tuple[Tensor, Tensor]]):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return watched()
+
+    with pytest.raises(FloatingPointError, match=rf"loss is nan at epoch 1, step {step}, learning rate"):
+        fit(make_net(), Watched(batches), epochs=2, progress=False)
+    assert len(seen) <= step + 1
+
+
+class TestWaiting:
+    """No step waits for a device; the same is refused here without one."""
+
+    def test_no_step_of_training_or_evaluation_waits(
+        self,
+        make_vit: Callable[..., nn.Module],
+        make_loader: Callable[..., list[tuple[Tensor, Tensor]]],
+        like_on_a_device: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        loader = make_loader(12, 4)
+        runs = []
+        for context in (nullcontext, like_on_a_device):
+            tuned = PromptedViT(make_vit(), torch.ones(3, 3, 32), num_classes=4)
+            with context():
+                history = fit(tuned, loader, loader, epochs=2, progress=False)
+            runs.append((history.loss, history.val_accuracy))
+        assert runs[0] == runs[1]
+
+    @pytest.mark.gpu
+    def test_no_step_of_training_waits_for_a_gpu(self, make_vit: Callable[..., nn.Module]) -> None:
+        images, labels = torch.randn(4, 3, 32, 32).pin_memory(), torch.arange(4).pin_memory()
+        tuned = PromptedViT(make_vit(), torch.ones(3, 3, 32), num_classes=4).cuda()
+
+        class Strict(list[tuple[Tensor, Tensor]]):
+            """Refuses to wait from the second batch on: the first loads kernels."""
+
+            def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+                try:
+                    for index, batch in enumerate(super().__iter__()):
+                        torch.cuda.set_sync_debug_mode("error" if index else "default")
+                        yield batch
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+        fit(tuned, Strict([(images, labels)] * 4), epochs=1, progress=False)

@@ -1,0 +1,120 @@
+"""What a stream of tokens leaves of one group: rough centres, totals and a reservoir; batch by batch.
+
+Limits: `TokenStream.start` waits for a device, and nothing else does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spt_fast.clustering.inputs import raise_non_finite
+from spt_fast.clustering.lloyd import lloyd
+from spt_fast.clustering.reservoir import PriorityReservoir, importance, take_rows
+from spt_fast.clustering.seeding import kmeans_plus_plus
+from spt_fast.clustering.weighted import WeightedTokens
+from spt_fast.ops.kmeans import PassResult, assign_accumulate
+from spt_fast.support.waiting import first_true
+
+ROUGH_CENTERS = 16
+ROUGH_TOKENS = 2_048  # of the first batch, from which the rough centres start
+ROUGH_ITERATIONS = 5
+
+
+class TokenStream:
+    """What one group remembers: rough centres, totals and the reservoir."""
+
+    def __init__(self, rough: Tensor, reservoir: PriorityReservoir, backend: str) -> None:
+        self.reservoir = reservoir
+        self.n_seen = 0
+        # Weight of the tokens seen, and their summed squared distances to the rough centres, as they were.
+        self.total, self._squared = torch.zeros(2, dtype=torch.float64, device=rough.device)
+        self._rough = rough  # [R, D] float32
+        self._rough_counts = torch.zeros(len(rough), dtype=torch.float64, device=rough.device)
+        self._backend = backend
+
+    @classmethod
+    def start(
+        cls, batch: Tensor, weights: Tensor | None, capacity: int, seeds: list[int], backend: str
+    ) -> TokenStream:
+        """A stream whose rough centres come from a sample of its first batch [B, N, D].
+
+        This waits for a device, once for each group.
+        """
+        rng = np.random.default_rng([*seeds, 0])
+        rows = batch.shape[:-1].numel()
+        index = np.sort(rng.choice(rows, min(rows, ROUGH_TOKENS), replace=False))
+        part = take_rows(batch, torch.from_numpy(index).to(batch.device))
+        if not bool(torch.isfinite(part).all()):
+            raise_non_finite(batch)
+        problem = WeightedTokens(part, None, part.double().mean(0).float(), backend)
+        centers = kmeans_plus_plus(problem, min(ROUGH_CENTERS, len(part)), rng)
+        rough = lloyd(problem, centers, max_iter=ROUGH_ITERATIONS).centers
+        generator = torch.Generator().manual_seed(int(np.random.default_rng([*seeds, 1]).integers(2**62)))
+        reservoir = PriorityReservoir(capacity, batch.shape[-1], batch.dtype, batch.device, generator)
+        return cls(rough, reservoir, backend)
+
+    def prepare(self, batch: Tensor, weights: Tensor | None) -> Update:
+        """Measure a batch [B, N, D] against the rough centres without changing anything."""
+        self._check_like_before(batch)
+        assigned = assign_accumulate(
+            batch[None],
+            self._rough[None],
+            shift=self._mean()[None],
+            weights=None if weights is None else weights[None],
+            with_distances=True,
+            backend=self._backend,
+        )
+        return Update(self, batch, weights, assigned)
+
+    @property
+    def width(self) -> int:
+        return self._rough.shape[-1]
+
+    def take_in(self, batch: Tensor, weights: Tensor | None, assigned: PassResult) -> None:
+        """Mini-batch update of the rough centres; the tokens go to the reservoir by importance."""
+        assert assigned.distances is not None
+        counts, sums = assigned.counts[0], assigned.sums[0]
+        self.n_seen += batch.shape[:-1].numel()
+        self.total = self.total + counts.sum()
+        self._squared = self._squared + assigned.inertia[0]
+        self._rough_counts += counts
+        gains = (sums - counts[:, None] * self._rough) / self._rough_counts.clamp_min(1e-300)[:, None]
+        self._rough = (self._rough + gains).float()
+        preference = importance(assigned.distances[0], self._squared, self.total)
+        self.reservoir.offer(batch, preference, weights)
+
+    def _mean(self) -> Tensor:
+        """Mean [D] of all tokens so far; of the rough centres before there are any."""
+        weights = self._rough_counts if self.n_seen > 0 else torch.ones_like(self._rough_counts)
+        return (weights @ self._rough.double() / weights.sum()).float()
+
+    def _check_like_before(self, batch: Tensor) -> None:
+        if batch.dtype != self.reservoir.dtype:
+            raise ValueError(f"X must be {self.reservoir.dtype} like before, got {batch.dtype}")
+        if batch.device != self._rough.device:
+            raise ValueError(f"X must be on {self._rough.device} like before, got {batch.device}")
+
+
+@dataclass(frozen=True)
+class Update:
+    """A batch that was measured, to be taken in by its stream."""
+
+    stream: TokenStream
+    batch: Tensor
+    weights: Tensor | None
+    assigned: PassResult
+
+    @property
+    def bad_row(self) -> Tensor:
+        """The first row that is not finite or too far off, int64 on the device; -1 where there is none."""
+        assert self.assigned.distances is not None
+        # The inertia decides: what is not finite makes it so, in every kernel.
+        row = first_true(~torch.isfinite(self.assigned.distances)).clamp_min(0)
+        return torch.where(torch.isfinite(self.assigned.inertia[0]), -1, row)
+
+    def commit(self) -> None:
+        self.stream.take_in(self.batch, self.weights, self.assigned)
