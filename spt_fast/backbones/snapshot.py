@@ -6,6 +6,8 @@ Knows nothing of prompts; `PromptedViT` is its only user.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ class ModelSnapshot:
         self._training = {name: module.training for name, module in model.named_modules()}
         self._children = dict(model._modules)
         self._attributes = dict(vars(model))
-        self._forwards = [vars(block).get("forward") for block in get_blocks(model)]
+        self._forwards: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         self._placement = placement(model)
         self._originals: list[tuple[nn.Module, str, nn.Parameter]] = []
 
@@ -40,14 +42,19 @@ class ModelSnapshot:
                         module._parameters[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
         self._placement = placement(model)
 
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Let `module` run `forward`, with its hooks around it."""
+        self._forwards.append((module, vars(module).get("forward")))
+        setattr(module, "forward", forward)  # noqa: B010
+
     def restore(self, model: nn.Module) -> None:
         """Make `model` what it was, on the device and in the dtype that it has now."""
         now = placement(model)
-        for block, forward in zip(get_blocks(model), self._forwards, strict=True):
+        for module, forward in reversed(self._forwards):
             if forward is None:
-                vars(block).pop("forward", None)
+                vars(module).pop("forward", None)
             else:
-                setattr(block, "forward", forward)  # noqa: B010
+                setattr(module, "forward", forward)  # noqa: B010
         for module, name, parameter in self._originals:
             module._parameters[name] = parameter
         model._modules.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,16 +34,6 @@ def check_not_wrapped(model: nn.Module) -> None:
             f"model must be the {type(inner).__name__} itself, got it inside {type(model).__name__}; "
             "compile or distribute the PromptedViT instead"
         )
-
-
-def check_not_taken_over(blocks: nn.ModuleList | nn.Sequential, owner: type[nn.Module]) -> None:
-    """ValueError where the forward of a block is a method of an `owner` already."""
-    for block in blocks:
-        forward = vars(block).get("forward")
-        if isinstance(forward, functools.partial) and isinstance(
-            getattr(forward.func, "__self__", None), owner
-        ):
-            raise ValueError(f"model already belongs to a {owner.__name__}; call its release() first")
 
 
 def check_num_classes(model: nn.Module, num_classes: int | None) -> int | None:

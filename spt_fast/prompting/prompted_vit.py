@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,32 +12,21 @@ from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, num_prefix_tokens
 from spt_fast.backbones.snapshot import ModelSnapshot, classifiers, replace_head
+from spt_fast.prompting.attention_maps import attention_maps_of, check_attention, choose_blocks
 from spt_fast.prompting.checks import (
-    check_block_call,
     check_block_input,
     check_class_names,
     check_images,
-    check_not_taken_over,
     check_not_wrapped,
     check_num_classes,
     check_pools_patches,
     check_weight_dtype,
 )
-from spt_fast.prompting.engines import (
-    KeysValues,
-    KeysValuesCache,
-    append_prompts,
-    choose_engine,
-    concat_extras,
-    drop_prompts,
-    fit_extras,
-    kv_extras,
-    kv_forward,
-    prompt_keys_values,
-)
+from spt_fast.prompting.engines import KeysValuesCache, choose_engine
 from spt_fast.prompting.file_format import TunedState
 from spt_fast.prompting.initial_prompts import initial_prompts
 from spt_fast.prompting.nmi import check_finite_nmi, nmi_per_image
+from spt_fast.prompting.prompted_blocks import PromptedBlocks, check_free
 from spt_fast.support.arguments import check_bool, check_choice, check_int
 from spt_fast.support.randomness import seeded
 
@@ -119,7 +108,7 @@ class PromptedViT(nn.Module):
         check_choice("engine", engine, ("auto", "kv", "concat"))
         check_not_wrapped(model)
         blocks = get_blocks(model)
-        check_not_taken_over(blocks, PromptedViT)
+        check_free(blocks)
         check_bool("freeze_prompts", freeze_prompts)
         self.pool_prompts = check_bool("pool_prompts", pool_prompts)
         if self.pool_prompts:
@@ -134,9 +123,9 @@ class PromptedViT(nn.Module):
         self._num_blocks = len(blocks)
         self._num_prefix_tokens = num_prefix_tokens(model)
         was_training = model.training
-        # Views of the prompts, layer by layer, while a forward pass runs.
-        self._layers: tuple[Tensor, ...] | None = None
-        self._cache: KeysValuesCache | None = None
+        self._blocks = PromptedBlocks(
+            self._parameters, engine=self.engine, depth=depth, pool_prompts=self.pool_prompts
+        )
         # None once the model is released.
         self._snapshot: ModelSnapshot | None = ModelSnapshot(model)
         self.model = model
@@ -244,12 +233,12 @@ class PromptedViT(nn.Module):
         Prompts and backbone must not change meanwhile. If the prompts do, their keys and values are computed
         again, except after a write through `.data`, which leaves no trace.
         """
-        outer = self._cache
-        self._cache = KeysValuesCache() if outer is None else outer
+        outer = self._blocks.cache
+        self._blocks.cache = KeysValuesCache() if outer is None else outer
         try:
             yield
         finally:
-            self._cache = outer
+            self._blocks.cache = outer
 
     @torch.no_grad()
     def layer_nmi(self, images: Tensor) -> Tensor:
@@ -271,6 +260,28 @@ class PromptedViT(nn.Module):
         values = torch.stack(per_layer)
         check_finite_nmi(values)
         return values
+
+    def attention_maps(self, images: Tensor, blocks: Iterable[int] | None = None) -> list[Tensor]:
+        """How much each token of an image attends to each token and each prompt, block by block.
+
+        Args:
+            images: [B, C, height, width].
+            blocks: numbers of blocks, from 0, or from the end, such as -1; None is all of them.
+
+        Returns:
+            For each of `blocks` the softmax weights [B, H, N, N + N_p] of its H heads. Rows and the first N
+            columns are the tokens of the image in timm's order, prefix tokens first; the last N_p columns are
+            the prompts, in a shallow model what the blocks before have made of them. Rows add up to 1.
+            Gradients flow through the weights, so that `torch.no_grad()` saves memory.
+
+        Raises:
+            TypeError: a block's attention is none that engine "kv" knows; `blocks` are no integers.
+            ValueError: there is no such block, or `images` are none that the model takes.
+        """
+        every = self.prompted_blocks
+        wanted = choose_blocks(blocks, len(every))
+        check_attention(every[index] for index in wanted)
+        return attention_maps_of(every, wanted, self._split_input, lambda: self.forward_features(images))
 
     def prompts_and_tokens(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """The prompts that a block attends to, and the patch tokens that enter it.
@@ -357,6 +368,13 @@ class PromptedViT(nn.Module):
         layers, num_prompts, width = self.prompts.shape
         return f"prompts=[{layers}, {num_prompts}, {width}], depth={self.depth!r}, engine={self.engine!r}"
 
+    def _split_input(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompts [N_p, D] or [B, N_p, D] that a block attends to, and all tokens of the image in `x`."""
+        if self.depth == "deep" or layer == 0:
+            return self.prompts[layer], x
+        count = x.shape[1] - self.num_prompts
+        return x[:, count:], x[:, :count]
+
     def _state(self) -> TunedState:
         return TunedState.of(
             self.model,
@@ -381,63 +399,21 @@ class PromptedViT(nn.Module):
     def _take_over(self, blocks: nn.ModuleList | nn.Sequential, num_classes: int | None) -> None:
         self.model.requires_grad_(False)
         replace_head(self.model, num_classes)
+        assert self._snapshot is not None
         if self.weight_dtype is not None:
-            assert self._snapshot is not None
             self._snapshot.cast_frozen_weights(self.model, self.weight_dtype)
-        for index, block in enumerate(blocks):
-            # Shadowing `forward` on the instance leaves the module tree, its names and its hooks alone.
-            setattr(block, "forward", self._prompted_forward(index, block))  # noqa: B010
-
-    def _prompted_forward(self, index: int, block: nn.Module) -> Callable[..., Tensor]:
-        # Pooling needs outputs at the positions of prompts, so the last block then takes them as tokens.
-        pools_here = self.pool_prompts and index == self._num_blocks - 1
-        if self.engine == "kv" and not pools_here:
-            return functools.partial(self._run_with_kv, index, block)
-        return functools.partial(self._run_with_tokens, index, block, block.forward)
+        self._blocks.take_over(blocks, self._snapshot)
 
     def _run(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         # Unbound once, so that backward writes the gradient of all layers once, not once per layer.
-        self._layers = self.prompts.unbind(0)
+        self._blocks.layers = self.prompts.unbind(0)
         try:
             if self.weight_dtype is None:
                 return function(inputs)
             with torch.autocast(inputs.device.type, dtype=self.weight_dtype):
                 return function(inputs)
         finally:
-            self._layers = None
-
-    def _run_with_kv(self, index: int, block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        check_block_call(block, x, args, kwargs, kv_extras(block))
-        return kv_forward(block, x, self._keys_values(index, block, x.dtype), **kwargs)
-
-    def _run_with_tokens(
-        self,
-        index: int,
-        block: nn.Module,
-        original: Callable[..., Tensor],
-        x: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        check_block_call(block, x, args, kwargs, concat_extras(block))
-        if self.depth == "deep" or index == 0:
-            x = append_prompts(x, self._layer(index).to(x.dtype))
-        x = original(x, **fit_extras(kwargs, self.num_prompts))
-        keep = self.pool_prompts if index == self._num_blocks - 1 else self.depth == "shallow"
-        return x if keep else drop_prompts(x, self.num_prompts)
-
-    def _layer(self, index: int) -> Tensor:
-        """Prompts [N_p, D] of a block, also outside `_run`, where gradient checkpointing runs it again."""
-        return self.prompts[index] if self._layers is None else self._layers[index]
-
-    def _keys_values(self, index: int, block: nn.Module, dtype: torch.dtype) -> tuple[KeysValues, ...]:
-        def compute() -> tuple[KeysValues, ...]:
-            return prompt_keys_values(block, self._layer(index).to(dtype))
-
-        learning = torch.is_grad_enabled() and self.prompts.requires_grad
-        if self._cache is None or learning or torch.compiler.is_compiling():
-            return compute()
-        return self._cache.get(index, self.prompts, dtype, compute)
+            self._blocks.layers = None
 
     def _check_not_released(self) -> None:
         if self._snapshot is None:

@@ -41,23 +41,6 @@ MakeImages = Callable[..., Tensor]
 
 
 @pytest.fixture(scope="module")
-def make_random(make_vit: MakeViT) -> MakeViT:
-    """`make_vit` in evaluation mode with every parameter random, so that a branch left out would show."""
-
-    def make(**options: Any) -> VisionTransformer:
-        model = make_vit(**options)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                is_vector = parameter.ndim == 1
-                noise = torch.randn(parameter.shape, generator=generator) * (0.5 if is_vector else 0.15)
-                parameter.copy_(noise + (1 if is_vector and name.endswith("weight") else 0))
-        return model.eval()
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def images(make_images: MakeImages) -> Tensor:
     return make_images(3)
 
@@ -218,14 +201,15 @@ class TestEngines:
             PromptedViT(model, make_prompts(), engine="kv")
         assert PromptedViT(model, make_prompts()).engine == "concat"
 
-    def test_auto_takes_concat_where_attention_has_hooks_or_another_forward(
+    def test_auto_takes_concat_for_hooks_that_prompts_would_pass_or_another_forward(
         self, make_random: MakeViT
     ) -> None:
         model = make_random()
-        hook = model.blocks[0].attn.register_forward_hook(lambda *_: None)
-        with pytest.raises(ValueError, match="block 1: its attention has hooks"):
-            PromptedViT(model, make_prompts(), engine="kv")
-        hook.remove()
+        for part in (model.blocks[0].norm1, model.blocks[0].attn.qkv):
+            hook = part.register_forward_hook(lambda *_: None)
+            with pytest.raises(ValueError, match=r"block 1: its .* before the keys has hooks"):
+                PromptedViT(model, make_prompts(), engine="kv")
+            hook.remove()
         model.blocks[2].forward = model.blocks[2].forward
         with pytest.raises(ValueError, match="block 3: the forward of this Block has been replaced"):
             PromptedViT(model, make_prompts(), engine="kv")
