@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import unwrap
-from spt_fast.backbones.snapshot import has_head
+from spt_fast.backbones.snapshot import has_head, placement
 from spt_fast.prompting.engines import concat_blocker
 from spt_fast.support.arguments import check_int, check_tensor
 
@@ -61,13 +61,22 @@ def check_num_classes(model: nn.Module, num_classes: int | None) -> int | None:
     return num_classes
 
 
-def check_weight_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
-    """bfloat16 or float16 for the dtype or its short name; None for None."""
+def check_weight_dtype(given: torch.dtype | str | None, model: nn.Module) -> torch.dtype | None:
+    """bfloat16 or float16 for the dtype or its short name; None for None.
+
+    Raises:
+        ValueError: none of these, or for blocks in a dtype that autocast would not turn into it.
+    """
     if not isinstance(given, (torch.dtype, str, type(None))) or given not in _WEIGHT_DTYPES:
         raise ValueError(
             f"weight_dtype must be None, torch.bfloat16 ('bf16') or torch.float16 ('fp16'), got {given!r}"
         )
-    return _WEIGHT_DTYPES[given]
+    dtype, own = _WEIGHT_DTYPES[given], placement(model)[1]
+    if dtype is not None and own not in (torch.float32, dtype):
+        raise ValueError(
+            f"weight_dtype must be None for a model in {own}, got {given!r}: autocast starts from float32"
+        )
+    return dtype
 
 
 def check_pools_patches(model: nn.Module, blocks: nn.ModuleList | nn.Sequential) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, num_prefix_tokens
+from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, image_dtype, num_prefix_tokens
 from spt_fast.backbones.snapshot import ModelSnapshot, classifiers, replace_head
 from spt_fast.prompting.attention_maps import attention_maps_of, check_attention, choose_blocks
 from spt_fast.prompting.checks import (
@@ -113,7 +113,7 @@ class PromptedViT(nn.Module):
         self.pool_prompts = check_bool("pool_prompts", pool_prompts)
         if self.pool_prompts:
             check_pools_patches(model, blocks)
-        self.weight_dtype = check_weight_dtype(weight_dtype)
+        self.weight_dtype = check_weight_dtype(weight_dtype, model)
         self.engine, self.engine_reason = choose_engine(model, blocks, depth, engine)
         num_classes = check_num_classes(model, num_classes)
         values = initial_prompts(model, prompts, depth, allow_other_backbone=allow_other_backbone)
@@ -210,14 +210,15 @@ class PromptedViT(nn.Module):
         return get_blocks(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes], or features [B, D] without a head, of images [B, C, height, width]."""
-        self._check_images(images)
-        return self._run(self.model, images)
+        """Logits [B, num_classes], or features [B, D] without a head, of images [B, C, height, width].
+
+        Images of any floating-point dtype are cast to that of the model's patch embedding.
+        """
+        return self._run(self.model, self._fitting(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens [B, N, D] after the last block and the final norm; with `pool_prompts`, [B, N + N_p, D]."""
-        self._check_images(images)
-        return self._run(self.model.forward_features, images)  # type: ignore[arg-type]
+        return self._run(self.model.forward_features, self._fitting(images))  # type: ignore[arg-type]
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of what `forward_features` returned; with `pre_logits`, the classifier's inputs."""
@@ -421,6 +422,8 @@ class PromptedViT(nn.Module):
                 "this PromptedViT has released its model; build a new one to use prompts again"
             )
 
-    def _check_images(self, images: Tensor) -> None:
+    def _fitting(self, images: Tensor) -> Tensor:
+        """`images`, checked, in the dtype that the model takes, or from which autocast starts."""
         self._check_not_released()
         check_images(images, self.model)
+        return images.to(image_dtype(self.model) if self.weight_dtype is None else torch.float32)

@@ -343,6 +343,45 @@ class TestTraining:
         assert logits.dtype == torch.bfloat16
         assert tuned.prompts.grad is not None
 
+    @pytest.mark.parametrize("engine", ["kv", "concat"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_images_are_cast_to_the_dtype_of_the_patch_embedding(
+        self, dtype: torch.dtype, engine: Any, make_random: MakeViT, images: Tensor
+    ) -> None:
+        tuned = PromptedViT(make_random().to(dtype), make_prompts(), engine=engine)
+        expected = logits_and_gradient(tuned, images.to(dtype))
+        assert expected[0].dtype == dtype
+        assert tuned.forward_features(images).dtype == dtype
+        of_float32 = logits_and_gradient(PromptedViT(make_random(), make_prompts(), engine=engine), images)
+        for given in (images, images.double(), images.half()):
+            exact = torch.equal(given.to(dtype), images.to(dtype))
+            for got, want, near in zip(logits_and_gradient(tuned, given), expected, of_float32, strict=True):
+                assert not exact or torch.equal(got, want)
+                assert relative_difference(got.float(), near) < 0.15
+
+    @pytest.mark.parametrize("weight_dtype", ["bf16", "fp16"])
+    def test_images_of_any_dtype_are_taken_under_weight_dtype(
+        self, weight_dtype: Any, make_random: MakeViT, images: Tensor
+    ) -> None:
+        tuned = PromptedViT(make_random(), make_prompts(), weight_dtype=weight_dtype)
+        assert torch.equal(tuned(images.double()), tuned(images))
+        for dtype in (torch.float16, torch.bfloat16):
+            assert torch.equal(tuned(images.to(dtype)), tuned(images.to(dtype).float()))
+
+    def test_images_keep_their_gradient(self, make_random: MakeViT, images: Tensor) -> None:
+        """For saliency maps of a model in half precision."""
+        given = images.clone().requires_grad_()
+        PromptedViT(make_random().bfloat16(), make_prompts())(given)[:, 1].sum().backward()
+        assert given.grad is not None
+        assert given.grad.dtype == torch.float32
+        assert float(given.grad.abs().max()) > 0
+
+    def test_weight_dtype_for_a_model_in_another_dtype_is_refused(self, make_random: MakeViT) -> None:
+        for model in (make_random().half(), make_random().double()):
+            with pytest.raises(ValueError, match=r"weight_dtype must be None for a model in torch\.float"):
+                PromptedViT(model, make_prompts(), weight_dtype="bf16")
+        assert PromptedViT(make_random().bfloat16(), make_prompts(), weight_dtype="bf16").engine == "kv"
+
     def test_gradient_checkpointing_gives_the_same_gradients(
         self, make_random: MakeViT, images: Tensor
     ) -> None:
