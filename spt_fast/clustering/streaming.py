@@ -16,6 +16,7 @@ from spt_fast.clustering.estimator import (
     not_fitted,
     warn_of_empty_clusters,
 )
+from spt_fast.clustering.frame import Frame, find_frame, in_frame, in_frames, out_of_frames, scales
 from spt_fast.clustering.inputs import (
     ArrayLike,
     as_groups,
@@ -30,7 +31,7 @@ from spt_fast.clustering.reservoir import PriorityReservoir, importance, take_ro
 from spt_fast.clustering.seeding import kmeans_plus_plus
 from spt_fast.clustering.solver import solve
 from spt_fast.clustering.weighted import WeightedTokens
-from spt_fast.ops.kmeans import PassResult, assign_accumulate
+from spt_fast.ops.kmeans import TOKEN_DTYPES, PassResult, assign_accumulate
 from spt_fast.support.arguments import check_int
 from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.threads import side_by_side
@@ -49,6 +50,7 @@ class Summary:
     groups: tuple[WeightedTokens, ...]
     totals: tuple[float, ...]  # tokens seen by each group, or their weight
     seed: int
+    frames: tuple[Frame | None, ...] | None = None  # that the tokens of each group are in; None: no frames
 
     @property
     def n_groups(self) -> int:
@@ -103,12 +105,13 @@ class Summary:
     def _collect(self, results: Sequence[LloydResult]) -> Clustering:
         """Estimates from the sample, scaled so that the counts add up to what was really seen."""
         counts = torch.stack([result.counts for result in results])
-        scales = torch.tensor(self.totals, dtype=torch.float64) / counts.sum(dim=1)
+        shares = torch.tensor(self.totals, dtype=torch.float64) / counts.sum(dim=1)
+        frames = self.frames or (None,) * self.n_groups
         inertia = torch.tensor([result.inertia for result in results], dtype=torch.float64)
         return Clustering(
-            centers=torch.stack([result.centers for result in results]),
-            counts=counts * scales[:, None],
-            inertia=inertia * scales,
+            centers=out_of_frames(torch.stack([result.centers for result in results]), frames),
+            counts=counts * shares[:, None],
+            inertia=inertia * shares * scales(frames).square(),
             n_iter=tuple(result.n_iter for result in results),
         )
 
@@ -171,7 +174,9 @@ class StreamingKMeans(ClusteringEstimator):
         Args:
             X: [M, D] (one group) or [G, M, D]; with `group`, [..., D] for that group alone, read in
                 place also when its leading dimensions are strided. float32, float16 or bfloat16, the
-                same in every batch; other real dtypes are converted to float32.
+                same in every batch; other real dtypes are converted to float32. Where float32 cannot tell
+                the tokens of the first batch apart, or cannot square their distances, those of all batches
+                are moved and scaled like them; float32 and narrower with `group` are read as they are.
             y: ignored; pipelines pass it.
             sample_weight: a weight >= 0 for each token, [M], [G, M] or, with `group`, [...]; None: one.
             group: the one group to update; None updates all.
@@ -199,7 +204,8 @@ class StreamingKMeans(ClusteringEstimator):
         for i, (g, batch) in enumerate(zip(groups, batches, strict=True)):
             weight = None if weights is None else weights[i]
             seeds = [settings.seed, g]
-            stream = streams[g] or _TokenStream.start(batch, weight, capacity, seeds, self.backend)
+            in_place = group is not None and batch.dtype in TOKEN_DTYPES
+            stream = streams[g] or _TokenStream.start(batch, capacity, seeds, self.backend, in_place)
             updates.append(stream.prepare(batch, weight))
         for g, update in zip(groups, updates, strict=True):
             streams[g] = update.stream
@@ -220,7 +226,7 @@ class StreamingKMeans(ClusteringEstimator):
         check_enough(tokens.shape[1], self.n_clusters)
         fresh = type(self)(**self.get_params()).partial_fit(tokens, sample_weight=sample_weight)
         self._streams, self._solved = fresh._streams, fresh.solve()
-        self._remember(X, tokens, self._solved)
+        self._remember(X, in_frames(tokens, self._frames()))
         warn_of_empty_clusters(self._solved)
         return self
 
@@ -248,6 +254,7 @@ class StreamingKMeans(ClusteringEstimator):
             groups=tuple(stream.reservoir.summary(self.backend) for stream in streams),
             totals=tuple(stream.total for stream in streams),
             seed=settings.seed,
+            frames=tuple(stream.frame for stream in streams),
         )
 
     def merged_summary(self, processes: Processes, device: torch.device) -> Summary:
@@ -258,11 +265,14 @@ class StreamingKMeans(ClusteringEstimator):
 
         Raises:
             NotFittedError: no rank has seen data.
+            ValueError: a rank has moved or scaled its tokens, for which ranks have no common frame.
         """
         settings = self._settings()
         capacity = resolve_capacity(self.capacity, settings.n_clusters)
         streams = self._streams or _no_streams(settings.n_groups)
         mine = [None if stream is None else (stream.reservoir, stream.total) for stream in streams]
+        if any(frame is not None for rank in processes.gather(self._frames()) for frame in rank):
+            raise ValueError("tokens must be such that float32 can square their distances on every rank")
         layouts = processes.gather([None if m is None else (m[0].width, m[0].dtype) for m in mine])
         groups, totals = [], []
         for g, held in enumerate(mine):
@@ -291,6 +301,9 @@ class StreamingKMeans(ClusteringEstimator):
 
     def _result(self) -> Clustering:
         return self.solve()
+
+    def _frames(self) -> tuple[Frame | None, ...]:
+        return tuple(None if stream is None else stream.frame for stream in self._streams or [])
 
 
 def _no_streams(n_groups: int) -> list[_TokenStream | None]:
@@ -328,8 +341,17 @@ def _batches(X: ArrayLike, group: int | None, n_groups: int) -> tuple[list[int],
 class _TokenStream:
     """What one group remembers: rough centres, totals and the reservoir."""
 
-    def __init__(self, rough: Tensor, reservoir: PriorityReservoir, backend: str) -> None:
+    def __init__(
+        self,
+        rough: Tensor,
+        reservoir: PriorityReservoir,
+        backend: str,
+        frame: Frame | None,
+        given_dtype: torch.dtype,
+    ) -> None:
         self.reservoir = reservoir
+        self.frame = frame  # that everything here is in
+        self._given_dtype = given_dtype  # of the batches
         self.n_seen = 0
         self.total = 0.0  # weight of the tokens seen
         self._squared = 0.0  # sum of squared distances to the rough centres, as they were
@@ -339,25 +361,33 @@ class _TokenStream:
 
     @classmethod
     def start(
-        cls, batch: Tensor, weights: Tensor | None, capacity: int, seeds: list[int], backend: str
+        cls, batch: Tensor, capacity: int, seeds: list[int], backend: str, in_place: bool
     ) -> _TokenStream:
-        """A stream whose rough centres come from a sample of its first batch [B, N, D]."""
+        """A stream whose rough centres come from a sample of its first batch [B, N, D].
+
+        With `in_place` it has no frame.
+        """
         rng = np.random.default_rng([*seeds, 0])
         rows = batch.shape[:-1].numel()
         index = np.sort(rng.choice(rows, min(rows, ROUGH_TOKENS), replace=False))
         part = take_rows(batch, torch.from_numpy(index).to(batch.device))
         if not bool(torch.isfinite(part).all()):
             raise_non_finite(batch)
+        frame = None if in_place else find_frame(batch)
+        part = in_frame(part, frame).float()
         problem = WeightedTokens(part, None, part.double().mean(0).float(), backend)
         centers = kmeans_plus_plus(problem, min(ROUGH_CENTERS, len(part)), rng)
         rough = lloyd(problem, centers, max_iter=ROUGH_ITERATIONS).centers
         generator = torch.Generator().manual_seed(int(np.random.default_rng([*seeds, 1]).integers(2**62)))
-        reservoir = PriorityReservoir(capacity, batch.shape[-1], batch.dtype, batch.device, generator)
-        return cls(rough, reservoir, backend)
+        is_kept = frame is None and batch.dtype in TOKEN_DTYPES
+        dtype = batch.dtype if is_kept else torch.float32
+        reservoir = PriorityReservoir(capacity, batch.shape[-1], dtype, batch.device, generator)
+        return cls(rough, reservoir, backend, frame, batch.dtype)
 
     def prepare(self, batch: Tensor, weights: Tensor | None) -> _Update:
         """Measure a batch [B, N, D] against the rough centres without changing anything."""
         self._check_like_before(batch)
+        batch = in_frame(batch, self.frame)
         assigned = assign_accumulate(
             batch[None],
             self._rough[None],
@@ -393,8 +423,8 @@ class _TokenStream:
         return (weights @ self._rough.double() / weights.sum()).float()
 
     def _check_like_before(self, batch: Tensor) -> None:
-        if batch.dtype != self.reservoir.dtype:
-            raise ValueError(f"X must be {self.reservoir.dtype} like before, got {batch.dtype}")
+        if batch.dtype != self._given_dtype:
+            raise ValueError(f"X must be {self._given_dtype} like before, got {batch.dtype}")
         if batch.device != self._rough.device:
             raise ValueError(f"X must be on {self._rough.device} like before, got {batch.device}")
 
