@@ -395,10 +395,8 @@ def test_a_backbone_in_bfloat16_takes_the_same_images_everywhere(
 def test_parameters_in_float16_are_refused(
     make_vit: Callable[..., nn.Module], make_loader: Callable[..., list[tuple[Tensor, Tensor]]]
 ) -> None:
-    """AdamW's epsilon is zero in float16: a weight without a gradient would become NaN."""
+    """AdamW's epsilon is zero in float16."""
     tuned = PromptedViT(make_vit().half(), 3, num_classes=4)
-    with pytest.raises(
-        ValueError, match=r"but model\.head\.weight is float16, in which AdamW divides by zero"
-    ):
+    with pytest.raises(ValueError, match=r"model\.head\.weight is float16, in which AdamW"):
         fit(tuned, make_loader(8), epochs=1, progress=False)
     assert 0 <= evaluate(tuned, make_loader(8)) <= 1
