@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
+from spt_fast.data.channels import fit_images, fit_transform
 from spt_fast.data.folder import list_folder, printable, spread
 from spt_fast.data.loading import BadImages, FolderImages, ImageLoader, NamedImages
 from spt_fast.data.shipped import DIGITS_CLASSES, load_digits
@@ -279,8 +280,14 @@ def _open_dataset(
     in_classes: bool = False,
     known: Sequence[str] = (),
 ) -> Any:
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+
+    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    channels = config["input_size"][0]
     if data == SHIPPED_IMAGES:
-        return TensorDataset(*load_digits(split or TRAIN))
+        images, labels = load_digits(split or TRAIN)
+        return TensorDataset(fit_images(images, channels), labels)
     if has_splits(data):
         dataset = _named(data, root, split or TRAIN, download)
     else:
@@ -288,11 +295,8 @@ def _open_dataset(
             if value is not None:
                 raise ValueError(f"{name} is for data sets with splits, got {value} for the folder {data}")
         dataset = _folder(data, in_classes, known)
-    from timm.data.config import resolve_model_data_config
-    from timm.data.transforms_factory import create_transform
-
-    config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
-    dataset.transform = create_transform(**config, is_training=training, color_jitter=0.0)
+    transform = create_transform(**config, is_training=training, color_jitter=0.0)
+    dataset.transform = fit_transform(transform, channels)
     return dataset
 
 

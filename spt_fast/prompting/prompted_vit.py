@@ -41,8 +41,11 @@ class PromptedViT(nn.Module):
 
     Until then the model is frozen, stays in evaluation mode, and each of its blocks attends to learnable
     prompts; only the prompts and the head are trained. The head is a new one, or a copy of the model's own.
-    Everything else is the model's own forward, so hooks, gradient checkpointing
-    (`tuned.model.set_grad_checkpointing()`), dynamic image sizes and any pooling work as they do in timm.
+    Everything else is the model's own forward, so gradient checkpointing
+    (`tuned.model.set_grad_checkpointing()`), dynamic image sizes and any pooling work as they do in timm. So
+    do hooks, on blocks and on their parts: with "kv" they see the tokens of the image; with "concat", hooks
+    on parts see prompts behind them, [B, N + N_p, ...]. Prompts pass the parts of "kv" without calling hooks,
+    so that what a hook changes in `norm1` or `attn.qkv` is changed for the tokens of the image only.
     `release()` restores head, grad flags, training modes, weights and the forward of each block.
 
     Deep (eq. 6, 13): block i attends to its own prompts P_{i-1}, and their outputs are discarded.
@@ -214,11 +217,13 @@ class PromptedViT(nn.Module):
 
         Images of any floating-point dtype are cast to that of the model's patch embedding.
         """
-        return self._run(self.model, self._fitting(images))
+        images = self._fitting(images)
+        return self._run(self.model, images)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens [B, N, D] after the last block and the final norm; with `pool_prompts`, [B, N + N_p, D]."""
-        return self._run(self.model.forward_features, self._fitting(images))  # type: ignore[arg-type]
+        images = self._fitting(images)
+        return self._run(self.model.forward_features, images)  # type: ignore[arg-type]
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of what `forward_features` returned; with `pre_logits`, the classifier's inputs."""

@@ -1,0 +1,43 @@
+"""Images in as many channels as a model takes: colour, or grey."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+COLOUR, GREY = 3, 1
+
+
+class GreyFirst:
+    """A transform that gets the image in grey (ITU-R 601 luma, as Pillow has it)."""
+
+    def __init__(self, transform: Callable[[Any], Any]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> Any:
+        return self.transform(image.convert("L"))
+
+
+def fit_transform(transform: Callable[[Any], Any], channels: int) -> Callable[[Any], Any]:
+    """`transform` of images in RGB, for a model of `channels` channels.
+
+    Raises:
+        ValueError: neither 1 nor 3 channels.
+    """
+    return transform if _check(channels) == COLOUR else GreyFirst(transform)
+
+
+def fit_images(images: Tensor, channels: int) -> Tensor:
+    """Grey images [B, 3, H, W], whose channels are equal up to scale, as [B, channels, H, W]."""
+    return images if _check(channels) == COLOUR else images.mean(1, keepdim=True)
+
+
+def _check(channels: int) -> int:
+    if channels not in (COLOUR, GREY):
+        raise ValueError(
+            f"images are read in {COLOUR} channels (RGB) or in {GREY} (grey), but the model takes {channels}"
+        )
+    return channels
