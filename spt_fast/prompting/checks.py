@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,17 @@ def check_block_input(x: Tensor, width: int, num_prefix_tokens: int, num_prompts
             f"so N must be at least {num_prefix_tokens + num_prompts + 1}, got {x.shape[1]}"
         )
     return num_patches
+
+
+def check_all_saved(tuned: nn.Module, saved: Iterable[Tensor]) -> None:
+    """ValueError where a parameter learns that is none of those `saved`."""
+    kept = {id(tensor) for tensor in saved}
+    others = [name for name, each in tuned.named_parameters() if each.requires_grad and id(each) not in kept]
+    if others:
+        raise ValueError(
+            f"save writes prompts and head, but {len(others)} other parameters learn ({', '.join(others[:3])}"
+            f"{', ...' if len(others) > 3 else ''}); save state_dict(), or freeze them again"
+        )
 
 
 def check_class_names(names: Sequence[str] | None, num_classes: int | None) -> None:

@@ -14,6 +14,7 @@ from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, image_dtyp
 from spt_fast.backbones.snapshot import ModelSnapshot, classifiers, replace_head
 from spt_fast.prompting.attention_maps import attention_maps_of, check_attention, choose_blocks
 from spt_fast.prompting.checks import (
+    check_all_saved,
     check_block_input,
     check_class_names,
     check_images,
@@ -331,13 +332,16 @@ class PromptedViT(nn.Module):
         """Write prompts and head, without the rest of the model, to a safetensors file; see `from_file`.
 
         Raises:
-            ValueError: `class_names` is set, but not one name for each logit.
+            ValueError: `class_names` is set, but not one name for each logit; or a parameter beside prompts
+                and head learns, which the file would not hold.
             FileExistsError: there is such a file, and not `overwrite`.
             FileNotFoundError: the folder does not exist.
         """
         self._check_not_released()
         check_class_names(self.class_names, getattr(self.model, "num_classes", None))
-        self._state().write(path, overwrite=overwrite)
+        state = self._state()
+        check_all_saved(self, state.tensors.values())
+        state.write(path, overwrite=overwrite)
 
     def load(self, path: str | os.PathLike[str], *, allow_other_backbone: bool = False) -> None:
         """Read prompts, head and names from a file of `save`; the model must have been built the same way.

@@ -927,6 +927,16 @@ class TestFiles:
         assert_same(fingerprint(model, images), before)
         assert PromptedViT(model, 3).num_prompts == 3
 
+    def test_what_the_user_has_unfrozen_is_not_lost(self, tuned: PromptedViT, tmp_path: Path) -> None:
+        tuned.model.blocks[1].norm1.requires_grad_(True)
+        with pytest.raises(
+            ValueError, match=r"2 other parameters learn \(model\.blocks\.1\.norm1\.weight, model\.blocks\.1"
+        ):
+            tuned.save(tmp_path / "tuned.safetensors")
+        assert not list(tmp_path.iterdir())
+        tuned.model.blocks[1].norm1.requires_grad_(False)
+        tuned.save(tmp_path / "tuned.safetensors")
+
     def test_existing_files_and_missing_folders_are_refused(self, tuned: PromptedViT, tmp_path: Path) -> None:
         path = tmp_path / "tuned.safetensors"
         path.write_text("mine")
@@ -1137,6 +1147,7 @@ class TestOtherModels:
             "num_heads": "3",
             "patch_size": "16x16",
             "image_size": "224x224",
+            "in_chans": "3",
         }
         assert (
             describe(PlainViT()).items()
