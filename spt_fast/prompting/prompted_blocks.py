@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spt_fast.backbones.snapshot import ModelSnapshot
+from spt_fast.backbones.snapshot import ModelSnapshot, Takeover
 from spt_fast.prompting.checks import check_block_call
 from spt_fast.prompting.engines import (
     KeysValues,
@@ -25,8 +25,8 @@ from spt_fast.prompting.engines import (
 )
 
 
-class PromptedBlocks:
-    """Runs the blocks of one model with the prompts of one `PromptedViT`.
+class PromptedBlocks(Takeover):
+    """Runs the blocks of one model with the prompts of one `PromptedViT`, to which it holds no reference.
 
     Args:
         parameters: the dict in which the `PromptedViT` keeps its parameter "prompts" [L or 1, N_p, D]. What
@@ -58,6 +58,7 @@ class PromptedBlocks:
 
         Shadowing `forward` on the instances leaves the module tree, its names and its hooks alone.
         """
+        self.snapshot = snapshot
         last = len(blocks := list(blocks)) - 1
         for index, block in enumerate(blocks):
             original = block.forward
@@ -127,13 +128,3 @@ class PromptedBlocks:
         if torch.is_grad_enabled() and prompts.requires_grad:
             return compute()
         return self.cache.get((index, number), prompts, dtype, compute)
-
-
-def check_free(blocks: Iterable[nn.Module]) -> None:
-    """ValueError where a block runs with the prompts of a `PromptedViT` already."""
-    for block in blocks:
-        forward = vars(block).get("forward")
-        if isinstance(forward, functools.partial) and isinstance(
-            getattr(forward.func, "__self__", None), PromptedBlocks
-        ):
-            raise ValueError("model already belongs to a PromptedViT; call its release() first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, image_dtype, num_prefix_tokens
-from spt_fast.backbones.snapshot import ModelSnapshot, classifiers, replace_head
+from spt_fast.backbones.snapshot import ModelSnapshot, check_free, classifiers, replace_head
 from spt_fast.prompting.attention_maps import attention_maps_of, check_attention, choose_blocks
 from spt_fast.prompting.checks import (
     check_all_saved,
@@ -27,7 +28,7 @@ from spt_fast.prompting.engines import KeysValuesCache, choose_engine
 from spt_fast.prompting.file_format import TunedState
 from spt_fast.prompting.initial_prompts import initial_prompts
 from spt_fast.prompting.nmi import check_finite_nmi, nmi_per_image
-from spt_fast.prompting.prompted_blocks import PromptedBlocks, check_free
+from spt_fast.prompting.prompted_blocks import PromptedBlocks
 from spt_fast.support.arguments import check_bool, check_choice, check_int
 from spt_fast.support.randomness import seeded
 
@@ -47,7 +48,8 @@ class PromptedViT(nn.Module):
     do hooks, on blocks and on their parts: with "kv" they see the tokens of the image; with "concat", hooks
     on parts see prompts behind them, [B, N + N_p, ...]. Prompts pass the parts of "kv" without calling hooks,
     so that what a hook changes in `norm1` or `attn.qkv` is changed for the tokens of the image only.
-    `release()` restores head, grad flags, training modes, weights and the forward of each block.
+    `release()` restores head, grad flags, training modes, weights and the forward of each block. So does
+    `spt_fast.release(model)`, and the end of the last reference to this object.
 
     Deep (eq. 6, 13): block i attends to its own prompts P_{i-1}, and their outputs are discarded.
     Shallow (eq. 4-5, 11-12): block 1 takes P_0 as tokens, and each later block takes their outputs.
@@ -112,7 +114,7 @@ class PromptedViT(nn.Module):
         check_choice("engine", engine, ("auto", "kv", "concat"))
         check_not_wrapped(model)
         blocks = get_blocks(model)
-        check_free(blocks)
+        check_free(model)
         check_bool("freeze_prompts", freeze_prompts)
         self.pool_prompts = check_bool("pool_prompts", pool_prompts)
         if self.pool_prompts:
@@ -130,8 +132,7 @@ class PromptedViT(nn.Module):
         self._blocks = PromptedBlocks(
             self._parameters, engine=self.engine, depth=depth, pool_prompts=self.pool_prompts
         )
-        # None once the model is released.
-        self._snapshot: ModelSnapshot | None = ModelSnapshot(model)
+        self._snapshot = ModelSnapshot(model)
         self.model = model
         try:
             self._take_over(blocks, num_classes)
@@ -141,6 +142,8 @@ class PromptedViT(nn.Module):
         # Without prompts there is nothing to learn; DDP would wait for a gradient that never comes.
         self.prompts = nn.Parameter(values, requires_grad=not freeze_prompts and values.numel() > 0)
         self.train(was_training)
+        # Nothing else refers to this object: without it the model is given back.
+        weakref.finalize(self, self._snapshot.restore, model).atexit = False
 
     @classmethod
     def from_file(
@@ -321,7 +324,7 @@ class PromptedViT(nn.Module):
     def train(self, mode: bool = True) -> PromptedViT:
         """Set the mode of the head and of the dropout before it; the backbone stays in evaluation mode."""
         super().train(mode)
-        if self._snapshot is not None:
+        if not self._snapshot.is_restored:
             self.model.eval()
             for module in (*classifiers(self.model), getattr(self.model, "head_drop", None)):
                 if module is not None:
@@ -367,11 +370,9 @@ class PromptedViT(nn.Module):
             RuntimeError: the model has been released before.
         """
         self._check_not_released()
-        assert self._snapshot is not None
         model = self.model
         del self.model
         self._snapshot.restore(model)
-        self._snapshot = None
         return model
 
     def extra_repr(self) -> str:
@@ -409,7 +410,6 @@ class PromptedViT(nn.Module):
     def _take_over(self, blocks: nn.ModuleList | nn.Sequential, num_classes: int | None) -> None:
         self.model.requires_grad_(False)
         replace_head(self.model, num_classes)
-        assert self._snapshot is not None
         if self.weight_dtype is not None:
             self._snapshot.cast_frozen_weights(self.model, self.weight_dtype)
         self._blocks.take_over(blocks, self._snapshot)
@@ -426,7 +426,7 @@ class PromptedViT(nn.Module):
             self._blocks.layers = None
 
     def _check_not_released(self) -> None:
-        if self._snapshot is None:
+        if self._snapshot.is_restored:
             raise RuntimeError(
                 "this PromptedViT has released its model; build a new one to use prompts again"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import re
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from spt_fast.backbones.anatomy import embed_dim, get_blocks, num_prefix_tokens
 from spt_fast.backbones.identity import describe
 from spt_fast.ops.nmi_reference import sigmoid_nmi_reference
 from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.prompting.release import release
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import read_safetensors, write_safetensors
 
@@ -564,6 +566,58 @@ class TestRelease:
         with pytest.raises(ValueError, match="model already belongs to a PromptedViT"):
             PromptedViT(tuned.model, make_prompts())
         PromptedViT(tuned.release(), make_prompts())
+
+    @pytest.mark.parametrize("engine", ["kv", "concat"])
+    def test_the_model_is_free_when_nothing_refers_to_its_owner(
+        self, engine: Any, make_random: MakeViT, images: Tensor
+    ) -> None:
+        """At once, without the garbage collector, so that a notebook's cell can be run again."""
+        model = make_random()
+        expected, head = model(images), model.head
+        gc.disable()
+        try:
+            for _ in range(2):
+                tuned = PromptedViT(model, make_prompts(), num_classes=4, engine=engine, weight_dtype="bf16")
+                tuned(images).sum().backward()
+                del tuned
+        finally:
+            gc.enable()
+        assert model.head is head
+        assert torch.equal(model(images), expected)
+
+    def test_a_model_is_released_without_its_owner(self, tuned: PromptedViT, images: Tensor) -> None:
+        model = tuned.model
+        with pytest.raises(ValueError, match=r"call its release\(\), or spt_fast\.release\(model\), first"):
+            PromptedViT(model, make_prompts())
+        assert release(model) is model
+        with pytest.raises(RuntimeError, match="has released its model"):
+            tuned(images)
+        other = PromptedViT(model, make_prompts())
+        del tuned
+        assert other(images).shape == (3, 5)
+        assert release(other) is model
+        with pytest.raises(ValueError, match="model must belong to a PromptedViT to be released, got Vision"):
+            release(model)
+        with pytest.raises(TypeError, match="model must be a Vision Transformer"):
+            release(nn.Linear(2, 2))
+
+    def test_a_copy_goes_on_when_the_original_ends(self, make_random: MakeViT, images: Tensor) -> None:
+        tuned = PromptedViT(make_random(), make_prompts())
+        expected = tuned(images)
+        other = copy.deepcopy(tuned)
+        del tuned
+        assert torch.equal(other(images), expected)
+        assert other.release()(images).shape == (3, 5)
+
+    def test_prototypes_of_prompted_tokens_are_refused(self, tuned: PromptedViT, images: Tensor) -> None:
+        model = tuned.model
+        for given in (model, torch.compile(model)):
+            with pytest.raises(
+                ValueError, match="model already belongs to a PromptedViT, so that its tokens"
+            ):
+                build_prototypes(given, [images], num_prompts=2, progress=False)
+        tuned.release()
+        assert build_prototypes(model, [images], num_prompts=2, progress=False).prompts.isfinite().all()
 
     def test_failed_take_over_leaves_the_model_alone(self, make_random: MakeViT, images: Tensor) -> None:
         model = make_random().train()
