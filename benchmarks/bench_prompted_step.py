@@ -307,7 +307,7 @@ def report_prompt_keys(options: argparse.Namespace) -> None:
 
     def layers(prompts: Tensor) -> Tensor:
         pairs = zip(model.blocks, prompts.unbind(0), strict=True)
-        found = [prompt_keys_values(block, layer)[0] for block, layer in pairs]
+        found = [prompt_keys_values(block.norm1, block.attn, layer) for block, layer in pairs]
         return torch.stack([torch.cat(both).transpose(0, 1).flatten(1) for both in found])
 
     def batched(prompts: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from spt_fast.ops.cka import cka
 from spt_fast.ops.nmi import sigmoid_nmi
 from spt_fast.ops.prompt_attention import prompt_attention
 from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.prompting.release import release
 from spt_fast.prototypes import Prototypes, build_prototypes
 from spt_fast.support.errors import NonFiniteError, NotFittedError
 
@@ -27,5 +28,6 @@ __all__ = [
     "cka",
     "nearest_patches",
     "prompt_attention",
+    "release",
     "sigmoid_nmi",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Called with the index of a block and the tokens [B, N, D] that enter it.
@@ -133,6 +134,19 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
         "model must state the size of its patches as `.patch_embed.patch_size`, "
         f"which {type(model).__name__} does not"
     )
+
+
+def image_dtype(model: nn.Module) -> torch.dtype:
+    """The floating-point dtype in which `model` takes images: that of its patch embedding.
+
+    Where it has none, or one without weights, that of its first parameter or buffer; float32 without any.
+    """
+    for part in (getattr(model, "patch_embed", None), model):
+        if isinstance(part, nn.Module):
+            for tensor in (*part.parameters(), *part.buffers()):
+                if tensor.is_floating_point():
+                    return tensor.dtype
+    return torch.float32
 
 
 def _hand_input(

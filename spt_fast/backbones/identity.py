@@ -23,9 +23,12 @@ _FACTS_TO_ALLOW = {
     "num_heads",
     "patch_size",
     "image_size",
+    "in_chans",
     "architecture",
     *_FINGERPRINTS,
 }
+# By which a command opens a model with such a fact.
+_OPTIONS = {"image_size": "--img-size", "in_chans": "--in-chans"}
 _SAMPLES_PER_TENSOR = 4
 _LEAST_SAMPLES = 64
 # A weight that goes through float16 to bfloat16 ends one bfloat16 step beside the weight that goes there
@@ -40,8 +43,8 @@ def describe(model: nn.Module) -> dict[str, str]:
     """Facts by which backbones differ, as metadata of saved files; those that the model states.
 
     Keys: `num_blocks` (L), `width` (D), `num_prefix_tokens`, `num_heads`, `patch_size` and `image_size`
-    ("16x16", height first), `architecture` (timm's, with the tag of its pretrained weights, such as
-    "vit_base_patch16_224.mae") and `fingerprint`, of the weights of embedding and blocks.
+    ("16x16", height first), `in_chans` (of an image), `architecture` (timm's, with the tag of its pretrained
+    weights, such as "vit_base_patch16_224.mae") and `fingerprint`, of the weights of embedding and blocks.
     """
     patch_embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
     heads = getattr(getattr(get_blocks(model)[0], "attn", None), "num_heads", None)
@@ -52,6 +55,7 @@ def describe(model: nn.Module) -> dict[str, str]:
         "num_heads": None if heads is None else str(heads),
         "patch_size": _size(getattr(patch_embed, "patch_size", None)),
         "image_size": _size(getattr(patch_embed, "img_size", None)),
+        "in_chans": _channels(patch_embed),
         "architecture": _architecture(model),
         "fingerprint": fingerprint(_weights(model)[0]),
     }
@@ -112,6 +116,8 @@ def check_facts(
         )
     else:
         reason = f"is for {name} {found[name]!r}, but this model has {expected[name]!r}"
+        if name in _OPTIONS:
+            reason += f" (open it with {_OPTIONS[name]} {found[name]})"
     if set(wrong) <= _FACTS_TO_ALLOW:
         reason += "; to use it all the same, give allow_other_backbone=True (--allow-other-backbone)"
     raise ValueError(f"{os.fspath(source)} {reason}")
@@ -208,6 +214,14 @@ def _size(given: Any) -> str | None:
         return None
     height, width = (given, given) if isinstance(given, int) else given
     return f"{height}x{width}"
+
+
+def _channels(patch_embed: Any) -> str | None:
+    projection = getattr(patch_embed, "proj", None)
+    # Of a hybrid model it projects features of a network, not an image.
+    if not isinstance(projection, nn.Conv2d) or hasattr(patch_embed, "backbone"):
+        return None
+    return str(projection.in_channels)
 
 
 def _architecture(model: nn.Module) -> str | None:

@@ -13,11 +13,13 @@ from torch import nn
 
 from spt_fast.backbones.checkpoints import LoadReport, load_state, load_weights
 from spt_fast.data.shipped import load_backbone
-from spt_fast.support.errors import first_line
+from spt_fast.support.errors import first_line, one_line
 from spt_fast.support.files import check_input_path
 from spt_fast.support.randomness import seeded
 
 SHIPPED_MODEL = "shipped"
+# Options of `timm.create_model` that `open_model` gives itself, or that make another kind of model.
+_SET_HERE = {"num_classes", "pretrained", "checkpoint_path", "features_only", "scriptable", "exportable"}
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -37,23 +39,34 @@ def open_model(
             weights, the same in every process. The caller's random generators do not advance.
         checkpoint: file with weights for the timm model `name`, in one of the layouts of docs/weights.md.
             One line on stderr says what was renamed, resized and left out.
-        model_options: of `timm.create_model`, such as {"global_pool": "avg", "img_size": 384}.
+        model_options: of `timm.create_model`, such as {"global_pool": "avg", "img_size": 384, "in_chans": 1}.
+            timm resizes position embeddings; `pretrained_cfg` of the model states the images that it takes.
 
     Raises:
         FileNotFoundError: a file that does not exist.
-        ValueError: no such model, a checkpoint that does not fit it, or options for a model not of timm.
+        ValueError: no such model, a checkpoint that does not fit it, options that it does not take, or
+            options for a model not of timm.
         RuntimeError: the pretrained weights cannot be loaded.
     """
     if checkpoint is not None:
         check_input_path(checkpoint, argument="checkpoint")
     if model_options and (name == SHIPPED_MODEL or Path(name).is_file()):
-        raise ValueError(f"model_options are for models of timm, got {dict(model_options)} for {name}")
+        raise ValueError(
+            f"model_options are for models of timm, got {dict(model_options)} for {name} "
+            "(--img-size, --in-chans, --model-option)"
+        )
     if name == SHIPPED_MODEL:
         return load_backbone()
     if Path(name).is_file():
         return load_backbone(name)
     _check_timm_name(name)
-    return _timm_model(name, pretrained, checkpoint, dict(model_options or {})).eval()
+    options = dict(model_options or {})
+    set_here = sorted(_SET_HERE & options.keys())
+    if set_here:
+        raise ValueError(f"model_options must not set {', '.join(set_here)}, which open_model sets")
+    model = _timm_model(name, pretrained, checkpoint, options).eval()
+    _state_input(model)
+    return model
 
 
 def _check_timm_name(name: str) -> None:
@@ -72,22 +85,52 @@ def _check_timm_name(name: str) -> None:
 def _timm_model(
     name: str, pretrained: bool, checkpoint: str | Path | None, options: dict[str, Any]
 ) -> nn.Module:
-    import timm
-
-    options = {**options, "num_classes": 0}
     if checkpoint is not None:
-        return _with_checkpoint(timm.create_model(name, pretrained=False, **options), checkpoint)
+        return _with_checkpoint(_without_weights(name, options), checkpoint)
+    if not pretrained:
+        return _without_weights(name, options)
     try:
-        model = _with_pretrained(name, options) if pretrained else timm.create_model(name, **options)
+        return _with_pretrained(name, {**options, "num_classes": 0})
     # Hub clients raise different errors without a network, depending on their version.
     except Exception as error:
-        if not pretrained:
-            raise
+        if options:
+            _without_weights(name, options)
         raise RuntimeError(
             f"pretrained weights of {name} could not be had ({first_line(error)}); "
             "offline, give --checkpoint FILE, or --no-pretrained for random weights"
         ) from error
+
+
+def _without_weights(name: str, options: dict[str, Any]) -> nn.Module:
+    """The model with random weights; ValueError where it does not take the options."""
+    import timm
+
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+    # Models check their options in different ways, or not at all.
+    except Exception as error:
+        if not options:
+            raise
+        raise ValueError(f"model_options {options} do not fit {name}: {one_line(error)}") from error
     return model
+
+
+def _state_input(model: nn.Module) -> None:
+    """Let `pretrained_cfg` state the images that the model takes; timm's is that of its weights."""
+    config: Any = getattr(model, "pretrained_cfg", None)
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if not isinstance(config, dict) or not config.get("input_size") or first is None:
+        return
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    input_size = (first.in_channels, *(size or config["input_size"][1:]))
+    if input_size == tuple(config["input_size"]):
+        return
+    pixels = {
+        key: (sum(config[key]) / len(config[key]),) * first.in_channels
+        for key in ("mean", "std")
+        if config.get(key) and len(config[key]) != first.in_channels
+    }
+    vars(model).update(pretrained_cfg={**config, "input_size": input_size, **pixels})
 
 
 def _with_pretrained(name: str, options: dict[str, Any]) -> nn.Module:

@@ -6,6 +6,9 @@ Knows nothing of prompts; `PromptedViT` is its only user.
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,14 +19,19 @@ _CAST_MODULES = (nn.Linear, nn.Conv2d)
 
 
 class ModelSnapshot:
-    """What is needed to restore a model: head, grad flags, training modes, forwards, weights."""
+    """What is needed to restore a model: head, grad flags, training modes, forwards, weights.
+
+    Attributes:
+        is_restored: whether `restore` has been called; it does nothing the second time.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        self.is_restored = False
         self._grad_flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._training = {name: module.training for name, module in model.named_modules()}
         self._children = dict(model._modules)
         self._attributes = dict(vars(model))
-        self._forwards = [vars(block).get("forward") for block in get_blocks(model)]
+        self._forwards: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         self._placement = placement(model)
         self._originals: list[tuple[nn.Module, str, nn.Parameter]] = []
 
@@ -40,14 +48,22 @@ class ModelSnapshot:
                         module._parameters[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
         self._placement = placement(model)
 
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Let `module` run `forward`, with its hooks around it."""
+        self._forwards.append((module, vars(module).get("forward")))
+        setattr(module, "forward", forward)  # noqa: B010
+
     def restore(self, model: nn.Module) -> None:
         """Make `model` what it was, on the device and in the dtype that it has now."""
+        if self.is_restored:
+            return
+        self.is_restored = True
         now = placement(model)
-        for block, forward in zip(get_blocks(model), self._forwards, strict=True):
+        for module, forward in reversed(self._forwards):
             if forward is None:
-                vars(block).pop("forward", None)
+                vars(module).pop("forward", None)
             else:
-                setattr(block, "forward", forward)  # noqa: B010
+                setattr(module, "forward", forward)  # noqa: B010
         for module, name, parameter in self._originals:
             module._parameters[name] = parameter
         model._modules.clear()
@@ -69,6 +85,31 @@ class ModelSnapshot:
             classifier.to(device, dtype)
         for _, _, parameter in self._originals:
             parameter.data = parameter.data.to(device, dtype)
+
+
+class Takeover:
+    """Base of what replaces the forward of blocks, by its methods in `functools.partial`."""
+
+    snapshot: ModelSnapshot
+
+
+def find_takeover(model: nn.Module) -> Takeover | None:
+    """What the blocks of `model` run with, or None where the model is free."""
+    for block in get_blocks(model):
+        forward = vars(block).get("forward")
+        owner = getattr(forward.func, "__self__", None) if isinstance(forward, functools.partial) else None
+        if isinstance(owner, Takeover):
+            return owner
+    return None
+
+
+def check_free(model: nn.Module) -> None:
+    """ValueError where the blocks of `model` run with prompts."""
+    if find_takeover(model) is not None:
+        raise ValueError(
+            "model already belongs to a PromptedViT, so that its tokens depend on prompts; "
+            "call its release(), or spt_fast.release(model), first"
+        )
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -13,7 +13,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, num_prefix_tokens, unwrap
+from spt_fast.backbones.anatomy import (
+    block_input_hooks,
+    get_blocks,
+    image_dtype,
+    num_prefix_tokens,
+    unwrap,
+)
 from spt_fast.support.arguments import check_choice
 from spt_fast.support.waiting import move
 
@@ -70,7 +76,7 @@ class TokenExtractor:
         self._callback = callback
         self._last_output = last_output
         self.n_layers = len(self._blocks) if depth == "deep" else 1
-        self.device, self._dtype = _device_and_dtype(self._model)
+        self.device, self._dtype = _device_of(self._model), image_dtype(self._model)
         self._amp_dtype = _choose_amp_dtype(amp_dtype, self.device)
         self._cleanup = ExitStack()
         self._entered = False
@@ -211,10 +217,10 @@ def _patch_embed_of(model: nn.Module) -> nn.Module:
     return patch_embed
 
 
-def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _device_of(model: nn.Module) -> torch.device:
     floating = (p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point())
     anchor = next(floating, None)
-    return (torch.device("cpu"), torch.float32) if anchor is None else (anchor.device, anchor.dtype)
+    return torch.device("cpu") if anchor is None else anchor.device
 
 
 def _choose_amp_dtype(given: torch.dtype | None, device: torch.device) -> torch.dtype | None:

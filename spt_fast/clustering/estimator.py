@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spt_fast.clustering.frame import Frame, in_frames, scales
 from spt_fast.clustering.inputs import (
     ArrayLike,
     as_groups,
@@ -33,7 +35,7 @@ Array = Any  # a tensor, or a NumPy array where the data came as something else 
 class Clustering:
     """Centres of G independent problems, on the CPU."""
 
-    centers: Tensor  # [G, K, D] float32
+    centers: Tensor  # [G, K, D] float32; float64 where float32 cannot hold them
     counts: Tensor  # [G, K] float64: tokens (or their weight) of each centre
     inertia: Tensor  # [G] float64: sum of squared distances of the tokens (times their weight)
     n_iter: tuple[int, ...]  # Lloyd iterations of each problem
@@ -64,7 +66,7 @@ class ClusteringEstimator(Parameters):
 
     _backends: tuple[str, ...] = BACKENDS
     _from_tensor = True  # whether the data came as a tensor
-    # Data [G, M, D] and centres [G, K, D] of the last fit until its labels are asked for.
+    # Data [G, M, D] and centres [G, K, D] of the last fit, in its frames, until its labels are asked for.
     _unlabelled: tuple[Tensor, Tensor] | None = None
     _labels: Tensor | None = None  # [G, M]
 
@@ -81,6 +83,10 @@ class ClusteringEstimator(Parameters):
         """The clustering found; NotFittedError before any data."""
         raise NotImplementedError
 
+    def _frames(self) -> Sequence[Frame | None]:
+        """That of each group; NotFittedError before any data."""
+        raise NotImplementedError
+
     def __sklearn_is_fitted__(self) -> bool:
         try:
             return self.n_features_in_ > 0
@@ -95,7 +101,11 @@ class ClusteringEstimator(Parameters):
 
     @property
     def cluster_centers_(self) -> Array:
-        """Centres [K, D], or [G, K, D] where n_groups > 1; float32."""
+        """Centres [K, D], or [G, K, D] where n_groups > 1; float32.
+
+        float64 where X was float64 or integers and float32 cannot hold them: where the data lie more than 16
+        times as far from zero as they are wide, are narrower than 2**-40 or larger than 2**40.
+        """
         return self._attribute(self._result().centers)
 
     @property
@@ -143,11 +153,15 @@ class ClusteringEstimator(Parameters):
         return _like(X, self._nearest(*self._match(X)))
 
     def transform(self, X: ArrayLike) -> Array:
-        """Distances to every centre, float32: [M, K], or [G, M, K] where n_groups > 1."""
+        """Distances to every centre, [M, K], or [G, M, K] where n_groups > 1; in the dtype of the centres."""
         tokens, centers = self._match(X)
         squared = squared_distances(tokens, centers, shift=centers.mean(1), backend=self._kernel())
         _refuse_non_finite(tokens, squared.sum())
-        return _like(X, squared.sqrt())
+        distances = squared.sqrt()
+        if any(self._frames()):
+            factors = scales(self._frames()).to(distances.device)[:, None, None]
+            distances = (distances.double() * factors).to(self._result().centers.dtype)
+        return _like(X, distances)
 
     def score(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> Array:
         """Minus the sum of squared distances of X to the nearest centres, scalar or [G]; float64.
@@ -160,7 +174,8 @@ class ClusteringEstimator(Parameters):
             tokens, centers, shift=centers.mean(1), weights=weights, backend=self._kernel()
         )
         _refuse_non_finite(tokens, assigned.inertia)
-        return _like(X, -assigned.inertia)
+        factors = scales(self._frames()).to(assigned.inertia.device)
+        return _like(X, -assigned.inertia * factors.square())
 
     def fit_predict(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> Array:
         """`fit(X)`, then `labels_`."""
@@ -176,10 +191,11 @@ class ClusteringEstimator(Parameters):
         """Cluster X."""
         raise NotImplementedError
 
-    def _remember(self, X: ArrayLike, tokens: Tensor, result: Clustering) -> None:
-        """Note what was fitted, for the kind of the results and for `labels_`."""
+    def _remember(self, X: ArrayLike, tokens: Tensor) -> None:
+        """Note what was fitted, for the kind of the results and for `labels_`; `tokens` are in its frames."""
         self._from_tensor = isinstance(X, Tensor)
-        self._unlabelled, self._labels = (tokens, result.centers), None
+        centers = in_frames(self._result().centers, self._frames())
+        self._unlabelled, self._labels = (tokens, centers), None
 
     def _attribute(self, value: Tensor) -> Array:
         value = value[0] if len(value) == 1 else value
@@ -199,10 +215,11 @@ class ClusteringEstimator(Parameters):
         return assigned.labels.long()
 
     def _match(self, X: ArrayLike) -> tuple[Tensor, Tensor]:
-        centers = self._result().centers
+        """X and the centres, in the frames of the data that were fitted."""
+        centers, frames = self._result().centers, self._frames()
         tokens = as_groups(X, len(centers))
         check_width(tokens, centers.shape[-1], type(self).__name__)
-        return tokens, centers.to(tokens.device)
+        return in_frames(tokens, frames), in_frames(centers, frames).to(tokens.device)
 
 
 def not_fitted(
@@ -234,7 +251,8 @@ def warn_of_empty_clusters(result: Clustering) -> None:
     fewest = int((result.counts > 0).sum(dim=1).min())
     if fewest < n_clusters:
         warnings.warn(
-            f"only {fewest} of n_clusters={n_clusters} clusters hold tokens: X has too few distinct ones",
+            f"only {fewest} of n_clusters={n_clusters} clusters hold tokens: X has too few distinct ones "
+            "in float32",
             stacklevel=3,
         )
 

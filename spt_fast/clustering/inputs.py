@@ -1,7 +1,4 @@
-"""Checks and conversions of what users hand to the estimators.
-
-Whatever is not float32, float16 or bfloat16 is converted to float32: integers above 2**24 are rounded.
-"""
+"""Checks and conversions of what users hand to the estimators; `frame.py` brings it to what kernels read."""
 
 from __future__ import annotations
 
@@ -12,17 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spt_fast.ops.kmeans import TOKEN_DTYPES
 from spt_fast.support.errors import NonFiniteError
 
 ArrayLike = Any  # a torch tensor, a NumPy array, or anything numpy.asarray understands
 
 
 def as_tokens(X: ArrayLike, device: torch.device | None = None, name: str = "X") -> Tensor:
-    """A tensor of a dtype the kernels read; arrays and tensors of such a dtype are not copied.
-
-    float64 and integers are converted to float32.
-    """
+    """A tensor of real numbers in the dtype of X; arrays and tensors are not copied."""
     if getattr(X, "is_sparse", False) or hasattr(X, "toarray"):
         raise TypeError(f"{name} must be dense, got a sparse {type(X).__name__}")
     tensor = X if isinstance(X, Tensor) else _from_array(np.asarray(X), name)
@@ -31,8 +24,6 @@ def as_tokens(X: ArrayLike, device: torch.device | None = None, name: str = "X")
     if tensor.dtype is torch.bool:
         raise TypeError(f"{name} must hold real numbers, got {tensor.dtype}")
     tensor = tensor.detach()
-    if tensor.dtype not in TOKEN_DTYPES:
-        tensor = tensor.float()
     return tensor if device is None else tensor.to(device)
 
 
@@ -96,17 +87,14 @@ def as_weights(
 
 
 def raise_non_finite(tokens: Tensor) -> None:
-    """Raise the error that names the first row of [..., D] that is not finite, or too large to square.
-
-    `tokens` may have been converted to float32, in which large float64 numbers are infinite.
-    """
+    """Raise the error that names the first row of [..., D] that is not finite, or too large to square."""
     rows = tokens.reshape(-1, tokens.shape[-1])
     for start in range(0, len(rows), 4096):
         bad = ~torch.isfinite(rows[start : start + 4096]).all(dim=1)
         if bool(bad.any()):
             row = start + int(bad.nonzero()[0, 0])
             raise NonFiniteError(
-                f"X must be finite in float32, but row {row} holds NaN, infinity or numbers beyond that",
+                f"X must be finite, but row {row} holds NaN, infinity or numbers that float32 cannot hold",
                 row=row,
             )
     row = int(rows.float().abs().amax(dim=1).argmax())

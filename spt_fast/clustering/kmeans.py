@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +19,19 @@ from spt_fast.clustering.estimator import (
     not_fitted,
     warn_of_empty_clusters,
 )
+from spt_fast.clustering.frame import Frame, find_frame, in_frame, out_of_frames, scales
 from spt_fast.clustering.inputs import ArrayLike, as_groups, as_weights, raise_non_finite
 from spt_fast.clustering.lloyd import MAX_ITER, N_INIT, TOL, LloydResult, lloyd
 from spt_fast.clustering.moments import moments
 from spt_fast.clustering.seeding import equal_parts, kmeans_plus_plus, random_tokens
 from spt_fast.clustering.weighted import WeightedTokens
-from spt_fast.ops.kmeans import BACKENDS
+from spt_fast.ops.kmeans import BACKENDS, TOKEN_DTYPES
 from spt_fast.support.arguments import check_int, check_number
 
 SEEDING_TOKENS = 65_536
 SEEDING_TOKENS_PER_CLUSTER = 256
+# Between them, float32 holds the squares of distances with all of their digits.
+LEAST_VARIANCE, MOST_VARIANCE = 2.0**-60, 2.0**80
 INITS = ("k-means++", "random", "uniform")
 
 
@@ -58,6 +62,7 @@ class KMeans(ClusteringEstimator):
 
     _backends = (*BACKENDS, "faiss")
     _fitted: Clustering | None = None
+    _found_frames: tuple[Frame | None, ...] = ()
 
     def __init__(
         self,
@@ -87,7 +92,8 @@ class KMeans(ClusteringEstimator):
 
         Args:
             X: [M, D] (one group) or [G, M, D]; float32, float16 or bfloat16 are read in place, memory
-                maps too; other real dtypes are converted to float32.
+                maps too; other real dtypes are converted to float32. Where float32 cannot tell them apart,
+                or cannot square their distances, a copy is moved and scaled first.
             y: ignored; pipelines pass it.
             sample_weight: a weight >= 0 for each token, [M] or [G, M]; None: one.
 
@@ -100,21 +106,23 @@ class KMeans(ClusteringEstimator):
         n_init, max_iter = check_int("n_init", self.n_init, 1), check_int("max_iter", self.max_iter, 1)
         tol = check_number("tol", self.tol, 0)
         iterate = faiss_backend.lloyd if self.backend == "faiss" else lloyd
-        tokens = as_groups(X, settings.n_groups)
-        check_enough(tokens.shape[1], settings.n_clusters)
-        weights = as_weights(sample_weight, tuple(tokens.shape[:2]), tokens.device)
-        start = self._start_maker(tokens, settings.n_clusters, isinstance(X, Tensor))
-        results = []
+        given = as_groups(X, settings.n_groups)
+        check_enough(given.shape[1], settings.n_clusters)
+        weights = as_weights(sample_weight, tuple(given.shape[:2]), given.device)
+        start = self._start_maker(given, settings.n_clusters, isinstance(X, Tensor))
+        problems, results = [], []
         for g in range(settings.n_groups):
             rng = np.random.default_rng([settings.seed, g])
-            problem, variance = _measure(tokens[g], None if weights is None else weights[g], self._kernel())
+            problem = _measure(given[g], None if weights is None else weights[g], self._kernel())
             runs = (
-                iterate(problem, centers, max_iter=max_iter, shift_tolerance=variance * tol)
+                iterate(problem.tokens, centers, max_iter=max_iter, shift_tolerance=problem.variance * tol)
                 for centers in start(problem, g, n_init, rng)
             )
+            problems.append(problem)
             results.append(min(runs, key=lambda run: run.inertia))
-        self._fitted = _collect(results)
-        self._remember(X, tokens, self._fitted)
+        self._found_frames = tuple(problem.frame for problem in problems)
+        self._fitted = _collect(results, self._found_frames)
+        self._remember(X, _together([problem.tokens.tokens for problem in problems], given))
         warn_of_empty_clusters(self._fitted)
         return self
 
@@ -123,30 +131,45 @@ class KMeans(ClusteringEstimator):
             raise not_fitted(self, "fit")
         return self._fitted
 
-    def _start_maker(self, tokens: Tensor, n_clusters: int, from_tensor: bool) -> StartMaker:
-        """The function (problem, group, n_init, rng) -> starting centres that `init` stands for."""
+    def _frames(self) -> tuple[Frame | None, ...]:
+        return self._found_frames
+
+    def _start_maker(self, given: Tensor, n_clusters: int, from_tensor: bool) -> StartMaker:
+        """The function (problem, group, n_init, rng) -> starting centres that `init` stands for.
+
+        `given` [G, M, D] are the tokens as the user has them, outside of the frames.
+        """
         init = self.init
         if callable(init):
             return lambda problem, g, n_init, rng: (
-                _ask_for_centers(init, problem, n_clusters, rng, from_tensor) for _ in range(n_init)
+                _ask_for_centers(init, given[g], problem, n_clusters, rng, from_tensor) for _ in range(n_init)
             )
         if not isinstance(init, str):
-            given = _check_centers(init, (len(tokens), n_clusters, tokens.shape[-1]), tokens.device)
-            return lambda problem, g, n_init, rng: iter([given[g]])
+            shape = (len(given), n_clusters, given.shape[-1])
+            centers = _check_centers(init, shape, given.device)
+            return lambda problem, g, n_init, rng: iter([_centers_in(problem.frame, centers[g])])
         if init not in INITS:
             raise ValueError(
                 f"init must be {', '.join(map(repr, INITS))}, an array of centres or a callable, got {init!r}"
             )
         if init == "uniform":
-            return lambda problem, g, n_init, rng: iter([equal_parts(problem, n_clusters)])
+            return lambda problem, g, n_init, rng: iter([equal_parts(problem.tokens, n_clusters)])
         if init == "random":
             return lambda problem, g, n_init, rng: (
-                random_tokens(problem, n_clusters, rng) for _ in range(n_init)
+                random_tokens(problem.tokens, n_clusters, rng) for _ in range(n_init)
             )
-        return lambda problem, g, n_init, rng: _greedy_starts(problem, n_clusters, n_init, rng)
+        return lambda problem, g, n_init, rng: _greedy_starts(problem.tokens, n_clusters, n_init, rng)
 
 
-StartMaker = Callable[[WeightedTokens, int, int, np.random.Generator], Iterator[Tensor]]
+class _Problem(NamedTuple):
+    """One group's tokens, in its frame, and the mean variance of their features."""
+
+    tokens: WeightedTokens
+    variance: float
+    frame: Frame | None
+
+
+StartMaker = Callable[[_Problem, int, int, np.random.Generator], Iterator[Tensor]]
 
 
 def _greedy_starts(
@@ -163,40 +186,71 @@ def seeding_size(n_clusters: int) -> int:
 
 def _ask_for_centers(
     init: Callable[..., ArrayLike],
-    problem: WeightedTokens,
+    given: Tensor,
+    problem: _Problem,
     n_clusters: int,
     rng: np.random.Generator,
     from_tensor: bool,
 ) -> Tensor:
     """Centres [K, D] from the user's function, which sees the kind of array that `fit` was given."""
-    tokens = problem.tokens
+    tokens = problem.tokens.tokens if problem.frame is None else given
     random_state = np.random.RandomState(int(rng.integers(2**32)))
     centers = init(tokens if from_tensor else tokens.numpy(), n_clusters, random_state=random_state)
-    return _check_centers(centers, (1, n_clusters, tokens.shape[-1]), tokens.device)[0]
+    shape = (1, n_clusters, tokens.shape[-1])
+    return _centers_in(problem.frame, _check_centers(centers, shape, tokens.device)[0])
 
 
 def _check_centers(init: ArrayLike, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """A float32 copy [G, K, D] of starting centres."""
-    centers = as_groups(init, shape[0], device, "init").float()
+    """Starting centres [G, K, D]."""
+    centers = as_groups(init, shape[0], device, "init")
     if tuple(centers.shape) != shape:
         raise ValueError(f"init must be {list(shape)}, got {list(centers.shape)}")
+    _check_finite_centers(centers)
+    return centers
+
+
+def _centers_in(frame: Frame | None, centers: Tensor) -> Tensor:
+    """A float32 copy of starting centres [K, D], in the frame of the data."""
+    inside = in_frame(centers, frame).float()
+    _check_finite_centers(inside)
+    return inside.clone()
+
+
+def _check_finite_centers(centers: Tensor) -> None:
     if not bool(torch.isfinite(centers).all()):
         raise ValueError("init must be finite, but it holds NaN or infinity")
-    return centers.clone()
 
 
-def _measure(tokens: Tensor, weights: Tensor | None, backend: str) -> tuple[WeightedTokens, float]:
-    """The problem of one group's tokens [M, D], and the mean variance of its features."""
+def _measure(given: Tensor, weights: Tensor | None, backend: str) -> _Problem:
+    """The problem of one group's tokens [M, D].
+
+    Those that kernels read in place are looked at for a frame only if they seem to need one.
+    """
+    frame = None if given.dtype in TOKEN_DTYPES else find_frame(given)
+    tokens = in_frame(given, frame)
     found = moments(OneChunk(tokens), weights, backend=backend)
+    if frame is None and not LEAST_VARIANCE <= found.variance <= MOST_VARIANCE:
+        frame = find_frame(given)
+        if frame is not None:
+            tokens = frame.inside(given)
+            found = moments(OneChunk(tokens), weights, backend=backend)
     if not math.isfinite(found.variance):
         raise_non_finite(tokens)
-    return WeightedTokens(tokens, weights, found.mean, backend), found.variance
+    return _Problem(WeightedTokens(tokens, weights, found.mean, backend), found.variance, frame)
 
 
-def _collect(results: list[LloydResult]) -> Clustering:
+def _together(groups: list[Tensor], given: Tensor) -> Tensor:
+    """Tokens [G, M, D] of all groups; without a copy where each is as it was given, or is alone."""
+    if all(group.data_ptr() == one.data_ptr() for group, one in zip(groups, given, strict=True)):
+        return given
+    return groups[0][None] if len(groups) == 1 else torch.stack([group.float() for group in groups])
+
+
+def _collect(results: list[LloydResult], frames: Sequence[Frame | None]) -> Clustering:
+    inertia = torch.tensor([result.inertia for result in results], dtype=torch.float64)
     return Clustering(
-        centers=torch.stack([result.centers.cpu() for result in results]),
+        centers=out_of_frames(torch.stack([result.centers.cpu() for result in results]), frames),
         counts=torch.stack([result.counts.cpu() for result in results]),
-        inertia=torch.tensor([result.inertia for result in results], dtype=torch.float64),
+        inertia=inertia * scales(frames).square(),
         n_iter=tuple(result.n_iter for result in results),
     )

@@ -99,7 +99,7 @@ class OutOfCoreKMeans:
     def _greedy_starts(self, n_clusters: int, n_init: int, rng: np.random.Generator) -> Tensor:
         """By k-means++ on a uniform sample of all tokens."""
         sample = WeightedTokens(self._sample(seeding_size(n_clusters), rng), None, self._mean, self._backend)
-        starts = torch.empty(0, n_clusters, self._width, device=self._tokens.device)
+        starts = torch.empty(0, n_clusters, self._width, dtype=torch.float32, device=self._tokens.device)
         if self._processes.rank == 0:
             starts = torch.stack([kmeans_plus_plus(sample, n_clusters, rng) for _ in range(n_init)])
         return self._processes.concatenate(starts)

@@ -13,6 +13,7 @@ from spt_fast.clustering.estimator import (
     not_fitted,
     warn_of_empty_clusters,
 )
+from spt_fast.clustering.frame import Frame, in_frames
 from spt_fast.clustering.inputs import (
     ArrayLike,
     as_groups,
@@ -25,6 +26,7 @@ from spt_fast.clustering.inputs import (
 from spt_fast.clustering.reservoir import PriorityReservoir
 from spt_fast.clustering.summary import Summary
 from spt_fast.clustering.token_stream import TokenStream
+from spt_fast.ops.kmeans import TOKEN_DTYPES
 from spt_fast.support.arguments import check_int
 from spt_fast.support.distributed import Processes
 
@@ -90,7 +92,9 @@ class StreamingKMeans(ClusteringEstimator):
         Args:
             X: [M, D] (one group) or [G, M, D]; with `group`, [..., D] for that group alone, read in
                 place also when its leading dimensions are strided. float32, float16 or bfloat16, the
-                same in every batch; other real dtypes are converted to float32.
+                same in every batch; other real dtypes are converted to float32. Where float32 cannot tell
+                the tokens of the first batch apart, or cannot square their distances, those of all batches
+                are moved and scaled like them; float32 and narrower with `group` are read as they are.
             y: ignored; pipelines pass it.
             sample_weight: a weight >= 0 for each token, [M], [G, M] or, with `group`, [...]; None: one.
             group: the one group to update; None updates all.
@@ -118,7 +122,8 @@ class StreamingKMeans(ClusteringEstimator):
         for i, (g, batch) in enumerate(zip(groups, batches, strict=True)):
             weight = None if weights is None else weights[i]
             seeds = [settings.seed, g]
-            stream = streams[g] or TokenStream.start(batch, weight, capacity, seeds, self.backend)
+            in_place = group is not None and batch.dtype in TOKEN_DTYPES
+            stream = streams[g] or TokenStream.start(batch, capacity, seeds, self.backend, in_place)
             update = stream.prepare(batch, weight)
             # Waits for the device: nothing may be taken in where a token is bad.
             if int(update.bad_row) >= 0:
@@ -148,7 +153,8 @@ class StreamingKMeans(ClusteringEstimator):
         stream = streams[group]
         if stream is None:
             capacity = resolve_capacity(self.capacity, settings.n_clusters)
-            stream = TokenStream.start(batch, None, capacity, [settings.seed, group], self.backend)
+            in_place = batch.dtype in TOKEN_DTYPES
+            stream = TokenStream.start(batch, capacity, [settings.seed, group], self.backend, in_place)
         check_width(batch, stream.width, type(self).__name__)
         update = stream.prepare(batch, None)
         update.commit()
@@ -168,7 +174,7 @@ class StreamingKMeans(ClusteringEstimator):
         check_enough(tokens.shape[1], self.n_clusters)
         fresh = type(self)(**self.get_params()).partial_fit(tokens, sample_weight=sample_weight)
         self._streams, self._solved = fresh._streams, fresh.solve()
-        self._remember(X, tokens, self._solved)
+        self._remember(X, in_frames(tokens, self._frames()))
         warn_of_empty_clusters(self._solved)
         return self
 
@@ -196,6 +202,7 @@ class StreamingKMeans(ClusteringEstimator):
             groups=tuple(stream.reservoir.summary(self.backend) for stream in streams),
             totals=tuple(float(stream.total) for stream in streams),
             seed=settings.seed,
+            frames=tuple(stream.frame for stream in streams),
         )
 
     def merged_summary(self, processes: Processes, device: torch.device) -> Summary:
@@ -206,11 +213,14 @@ class StreamingKMeans(ClusteringEstimator):
 
         Raises:
             NotFittedError: no rank has seen data.
+            ValueError: a rank has moved or scaled its tokens, for which ranks have no common frame.
         """
         settings = self._settings()
         capacity = resolve_capacity(self.capacity, settings.n_clusters)
         streams = self._streams or _no_streams(settings.n_groups)
         mine = [None if stream is None else (stream.reservoir, float(stream.total)) for stream in streams]
+        if any(frame is not None for rank in processes.gather(self._frames()) for frame in rank):
+            raise ValueError("tokens must be such that float32 can square their distances on every rank")
         layouts = processes.gather([None if m is None else (m[0].width, m[0].dtype) for m in mine])
         groups, totals = [], []
         for g, held in enumerate(mine):
@@ -239,6 +249,9 @@ class StreamingKMeans(ClusteringEstimator):
 
     def _result(self) -> Clustering:
         return self.solve()
+
+    def _frames(self) -> tuple[Frame | None, ...]:
+        return tuple(None if stream is None else stream.frame for stream in self._streams or [])
 
 
 def _no_streams(n_groups: int) -> list[TokenStream | None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.clustering.estimator import Clustering
+from spt_fast.clustering.frame import Frame, out_of_frames, scales
 from spt_fast.clustering.lloyd import LloydResult
 from spt_fast.clustering.solver import solve
 from spt_fast.clustering.weighted import WeightedTokens
@@ -26,6 +27,7 @@ class Summary:
     groups: tuple[WeightedTokens, ...]
     totals: tuple[float, ...]  # tokens seen by each group, or their weight
     seed: int
+    frames: tuple[Frame | None, ...] | None = None  # that the tokens of each group are in; None: no frames
 
     @property
     def n_groups(self) -> int:
@@ -78,7 +80,8 @@ class Summary:
             return self._collect(processes.split_work(self.n_groups, next_group))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it as tensors by name, for a file; `from_tensors` takes them."""
+        """All of it as tensors by name, for a file; `from_tensors` takes them. Without frames only."""
+        assert not self.frames or all(frame is None for frame in self.frames)
         facts = {
             "totals": torch.tensor(self.totals, dtype=torch.float64),
             "seed": torch.tensor(self.seed),
@@ -112,11 +115,12 @@ class Summary:
     def _collect(self, results: Sequence[LloydResult]) -> Clustering:
         """Estimates from the sample, scaled so that the counts add up to what was really seen."""
         counts = torch.stack([result.counts for result in results])
-        scales = torch.tensor(self.totals, dtype=torch.float64) / counts.sum(dim=1)
+        shares = torch.tensor(self.totals, dtype=torch.float64) / counts.sum(dim=1)
+        frames = self.frames or (None,) * self.n_groups
         inertia = torch.tensor([result.inertia for result in results], dtype=torch.float64)
         return Clustering(
-            centers=torch.stack([result.centers for result in results]),
-            counts=counts * scales[:, None],
-            inertia=inertia * scales,
+            centers=out_of_frames(torch.stack([result.centers for result in results]), frames),
+            counts=counts * shares[:, None],
+            inertia=inertia * shares * scales(frames).square(),
             n_iter=tuple(result.n_iter for result in results),
         )

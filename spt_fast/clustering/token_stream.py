@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.clustering.frame import Frame, find_frame, in_frame
 from spt_fast.clustering.inputs import raise_non_finite
 from spt_fast.clustering.lloyd import lloyd
 from spt_fast.clustering.reservoir import PriorityReservoir, importance, take_rows
 from spt_fast.clustering.seeding import kmeans_plus_plus
 from spt_fast.clustering.weighted import WeightedTokens
-from spt_fast.ops.kmeans import PassResult, assign_accumulate
+from spt_fast.ops.kmeans import TOKEN_DTYPES, PassResult, assign_accumulate
 from spt_fast.support.waiting import first_true
 
 ROUGH_CENTERS = 16
@@ -27,8 +28,17 @@ ROUGH_ITERATIONS = 5
 class TokenStream:
     """What one group remembers: rough centres, totals and the reservoir."""
 
-    def __init__(self, rough: Tensor, reservoir: PriorityReservoir, backend: str) -> None:
+    def __init__(
+        self,
+        rough: Tensor,
+        reservoir: PriorityReservoir,
+        backend: str,
+        frame: Frame | None,
+        given_dtype: torch.dtype,
+    ) -> None:
         self.reservoir = reservoir
+        self.frame = frame  # that everything here is in
+        self._given_dtype = given_dtype  # of the batches
         self.n_seen = 0
         # Weight of the tokens seen, and their summed squared distances to the rough centres, as they were.
         self.total, self._squared = torch.zeros(2, dtype=torch.float64, device=rough.device)
@@ -38,11 +48,11 @@ class TokenStream:
 
     @classmethod
     def start(
-        cls, batch: Tensor, weights: Tensor | None, capacity: int, seeds: list[int], backend: str
+        cls, batch: Tensor, capacity: int, seeds: list[int], backend: str, in_place: bool
     ) -> TokenStream:
         """A stream whose rough centres come from a sample of its first batch [B, N, D].
 
-        This waits for a device, once for each group.
+        With `in_place` it has no frame. This waits for a device, once for each group.
         """
         rng = np.random.default_rng([*seeds, 0])
         rows = batch.shape[:-1].numel()
@@ -50,16 +60,21 @@ class TokenStream:
         part = take_rows(batch, torch.from_numpy(index).to(batch.device))
         if not bool(torch.isfinite(part).all()):
             raise_non_finite(batch)
+        frame = None if in_place else find_frame(batch)
+        part = in_frame(part, frame)
         problem = WeightedTokens(part, None, part.double().mean(0).float(), backend)
         centers = kmeans_plus_plus(problem, min(ROUGH_CENTERS, len(part)), rng)
         rough = lloyd(problem, centers, max_iter=ROUGH_ITERATIONS).centers
         generator = torch.Generator().manual_seed(int(np.random.default_rng([*seeds, 1]).integers(2**62)))
-        reservoir = PriorityReservoir(capacity, batch.shape[-1], batch.dtype, batch.device, generator)
-        return cls(rough, reservoir, backend)
+        is_kept = frame is None and batch.dtype in TOKEN_DTYPES
+        dtype = batch.dtype if is_kept else torch.float32
+        reservoir = PriorityReservoir(capacity, batch.shape[-1], dtype, batch.device, generator)
+        return cls(rough, reservoir, backend, frame, batch.dtype)
 
     def prepare(self, batch: Tensor, weights: Tensor | None) -> Update:
         """Measure a batch [B, N, D] against the rough centres without changing anything."""
         self._check_like_before(batch)
+        batch = in_frame(batch, self.frame)
         assigned = assign_accumulate(
             batch[None],
             self._rough[None],
@@ -93,8 +108,8 @@ class TokenStream:
         return (weights @ self._rough.double() / weights.sum()).float()
 
     def _check_like_before(self, batch: Tensor) -> None:
-        if batch.dtype != self.reservoir.dtype:
-            raise ValueError(f"X must be {self.reservoir.dtype} like before, got {batch.dtype}")
+        if batch.dtype != self._given_dtype:
+            raise ValueError(f"X must be {self._given_dtype} like before, got {batch.dtype}")
         if batch.device != self._rough.device:
             raise ValueError(f"X must be on {self._rough.device} like before, got {batch.device}")
 

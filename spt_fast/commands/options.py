@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import math
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="timm model name, 'shipped', or a file of examples/pretrain_backbone.py",
     )
-    weights = parser.add_argument_group("weights of a timm model")
+    weights = parser.add_argument_group("a timm model")
     weights.add_argument(
         "--pretrained",
         action=argparse.BooleanOptionalAction,
@@ -54,6 +55,21 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="timm's weights (default) or random ones, the same every time",
     )
     weights.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights from a file instead")
+    weights.add_argument(
+        "--img-size",
+        type=_image_size,
+        metavar="SIZE",
+        help="of its images, such as 384 or 384x288 (height first); position embeddings are resized",
+    )
+    weights.add_argument("--in-chans", type=int, metavar="N", help="channels of its images: 3, or 1 for grey")
+    weights.add_argument(
+        "--model-option",
+        type=_model_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other option of timm.create_model, such as global_pool=avg; may be repeated",
+    )
 
 
 def add_reading(images: argparse._ArgumentGroup, batch_size: int = 64) -> None:
@@ -160,7 +176,48 @@ def open_model(args: argparse.Namespace) -> nn.Module:
     from spt_fast.support.distributed import device_of_this_process
 
     device = device_of_this_process(args.device)
-    return open_model(args.model, pretrained=args.pretrained, checkpoint=args.checkpoint).to(device)
+    return open_model(
+        args.model,
+        pretrained=args.pretrained,
+        checkpoint=args.checkpoint,
+        model_options=model_options(args),
+    ).to(device)
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `timm.create_model` that the arguments give.
+
+    Raises:
+        ValueError: one is given twice.
+    """
+    given = [("img_size", args.img_size), ("in_chans", args.in_chans)]
+    pairs = [*((name, value) for name, value in given if value is not None), *args.model_option]
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        twice = next(name for name in options if sum(name == other for other, _ in pairs) > 1)
+        raise ValueError(f"model_option must give each option once, got {twice} more than once")
+    return options
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"must be a size such as 384 or 384x288, got {text!r}")
+    return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def _model_option(text: str) -> tuple[str, Any]:
+    """ "key=value", with a Python literal, true, false, none or a plain string as its value."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, such as global_pool=avg, got {text!r}")
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return name, words[value.lower()]
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def open_tuned(args: argparse.Namespace) -> PromptedViT:

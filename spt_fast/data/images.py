@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from spt_fast.data.cache import CachedLoader, ImageCache
+from spt_fast.data.channels import fit_images
 from spt_fast.data.files import list_files
 from spt_fast.data.loading import BadImages, DecodedImages, FileImages, ImageLoader
 from spt_fast.data.names import (
@@ -24,7 +25,7 @@ from spt_fast.data.names import (
     open_data,
     takes_root,
 )
-from spt_fast.data.transforms import Preprocessing, choose, default_augment, papers_rows
+from spt_fast.data.transforms import Preprocessing, channels_of, choose, default_augment, papers_rows
 from spt_fast.support.arguments import check_int, check_seed
 from spt_fast.support.distributed import ALONE, Processes
 
@@ -296,6 +297,8 @@ def _transformed(
         for name, value in (("resize", resize), ("mean_std", mean_std), ("augment", augment)):
             if value is not None:
                 raise ValueError(f"{name} is for images in files, got {value!r} for the digits")
+        images, labels = opened.dataset.tensors
+        opened.dataset.tensors = fit_images(images, channels_of(model)), labels
         return None, []
     chosen = choose(opened.kind, resize, mean_std, tuned)
     augment = (augment or default_augment(opened.kind)) if training else "none"

@@ -98,7 +98,7 @@ def load_digits(split: str) -> tuple[Tensor, Tensor]:
     facts = backbone_facts()
     size = facts["architecture"]["img_size"]
     grey = F.interpolate(raw.unsqueeze(1).float() / DIGITS_MAX, size=(size, size), mode="bilinear")
-    mean, std = (torch.tensor(facts[key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(facts[key], dtype=torch.float32).view(3, 1, 1) for key in ("mean", "std"))
     return (grey - mean) / std, labels.long()
 
 

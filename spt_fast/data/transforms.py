@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
+from spt_fast.data.channels import fit_transform
 from spt_fast.support.arguments import check_choice
 from spt_fast.support.files import open_safetensors
 
@@ -77,9 +78,10 @@ class Preprocessing:
         check_choice("augment", augment, AUGMENTS)
         config = {**_config(model), **self._normalisation(model)}
         if augment == "resized-crop":
-            return cast(Callable[[Any], Any], create_transform(**config, is_training=True, color_jitter=0.0))
-        transform = create_transform(**{**config, **_TIMM[self.resize]})
-        return cast(Callable[[Any], Any], _at_random(transform) if augment == "crop" else transform)
+            transform = create_transform(**config, is_training=True, color_jitter=0.0)
+        else:
+            transform = create_transform(**{**config, **_TIMM[self.resize]})
+        return fit_transform(_at_random(transform) if augment == "crop" else transform, channels_of(model))
 
     def describe(self, model: nn.Module, augment: str = "none") -> str:
         """One line: what is done."""
@@ -116,7 +118,7 @@ class Preprocessing:
             return {}
         from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-        channels = _config(model)["input_size"][0]
+        channels = channels_of(model)
         if channels == 1:
             mean, std = (sum(each) / 3 for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
             return {"mean": (mean,), "std": (std,)}
@@ -156,6 +158,12 @@ def papers_rows(benchmark: str) -> list[str]:
 def default_augment(benchmark: str) -> str:
     """How training images are augmented where nothing is asked for: not on VTAB, else by resized crops."""
     return _DEFAULTS.get(benchmark, ("", "resized-crop"))[1]
+
+
+def channels_of(model: nn.Module) -> int:
+    """Of the images that a model takes."""
+    channels: int = _config(model)["input_size"][0]
+    return channels
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

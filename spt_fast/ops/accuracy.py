@@ -45,16 +45,25 @@ def deviation(ours: Tensor, exact: Tensor, bound: Tensor) -> Deviation:
     return Deviation(float(error.flatten()[worst]), float(bounds.flatten()[worst]))
 
 
+def _normal(*shape: int, generator: torch.Generator) -> Tensor:
+    """Normal numbers in float32, whatever the default dtype."""
+    return torch.randn(*shape, dtype=torch.float32, generator=generator)
+
+
 def kmeans_problem(
     groups: int, images: int, patches: int, prefix: int, width: int, num_centers: int, dtype: torch.dtype,
     weighted: bool, seed: int = 0, device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Tokens [G, B, N, D], a view that skips prefix tokens; centres [G, K, D]; shift if K is odd; weights."""
     generator = torch.Generator().manual_seed(seed)
-    activations = torch.randn(groups, images, prefix + patches, width, generator=generator).add(3).to(dtype)
-    centers = torch.randn(groups, num_centers, width, generator=generator).add(3)
-    shift = torch.full((groups, width), 3.0, device=device) if num_centers % 2 else None
-    weights = torch.rand(groups, images * patches, generator=generator).to(device) if weighted else None
+    activations = _normal(groups, images, prefix + patches, width, generator=generator).add(3).to(dtype)
+    centers = _normal(groups, num_centers, width, generator=generator).add(3)
+    shift = torch.full((groups, width), 3.0, dtype=torch.float32, device=device) if num_centers % 2 else None
+    weights = (
+        torch.rand(groups, images * patches, dtype=torch.float32, generator=generator).to(device)
+        if weighted
+        else None
+    )
     # Moved before the view is taken: a copy to another device would close its gaps.
     return activations.to(device)[:, :, prefix:], centers.to(device), shift, weights
 
@@ -119,9 +128,9 @@ def assigned_deviations(
 def lloyd_problem(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """300 tokens [M, D] in 8 clusters, and 8 of them to start from; in no iteration two centres tie."""
     generator = torch.Generator().manual_seed(33)
-    middles = torch.randn(8, 64, generator=generator) + 3
+    middles = _normal(8, 64, generator=generator) + 3
     members = torch.randint(8, (300,), generator=generator)
-    tokens = (middles[members] + torch.randn(300, 64, generator=generator)).to(device, dtype)
+    tokens = (middles[members] + _normal(300, 64, generator=generator)).to(device, dtype)
     return tokens, tokens[:8].float()
 
 
@@ -151,8 +160,8 @@ def attention_inputs(
     """q, k, v [B, H, N, d] and two prompts [H, N_p, d] that need gradients; `shape` is B, H, N, N_p, d."""
     batch, heads, tokens, prompts, width = shape
     generator = torch.Generator().manual_seed(seed)
-    images = [torch.randn(batch, heads, tokens, width, generator=generator) for _ in range(3)]
-    shared = [torch.randn(heads, prompts, width, generator=generator) for _ in range(2)]
+    images = [_normal(batch, heads, tokens, width, generator=generator) for _ in range(3)]
+    shared = [_normal(heads, prompts, width, generator=generator) for _ in range(2)]
     return [tensor.to(device, dtype).requires_grad_() for tensor in images + shared]
 
 
@@ -180,7 +189,7 @@ def value_and_gradients(
     out = attention(*inputs, scale=scale)
     generator = torch.Generator().manual_seed(1)
     # Rounded to bfloat16, so that every precision is given the same one.
-    cotangent = torch.randn(out.shape, generator=generator).bfloat16().to(out)
+    cotangent = _normal(*out.shape, generator=generator).bfloat16().to(out)
     return [out, *torch.autograd.grad(out, inputs, cotangent, allow_unused=True, materialize_grads=True)]
 
 
@@ -208,8 +217,8 @@ def nmi_inputs(
     """Prompts, and tokens that skip a prefix token without a copy; `shape` is N_p, B, N_e, D."""
     num_prompts, batch, num_tokens, width = shape
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randn(num_prompts, width, generator=generator)
-    tokens = torch.randn(batch, 1 + num_tokens, width, generator=generator)
+    prompts = _normal(num_prompts, width, generator=generator)
+    tokens = _normal(batch, 1 + num_tokens, width, generator=generator)
     factor = (largest_score / float((tokens @ prompts.T).abs().max())) ** 0.5
     return (prompts * factor).to(device, dtype), (tokens * factor).to(device, dtype)[:, 1:]
 

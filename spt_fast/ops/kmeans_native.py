@@ -156,7 +156,7 @@ def distances(
     groups, num_centers, _ = centers.shape
     rows = tokens.shape[1] * tokens.shape[2]
     device = tokens.device
-    out = torch.empty(groups, rows, num_centers, device=device)
+    out = torch.empty(groups, rows, num_centers, dtype=torch.float32, device=device)
     args = module.DistanceArgs(
         tokens=_view(module, tokens),
         centers=centers.data_ptr(),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import unwrap
-from spt_fast.backbones.snapshot import has_head
+from spt_fast.backbones.snapshot import has_head, placement
 from spt_fast.prompting.engines import concat_blocker
 from spt_fast.support.arguments import check_int, check_tensor
 
@@ -35,16 +34,6 @@ def check_not_wrapped(model: nn.Module) -> None:
             f"model must be the {type(inner).__name__} itself, got it inside {type(model).__name__}; "
             "compile or distribute the PromptedViT instead"
         )
-
-
-def check_not_taken_over(blocks: nn.ModuleList | nn.Sequential, owner: type[nn.Module]) -> None:
-    """ValueError where the forward of a block is a method of an `owner` already."""
-    for block in blocks:
-        forward = vars(block).get("forward")
-        if isinstance(forward, functools.partial) and isinstance(
-            getattr(forward.func, "__self__", None), owner
-        ):
-            raise ValueError(f"model already belongs to a {owner.__name__}; call its release() first")
 
 
 def check_num_classes(model: nn.Module, num_classes: int | None) -> int | None:
@@ -72,13 +61,22 @@ def check_num_classes(model: nn.Module, num_classes: int | None) -> int | None:
     return num_classes
 
 
-def check_weight_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
-    """bfloat16 or float16 for the dtype or its short name; None for None."""
+def check_weight_dtype(given: torch.dtype | str | None, model: nn.Module) -> torch.dtype | None:
+    """bfloat16 or float16 for the dtype or its short name; None for None.
+
+    Raises:
+        ValueError: none of these, or for blocks in a dtype that autocast would not turn into it.
+    """
     if not isinstance(given, (torch.dtype, str, type(None))) or given not in _WEIGHT_DTYPES:
         raise ValueError(
             f"weight_dtype must be None, torch.bfloat16 ('bf16') or torch.float16 ('fp16'), got {given!r}"
         )
-    return _WEIGHT_DTYPES[given]
+    dtype, own = _WEIGHT_DTYPES[given], placement(model)[1]
+    if dtype is not None and own not in (torch.float32, dtype):
+        raise ValueError(
+            f"weight_dtype must be None for a model in {own}, got {given!r}: autocast starts from float32"
+        )
+    return dtype
 
 
 def check_pools_patches(model: nn.Module, blocks: nn.ModuleList | nn.Sequential) -> None:
@@ -141,6 +139,17 @@ def check_block_input(x: Tensor, width: int, num_prefix_tokens: int, num_prompts
             f"so N must be at least {num_prefix_tokens + num_prompts + 1}, got {x.shape[1]}"
         )
     return num_patches
+
+
+def check_all_saved(tuned: nn.Module, saved: Iterable[Tensor]) -> None:
+    """ValueError where a parameter learns that is none of those `saved`."""
+    kept = {id(tensor) for tensor in saved}
+    others = [name for name, each in tuned.named_parameters() if each.requires_grad and id(each) not in kept]
+    if others:
+        raise ValueError(
+            f"save writes prompts and head, but {len(others)} other parameters learn ({', '.join(others[:3])}"
+            f"{', ...' if len(others) > 3 else ''}); save state_dict(), or freeze them again"
+        )
 
 
 def check_class_names(names: Sequence[str] | None, num_classes: int | None) -> None:

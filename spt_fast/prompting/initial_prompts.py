@@ -56,7 +56,8 @@ def _random_prompts(model: nn.Module, layers: int, num_prompts: int) -> Tensor:
     """VPT's uniform initialisation: U(-v, v) with v = sqrt(6 / (3 * patch height * patch width + D))."""
     height, width = patch_size(model)
     bound = math.sqrt(6 / (3 * height * width + embed_dim(model)))
-    return torch.empty(layers, num_prompts, embed_dim(model)).uniform_(-bound, bound)
+    prompts = torch.empty(layers, num_prompts, embed_dim(model), dtype=torch.float32)
+    return prompts.uniform_(-bound, bound)
 
 
 def _check_shape(values: Tensor, layers: int, width: int, depth: str, name: str) -> None:

@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, num_prefix_tokens
-from spt_fast.backbones.snapshot import ModelSnapshot, classifiers, replace_head
+from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, image_dtype, num_prefix_tokens
+from spt_fast.backbones.snapshot import ModelSnapshot, check_free, classifiers, replace_head
+from spt_fast.prompting.attention_maps import attention_maps_of, check_attention, choose_blocks
 from spt_fast.prompting.checks import (
-    check_block_call,
+    check_all_saved,
     check_block_input,
     check_class_names,
     check_images,
-    check_not_taken_over,
     check_not_wrapped,
     check_num_classes,
     check_pools_patches,
     check_weight_dtype,
 )
-from spt_fast.prompting.engines import (
-    KeysValues,
-    KeysValuesCache,
-    append_prompts,
-    choose_engine,
-    concat_extras,
-    drop_prompts,
-    fit_extras,
-    kv_extras,
-    kv_forward,
-    prompt_keys_values,
-)
+from spt_fast.prompting.engines import KeysValuesCache, choose_engine
 from spt_fast.prompting.file_format import TunedState
 from spt_fast.prompting.initial_prompts import initial_prompts
 from spt_fast.prompting.nmi import check_finite_nmi, nmi_per_image
+from spt_fast.prompting.prompted_blocks import PromptedBlocks
 from spt_fast.support.arguments import check_bool, check_choice, check_int
 from spt_fast.support.randomness import seeded
 
@@ -53,9 +44,13 @@ class PromptedViT(nn.Module):
 
     Until then the model is frozen, stays in evaluation mode, and each of its blocks attends to learnable
     prompts; only the prompts and the head are trained. The head is a new one, or a copy of the model's own.
-    Everything else is the model's own forward, so hooks, gradient checkpointing
-    (`tuned.model.set_grad_checkpointing()`), dynamic image sizes and any pooling work as they do in timm.
-    `release()` restores head, grad flags, training modes, weights and the forward of each block.
+    Everything else is the model's own forward, so gradient checkpointing
+    (`tuned.model.set_grad_checkpointing()`), dynamic image sizes and any pooling work as they do in timm. So
+    do hooks, on blocks and on their parts: with "kv" they see the tokens of the image; with "concat", hooks
+    on parts see prompts behind them, [B, N + N_p, ...]. Prompts pass the parts of "kv" without calling hooks,
+    so that what a hook changes in `norm1` or `attn.qkv` is changed for the tokens of the image only.
+    `release()` restores head, grad flags, training modes, weights and the forward of each block. So does
+    `spt_fast.release(model)`, and the end of the last reference to this object.
 
     Deep (eq. 6, 13): block i attends to its own prompts P_{i-1}, and their outputs are discarded.
     Shallow (eq. 4-5, 11-12): block 1 takes P_0 as tokens, and each later block takes their outputs.
@@ -121,12 +116,12 @@ class PromptedViT(nn.Module):
         check_choice("engine", engine, ("auto", "kv", "concat"))
         check_not_wrapped(model)
         blocks = get_blocks(model)
-        check_not_taken_over(blocks, PromptedViT)
+        check_free(model)
         check_bool("freeze_prompts", freeze_prompts)
         self.pool_prompts = check_bool("pool_prompts", pool_prompts)
         if self.pool_prompts:
             check_pools_patches(model, blocks)
-        self.weight_dtype = check_weight_dtype(weight_dtype)
+        self.weight_dtype = check_weight_dtype(weight_dtype, model)
         self.engine, self.engine_reason = choose_engine(model, blocks, depth, engine)
         num_classes = check_num_classes(model, num_classes)
         values = initial_prompts(model, prompts, depth, allow_other_backbone=allow_other_backbone)
@@ -136,11 +131,10 @@ class PromptedViT(nn.Module):
         self._num_blocks = len(blocks)
         self._num_prefix_tokens = num_prefix_tokens(model)
         was_training = model.training
-        # Views of the prompts, layer by layer, while a forward pass runs.
-        self._layers: tuple[Tensor, ...] | None = None
-        self._cache: KeysValuesCache | None = None
-        # None once the model is released.
-        self._snapshot: ModelSnapshot | None = ModelSnapshot(model)
+        self._blocks = PromptedBlocks(
+            self._parameters, engine=self.engine, depth=depth, pool_prompts=self.pool_prompts
+        )
+        self._snapshot = ModelSnapshot(model)
         self.model = model
         try:
             self._take_over(blocks, num_classes)
@@ -150,6 +144,8 @@ class PromptedViT(nn.Module):
         # Without prompts there is nothing to learn; DDP would wait for a gradient that never comes.
         self.prompts = nn.Parameter(values, requires_grad=not freeze_prompts and values.numel() > 0)
         self.train(was_training)
+        # Nothing else refers to this object: without it the model is given back.
+        weakref.finalize(self, self._snapshot.restore, model).atexit = False
 
     @classmethod
     def from_file(
@@ -222,13 +218,16 @@ class PromptedViT(nn.Module):
         return get_blocks(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes], or features [B, D] without a head, of images [B, C, height, width]."""
-        self._check_images(images)
+        """Logits [B, num_classes], or features [B, D] without a head, of images [B, C, height, width].
+
+        Images of any floating-point dtype are cast to that of the model's patch embedding.
+        """
+        images = self._fitting(images)
         return self._run(self.model, images)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Tokens [B, N, D] after the last block and the final norm; with `pool_prompts`, [B, N + N_p, D]."""
-        self._check_images(images)
+        images = self._fitting(images)
         return self._run(self.model.forward_features, images)  # type: ignore[arg-type]
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
@@ -245,12 +244,12 @@ class PromptedViT(nn.Module):
         Prompts and backbone must not change meanwhile. If the prompts do, their keys and values are computed
         again, except after a write through `.data`, which leaves no trace.
         """
-        outer = self._cache
-        self._cache = KeysValuesCache() if outer is None else outer
+        outer = self._blocks.cache
+        self._blocks.cache = KeysValuesCache() if outer is None else outer
         try:
             yield
         finally:
-            self._cache = outer
+            self._blocks.cache = outer
 
     @torch.no_grad()
     def layer_nmi(self, images: Tensor) -> Tensor:
@@ -272,6 +271,28 @@ class PromptedViT(nn.Module):
         values = torch.stack(per_layer)
         check_finite_nmi(values)
         return values
+
+    def attention_maps(self, images: Tensor, blocks: Iterable[int] | None = None) -> list[Tensor]:
+        """How much each token of an image attends to each token and each prompt, block by block.
+
+        Args:
+            images: [B, C, height, width].
+            blocks: numbers of blocks, from 0, or from the end, such as -1; None is all of them.
+
+        Returns:
+            For each of `blocks` the softmax weights [B, H, N, N + N_p] of its H heads. Rows and the first N
+            columns are the tokens of the image in timm's order, prefix tokens first; the last N_p columns are
+            the prompts, in a shallow model what the blocks before have made of them. Rows add up to 1.
+            Gradients flow through the weights, so that `torch.no_grad()` saves memory.
+
+        Raises:
+            TypeError: a block's attention is none that engine "kv" knows; `blocks` are no integers.
+            ValueError: there is no such block, or `images` are none that the model takes.
+        """
+        every = self.prompted_blocks
+        wanted = choose_blocks(blocks, len(every))
+        check_attention(every[index] for index in wanted)
+        return attention_maps_of(every, wanted, self._split_input, lambda: self.forward_features(images))
 
     def prompts_and_tokens(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """The prompts that a block attends to, and the patch tokens that enter it.
@@ -304,7 +325,7 @@ class PromptedViT(nn.Module):
     def train(self, mode: bool = True) -> PromptedViT:
         """Set the mode of the head and of the dropout before it; the backbone stays in evaluation mode."""
         super().train(mode)
-        if self._snapshot is not None:
+        if not self._snapshot.is_restored:
             self.model.eval()
             for module in (*classifiers(self.model), getattr(self.model, "head_drop", None)):
                 if module is not None:
@@ -315,13 +336,16 @@ class PromptedViT(nn.Module):
         """Write prompts and head, without the rest of the model, to a safetensors file; see `from_file`.
 
         Raises:
-            ValueError: `class_names` is set, but not one name for each logit.
+            ValueError: `class_names` is set, but not one name for each logit; or a parameter beside prompts
+                and head learns, which the file would not hold.
             FileExistsError: there is such a file, and not `overwrite`.
             FileNotFoundError: the folder does not exist.
         """
         self._check_not_released()
         check_class_names(self.class_names, getattr(self.model, "num_classes", None))
-        self._state().write(path, overwrite=overwrite)
+        state = self._state()
+        check_all_saved(self, state.tensors.values())
+        state.write(path, overwrite=overwrite)
 
     def load(self, path: str | os.PathLike[str], *, allow_other_backbone: bool = False) -> None:
         """Read what `save` wrote; the model must have been built the same way. Errors leave it as it was.
@@ -345,16 +369,21 @@ class PromptedViT(nn.Module):
             RuntimeError: the model has been released before.
         """
         self._check_not_released()
-        assert self._snapshot is not None
         model = self.model
         del self.model
         self._snapshot.restore(model)
-        self._snapshot = None
         return model
 
     def extra_repr(self) -> str:
         layers, num_prompts, width = self.prompts.shape
         return f"prompts=[{layers}, {num_prompts}, {width}], depth={self.depth!r}, engine={self.engine!r}"
+
+    def _split_input(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompts [N_p, D] or [B, N_p, D] that a block attends to, and all tokens of the image in `x`."""
+        if self.depth == "deep" or layer == 0:
+            return self.prompts[layer], x
+        count = x.shape[1] - self.num_prompts
+        return x[:, count:], x[:, :count]
 
     def _state(self) -> TunedState:
         return TunedState.of(
@@ -382,69 +411,28 @@ class PromptedViT(nn.Module):
         self.model.requires_grad_(False)
         replace_head(self.model, num_classes)
         if self.weight_dtype is not None:
-            assert self._snapshot is not None
             self._snapshot.cast_frozen_weights(self.model, self.weight_dtype)
-        for index, block in enumerate(blocks):
-            # Shadowing `forward` on the instance leaves the module tree, its names and its hooks alone.
-            setattr(block, "forward", self._prompted_forward(index, block))  # noqa: B010
-
-    def _prompted_forward(self, index: int, block: nn.Module) -> Callable[..., Tensor]:
-        # Pooling needs outputs at the positions of prompts, so the last block then takes them as tokens.
-        pools_here = self.pool_prompts and index == self._num_blocks - 1
-        if self.engine == "kv" and not pools_here:
-            return functools.partial(self._run_with_kv, index, block)
-        return functools.partial(self._run_with_tokens, index, block, block.forward)
+        self._blocks.take_over(blocks, self._snapshot)
 
     def _run(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         # Unbound once, so that backward writes the gradient of all layers once, not once per layer.
-        self._layers = self.prompts.unbind(0)
+        self._blocks.layers = self.prompts.unbind(0)
         try:
             if self.weight_dtype is None:
                 return function(inputs)
             with torch.autocast(inputs.device.type, dtype=self.weight_dtype):
                 return function(inputs)
         finally:
-            self._layers = None
-
-    def _run_with_kv(self, index: int, block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        check_block_call(block, x, args, kwargs, kv_extras(block))
-        return kv_forward(block, x, self._keys_values(index, block, x.dtype), **kwargs)
-
-    def _run_with_tokens(
-        self,
-        index: int,
-        block: nn.Module,
-        original: Callable[..., Tensor],
-        x: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        check_block_call(block, x, args, kwargs, concat_extras(block))
-        if self.depth == "deep" or index == 0:
-            x = append_prompts(x, self._layer(index).to(x.dtype))
-        x = original(x, **fit_extras(kwargs, self.num_prompts))
-        keep = self.pool_prompts if index == self._num_blocks - 1 else self.depth == "shallow"
-        return x if keep else drop_prompts(x, self.num_prompts)
-
-    def _layer(self, index: int) -> Tensor:
-        """Prompts [N_p, D] of a block, also outside `_run`, where gradient checkpointing runs it again."""
-        return self.prompts[index] if self._layers is None else self._layers[index]
-
-    def _keys_values(self, index: int, block: nn.Module, dtype: torch.dtype) -> tuple[KeysValues, ...]:
-        def compute() -> tuple[KeysValues, ...]:
-            return prompt_keys_values(block, self._layer(index).to(dtype))
-
-        learning = torch.is_grad_enabled() and self.prompts.requires_grad
-        if self._cache is None or learning or torch.compiler.is_compiling():
-            return compute()
-        return self._cache.get(index, self.prompts, dtype, compute)
+            self._blocks.layers = None
 
     def _check_not_released(self) -> None:
-        if self._snapshot is None:
+        if self._snapshot.is_restored:
             raise RuntimeError(
                 "this PromptedViT has released its model; build a new one to use prompts again"
             )
 
-    def _check_images(self, images: Tensor) -> None:
+    def _fitting(self, images: Tensor) -> Tensor:
+        """`images`, checked, in the dtype that the model takes, or from which autocast starts."""
         self._check_not_released()
         check_images(images, self.model)
+        return images.to(image_dtype(self.model) if self.weight_dtype is None else torch.float32)

@@ -125,7 +125,7 @@ def fit(
         TypeError: `train_loader` has no length, `val_loader` is an iterator, which can be read only once, a
             batch holds something else, or an argument is of the wrong type.
         ValueError: an argument is out of range, a loader or a batch is empty, labels have another shape or
-            are no classes of the model, or no parameter requires a gradient.
+            are no classes of the model, no parameter requires a gradient, or one that does is float16.
         FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate. It is raised
             after that step or the next one, so that no step waits for its loss; the model has taken them.
     """
@@ -270,6 +270,11 @@ def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
+            if parameter.dtype == torch.float16:
+                raise ValueError(
+                    f"tuned must learn parameters of float32 or bfloat16, but {name} is float16, in which "
+                    "AdamW divides by zero; keep the model in float32 and give weight_dtype='bf16' instead"
+                )
             rate = prompt_lr if name.rpartition(".")[2] == "prompts" else lr
             decay = weight_decay if parameter.ndim >= 2 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)

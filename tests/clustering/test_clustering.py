@@ -269,7 +269,7 @@ def test_bad_tokens_are_named_and_nothing_is_taken_in(bad: float) -> None:
     spoiled = good.reshape(10, 20, 8).clone()
     spoiled[7, 3, 2] = bad
     streamed = StreamingKMeans(3, n_groups=2)
-    with pytest.raises(NonFiniteError, match="row 143 holds NaN, infinity or numbers beyond that") as error:
+    with pytest.raises(NonFiniteError, match="row 143 holds NaN, infinity or numbers that") as error:
         streamed.partial_fit(spoiled, group=1)
     assert error.value.row == 143
     assert streamed.n_seen_.tolist() == [0, 0]
@@ -287,9 +287,13 @@ def test_bad_tokens_are_named_and_nothing_is_taken_in(bad: float) -> None:
 
 def test_tokens_too_large_to_square_are_refused() -> None:
     tokens = blobs(50)
+    fitted = KMeans(2).fit(tokens)
     tokens[9, 0] = 1e30
+    for method in (fitted.predict, fitted.transform, fitted.score):
+        with pytest.raises(NonFiniteError, match="small enough to be squared in float32, but row 9"):
+            method(tokens)
     with pytest.raises(NonFiniteError, match="small enough to be squared in float32, but row 9"):
-        KMeans(2).fit(tokens)
+        StreamingKMeans(2).partial_fit(tokens, group=0)
 
 
 @pytest.mark.parametrize(
@@ -443,9 +447,9 @@ def test_tokens_too_large_to_square_are_refused() -> None:
             "above 0 per group, got only zeros in float32",
         ),
         (
-            lambda: KMeans(2).fit(np.full((9, 2), 1e50)),
+            lambda: KMeans(2).fit(blobs(9)).predict(np.full((9, 8), 1e50)),
             NonFiniteError,
-            "X must be finite in float32, but row 0 holds NaN, infinity or numbers beyond that",
+            "X must be finite, but row 0 holds NaN, infinity or numbers that float32 cannot hold",
         ),
         (
             lambda: KMeans(2).fit(torch.zeros(4, 2), sample_weight=-torch.ones(4)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import re
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from spt_fast.backbones.anatomy import embed_dim, get_blocks, num_prefix_tokens
 from spt_fast.backbones.identity import describe
 from spt_fast.ops.nmi_reference import sigmoid_nmi_reference
 from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.prompting.release import release
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import read_safetensors, write_safetensors
 
@@ -38,23 +40,6 @@ WIDTH, DEPTH, NUM_PROMPTS = 32, 3, 7
 
 MakeViT = Callable[..., VisionTransformer]
 MakeImages = Callable[..., Tensor]
-
-
-@pytest.fixture(scope="module")
-def make_random(make_vit: MakeViT) -> MakeViT:
-    """`make_vit` in evaluation mode with every parameter random, so that a branch left out would show."""
-
-    def make(**options: Any) -> VisionTransformer:
-        model = make_vit(**options)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                is_vector = parameter.ndim == 1
-                noise = torch.randn(parameter.shape, generator=generator) * (0.5 if is_vector else 0.15)
-                parameter.copy_(noise + (1 if is_vector and name.endswith("weight") else 0))
-        return model.eval()
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +203,15 @@ class TestEngines:
             PromptedViT(model, make_prompts(), engine="kv")
         assert PromptedViT(model, make_prompts()).engine == "concat"
 
-    def test_auto_takes_concat_where_attention_has_hooks_or_another_forward(
+    def test_auto_takes_concat_for_hooks_that_prompts_would_pass_or_another_forward(
         self, make_random: MakeViT
     ) -> None:
         model = make_random()
-        hook = model.blocks[0].attn.register_forward_hook(lambda *_: None)
-        with pytest.raises(ValueError, match="block 1: its attention has hooks"):
-            PromptedViT(model, make_prompts(), engine="kv")
-        hook.remove()
+        for part in (model.blocks[0].norm1, model.blocks[0].attn.qkv):
+            hook = part.register_forward_hook(lambda *_: None)
+            with pytest.raises(ValueError, match=r"block 1: its .* before the keys has hooks"):
+                PromptedViT(model, make_prompts(), engine="kv")
+            hook.remove()
         model.blocks[2].forward = model.blocks[2].forward
         with pytest.raises(ValueError, match="block 3: the forward of this Block has been replaced"):
             PromptedViT(model, make_prompts(), engine="kv")
@@ -358,6 +344,45 @@ class TestTraining:
         logits.sum().backward()
         assert logits.dtype == torch.bfloat16
         assert tuned.prompts.grad is not None
+
+    @pytest.mark.parametrize("engine", ["kv", "concat"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_images_are_cast_to_the_dtype_of_the_patch_embedding(
+        self, dtype: torch.dtype, engine: Any, make_random: MakeViT, images: Tensor
+    ) -> None:
+        tuned = PromptedViT(make_random().to(dtype), make_prompts(), engine=engine)
+        expected = logits_and_gradient(tuned, images.to(dtype))
+        assert expected[0].dtype == dtype
+        assert tuned.forward_features(images).dtype == dtype
+        of_float32 = logits_and_gradient(PromptedViT(make_random(), make_prompts(), engine=engine), images)
+        for given in (images, images.double(), images.half()):
+            exact = torch.equal(given.to(dtype), images.to(dtype))
+            for got, want, near in zip(logits_and_gradient(tuned, given), expected, of_float32, strict=True):
+                assert not exact or torch.equal(got, want)
+                assert relative_difference(got.float(), near) < 0.15
+
+    @pytest.mark.parametrize("weight_dtype", ["bf16", "fp16"])
+    def test_images_of_any_dtype_are_taken_under_weight_dtype(
+        self, weight_dtype: Any, make_random: MakeViT, images: Tensor
+    ) -> None:
+        tuned = PromptedViT(make_random(), make_prompts(), weight_dtype=weight_dtype)
+        assert torch.equal(tuned(images.double()), tuned(images))
+        for dtype in (torch.float16, torch.bfloat16):
+            assert torch.equal(tuned(images.to(dtype)), tuned(images.to(dtype).float()))
+
+    def test_images_keep_their_gradient(self, make_random: MakeViT, images: Tensor) -> None:
+        """For saliency maps of a model in half precision."""
+        given = images.clone().requires_grad_()
+        PromptedViT(make_random().bfloat16(), make_prompts())(given)[:, 1].sum().backward()
+        assert given.grad is not None
+        assert given.grad.dtype == torch.float32
+        assert float(given.grad.abs().max()) > 0
+
+    def test_weight_dtype_for_a_model_in_another_dtype_is_refused(self, make_random: MakeViT) -> None:
+        for model in (make_random().half(), make_random().double()):
+            with pytest.raises(ValueError, match=r"weight_dtype must be None for a model in torch\.float"):
+                PromptedViT(model, make_prompts(), weight_dtype="bf16")
+        assert PromptedViT(make_random().bfloat16(), make_prompts(), weight_dtype="bf16").engine == "kv"
 
     def test_gradient_checkpointing_gives_the_same_gradients(
         self, make_random: MakeViT, images: Tensor
@@ -541,6 +566,58 @@ class TestRelease:
         with pytest.raises(ValueError, match="model already belongs to a PromptedViT"):
             PromptedViT(tuned.model, make_prompts())
         PromptedViT(tuned.release(), make_prompts())
+
+    @pytest.mark.parametrize("engine", ["kv", "concat"])
+    def test_the_model_is_free_when_nothing_refers_to_its_owner(
+        self, engine: Any, make_random: MakeViT, images: Tensor
+    ) -> None:
+        """At once, without the garbage collector, so that a notebook's cell can be run again."""
+        model = make_random()
+        expected, head = model(images), model.head
+        gc.disable()
+        try:
+            for _ in range(2):
+                tuned = PromptedViT(model, make_prompts(), num_classes=4, engine=engine, weight_dtype="bf16")
+                tuned(images).sum().backward()
+                del tuned
+        finally:
+            gc.enable()
+        assert model.head is head
+        assert torch.equal(model(images), expected)
+
+    def test_a_model_is_released_without_its_owner(self, tuned: PromptedViT, images: Tensor) -> None:
+        model = tuned.model
+        with pytest.raises(ValueError, match=r"call its release\(\), or spt_fast\.release\(model\), first"):
+            PromptedViT(model, make_prompts())
+        assert release(model) is model
+        with pytest.raises(RuntimeError, match="has released its model"):
+            tuned(images)
+        other = PromptedViT(model, make_prompts())
+        del tuned
+        assert other(images).shape == (3, 5)
+        assert release(other) is model
+        with pytest.raises(ValueError, match="model must belong to a PromptedViT to be released, got Vision"):
+            release(model)
+        with pytest.raises(TypeError, match="model must be a Vision Transformer"):
+            release(nn.Linear(2, 2))
+
+    def test_a_copy_goes_on_when_the_original_ends(self, make_random: MakeViT, images: Tensor) -> None:
+        tuned = PromptedViT(make_random(), make_prompts())
+        expected = tuned(images)
+        other = copy.deepcopy(tuned)
+        del tuned
+        assert torch.equal(other(images), expected)
+        assert other.release()(images).shape == (3, 5)
+
+    def test_prototypes_of_prompted_tokens_are_refused(self, tuned: PromptedViT, images: Tensor) -> None:
+        model = tuned.model
+        for given in (model, torch.compile(model)):
+            with pytest.raises(
+                ValueError, match="model already belongs to a PromptedViT, so that its tokens"
+            ):
+                build_prototypes(given, [images], num_prompts=2, progress=False)
+        tuned.release()
+        assert build_prototypes(model, [images], num_prompts=2, progress=False).prompts.isfinite().all()
 
     def test_failed_take_over_leaves_the_model_alone(self, make_random: MakeViT, images: Tensor) -> None:
         model = make_random().train()
@@ -905,6 +982,16 @@ class TestFiles:
         assert_same(fingerprint(model, images), before)
         assert PromptedViT(model, 3).num_prompts == 3
 
+    def test_what_the_user_has_unfrozen_is_not_lost(self, tuned: PromptedViT, tmp_path: Path) -> None:
+        tuned.model.blocks[1].norm1.requires_grad_(True)
+        with pytest.raises(
+            ValueError, match=r"2 other parameters learn \(model\.blocks\.1\.norm1\.weight, model\.blocks\.1"
+        ):
+            tuned.save(tmp_path / "tuned.safetensors")
+        assert not list(tmp_path.iterdir())
+        tuned.model.blocks[1].norm1.requires_grad_(False)
+        tuned.save(tmp_path / "tuned.safetensors")
+
     def test_existing_files_and_missing_folders_are_refused(self, tuned: PromptedViT, tmp_path: Path) -> None:
         path = tmp_path / "tuned.safetensors"
         path.write_text("mine")
@@ -1115,6 +1202,7 @@ class TestOtherModels:
             "num_heads": "3",
             "patch_size": "16x16",
             "image_size": "224x224",
+            "in_chans": "3",
         }
         assert (
             describe(PlainViT()).items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -177,12 +178,16 @@ class TestWeightDtype:
 class TestFixedPrompts:
     @staticmethod
     def count_projections(tuned: PromptedViT) -> list[int]:
-        """Grows by one whenever a block normalises its prompts."""
+        """Grows by one whenever a block normalises its prompts, which calls no hooks."""
         calls: list[int] = []
+
+        def counted(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            if x.shape[-2] == NUM_PROMPTS:
+                calls.append(1)
+            return forward(x)
+
         for block in tuned.model.blocks:  # type: ignore[union-attr]
-            block.norm1.register_forward_pre_hook(
-                lambda _, inputs: calls.append(1) if inputs[0].shape[1] == NUM_PROMPTS else None
-            )
+            block.norm1.forward = functools.partial(counted, block.norm1.forward)
         return calls
 
     def test_keys_and_values_are_computed_once(self, make_tuned: MakeTuned, make_images: MakeImages) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from spt_fast import PromptedViT
+from spt_fast import NMITracker, PromptedViT, build_prototypes
+from spt_fast.analysis import analyse
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.training.evaluation import evaluate
 from spt_fast.training.loop import FINAL_LR, fit, shuffled_loader, warmup_cosine
@@ -433,3 +434,29 @@ class TestWaiting:
                     torch.cuda.set_sync_debug_mode("default")
 
         fit(tuned, Strict([(images, labels)] * 4), epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("engine", ["kv", "concat"])
+def test_a_backbone_in_bfloat16_takes_the_same_images_everywhere(
+    engine: str, make_vit: Callable[..., nn.Module], make_loader: Callable[..., list[tuple[Tensor, Tensor]]]
+) -> None:
+    model, loader = make_vit().bfloat16(), make_loader(16)
+    prototypes = build_prototypes(model, loader, num_prompts=3, progress=False)
+    tuned = PromptedViT(model, prototypes, num_classes=4, engine=engine)
+    with NMITracker(tuned) as tracker:
+        history = fit(tuned, loader, loader, epochs=1, progress=False)
+    assert math.isfinite(history.loss[0])
+    assert history.val_accuracy == [evaluate(tuned, loader)]
+    measured = [tracker.history().values[0], analyse(tuned, loader, progress=False).nmi.mean(0)]
+    measured.append(tuned.layer_nmi(loader[0][0]).mean(1))
+    assert all(bool(values.isfinite().all()) and len(values) == 3 for values in measured)
+
+
+def test_parameters_in_float16_are_refused(
+    make_vit: Callable[..., nn.Module], make_loader: Callable[..., list[tuple[Tensor, Tensor]]]
+) -> None:
+    """AdamW's epsilon is zero in float16."""
+    tuned = PromptedViT(make_vit().half(), 3, num_classes=4)
+    with pytest.raises(ValueError, match=r"model\.head\.weight is float16, in which AdamW"):
+        fit(tuned, make_loader(8), epochs=1, progress=False)
+    assert 0 <= evaluate(tuned, make_loader(8)) <= 1

@@ -1,12 +1,14 @@
 """The attention modules of timm with the keys and values of prompts added, in two steps.
 
 `attention_keys_values` turns prompts into keys and values, which are the same for every image; `attend` is
-the attention itself. Both call the submodules of the module, not the module, so its own hooks do not fire.
-There is no dropout of attention weights: a frozen backbone is in evaluation mode.
+the forward of the attention. Hooks on its parts see the tokens of the image, in the shapes that they have in
+timm; prompts pass by without calling them. There is no dropout of attention weights: a frozen backbone is in
+evaluation mode.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import timm.layers
@@ -27,18 +29,21 @@ KNOWN_ATTENTIONS: tuple[type[nn.Module], ...] = (Attention, beit.Attention, *_RO
 
 
 class KeysValues(NamedTuple):
-    """What one attention module makes of one layer's prompts: `keys` and `values`, both [H, N_p, d]."""
+    """What one attention module makes of one layer's prompts: `keys` and `values`, both [H, N_p, d].
+
+    [B, H, N_p, d] where each of B images has its own.
+    """
 
     keys: Tensor
     values: Tensor
 
 
 def attention_keys_values(attn: Any, prompts: Tensor) -> KeysValues:
-    """Keys and values of normalised prompts [N_p, D]; not rotated, since prompts have no position."""
-    keys, values = _project_prompts(attn, prompts)
-    keys, values = _split_heads(attn, keys[None]), _split_heads(attn, values[None])
-    keys, values = _share_heads(attn, _normed(attn, "k_norm", keys)), _share_heads(attn, values)
-    return KeysValues(keys.squeeze(0), values.squeeze(0))
+    """Of normalised prompts [N_p, D] or [B, N_p, D]; not rotated, since prompts have no position."""
+    keys, values = (_split_heads(attn, each) for each in _project_prompts(attn, prompts))
+    norm = getattr(attn, "k_norm", None)
+    keys = keys if norm is None else norm.forward(keys)
+    return KeysValues(_share_heads(attn, keys), _share_heads(attn, values))
 
 
 def attend(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None = None) -> Tensor:
@@ -58,26 +63,55 @@ def attend(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None = 
 
 def _mix(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None) -> Tensor:
     """The heads' outputs side by side, [B, N, H * d]."""
-    rotary = position if isinstance(attn, _ROTARY) else None
     bias = _relative_bias(attn, position) if isinstance(attn, beit.Attention) else None
-    if rotary is None and bias is None and _is_plain(attn):
+    shows_weights = not attn.fused_attn and has_hooks(attn.attn_drop)
+    if _rotary_of(attn, position) is None and bias is None and _is_plain(attn) and not shows_weights:
         packed = _packed_heads(attn, x)
         return packed_prompt_attention(packed, prompts.keys, prompts.values, scale=attn.scale)
-    q, k, v = _queries_keys_values(attn, x)
-    if rotary is not None:
-        q, k = _rotate(attn, q, rotary).type_as(v), _rotate(attn, k, rotary).type_as(v)
-    k, v = _share_heads(attn, k), _share_heads(attn, v)
-    if bias is None:
+    q, k, v = _placed_heads(attn, x, position)
+    if shows_weights:
+        weights: Tensor = attn.attn_drop(_softmax(q, k, prompts, bias, attn.scale))
+        out = weights @ join_prompts(v, prompts.values)
+    elif bias is None:
         out = prompt_attention(q, k, v, prompts.keys, prompts.values, scale=attn.scale)
     else:
         out = _biased_attention(q, k, v, prompts, bias, attn.scale)
     return out.transpose(1, 2).flatten(2)
 
 
+def attention_weights(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None = None) -> Tensor:
+    """The softmax weights [B, H, N, N + N_p] of `attend`, those of prompts last."""
+    bias = _relative_bias(attn, position) if isinstance(attn, beit.Attention) else None
+    q, k, _ = _placed_heads(attn, x, position)
+    return _softmax(q, k, prompts, bias, attn.scale)
+
+
+def _softmax(q: Tensor, k: Tensor, prompts: KeysValues, bias: Tensor | None, scale: float) -> Tensor:
+    scores = (q * scale) @ join_prompts(k, prompts.keys).mT
+    if bias is not None:
+        scores = scores + F.pad(bias, (0, prompts.keys.shape[-2]))
+    return scores.softmax(dim=-1)
+
+
+def _placed_heads(attn: Any, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, H, N, d] as they enter the scores: normalised and rotated."""
+    q, k, v = _queries_keys_values(attn, x)
+    rotary = _rotary_of(attn, position)
+    if rotary is not None:
+        q, k = _rotate(attn, q, rotary).type_as(v), _rotate(attn, k, rotary).type_as(v)
+    return q, _share_heads(attn, k), _share_heads(attn, v)
+
+
+def _rotary_of(attn: Any, position: Tensor | None) -> Tensor | None:
+    return position if isinstance(attn, _ROTARY) else None
+
+
 def _is_plain(attn: Any) -> bool:
     """Whether nothing stands between one projection and the scores."""
-    norms = (getattr(attn, name, None) for name in ("q_norm", "k_norm"))
-    return attn.qkv is not None and all(norm is None or type(norm) is nn.Identity for norm in norms)
+    norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
+    return attn.qkv is not None and all(
+        norm is None or (type(norm) is nn.Identity and not has_hooks(norm)) for norm in norms
+    )
 
 
 def _queries_keys_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,23 +126,23 @@ def _queries_keys_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _packed_heads(attn: Any, x: Tensor) -> Tensor:
     """Queries, keys and values, [B, N, 3, H, d]."""
-    return _fused_projection(attn, x).reshape(*x.shape[:2], 3, attn.num_heads, _head_width(attn))
+    return _fused_projection(attn, x, attn.qkv).reshape(*x.shape[:2], 3, attn.num_heads, _head_width(attn))
 
 
-def _fused_projection(attn: Any, x: Tensor) -> Tensor:
-    """Queries, keys and values side by side, [B, N, 3 * H * d]."""
+def _fused_projection(attn: Any, x: Tensor, qkv: Callable[[Tensor], Tensor]) -> Tensor:
+    """Queries, keys and values side by side, [..., N, 3 * H * d]; `qkv` calls the projection."""
     if getattr(attn, "q_bias", None) is None:
-        return attn.qkv(x)  # type: ignore[no-any-return]
+        return qkv(x)
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-    return attn.qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+    return qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
 
 
 def _project_prompts(attn: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of prompts [N_p, D], each [N_p, heads * d]."""
+    """Keys and values of prompts [..., N_p, D], each [..., N_p, heads * d]; calls no hooks."""
     if attn.qkv is None:
-        return attn.k_proj(prompts), attn.v_proj(prompts)
-    if type(attn.qkv) is not nn.Linear or has_hooks(attn.qkv):
-        _, keys, values = _fused_projection(attn, prompts[None]).squeeze(0).chunk(3, dim=-1)
+        return attn.k_proj.forward(prompts), attn.v_proj.forward(prompts)
+    if type(attn.qkv) is not nn.Linear or "forward" in vars(attn.qkv):
+        _, keys, values = _fused_projection(attn, prompts, attn.qkv.forward).chunk(3, dim=-1)
         return keys, values
     # Prompts are no queries: the first third of the projection is not needed.
     first_key = attn.qkv.out_features // 3
@@ -121,9 +155,9 @@ def _project_prompts(attn: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _split_heads(attn: Any, projected: Tensor) -> Tensor:
-    """[B, N, heads * d] to [B, heads, N, d]; with grouped queries, keys and values have fewer heads."""
+    """[..., N, heads * d] to [..., heads, N, d]; with grouped queries, keys and values have fewer heads."""
     width = _head_width(attn)
-    return projected.reshape(*projected.shape[:2], projected.shape[2] // width, width).transpose(1, 2)
+    return projected.reshape(*projected.shape[:-1], projected.shape[-1] // width, width).transpose(-3, -2)
 
 
 def _head_width(attn: Any) -> int:
@@ -132,9 +166,9 @@ def _head_width(attn: Any) -> int:
 
 
 def _share_heads(attn: Any, keys_or_values: Tensor) -> Tensor:
-    """[B, heads, N, d] with each head repeated for the queries that share it."""
+    """[..., heads, N, d] with each head repeated for the queries that share it."""
     groups = getattr(attn, "num_kv_groups", 1)
-    return keys_or_values if groups == 1 else keys_or_values.repeat_interleave(groups, dim=1)
+    return keys_or_values if groups == 1 else keys_or_values.repeat_interleave(groups, dim=-3)
 
 
 def _normed(attn: Any, name: str, heads: Tensor) -> Tensor:

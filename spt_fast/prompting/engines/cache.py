@@ -18,25 +18,32 @@ from spt_fast.prompting.engines.attention import KeysValues
 
 
 class KeysValuesCache:
-    """The last keys and values of each block."""
+    """The last keys and values of each attention."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[tuple[Any, ...], tuple[KeysValues, ...]]] = {}
+        self._entries: dict[tuple[int, int], tuple[tuple[Any, ...], KeysValues]] = {}
 
     def get(
-        self, index: int, prompts: Tensor, dtype: torch.dtype, compute: Callable[[], tuple[KeysValues, ...]]
-    ) -> tuple[KeysValues, ...]:
-        """What `compute()` gave for block `index` with the same `prompts`, `dtype` and autocast."""
+        self,
+        where: tuple[int, int],
+        prompts: Tensor,
+        dtype: torch.dtype,
+        compute: Callable[[], KeysValues],
+    ) -> KeysValues:
+        """What `compute()` gave in the same place with the same `prompts`, `dtype` and autocast.
+
+        `where` is the number of a block and that of an attention in it.
+        """
         if prompts.is_inference():
             # Tensors of inference mode have no version counter.
             return compute()
         autocast = autocast_dtype(prompts.device.type)
         key = (prompts.data_ptr(), prompts._version, prompts.device, dtype, autocast)
-        found = self._entries.get(index)
+        found = self._entries.get(where)
         if found is not None and found[0] == key:
             return found[1]
         computed = compute()
         # If the caller has unfrozen the backbone, a second backward would find the graph freed.
-        if not any(part.requires_grad for keys_values in computed for part in keys_values):
-            self._entries[index] = (key, computed)
+        if not any(each.requires_grad for each in computed):
+            self._entries[where] = (key, computed)
         return computed

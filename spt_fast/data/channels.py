@@ -1,0 +1,37 @@
+"""Images in as many channels as a model takes: colour, or grey."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor
+
+COLOUR, GREY = 3, 1
+
+
+def fit_transform(transform: Callable[[Any], Any], channels: int) -> Callable[[Any], Any]:
+    """`transform` of images in RGB, for a model of `channels` channels; grey is ITU-R 601 luma, as in Pillow.
+
+    Raises:
+        ValueError: neither 1 nor 3 channels.
+    """
+    if _check(channels) == COLOUR:
+        return transform
+    from torchvision.transforms import Compose, Grayscale
+
+    steps = transform.transforms if isinstance(transform, Compose) else [transform]
+    return cast(Callable[[Any], Any], Compose([Grayscale(), *steps]))
+
+
+def fit_images(images: Tensor, channels: int) -> Tensor:
+    """Grey images [B, 3, H, W], whose channels are equal up to scale, as [B, channels, H, W]."""
+    return images if _check(channels) == COLOUR else images.mean(1, keepdim=True)
+
+
+def _check(channels: int) -> int:
+    if channels not in (COLOUR, GREY):
+        raise ValueError(
+            f"images are read in {COLOUR} channels (RGB) or in {GREY} (grey), but the model takes {channels}"
+        )
+    return channels

@@ -1,0 +1,80 @@
+"""Where the tokens of an image look: softmax weights of prompted blocks over tokens and prompts."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spt_fast.prompting.engines import (
+    attention_weights,
+    kv_attentions,
+    kv_extras,
+    prompt_keys_values,
+    unknown_attention,
+)
+
+# Called with the number of a block and its input x; returns the prompts that it attends to, [N_p, D] or
+# [B, N_p, D], and the tokens of the image, [B, N, D].
+Split = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+def choose_blocks(blocks: Iterable[int] | None, count: int) -> list[int]:
+    """The numbers of blocks, from 0, that a user names; None names all, and -1 the last.
+
+    Raises:
+        TypeError: `blocks` are no integers.
+        ValueError: there is no such block.
+    """
+    if blocks is None:
+        return list(range(count))
+    try:
+        numbers = [operator.index(number) for number in blocks]
+    except TypeError as error:
+        raise TypeError(f"blocks must be integers, such as [0, -1], or None, got {blocks!r}") from error
+    for number in numbers:
+        if not -count <= number < count:
+            raise ValueError(f"blocks must be from {-count} to {count - 1}, got {number}")
+    return [number % count for number in numbers]
+
+
+def check_attention(blocks: Iterable[nn.Module]) -> None:
+    """TypeError where the attention of a block is of a class whose weights are not known."""
+    for block in blocks:
+        reason = unknown_attention(block)
+        if reason is not None:
+            raise TypeError(f"attention_maps needs blocks that the engine 'kv' knows, but {reason}")
+
+
+def attention_maps_of(
+    blocks: nn.ModuleList | nn.Sequential, wanted: list[int], split: Split, run: Callable[[], object]
+) -> list[Tensor]:
+    """The weights [B, H, N, N + N_p] of each of the `wanted` blocks in a forward pass that `run` makes."""
+    found: dict[int, Tensor] = {}
+
+    def measure(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        prompts, tokens = split(index, args[0])
+        position = next((kwargs[name] for name in kv_extras(block) if name in kwargs), None)
+        found[index] = _weights(block, tokens, prompts.to(tokens.dtype), position)
+
+    with ExitStack() as stack:
+        for index in set(wanted):
+            hook = partial(measure, index)
+            stack.callback(blocks[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        run()
+    return [found[index] for index in wanted]
+
+
+def _weights(block: nn.Module, tokens: Tensor, prompts: Tensor, position: Tensor | None) -> Tensor:
+    """Of all attentions in a block, as further heads."""
+    weights = []
+    for norm, attention in kv_attentions(block):
+        normed = tokens if norm is None else norm.forward(tokens)
+        keys_values = prompt_keys_values(norm, attention, prompts)
+        weights.append(attention_weights(attention, normed, keys_values, position))
+    return torch.cat(weights, dim=1)

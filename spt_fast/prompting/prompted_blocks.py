@@ -1,0 +1,130 @@
+"""How the blocks of a model run while prompts belong to it: each block's forward, with its prompts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spt_fast.backbones.snapshot import ModelSnapshot, Takeover
+from spt_fast.prompting.checks import check_block_call
+from spt_fast.prompting.engines import (
+    KeysValues,
+    KeysValuesCache,
+    append_prompts,
+    attend,
+    concat_extras,
+    drop_prompts,
+    fit_extras,
+    kv_attentions,
+    kv_extras,
+    prompt_keys_values,
+)
+
+
+class PromptedBlocks(Takeover):
+    """Runs the blocks of one model with the prompts of one `PromptedViT`, to which it holds no reference.
+
+    Args:
+        parameters: the dict in which the `PromptedViT` keeps its parameter "prompts" [L or 1, N_p, D]. What
+            replaces the parameter, such as FSDP2, writes to this dict.
+        engine, depth, pool_prompts: as in `PromptedViT`.
+
+    Attributes:
+        layers: views of the prompts, layer by layer, while a forward pass runs; else None.
+        cache: keys and values that are kept, or None.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Any],
+        *,
+        engine: Literal["kv", "concat"],
+        depth: Literal["deep", "shallow"],
+        pool_prompts: bool,
+    ) -> None:
+        self._parameters = parameters
+        self._engine = engine
+        self._depth = depth
+        self._pool_prompts = pool_prompts
+        self.layers: tuple[Tensor, ...] | None = None
+        self.cache: KeysValuesCache | None = None
+
+    def take_over(self, blocks: Iterable[nn.Module], snapshot: ModelSnapshot) -> None:
+        """Let each block run with prompts until the snapshot is restored.
+
+        Shadowing `forward` on the instances leaves the module tree, its names and its hooks alone.
+        """
+        self.snapshot = snapshot
+        last = len(blocks := list(blocks)) - 1
+        for index, block in enumerate(blocks):
+            original = block.forward
+            # Pooling needs outputs at the positions of prompts, so the last block then takes them as tokens.
+            if self._engine == "concat" or (self._pool_prompts and index == last):
+                run = functools.partial(self._run_with_tokens, index, index == last, block, original)
+                snapshot.replace_forward(block, run)
+                continue
+            snapshot.replace_forward(block, functools.partial(self._run_with_kv, block, original))
+            for number, (norm, attention) in enumerate(kv_attentions(block)):
+                attend_here = functools.partial(self._attend, index, number, norm, attention)
+                snapshot.replace_forward(attention, attend_here)
+
+    def _run_with_kv(
+        self, block: nn.Module, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        check_block_call(block, x, args, kwargs, kv_extras(block))
+        return original(x, **kwargs)
+
+    def _attend(
+        self,
+        index: int,
+        number: int,
+        norm: nn.Module | None,
+        attention: nn.Module,
+        x: Tensor,
+        rope: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """The forward of the attention `number` of a block; other arguments are None or False."""
+        prompts = self._keys_values(index, number, norm, attention, x.dtype)
+        return attend(attention, x, prompts, shared_rel_pos_bias if rope is None else rope)
+
+    def _run_with_tokens(
+        self,
+        index: int,
+        is_last: bool,
+        block: nn.Module,
+        original: Callable[..., Tensor],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        check_block_call(block, x, args, kwargs, concat_extras(block))
+        num_prompts = len(self._layer(0))
+        if self._depth == "deep" or index == 0:
+            x = append_prompts(x, self._layer(index).to(x.dtype))
+        x = original(x, **fit_extras(kwargs, num_prompts))
+        keep = self._pool_prompts if is_last else self._depth == "shallow"
+        return x if keep else drop_prompts(x, num_prompts)
+
+    def _layer(self, index: int) -> Tensor:
+        """Prompts [N_p, D] of a block, also after the forward pass, when checkpointing runs it again."""
+        layers = self.layers
+        return self._parameters["prompts"][index] if layers is None else layers[index]
+
+    def _keys_values(
+        self, index: int, number: int, norm: nn.Module | None, attention: nn.Module, dtype: torch.dtype
+    ) -> KeysValues:
+        def compute() -> KeysValues:
+            return prompt_keys_values(norm, attention, self._layer(index).to(dtype))
+
+        if self.cache is None or torch.compiler.is_compiling():
+            return compute()
+        prompts = self._parameters["prompts"]
+        if torch.is_grad_enabled() and prompts.requires_grad:
+            return compute()
+        return self.cache.get((index, number), prompts, dtype, compute)
