@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spt_fast.ops import nmi_tiles as tiles
+from spt_fast.ops.float32_products import full_product
 from spt_fast.ops.nmi_cpu import Parts
 from spt_fast.ops.triton_math import LEAST, SERIES_LIMIT, divergence_series, expm1, log1p
 from spt_fast.ops.triton_support import interpreting, on_device
@@ -389,14 +390,14 @@ def launch_nmi_backward(
     parts = torch.stack((information, information, prompt_entropy, token_entropy))
     wide = prompts.float()
     grad_prompts = torch.zeros_like(wide)
-    with on_device(tokens), torch.autocast(tokens.device.type, enabled=False):
+    with on_device(tokens):
         for first, chunk in _chunks(prompts, tokens):
             last = first + len(chunk)
             slopes = _launch_scores(rows, chunk)
             r, c = (slopes.new_empty(slopes.shape[0], count) for count in slopes.shape[1:])
             _launch_sweep(slopes, parts[:, first:last].contiguous(), r, c, coefficients[first:last])
-            grad_prompts += (slopes @ chunk.float()).sum(0)
-            grad_tokens[first:last] = slopes.mT @ wide
+            grad_prompts += full_product(slopes, chunk.float()).sum(0)
+            grad_tokens[first:last] = full_product(slopes.mT, wide)
     return grad_prompts.to(prompts.dtype), grad_tokens
 
 
