@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 # The settings by device type, as PyTorch reads them; no other device rounds.
-_SETTINGS = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}
+_SETTINGS = {
+    "cuda": torch.backends.cuda.matmul,
+    "cpu": torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+}
 
 
 def full_product(a: Tensor, b: Tensor) -> Tensor:
