@@ -236,9 +236,8 @@ def prompt_attention_backward_kernel(
                 carried = _load_rows(so_far, valid & not_first, WIDTH, BLOCK_D)
             # Transposed: keys down, queries across.
             scores = _product(keys, queries.T, None, PRECISION) * (scale * _LOG2_E)
-            # A weight is at most 1, but for rounding. A key beyond the end is zero, but its weight may be
-            # infinite.
-            exponents = tl.minimum(scores - sums[None, :], 1.0, propagate_nan=tl.PropagateNan.ALL)
+            # A key beyond the end is zero, but its weight may be infinite.
+            exponents = tl.where(key_valid[:, None], scores - sums[None, :], float("-inf"))
             weights = tl.exp2(exponents)
             grad_values = _product(weights.to(grads.dtype), grads, grad_values, PRECISION)
             grad_weights = _product(values, grads.T, None, PRECISION)
