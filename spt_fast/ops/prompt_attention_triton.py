@@ -369,15 +369,9 @@ def _launch_sum(partial: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
     _, splits, size = partial.shape
     with on_device(partial):
         prompt_attention_sum_kernel[(-(-size // SUM_COLUMNS), 2)](
-            partial,
-            grad_k,
-            grad_v,
-            splits,
-            size,
-            SUM_ROWS=SUM_ROWS,
-            SUM_COLUMNS=SUM_COLUMNS,
-            SUM_STAGES=SUM_STAGES,
-        )
+            partial, grad_k, grad_v, splits, size,
+            SUM_ROWS=SUM_ROWS, SUM_COLUMNS=SUM_COLUMNS, SUM_STAGES=SUM_STAGES, num_warps=4,
+        )  # fmt: skip
 
 
 def _launch(kernel: Any, programs: int, tile: tiles.Tiles, q: Tensor, arguments: Sequence[Any]) -> None:
