@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from benchmarks.triton_compiled import Case, compile_case, tile_of
 from spt_fast.ops import prompt_attention_tiles as rules
-from spt_fast.ops.triton_support import Compiled
+from spt_fast.ops.triton_code import Compiled
 
 HEADS, WIDTH, ITEMSIZE = 12, 64, 2
 REGISTERS, THREADS = 65_536, 2_048  # of a multiprocessor

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import torch
 
 from spt_fast.ops import nmi_tiles as tiles
-from spt_fast.ops.triton_support import Compiled, compile_ahead
+from spt_fast.ops.triton_code import Compiled, compile_ahead
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,7 +43,7 @@ def compile_all(arch: int, least_scores: int = 0) -> Iterator[tuple[str, Compile
         blocks = {"BLOCK_P": tiles.SCORES_PROMPTS, "BLOCK_E": tiles.SCORES_TOKENS, "BLOCK_D": channels}
         compiled = compile_ahead(kernels.nmi_scores_kernel, scored, blocks, arch, tiles.WARPS, tiles.STAGES)
         yield f"scores {dtype} {tiles.SCORES_PROMPTS} x {tiles.SCORES_TOKENS}", compiled
-    names = ("scores", "parts", "r", "c", "row_deviations", "column_deviations", "coefficients")
+    names = ("scores", "parts", "r", "c", "of_rows", "of_columns", "coefficients")
     swept = {name: "*fp32:16" for name in names} | counts
     blocks = {"BLOCK_P": tiles.SWEEP_PROMPTS, "BLOCK_E": tiles.SWEEP_TOKENS, "ALL_P": 128, "ALL_E": 1024}
     for gradient in (False, True):

@@ -1,6 +1,8 @@
-"""What the Triton kernels compile to: registers, spills and shared memory of all shipped tiles. Needs no GPU.
+"""What the Triton kernels of prompt_attention compile to, with all shipped tiles. Needs no GPU.
 
-Prints one line for each kernel, architecture, dtype and head width. Spills are bytes of stack of a thread.
+Prints one line for each kernel, architecture, dtype and head width: registers of a thread; spills, in bytes
+of its stack, and how many instructions of the hot loop touch them; shared memory; copies under way while a
+step computes; and instructions of the tensor cores.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from spt_fast.ops import prompt_attention_tiles as rules
-from spt_fast.ops.triton_support import Compiled, compile_ahead
+from spt_fast.ops.triton_code import Compiled, compile_ahead
 
-ARCHITECTURES = (80, 90, 100)
-WIDTHS = (32, 64, 80, 128)
+ARCHITECTURES = (80, 90, 100, 120)
+WIDTHS = (16, 32, 48, 64, 72, 80, 96, 128)
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 KERNELS = ("forward", "forward-tasks", "backward", "backward-prompts-only", "sum")
 TOKENS, PROMPTS = 577, 100
@@ -38,12 +40,17 @@ def all_cases(
     for kernel in KERNELS:
         for arch in archs:
             for dtype in dtypes:
-                for width in widths:
+                # The sum knows no width.
+                for width in widths if kernel != "sum" else widths[:1]:
                     yield Case(kernel, arch, dtype, width)
 
 
 def tile_of(case: Case) -> rules.Tiles:
-    """The tile that the rule gives for 577 tokens and 100 prompts."""
+    """The tile that the rule gives for 577 tokens and 100 prompts; of the sum, what it is launched with."""
+    if case.kernel == "sum":
+        from spt_fast.ops import prompt_attention_triton as module
+
+        return rules.Tiles(module.SUM_COLUMNS, module.SUM_ROWS, 4, module.SUM_STAGES)
     size = ITEMSIZES[case.dtype]
     if case.kernel.startswith("forward"):
         return rules.forward_tiles(case.arch, case.width, size, TOKENS, TOKENS + PROMPTS)
@@ -68,7 +75,9 @@ def compile_case(case: Case) -> Compiled:
         "ROWS": tile.rows,
         "STEP": tile.step,
         "PRECISION": module.FLOAT32_PRODUCT,
-        "BLOCK": module.SUM_BLOCK,
+        "SUM_ROWS": module.SUM_ROWS,
+        "SUM_COLUMNS": module.SUM_COLUMNS,
+        "SUM_STAGES": module.SUM_STAGES,
     }
     constexprs = {key: value for key, value in constexprs.items() if key in kernel.arg_names}
     signature = {name: _argument_type(name, case) for name in kernel.arg_names if name not in constexprs}
@@ -83,9 +92,9 @@ def _argument_type(name: str, case: Case) -> str:
         return "*i64:16"
     if name in ("scale", "scale_log2"):
         return "fp32"
-    if name in ("heads", "tokens", "prompts", "images", "tasks", "splits", "per_split", "size"):
+    if name in ("heads", "tokens", "prompts", "images", "tasks", "splits", "per_split"):
         return "i32"
-    if name.endswith(("_image", "_head", "_row", "_task")):
+    if name == "size" or name.endswith(("_image", "_head", "_row", "_task")):
         return "i32:16"
     return f"*{case.dtype}:16"
 
@@ -98,9 +107,16 @@ def main() -> None:
     parser.add_argument("--archs", nargs="+", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--dtypes", nargs="+", choices=list(ITEMSIZES), default=["bf16", "fp32"])
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
+    parser.add_argument("--cases", nargs="+", metavar="KERNEL:DTYPE:WIDTH", help="these, on all --archs")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
-    for case in all_cases(tuple(options.archs), tuple(options.dtypes), tuple(options.widths)):
+    cases = list(all_cases(tuple(options.archs), tuple(options.dtypes), tuple(options.widths)))
+    if options.cases:
+        chosen = [text.split(":") for text in options.cases]
+        cases = [
+            Case(kernel, arch, dtype, int(width)) for arch in options.archs for kernel, dtype, width in chosen
+        ]
+    for case in cases:
         if case.kernel not in options.kernels:
             continue
         tile, found = tile_of(case), compile_case(case)
@@ -110,7 +126,9 @@ def main() -> None:
             print(
                 f"{case.kernel:22s} sm_{case.arch:<4d}{case.dtype:5s} d={case.width:<4d}"
                 f"{tile.rows:4d} x {tile.step:<3d}{tile.warps} warps {tile.stages} stages"
-                f"{found.registers:5d} registers{found.spills:5d} B spilled{found.shared:8d} B shared",
+                f"{found.registers:5d} registers{found.spills:4d} B spilled, {found.loop_spills} in the loop"
+                f"{found.shared:8d} B shared{found.in_flight:3d} copies under way"
+                f"{found.tensor_products:5d} tensor products",
                 flush=True,
             )
 

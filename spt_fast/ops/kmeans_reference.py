@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spt_fast.ops.float32_products import full_product
+
 
 def distances_reference(
     tokens: Tensor,  # [G, M, D]
@@ -15,7 +17,7 @@ def distances_reference(
     x, c = tokens.to(centers.dtype), centers
     if shift is not None:
         x, c = x - shift.to(c.dtype)[:, None], c - shift.to(c.dtype)[:, None]
-    products = x @ c.mT
+    products = full_product(x, c.mT)
     squared = x.square().sum(-1)[:, :, None] - 2 * products + c.square().sum(-1)[:, None, :]
     return squared.clamp_min(0)
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from spt_fast.ops.float32_products import full_product
+
 # 2 ** 18 float64 scores are 2 MiB: they stay in the cache, and what is held does not grow with the batch.
 _SCORES_PER_CHUNK = 2**18
 # float32 scores are kept where rounding them moves the NMI by less than this share; four such errors in a row
@@ -120,7 +122,7 @@ def _forward_chunk(prompts: Tensor, tokens: Tensor) -> Parts:
     if prompts.dtype == torch.float64:
         return _parts(_Joint(prompts @ tokens.mT))
     prompts, tokens = prompts.float(), tokens.float()
-    joint = _Joint((prompts @ tokens.mT).double())
+    joint = _Joint(full_product(prompts, tokens.mT).double())
     parts = _parts(joint)
     rough = (_error_of_float32(prompts, tokens, joint, parts) > _SHARE_OF_ROUNDING * parts[0]).nonzero()[:, 0]
     if len(rough) > 0:

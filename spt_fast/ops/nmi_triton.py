@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spt_fast.ops import nmi_tiles as tiles
+from spt_fast.ops.float32_products import full_product
 from spt_fast.ops.nmi_cpu import Parts
 from spt_fast.ops.triton_math import LEAST, SERIES_LIMIT, divergence_series, expm1, log1p
 from spt_fast.ops.triton_support import interpreting, on_device
@@ -225,10 +226,10 @@ def _load_tile(scores, first_row, first_column, num_prompts, num_tokens, BLOCK_P
 def nmi_sweep_kernel(
     scores,  # IN [B, N_p, N_e] float32: x; OUT dL/dx with GRADIENT
     parts,  # OUT [4, B] float32: NMI, I, H(P), H(E); IN with GRADIENT
-    r,  # OUT [B, N_p] float32; with GRADIENT scratch
-    c,  # OUT [B, N_e] float32; with GRADIENT scratch
-    row_deviations,  # scratch [B, N_p] float32
-    column_deviations,  # scratch [B, N_e] float32
+    r,  # OUT [B, N_p] float32; not written with GRADIENT
+    c,  # OUT [B, N_e] float32; not written with GRADIENT
+    of_rows,  # scratch [2, B, N_p] float32: sums and mean deviations
+    of_columns,  # scratch [2, B, N_e] float32
     coefficients,  # IN [B, 3] float32: dL/dI, dL/dH(P), dL/dH(E); not read without GRADIENT
     num_prompts, num_tokens, images,
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, ALL_P: tl.constexpr, ALL_E: tl.constexpr,
@@ -240,14 +241,14 @@ def nmi_sweep_kernel(
 
     in place of the scores, for A, B, C = dL/dI, dL/dH(P), dL/dH(E). The program sweeps four times over the
     tiles, which come from the cache: for the largest score, for sums of rows, for sums of columns, and for
-    the information or the gradient.
+    the information or the gradient. Nothing is overwritten that another thread may still read: sums and
+    marginals lie apart, and a barrier stands before scores become gradients.
     """
     image = tl.program_id(0).to(tl.int64)
     scores += image * num_prompts * num_tokens
-    r += image * num_prompts
-    c += image * num_tokens
-    row_deviations += image * num_prompts
-    column_deviations += image * num_tokens
+    row_sums, column_sums = of_rows + image * num_prompts, of_columns + image * num_tokens
+    row_deviations = row_sums + images.to(tl.int64) * num_prompts
+    column_deviations = column_sums + images.to(tl.int64) * num_tokens
 
     highest = tl.full([BLOCK_P], float("-inf"), tl.float32)
     poisons = tl.zeros([BLOCK_P], tl.float32)
@@ -276,7 +277,7 @@ def nmi_sweep_kernel(
             deviations += tl.sum(deviation, 1)
         totals += row
         total_deviations += deviations
-        tl.store(r + rows, row, mask=rows < num_prompts)
+        tl.store(row_sums + rows, row, mask=rows < num_prompts)
         tl.store(row_deviations + rows, deviations / num_tokens, mask=rows < num_prompts)
     total = tl.sum(totals, 0)
     mean = tl.sum(total_deviations, 0) / num_prompts / num_tokens
@@ -292,7 +293,7 @@ def nmi_sweep_kernel(
             mass, deviation = _mass(x, top, valid)
             column += tl.sum(mass, 0)
             deviations += tl.sum(deviation, 0)
-        tl.store(c + columns, column, mask=columns < num_tokens)
+        tl.store(column_sums + columns, column, mask=columns < num_tokens)
         tl.store(column_deviations + columns, deviations / num_prompts, mask=columns < num_tokens)
     # Other threads of the program read what these have written.
     tl.debug_barrier()
@@ -307,13 +308,13 @@ def nmi_sweep_kernel(
     information = tl.zeros([BLOCK_P], tl.float32)
     for first_row in range(0, num_prompts, BLOCK_P):
         rows = first_row + tl.arange(0, BLOCK_P)
-        row = tl.load(r + rows, mask=rows < num_prompts, other=1.0) / total
+        row = tl.load(row_sums + rows, mask=rows < num_prompts, other=1.0) / total
         row_deviation = tl.load(row_deviations + rows, mask=rows < num_prompts, other=0.0) - mean
         for first_column in range(0, num_tokens, BLOCK_E):
             x, valid, rows, columns, places = _load_tile(
                 scores, first_row, first_column, num_prompts, num_tokens, BLOCK_P, BLOCK_E
             )
-            column = tl.load(c + columns, mask=columns < num_tokens, other=1.0) / total
+            column = tl.load(column_sums + columns, mask=columns < num_tokens, other=1.0) / total
             column_deviation = tl.load(column_deviations + columns, mask=columns < num_tokens, other=0.0)
             mass, deviation = _mass(x, top, valid)
             share = mass / total
@@ -326,6 +327,7 @@ def nmi_sweep_kernel(
                 inner -= of_prompts * tl.log(tl.maximum(row, LEAST))[:, None]
                 inner -= of_tokens * tl.log(tl.maximum(column, LEAST))[None, :]
                 slope = share / (1.0 + tl.exp(x)) * inner + poison
+                tl.debug_barrier()
                 tl.store(places, slope, mask=valid)
             else:
                 terms = _information_terms(share, excess, row[:, None] * column[None, :])
@@ -333,13 +335,13 @@ def nmi_sweep_kernel(
 
     if not GRADIENT:
         index = tl.arange(0, ALL_P)
-        shares = tl.load(r + index, mask=index < num_prompts, other=0.0) / total
+        shares = tl.load(row_sums + index, mask=index < num_prompts, other=0.0) / total
         prompt_entropy = _entropy(shares, index)
-        tl.store(r + index, shares + poison, mask=index < num_prompts)
+        tl.store(r + image * num_prompts + index, shares + poison, mask=index < num_prompts)
         index = tl.arange(0, ALL_E)
-        shares = tl.load(c + index, mask=index < num_tokens, other=0.0) / total
+        shares = tl.load(column_sums + index, mask=index < num_tokens, other=0.0) / total
         token_entropy = _entropy(shares, index)
-        tl.store(c + index, shares + poison, mask=index < num_tokens)
+        tl.store(c + image * num_tokens + index, shares + poison, mask=index < num_tokens)
         one = (num_prompts == 1) | (num_tokens == 1)
         result = tl.where(one, 0.0, tl.sum(information, 0))
         _store_parts(parts, image, images, result, prompt_entropy, token_entropy, poison)
@@ -389,14 +391,14 @@ def launch_nmi_backward(
     parts = torch.stack((information, information, prompt_entropy, token_entropy))
     wide = prompts.float()
     grad_prompts = torch.zeros_like(wide)
-    with on_device(tokens), torch.autocast(tokens.device.type, enabled=False):
+    with on_device(tokens):
         for first, chunk in _chunks(prompts, tokens):
             last = first + len(chunk)
             slopes = _launch_scores(rows, chunk)
-            r, c = (slopes.new_empty(slopes.shape[0], count) for count in slopes.shape[1:])
-            _launch_sweep(slopes, parts[:, first:last].contiguous(), r, c, coefficients[first:last])
-            grad_prompts += (slopes @ chunk.float()).sum(0)
-            grad_tokens[first:last] = slopes.mT @ wide
+            own_parts = parts[:, first:last].contiguous()
+            _launch_sweep(slopes, own_parts, own_parts, own_parts, coefficients[first:last])
+            grad_prompts += full_product(slopes, chunk.float()).sum(0)
+            grad_tokens[first:last] = full_product(slopes.mT, wide)
     return grad_prompts.to(prompts.dtype), grad_tokens
 
 
@@ -415,10 +417,11 @@ def _launch_scores(prompts: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _launch_sweep(scores: Tensor, parts: Tensor, r: Tensor, c: Tensor, coefficients: Tensor | None) -> None:
-    """Fill `parts`, `r` and `c` from scores; with coefficients turn scores into dL/dscores."""
+    """Fill `parts`, `r` and `c` from scores; with coefficients turn only the scores into dL/dscores."""
     images, num_prompts, num_tokens = scores.shape
+    of_rows, of_columns = (scores.new_empty(2, images, count) for count in scores.shape[1:])
     nmi_sweep_kernel[(images,)](
-        scores, parts, r, c, torch.empty_like(r), torch.empty_like(c),
+        scores, parts, r, c, of_rows, of_columns,
         parts if coefficients is None else coefficients, num_prompts, num_tokens, images,
         BLOCK_P=tiles.SWEEP_PROMPTS, BLOCK_E=tiles.SWEEP_TOKENS,
         ALL_P=tiles.padded(num_prompts), ALL_E=tiles.padded(num_tokens), GRADIENT=coefficients is not None,

@@ -18,7 +18,7 @@ class Tiles(NamedTuple):
     rows: int  # queries in the forward kernel, keys in the backward one
     step: int  # keys in the forward kernel, queries in the backward one
     warps: int
-    stages: int  # steps in flight
+    stages: int  # copies of a step start `stages - 1` steps ahead; with two they are waited for at once
     transposed: bool = False  # backward: the product that gives the queries' gradients has the width down
 
 
@@ -31,24 +31,22 @@ def forward_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) 
     """Of the forward kernel: `tokens` queries over `keys` keys, those of the prompts counted."""
     wide = padded_width(width) > 64
     if itemsize > 2:
-        return _fit(Tiles(16, 32, 4, 1) if wide else Tiles(32, 32, 4, 1 if arch < 90 else 2), tokens, keys)
+        return _fit(Tiles(16, 16, 4, 3) if wide else Tiles(32, 32, 4, 3), tokens, keys)
     if wide:
-        return _fit(Tiles(64, 64 if arch < 90 else 32, 4, 2), tokens, keys)
+        # More steps of more rows would not fit beside each other into the shared memory of sm_86, 89 and 120.
+        return _fit(Tiles(64, 32, 4, 3) if 90 <= arch < 120 else Tiles(128, 32, 8, 3), tokens, keys)
     return _fit(Tiles(128, 64, 8, 3) if arch == 90 else Tiles(64, 64, 4, 3), tokens, keys)
 
 
 def backward_tiles(arch: int, width: int, itemsize: int, tokens: int, keys: int) -> Tiles:
     """Of the backward kernel: `keys` keys, those of the prompts counted, over `tokens` queries."""
     padded = padded_width(width)
-    # Masks of a width that is no power of two are what spills on sm_80.
-    tight = arch < 90 and width != padded
-    if padded > 64:
-        return _fit(Tiles(16, 16, 8, 1) if itemsize > 2 else Tiles(32, 32, 8, 2), keys, tokens)
     if itemsize > 2:
-        return _fit(Tiles(32, 16, 8 if tight else 4, 1), keys, tokens)
-    stages = 1 if tight else 2
+        return _fit(Tiles(16 if padded > 64 else 32, 16, 8, 3), keys, tokens)
+    if padded > 64:
+        return _fit(Tiles(32, 32, 8, 3), keys, tokens)
     # A warp group of sm_90 multiplies 64 rows: a step of queries is too few, the width is not.
-    return _fit(Tiles(128, 32, 8, stages, transposed=arch == 90 and padded == 64), keys, tokens)
+    return _fit(Tiles(128, 32, 8, 3, transposed=arch == 90 and padded == 64), keys, tokens)
 
 
 def images_per_split(arch: int, images: int, heads: int) -> int:

@@ -31,8 +31,9 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 FLOAT32_PRODUCT = "tf32x3"
 # The interpreter multiplies the bits of bfloat16 as if they were integers; float32 holds the same numbers.
 INTERPRETED = tl.constexpr("interpreted")
-# Elements that a program of the last kernel sums: enough for coalesced reads, few enough for many programs.
-SUM_BLOCK = 512
+# Elements that a program of the last kernel sums, few enough for many programs; splits that it reads per
+# step; and stages, with which each of its 128 threads has eight copies of 16 bytes under way.
+SUM_COLUMNS, SUM_ROWS, SUM_STAGES = 128, 8, 5
 # A new batch size or number of prompts must not compile the kernels anew.
 _COUNTS = ["images", "tokens", "prompts", "tasks", "splits", "per_split"]
 
@@ -79,6 +80,19 @@ def _key_rows(index, prompts, prompt_base, prompt_stride, image_base, image_stri
     row = index.to(tl.int64)
     from_prompt, from_image = prompt_base + row * prompt_stride, image_base + (row - prompts) * image_stride
     return tl.where(index < prompts, from_prompt, from_image)
+
+
+@triton.jit
+def _after_all_reads(pointers, PRECISION: tl.constexpr):
+    """`pointers`, once every thread of the program has read what it will read before.
+
+    `tl.debug_barrier` in a loop makes Triton issue no copy ahead of its step.
+    """
+    if PRECISION != INTERPRETED:
+        pointers += tl.inline_asm_elementwise(
+            "bar.sync 0; mov.b32 $0, 0;", "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return pointers
 
 
 @triton.jit
@@ -195,12 +209,9 @@ def prompt_attention_backward_kernel(
         index = first + tl.arange(0, ROWS)
         key_valid = index < keys_end
         # Vectors, because the interpreter takes no Python number for a part of a mask.
-        carried = tl.full([STEP], first, tl.int32) > 0
-        last = tl.full([STEP], first + ROWS, tl.int32) >= keys_end
+        not_first = tl.full([STEP], first, tl.int32) > 0
         keys = _load_rows(_key_rows(index, prompts, prompt_k, pk_row, k, k_row), key_valid, WIDTH, BLOCK_D)
         values = _load_rows(_key_rows(index, prompts, prompt_v, pv_row, v, v_row), key_valid, WIDTH, BLOCK_D)
-        # A key beyond the end is zero, but its weight may be infinite.
-        bias = tl.where(key_valid, 0.0, float("-inf"))
         grad_keys = tl.zeros([ROWS, BLOCK_D], tl.float32)
         grad_values = tl.zeros([ROWS, BLOCK_D], tl.float32)
         for start in range(0, queries_end, STEP):
@@ -219,9 +230,15 @@ def prompt_attention_backward_kernel(
             dots = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), 1)
             statistic = (image * heads + head) * tokens + token
             sums = tl.load(lse + statistic, mask=valid, other=float("inf")) * _LOG2_E
+            if IMAGES:
+                so_far = running + statistic * WIDTH
+                # Asked for before the products, so that it arrives beside them.
+                carried = _load_rows(so_far, valid & not_first, WIDTH, BLOCK_D)
             # Transposed: keys down, queries across.
             scores = _product(keys, queries.T, None, PRECISION) * (scale * _LOG2_E)
-            weights = tl.exp2(scores - sums[None, :] + bias[:, None])
+            # A key beyond the end is zero, but its weight may be infinite.
+            exponents = tl.where(key_valid[:, None], scores - sums[None, :], float("-inf"))
+            weights = tl.exp2(exponents)
             grad_values = _product(weights.to(grads.dtype), grads, grad_values, PRECISION)
             grad_weights = _product(values, grads.T, None, PRECISION)
             grad_scores = (weights * (grad_weights - dots[None, :])).to(queries.dtype)
@@ -231,11 +248,15 @@ def prompt_attention_backward_kernel(
                     grad_queries = _product(keys.T, grad_scores, None, PRECISION).T
                 else:
                     grad_queries = _product(grad_scores.T, keys, None, PRECISION)
-                pointers = running + statistic * WIDTH
-                grad_queries += _load_rows(pointers, valid & carried, WIDTH, BLOCK_D)
-                _store_rows(pointers, valid & ~last, grad_queries, WIDTH, BLOCK_D)
-                line = (image * tokens + token) * 3 * heads + head
-                _store_rows(packed + line * WIDTH, valid & last, grad_queries * scale, WIDTH, BLOCK_D)
+                grad_queries += carried
+                if first + ROWS >= keys_end:
+                    line = packed + (image * tokens * 3 * heads + head) * WIDTH
+                    _store_rows(
+                        line + token * (3 * heads * WIDTH), valid, grad_queries * scale, WIDTH, BLOCK_D
+                    )
+                else:
+                    so_far = _after_all_reads(so_far, PRECISION)
+                    _store_rows(so_far, valid, grad_queries, WIDTH, BLOCK_D)
         grad_keys *= scale
         if PROMPTS:
             of_prompts = index < prompts
@@ -252,25 +273,28 @@ def prompt_attention_backward_kernel(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["splits", "size"])
+# Reads are of 16 bytes where `size` is a multiple of 16, which Triton has to be told.
+@triton.jit(do_not_specialize=["splits"])
 def prompt_attention_sum_kernel(
     partial,  # IN [2, splits, size] float32, with size = H N_p d
     grad_k,  # OUT [size]
     grad_v,  # OUT [size]
-    splits, size, BLOCK: tl.constexpr,
+    splits, size, SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr, SUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sum partial results over the splits, in a fixed order, into the gradients of the prompts."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.program_id(0) * SUM_COLUMNS + tl.arange(0, SUM_COLUMNS)
     valid = index < size
     partial += tl.program_id(1).to(tl.int64) * splits * size
-    total = tl.zeros([BLOCK], tl.float32)
-    for _ in range(splits):
-        total += tl.load(partial + index, mask=valid, other=0.0)
-        partial += size
+    total = tl.zeros([SUM_ROWS, SUM_COLUMNS], tl.float32)
+    for first in tl.range(0, splits, SUM_ROWS, num_stages=SUM_STAGES):
+        row = first + tl.arange(0, SUM_ROWS)
+        places = partial + row.to(tl.int64)[:, None] * size + index[None, :]
+        total += tl.load(places, mask=(row < splits)[:, None] & valid[None, :], other=0.0)
+    result = tl.sum(total, 0)
     if tl.program_id(1) == 0:
-        tl.store(grad_k + index, total.to(grad_k.dtype.element_ty), mask=valid)
+        tl.store(grad_k + index, result.to(grad_k.dtype.element_ty), mask=valid)
     else:
-        tl.store(grad_v + index, total.to(grad_v.dtype.element_ty), mask=valid)
+        tl.store(grad_v + index, result.to(grad_v.dtype.element_ty), mask=valid)
 
 
 def launch_prompt_attention_forward(
@@ -344,8 +368,10 @@ def launch_prompt_attention_backward(
 def _launch_sum(partial: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
     _, splits, size = partial.shape
     with on_device(partial):
-        grid = (-(-size // SUM_BLOCK), 2)
-        prompt_attention_sum_kernel[grid](partial, grad_k, grad_v, splits, size, BLOCK=SUM_BLOCK)
+        prompt_attention_sum_kernel[(-(-size // SUM_COLUMNS), 2)](
+            partial, grad_k, grad_v, splits, size,
+            SUM_ROWS=SUM_ROWS, SUM_COLUMNS=SUM_COLUMNS, SUM_STAGES=SUM_STAGES, num_warps=4,
+        )  # fmt: skip
 
 
 def _launch(kernel: Any, programs: int, tile: tiles.Tiles, q: Tensor, arguments: Sequence[Any]) -> None:

@@ -33,6 +33,7 @@ SHORT_SHAPES = [
     (5, 2, 5, 20, 64),
     (2, 1, 63, 7, 80),
     (1, 2, 63, 0, 128),
+    (19, 1, 3, 2, 16),
 ]
 # In float32 tiles hold 32 rows at most: as many tiles of fewer rows, and some more for the last.
 NARROW_SHAPES = [(1, 2, 197, 20, 64), (1, 1, 197, 7, 72), (1, 1, 257, 100, 32), (1, 1, 257, 1, 80)]
