@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
     )
     prompts.add_argument("--device", help="default: cuda where there is one (torchrun: one each), else cpu")
     options.add_seed(prompts)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, several_processes=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -209,7 +209,7 @@ def _loader(
         description=description,
         bad_images=bad_images,
         batch_size=check_int("batch_size", batch_size, 1),
-        generator=torch.Generator().manual_seed(seed),
+        seed=seed,
         num_workers=0 if isinstance(dataset, TensorDataset) else workers,
         pin_memory=torch.cuda.is_available(),
         **order,

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
 from spt_fast.data.decode import open_image, to_rgb
 from spt_fast.data.folder import FolderListing, printable
 from spt_fast.support.arguments import check_choice
 from spt_fast.support.errors import first_line
+from spt_fast.support.interrupts import held
 
 BadImages = Literal["error", "skip"]
 BAD_IMAGES = ("error", "skip")
+# As torch begins the message of an error that a worker has met.
+_IN_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n")
+_SHARED_MEMORY_IS_FULL = ("shared memory", "(shm)", "/torch_", "Bus error")
+_SHARED_MEMORY = "/dev/shm"
+# More than the locks of its queues take, a page each; what its batches take is known when they are there.
+_BYTES_OF_A_WORKER = 1 << 17
 
 
 class Unreadable(NamedTuple):
@@ -51,7 +61,11 @@ class DecodedImages(Dataset[Any]):
             return Unreadable(printable(self.name(index)), printable(first_line(error)))
         if self.target_transform is not None:
             label = self.target_transform(label)
-        return self.transform(image), label
+        try:
+            return self.transform(image), label
+        except Exception as error:
+            name = printable(self.name(index))
+            raise RuntimeError(f"{name} cannot be transformed ({first_line(error)})") from error
 
 
 class FolderImages(DecodedImages):
@@ -111,7 +125,10 @@ class ImageLoader:
     """Batches [images [B, C, H, W], labels [B]] of a data set; it has a length where the data set has one.
 
     An image that cannot be read ends the iteration with a ValueError that names it. With
-    `bad_images="skip"` its batch comes without it, or not at all where nothing else is left of it.
+    `bad_images="skip"` its batch comes without it, or not at all where nothing else is left of it. An error
+    in a worker is raised here, of the same class, with its message alone.
+
+    Workers start with the first iteration and serve all of them, so only one iteration goes on at a time.
 
     Attributes:
         num_images: in all batches together, unreadable ones included; None where nobody knows.
@@ -126,22 +143,48 @@ class ImageLoader:
         num_images: int | None,
         description: Sequence[str] = (),
         bad_images: str = "error",
+        num_workers: int = 0,
+        shuffle: bool = False,
+        seed: int = 0,
         **options: Any,
     ) -> None:
         self.num_images = num_images
         self.description = tuple(description)
         self.unreadable: dict[str, str] = {}
         self._skip = check_choice("bad_images", bad_images, BAD_IMAGES) == "skip"
+        self._iterations = 0
+        if shuffle:
+            # A generator of its own: torch draws from that of the loader once, or for every pass, or not at
+            # all, as workers persist, and the order is not to depend on that.
+            options["sampler"] = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
         with _any_number_of_workers():
-            self._loader = DataLoader(dataset, collate_fn=_collate_readable, **options)
+            self._loader = DataLoader(
+                dataset,
+                collate_fn=_collate_readable,
+                num_workers=num_workers,
+                persistent_workers=num_workers > 0,
+                generator=torch.Generator().manual_seed(seed),
+                **options,
+            )
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        with _any_number_of_workers():
+        self._iterations += 1
+        iteration = self._iterations
+        _check_shared_memory(self._loader.num_workers)
+        # Workers that Ctrl-C finds half started would stay.
+        with _any_number_of_workers(), _explained_worker_errors(), held():
             batches = iter(self._loader)
-        for batch, unreadable in batches:
+        while True:
+            if iteration != self._iterations:
+                raise RuntimeError("this iteration of the images has ended: another one has begun since")
+            with _explained_worker_errors():
+                found = next(batches, None)
+            if found is None:
+                return
+            batch, unreadable = found
             if unreadable and not self._skip:
                 name, reason = unreadable[0]
                 raise ValueError(
@@ -151,6 +194,47 @@ class ImageLoader:
             self.unreadable.update(unreadable)
             if batch is not None:
                 yield batch
+
+
+@contextmanager
+def _explained_worker_errors() -> Iterator[None]:
+    """Raise an error of a worker with its message alone; torch makes the worker's traceback the message."""
+    try:
+        yield
+    except Exception as error:
+        message = _message_in_worker(str(error))
+        if any(sign in str(error) for sign in _SHARED_MEMORY_IS_FULL):
+            raise _shared_memory_is_full(message or first_line(error)) from error
+        if message is None:
+            raise
+        known = (kind for kind in (ValueError, TypeError, OSError) if isinstance(error, kind))
+        raise next(known, RuntimeError)(message) from error
+
+
+def _message_in_worker(text: str) -> str | None:
+    """The message of the error in a worker, from that of torch's; None where `text` is none of torch's."""
+    found = _IN_WORKER.match(text)
+    if found is None:
+        return None
+    # A traceback ends with the class and the message; before them there may be those of other errors.
+    ends = list(re.finditer(rf"^[\w.]*\b{found[1]}(: |$)", text, re.MULTILINE))
+    return text[ends[-1].end() :].strip() or found[1] if ends else None
+
+
+def _check_shared_memory(workers: int) -> None:
+    """RuntimeError where workers cannot even start."""
+    if workers and os.path.isdir(_SHARED_MEMORY):
+        found = os.statvfs(_SHARED_MEMORY)
+        free = found.f_bavail * found.f_frsize
+        if free < workers * _BYTES_OF_A_WORKER:
+            raise _shared_memory_is_full(f"{free} bytes are free")
+
+
+def _shared_memory_is_full(reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"workers find too little shared memory ({_SHARED_MEMORY}) for their batches: read the images "
+        f"without workers (workers=0, --workers 0), or in smaller batches ({reason})"
+    )
 
 
 def _collate_readable(items: list[Any]) -> tuple[Any, list[Unreadable]]:
