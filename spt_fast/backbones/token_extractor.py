@@ -13,7 +13,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, num_prefix_tokens, unwrap
+from spt_fast.backbones.anatomy import (
+    block_input_hooks,
+    check_channels,
+    get_blocks,
+    num_prefix_tokens,
+    unwrap,
+)
 from spt_fast.support.arguments import check_choice
 
 DEPTHS = ("deep", "shallow")
@@ -111,6 +117,7 @@ class TokenExtractor:
         """
         if not self._entered:
             raise RuntimeError("TokenExtractor.run works inside `with extractor:` only")
+        check_channels(images, self._model)
         self._start_batch(len(images))
         try:
             with torch.no_grad(), _without_compilation(self._model), self._autocast():

@@ -315,6 +315,7 @@ class PromptedViT(nn.Module):
 
         Raises:
             ValueError: `class_names` is set, but not one name for each logit.
+            NonFiniteError: prompts or head hold NaN or infinity.
             FileExistsError: there is such a file, and not `overwrite`.
             FileNotFoundError: the folder does not exist.
         """

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.support.errors import first_line
+
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{infix}B": base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -73,6 +75,22 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def check_device(name: str, value: Any) -> torch.device:
+    """`value` as a device on which this torch can make tensors; ValueError naming the argument otherwise."""
+    try:
+        device = torch.device(value)
+        torch.empty(1, device=device)
+    except Exception as error:
+        # The classes differ from device to device; the first line is the reason.
+        reason = first_line(error)
+    else:
+        if device.type != "meta":
+            return device
+        reason = "it holds no data"
+    allowed = "'cpu', or 'cuda' or 'cuda:N' where torch finds such a GPU"
+    raise ValueError(f"{name} must be {allowed}, got {str(value)!r} ({reason})")
 
 
 def check_tensor(

@@ -147,6 +147,16 @@ def read_safetensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[s
     return tensors, metadata
 
 
+def read_kind(path: str | os.PathLike[str]) -> str | None:
+    """What a safetensors file says that it holds, as `write_safetensors` has noted it; None if nothing.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, ValueError: as `open_safetensors`.
+    """
+    with open_safetensors(path) as file:
+        return dict(file.metadata() or {}).get(_KIND_KEY)
+
+
 def check_metadata(metadata: Any) -> dict[str, str]:
     """`metadata` as a dict; TypeError unless it is a mapping of strings to strings."""
     if not isinstance(metadata, Mapping):

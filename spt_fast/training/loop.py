@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from spt_fast.backbones.anatomy import unwrap
 from spt_fast.data.batches import IGNORED_LABEL, count_labels, labelled_batch
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.arguments import check_int, check_number, check_seed
@@ -128,6 +129,7 @@ def fit(
             are no classes of the model, or no parameter requires a gradient.
         FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate.
     """
+    _check_gives_logits(tuned)
     steps = _count_batches(train_loader)
     if isinstance(val_loader, Iterator):
         raise TypeError(
@@ -187,6 +189,7 @@ def evaluate(tuned: nn.Module, loader: Iterable[Any]) -> float:
             or `tuned` gives something else than logits [B, classes].
         NonFiniteError: a logit is NaN; `image` is counted from 0 over the loader.
     """
+    _check_gives_logits(tuned)
     device, was_training = _device(tuned), tuned.training
     right = total = seen = 0
     tuned.eval()
@@ -240,6 +243,16 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_ste
 
     factors: list[Callable[[int], float]] = [partial(factor, group["lr"]) for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+def _check_gives_logits(tuned: nn.Module) -> None:
+    """ValueError where `tuned` says that it has no head: its features would pass for logits."""
+    inner = unwrap(tuned)
+    if getattr(inner, "num_classes", None) == 0:
+        raise ValueError(
+            f"tuned must give logits, but this {type(inner).__name__} has no head (num_classes=0) and gives "
+            "features; give num_classes=N for a head of N classes"
+        )
 
 
 def _train_epoch(
