@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -79,18 +80,24 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
 
 def check_device(name: str, value: Any) -> torch.device:
     """`value` as a device on which this torch can make tensors; ValueError naming the argument otherwise."""
-    try:
+    reason = "not a device's name"
+    with suppress(RuntimeError, TypeError):
         device = torch.device(value)
-        torch.empty(1, device=device)
-    except Exception as error:
-        # The classes differ from device to device; the first line is the reason.
-        reason = first_line(error)
-    else:
-        if device.type != "meta":
+        reason = "it holds no data" if device.type == "meta" else _why_unusable(device)
+        if not reason:
             return device
-        reason = "it holds no data"
     allowed = "'cpu', or 'cuda' or 'cuda:N' where torch finds such a GPU"
     raise ValueError(f"{name} must be {allowed}, got {str(value)!r} ({reason})")
+
+
+def _why_unusable(device: torch.device) -> str:
+    """Why no tensor can be made on `device`, in one line; empty where one can."""
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:
+        # Of another class for each kind of device.
+        return first_line(error)
+    return ""
 
 
 def check_tensor(

@@ -23,6 +23,7 @@ _SOON = 0.05
 _AGAIN = 5.0
 
 _held = 0
+_waiting = False
 
 
 def leave_at_once() -> None:
@@ -47,6 +48,7 @@ def raised_once() -> Iterator[None]:
     so that what cleans up is not interrupted. Processes forked from this one take no notice. Whatever else
     was raised, or nothing at all, the context ends with KeyboardInterrupt.
     """
+    global _waiting
     if not _is_ours_to_handle():
         yield
         return
@@ -65,6 +67,7 @@ def raised_once() -> Iterator[None]:
             raise KeyboardInterrupt
     finally:
         handler.finished = True
+        _waiting = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, old in before.items():
             signal.signal(number, old)
@@ -79,6 +82,8 @@ def held() -> Iterator[None]:
         yield
     finally:
         _held -= 1
+        if _waiting and not _held:
+            signal.raise_signal(signal.SIGALRM)
 
 
 class _Handler:
@@ -99,10 +104,12 @@ class _Handler:
             self._interrupt(frame)
 
     def _interrupt(self, frame: FrameType | None) -> None:
+        global _waiting
         if self.finished or os.getpid() != self._process:
             return
         self.started = True
-        if _held or self._would_be_lost(frame):
+        _waiting = bool(_held) or self._would_be_lost(frame)
+        if _waiting:
             signal.setitimer(signal.ITIMER_REAL, _SOON)
             return
         signal.setitimer(signal.ITIMER_REAL, _AGAIN)
