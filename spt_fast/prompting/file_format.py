@@ -161,7 +161,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         return
     layer = int((~good).nonzero()[0, 0]) if name == "prompts" else None
     where = name if layer is None else f"{name}[{layer}]"
-    raise NonFiniteError(f"{name} must be finite, but {where} holds NaN or infinity", layer=layer)
+    raise NonFiniteError(f"{where} holds NaN or infinity, all numbers must be finite", layer=layer)
 
 
 def _check_shapes(

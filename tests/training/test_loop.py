@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.training.loop import FINAL_LR, evaluate, fit, shuffled_loader, warmup_cosine
 
@@ -359,6 +360,13 @@ def test_nan_logits_are_no_answers(blobs):
 def test_a_model_without_logits_is_refused(blobs):
     with pytest.raises(ValueError, match=r"^tuned must give logits \[41, classes\], got \[41, 5, 1\]$"):
         evaluate(nn.Unflatten(1, (5, 1)), [blobs])
+
+
+def test_a_model_that_gives_features_is_refused(vit, loader):
+    tuned = PromptedViT(vit, 2, num_classes=0)
+    for call in (lambda: fit(tuned, loader, epochs=1), lambda: evaluate(tuned, loader)):
+        with pytest.raises(ValueError, match=r"this PromptedViT has no head \(num_classes=0\)"):
+            call()
 
 
 def test_nothing_trainable_is_refused(blobs):
