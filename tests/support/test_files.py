@@ -170,7 +170,7 @@ class TestOutputPath:
         assert [each.read_text() for each in tmp_path.iterdir()] == ["old"] * overwrite
 
     def test_device_in_place_of_a_file(self) -> None:
-        with pytest.raises(ValueError, match="^cannot write /dev/null: it is a device"):
+        with pytest.raises(ValueError, match=r"^cannot write /dev/null: it is a device"):
             check_output_path("/dev/null", overwrite=True)
 
     def test_a_name_as_long_as_names_can_be(self, tmp_path: Path) -> None:
