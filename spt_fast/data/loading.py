@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -157,15 +159,17 @@ class ImageLoader:
             # A generator of its own: torch draws from that of the loader once, or for every pass, or not at
             # all, as workers persist, and the order is not to depend on that.
             options["sampler"] = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
+        self._open = partial(
+            DataLoader,
+            dataset,
+            collate_fn=_collate_readable,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator().manual_seed(seed),
+            **options,
+        )
         with _any_number_of_workers():
-            self._loader = DataLoader(
-                dataset,
-                collate_fn=_collate_readable,
-                num_workers=num_workers,
-                persistent_workers=num_workers > 0,
-                generator=torch.Generator().manual_seed(seed),
-                **options,
-            )
+            self._loader: DataLoader[Any] = self._open()
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -177,23 +181,43 @@ class ImageLoader:
         # Workers that Ctrl-C finds half started would stay.
         with _any_number_of_workers(), _explained_worker_errors(), held():
             batches = iter(self._loader)
-        while True:
-            if iteration != self._iterations:
-                raise RuntimeError("this iteration of the images has ended: another one has begun since")
-            with _explained_worker_errors():
-                found = next(batches, None)
-            if found is None:
-                return
-            batch, unreadable = found
-            if unreadable and not self._skip:
-                name, reason = unreadable[0]
-                raise ValueError(
-                    f"{name} cannot be read ({reason}); repair or remove it, or leave such images "
-                    "out (bad_images='skip', --bad-images skip)"
-                )
-            self.unreadable.update(unreadable)
-            if batch is not None:
-                yield batch
+        try:
+            while True:
+                if iteration != self._iterations:
+                    raise RuntimeError("this iteration of the images has ended: another one has begun since")
+                with _explained_worker_errors():
+                    found = next(batches, None)
+                if found is None:
+                    return
+                if (batch := self._readable(*found)) is not None:
+                    yield batch
+        except Exception as error:
+            del batches
+            self._end_workers(error)
+            raise
+
+    def _readable(self, batch: Any, unreadable: list[Unreadable]) -> Any:
+        """What could be read of a batch, or None; ValueError where all has to be."""
+        if unreadable and not self._skip:
+            name, reason = unreadable[0]
+            raise ValueError(
+                f"{name} cannot be read ({reason}); repair or remove it, or leave such images "
+                "out (bad_images='skip', --bad-images skip)"
+            )
+        self.unreadable.update(unreadable)
+        return batch
+
+    def _end_workers(self, error: BaseException | None) -> None:
+        """End them after an error, which must not keep their iterator in its frames.
+
+        If that is collected as garbage, torch waits seconds for each worker, whose queue is then gone.
+        """
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__
+        if self._loader.num_workers:
+            with _any_number_of_workers():
+                self._loader = self._open()
 
 
 @contextmanager
