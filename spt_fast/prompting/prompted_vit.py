@@ -314,8 +314,7 @@ class PromptedViT(nn.Module):
         """Write prompts and head, without the rest of the model, to a safetensors file; see `from_file`.
 
         Raises:
-            ValueError: `class_names` is set, but not one name for each logit.
-            NonFiniteError: prompts or head hold NaN or infinity.
+            ValueError: `class_names` is set, but not one name for each logit; NaN or infinity is found.
             FileExistsError: there is such a file, and not `overwrite`.
             FileNotFoundError: the folder does not exist.
         """

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from spt_fast.backbones.anatomy import unwrap
+from spt_fast.backbones.snapshot import has_head
 from spt_fast.data.batches import IGNORED_LABEL, count_labels, labelled_batch
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.arguments import check_int, check_number, check_seed
@@ -246,9 +247,10 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_ste
 
 
 def _check_gives_logits(tuned: nn.Module) -> None:
-    """ValueError where `tuned` says that it has no head: its features would pass for logits."""
+    """ValueError where `tuned` is a backbone without a head: its features would pass for logits."""
     inner = unwrap(tuned)
-    if getattr(inner, "num_classes", None) == 0:
+    model = inner.model if isinstance(inner, PromptedViT) else inner
+    if getattr(model, "num_classes", None) == 0 and not has_head(model):
         raise ValueError(
             f"tuned must give logits, but this {type(inner).__name__} has no head (num_classes=0) and gives "
             "features; give num_classes=N for a head of N classes"
