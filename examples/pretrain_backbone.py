@@ -25,6 +25,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
+from spt_fast.support.files import check_output_path
+
 IMAGE_SIZE = 32
 PATCH_SIZE = 4
 CROP_PADDING = 4
@@ -172,6 +174,7 @@ def main() -> None:
     model = MaskedAutoencoder(args.width, args.depth, args.heads, args.decoder_width, args.mask_ratio)
     optimizer = build_optimizer(model, args.lr, args.weight_decay)
     checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
+    backbone = check_output_path(args.out / "backbone.safetensors", overwrite=True)
     first_epoch = 0
     if args.resume:
         state = torch.load(checkpoint, weights_only=True)
@@ -216,7 +219,7 @@ def main() -> None:
         torch.save(
             {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, checkpoint
         )
-        save_encoder(model, args.out / "backbone.safetensors", facts)
+        save_encoder(model, backbone, facts)
 
 
 if __name__ == "__main__":

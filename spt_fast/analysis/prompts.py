@@ -21,12 +21,13 @@ from spt_fast.backbones.snapshot import has_head
 from spt_fast.data.batches import image_batches
 from spt_fast.ops.cka import StreamingCKA
 from spt_fast.plots import analysis_figure
-from spt_fast.prompting.file_format import TunedState
+from spt_fast.prompting.file_format import TUNED_KIND, TunedState
 from spt_fast.prompting.nmi import nmi_per_image
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_int
 from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.files import read_kind
 from spt_fast.support.randomness import seeded
 from spt_fast.support.results import png
 from spt_fast.support.tables import csv_bytes, format_table
@@ -166,15 +167,11 @@ def _keep_head(model: nn.Module) -> int | None:
 
 
 def _read_prompts(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, str]]:
-    try:
-        prototypes = Prototypes.load(path)
-        return prototypes.prompts, prototypes.metadata
-    except ValueError as error:
-        try:
-            tuned = TunedState.read(path)
-        except ValueError:
-            raise error from None
-    return tuned.tensors["prompts"], dict(tuned.facts)
+    if read_kind(path) == TUNED_KIND:
+        tuned = TunedState.read(path)
+        return tuned.tensors["prompts"], dict(tuned.facts)
+    prototypes = Prototypes.load(path)
+    return prototypes.prompts, prototypes.metadata
 
 
 def _analyse_batch(

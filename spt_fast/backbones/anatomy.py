@@ -149,6 +149,20 @@ def image_dtype(model: nn.Module) -> torch.dtype:
     return torch.float32
 
 
+def check_channels(images: Tensor, model: nn.Module) -> None:
+    """ValueError where `images` [B, C, H, W] have other channels than the patch embedding of `model` takes.
+
+    Nothing is checked where the embedding is no plain convolution.
+    """
+    embedding = getattr(model, "patch_embed", None)
+    # Of a hybrid model, `proj` takes the features of a network before it.
+    projection = None if hasattr(embedding, "backbone") else getattr(embedding, "proj", None)
+    if isinstance(projection, nn.Conv2d) and images.shape[1] != projection.in_channels:
+        raise ValueError(
+            f"images must have {projection.in_channels} channels for this model, got {list(images.shape)}"
+        )
+
+
 def _hand_input(
     callback: BlockInput, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:

@@ -31,6 +31,7 @@ _FACTS_TO_ALLOW = {
 _OPTIONS = {"image_size": "--img-size", "in_chans": "--in-chans"}
 _SAMPLES_PER_TENSOR = 4
 _LEAST_SAMPLES = 64
+_BYTES_OF_A_SAMPLE = 2
 # A weight that goes through float16 to bfloat16 ends one bfloat16 step beside the weight that goes there
 # directly if it lies near the middle between two: within a sixteenth of a step, every second one of those.
 _SHARE_ONE_STEP_APART = 1 / 16
@@ -91,6 +92,9 @@ def check_backbone(
         source: the file that they were read from, or what else holds them.
         facts: as `describe` gives them; what is missing there or for `model` is not compared.
         allow_other_backbone: compare depth and width only.
+
+    Raises:
+        ValueError: also where a fingerprint cannot be read.
     """
     check_facts(source, facts, describe(model), allow_other_backbone=allow_other_backbone)
 
@@ -103,6 +107,11 @@ def check_facts(
     allow_other_backbone: bool = False,
 ) -> None:
     """`check_backbone` for the facts `expected` of a model and of what was made with it."""
+    for name in _FINGERPRINTS:
+        if name in found and not _is_fingerprint(found[name]):
+            raise ValueError(
+                f"{os.fspath(source)} is damaged: its {name} is none of weights, got {found[name][:40]!r}"
+            )
     wrong = [name for name in expected if name in found and not _agree(name, found, expected)]
     if allow_other_backbone:
         wrong = [name for name in wrong if name not in _FACTS_TO_ALLOW]
@@ -157,6 +166,15 @@ def same_weights(first: str, second: str) -> bool:
     # Four standard deviations above the mean of a binomial distribution.
     most = _SHARE_ONE_STEP_APART * len(a) + 4 * math.sqrt(_SHARE_ONE_STEP_APART * len(a))
     return bool((apart <= step).all()) and int((apart > _FLOAT16_SMALLEST_STEP).sum()) <= most
+
+
+def _is_fingerprint(text: str) -> bool:
+    """Whether `text` can be what `fingerprint` gives: 16-bit numbers in base64."""
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError:
+        return False
+    return len(content) > 0 and len(content) % _BYTES_OF_A_SAMPLE == 0
 
 
 def _sample(tensor: Tensor, count: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import (
     block_input_hooks,
+    check_channels,
     get_blocks,
     image_dtype,
     num_prefix_tokens,
@@ -124,6 +125,7 @@ class TokenExtractor:
         """
         if not self._entered:
             raise RuntimeError("TokenExtractor.run works inside `with extractor:` only")
+        check_channels(images, self._model)
         self._start_batch(len(images))
         try:
             with torch.no_grad(), _without_compilation(self._model), self._autocast():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from spt_fast.data.cache import ImageCache
@@ -170,12 +171,21 @@ def add_seed(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+def find_device(args: argparse.Namespace) -> torch.device:
+    """The device that the arguments name, once it is found to work; under torchrun that of this process."""
+    from spt_fast.support.arguments import check_device
+    from spt_fast.support.distributed import device_of_this_process
+
+    if args.device is not None and args.device != "cuda":
+        return check_device("device", args.device)
+    return check_device("device", device_of_this_process(args.device))
+
+
 def open_model(args: argparse.Namespace) -> nn.Module:
     """The model that the arguments name, on their device."""
     from spt_fast.backbones.open import open_model
-    from spt_fast.support.distributed import device_of_this_process
 
-    device = device_of_this_process(args.device)
+    device = find_device(args)
     return open_model(
         args.model,
         pretrained=args.pretrained,

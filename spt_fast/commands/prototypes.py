@@ -69,14 +69,14 @@ def add(commands: Commands) -> None:
     )
     prompts.add_argument("--device", help="default: cuda where there is one (torchrun: one each), else cpu")
     options.add_seed(prompts)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, several_processes=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """Build the prototypes, in all processes that torchrun started."""
-    from spt_fast.support.distributed import device_of_this_process, joined_by_environment
+    from spt_fast.support.distributed import joined_by_environment
 
-    with joined_by_environment(device_of_this_process(args.device)) as processes:
+    with joined_by_environment(options.find_device(args)) as processes:
         _build_and_save(args, processes)
 
 

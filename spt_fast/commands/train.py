@@ -76,12 +76,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, and write what was learned."""
-    from spt_fast.support.distributed import check_single_process
     from spt_fast.support.results import result_folder
     from spt_fast.training.loop import check_recipe
     from spt_fast.training.run import FILE_NAMES
 
-    check_single_process("train")
     check_recipe(**_recipe(args))
     with result_folder(args.out, FILE_NAMES, overwrite=args.overwrite) as paths:
         _train_into(paths, args)

@@ -202,6 +202,7 @@ class CachedLoader(ImageLoader):
     def __iter__(self) -> Iterator[Any]:
         if self._source is None and self._cached.is_pointwise() and self._cached.kept.is_complete():
             self._source = _Source(self._cached, self._cache)
+            self._end_workers(None)
         if self._source is None:
             yield from super().__iter__()
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 from typing import Any, BinaryIO
 
@@ -49,7 +50,10 @@ def open_image(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         Exception: of any other class, as Pillow's decoders raise them for damaged files.
     """
     try:
-        image = Image.open(source)
+        # Pillow warns of half the number of pixels that it refuses.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(source)
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
     with image:

@@ -131,7 +131,7 @@ class _Walk:
         for entry in _entries(folder):
             place = (*parts, entry.name)
             hidden = _is_hidden(entry.name)
-            if entry.is_dir():
+            if _is_folder(entry):
                 if hidden:
                     self._leave_out(_HIDDEN, place)
                 elif _identity(entry.stat()) in self._read:
@@ -139,7 +139,7 @@ class _Walk:
                 elif not self._holds_images(Path(entry.path), place):
                     empty.append(place)
             # A link that leads nowhere counts as an image, which then cannot be read.
-            elif is_image_name(entry.name) and (entry.is_file() or entry.is_symlink()):
+            elif is_image_name(entry.name) and (entry.is_symlink() or entry.is_file()):
                 if hidden:
                     self._leave_out(_HIDDEN, place)
                 else:
@@ -168,6 +168,14 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     """What is in a folder, links last: a folder is read where it lies rather than through a link to it."""
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: (entry.is_symlink(), name_order(entry.name)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 import tarfile
+import traceback
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -19,9 +23,16 @@ from spt_fast.data.listing import Listing, printable
 from spt_fast.data.transforms import Preprocessing
 from spt_fast.support.arguments import check_choice
 from spt_fast.support.errors import first_line
+from spt_fast.support.interrupts import held
 
 BadImages = Literal["error", "skip"]
 BAD_IMAGES = ("error", "skip")
+# As torch begins the message of an error that a worker has met.
+_IN_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n")
+_SHARED_MEMORY_IS_FULL = ("shared memory", "(shm)", "/torch_", "Bus error")
+_SHARED_MEMORY = "/dev/shm"
+# More than the locks of its queues take, a page each; what its batches take is known when they are there.
+_BYTES_OF_A_WORKER = 1 << 17
 
 
 class Unreadable(NamedTuple):
@@ -163,7 +174,10 @@ class ImageLoader:
     """Batches [images [B, C, H, W], labels [B]] of a data set; it has a length where the data set has one.
 
     An image that cannot be read ends the iteration with a ValueError that names it. With
-    `bad_images="skip"` its batch comes without it, or not at all where nothing else is left of it.
+    `bad_images="skip"` its batch comes without it, or not at all where nothing else is left of it. An error
+    in a worker is raised here, of the same class, with its message alone.
+
+    Workers start with the first iteration and serve all of them, so only one iteration goes on at a time.
 
     Attributes:
         num_images: in all batches together, unreadable ones included; None where nobody knows.
@@ -190,29 +204,47 @@ class ImageLoader:
         self.preprocessing = preprocessing
         self.unreadable: dict[str, str] = {}
         self._skip = check_choice("bad_images", bad_images, BAD_IMAGES) == "skip"
+        self._iterations = 0
         if shuffle:
             # A generator of its own: torch draws from that of the loader once, or for every pass, or not at
             # all, as workers persist, and the order is not to depend on that.
             options["sampler"] = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
+        self._open = partial(
+            DataLoader,
+            dataset,
+            collate_fn=collate_readable,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator().manual_seed(seed),
+            **options,
+        )
         with _any_number_of_workers():
-            self._loader = DataLoader(
-                dataset,
-                collate_fn=collate_readable,
-                num_workers=num_workers,
-                generator=torch.Generator().manual_seed(seed),
-                **options,
-            )
+            self._loader: DataLoader[Any] = self._open()
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        with _any_number_of_workers():
+        self._iterations += 1
+        iteration = self._iterations
+        _check_shared_memory(self._loader.num_workers)
+        # Workers that Ctrl-C finds half started would stay.
+        with _any_number_of_workers(), _explained_worker_errors(), held():
             batches = iter(self._loader)
-        for items, unreadable in batches:
-            batch = self._checked(items, unreadable)
-            if batch is not None:
-                yield batch
+        try:
+            while True:
+                if iteration != self._iterations:
+                    raise RuntimeError("this iteration of the images has ended: another one has begun since")
+                with _explained_worker_errors():
+                    found = next(batches, None)
+                if found is None:
+                    return
+                if (batch := self._checked(*found)) is not None:
+                    yield batch
+        except Exception as error:
+            del batches
+            self._end_workers(error)
+            raise
 
     def _checked(self, batch: Any, unreadable: Sequence[Unreadable]) -> Any:
         """`batch`, once what is unreadable in it is noted, or is an error."""
@@ -224,6 +256,59 @@ class ImageLoader:
             )
         self.unreadable.update(unreadable)
         return batch
+
+    def _end_workers(self, error: BaseException | None) -> None:
+        """End them after an error, which must not keep their iterator in its frames.
+
+        If that is collected as garbage, torch waits seconds for each worker, whose queue is then gone.
+        """
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__
+        if self._loader.num_workers:
+            with _any_number_of_workers():
+                self._loader = self._open()
+
+
+@contextmanager
+def _explained_worker_errors() -> Iterator[None]:
+    """Raise an error of a worker with its message alone; torch makes the worker's traceback the message."""
+    try:
+        yield
+    except Exception as error:
+        message = _message_in_worker(str(error))
+        if any(sign in str(error) for sign in _SHARED_MEMORY_IS_FULL):
+            raise _shared_memory_is_full(message or first_line(error)) from error
+        if message is None:
+            raise
+        known = (kind for kind in (ValueError, TypeError, OSError) if isinstance(error, kind))
+        raise next(known, RuntimeError)(message) from error
+
+
+def _message_in_worker(text: str) -> str | None:
+    """The message of the error in a worker, from that of torch's; None where `text` is none of torch's."""
+    found = _IN_WORKER.match(text)
+    if found is None:
+        return None
+    # A traceback ends with the class and the message; before them there may be those of other errors.
+    ends = list(re.finditer(rf"^[\w.]*\b{found[1]}(: |$)", text, re.MULTILINE))
+    return text[ends[-1].end() :].strip() or found[1] if ends else None
+
+
+def _check_shared_memory(workers: int) -> None:
+    """RuntimeError where workers cannot even start."""
+    if workers and os.path.isdir(_SHARED_MEMORY):
+        found = os.statvfs(_SHARED_MEMORY)
+        free = found.f_bavail * found.f_frsize
+        if free < workers * _BYTES_OF_A_WORKER:
+            raise _shared_memory_is_full(f"{free} bytes are free")
+
+
+def _shared_memory_is_full(reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"workers find too little shared memory ({_SHARED_MEMORY}) for their batches: read the images "
+        f"without workers (workers=0, --workers 0), or in smaller batches ({reason})"
+    )
 
 
 def collate_readable(items: list[Any]) -> tuple[Any, list[Unreadable]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spt_fast.backbones.anatomy import unwrap
+from spt_fast.backbones.anatomy import check_channels, unwrap
 from spt_fast.backbones.snapshot import has_head, placement
 from spt_fast.prompting.engines import concat_blocker
 from spt_fast.support.arguments import check_int, check_tensor
@@ -90,10 +90,11 @@ def check_pools_patches(model: nn.Module, blocks: nn.ModuleList | nn.Sequential)
 
 
 def check_images(images: Tensor, model: nn.Module) -> None:
-    """TypeError or ValueError unless `images` are [B, C, height, width] of a size that `model` takes."""
+    """TypeError or ValueError unless `images` are [B, C, height, width] and fit `model`."""
     check_tensor("images", images)
     if images.ndim != 4:
         raise ValueError(f"images must be [B, C, height, width], got {list(images.shape)}")
+    check_channels(images, model)
     patch_embed: Any = getattr(model, "patch_embed", None)
     size = getattr(patch_embed, "img_size", None)
     if size is None or not getattr(patch_embed, "strict_img_size", False):

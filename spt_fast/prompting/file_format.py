@@ -15,9 +15,10 @@ from spt_fast.backbones.identity import check_facts, describe, describe_norm
 from spt_fast.data.transforms import PREPROCESSING, Preprocessing
 from spt_fast.prompting.checks import check_class_names
 from spt_fast.support.arguments import check_bool, check_choice, check_tensor
+from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import read_safetensors, write_safetensors
 
-_KIND = "prompted_vit"
+TUNED_KIND = "prompted_vit"
 # The shape of the head tells the number of classes; their names, and what is done to images, are read.
 _FACTS_THAT_MAY_DIFFER = ("num_classes", "class_names", PREPROCESSING)
 
@@ -74,7 +75,7 @@ class TunedState:
             ValueError: it is truncated, or no file of a `PromptedViT`, or a fact or a tensor is missing, not
                 finite or cannot be read.
         """
-        state = cls(*read_safetensors(path, kind=_KIND))
+        state = cls(*read_safetensors(path, kind=TUNED_KIND))
         try:
             state._check()
         except (TypeError, ValueError, RuntimeError) as error:
@@ -93,8 +94,7 @@ class TunedState:
         if prompts.ndim != 3:
             raise ValueError(f"prompts must be [L or 1, N_p, D], got {list(prompts.shape)}")
         for name, tensor in self.tensors.items():
-            if not bool(tensor.isfinite().all()):
-                raise ValueError(f"{name} holds NaN or infinity")
+            _check_finite(name, tensor)
         check_choice("prompt_depth", self.facts["prompt_depth"], ("deep", "shallow"))
         check_choice("pool_prompts", self.facts["pool_prompts"], ("True", "False"))
         number = self.facts.get("num_classes", "0")
@@ -104,9 +104,17 @@ class TunedState:
         self.preprocessing  # noqa: B018
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool) -> None:
-        """Write to a safetensors file, completely or not at all."""
+        """Write to a safetensors file, completely or not at all.
+
+        Raises:
+            NonFiniteError: a tensor holds NaN or infinity, so that `read` would refuse the file; `layer` is
+                set where it is the prompts of a block.
+            FileExistsError, FileNotFoundError, OSError: as `support.files.write_safetensors`.
+        """
         check_bool("overwrite", overwrite)
-        write_safetensors(path, self.tensors, self.facts, kind=_KIND, overwrite=overwrite)
+        for name, tensor in self.tensors.items():
+            _check_finite(name, tensor)
+        write_safetensors(path, self.tensors, self.facts, kind=TUNED_KIND, overwrite=overwrite)
 
     @property
     def depth(self) -> Literal["deep", "shallow"]:
@@ -155,6 +163,15 @@ class TunedState:
             check_class_names(self.class_names, own.num_classes)
         except ValueError as error:
             raise _not_valid(path, error) from error
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    good = tensor.isfinite()
+    if bool(good.all()):
+        return
+    layer = int((~good).nonzero()[0, 0]) if name == "prompts" else None
+    where = name if layer is None else f"{name}[{layer}]"
+    raise NonFiniteError(f"{where} holds NaN or infinity, all numbers must be finite", layer=layer)
 
 
 def _check_shapes(

@@ -336,8 +336,8 @@ class PromptedViT(nn.Module):
         """Write prompts and head, without the rest of the model, to a safetensors file; see `from_file`.
 
         Raises:
-            ValueError: `class_names` is set, but not one name for each logit; or a parameter beside prompts
-                and head learns, which the file would not hold.
+            ValueError: `class_names` is set, but not one name for each logit; a parameter beside prompts and
+                head learns, which the file would not hold; NaN or infinity is found.
             FileExistsError: there is such a file, and not `overwrite`.
             FileNotFoundError: the folder does not exist.
         """

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from spt_fast.support.errors import first_line
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{infix}B": base**power
@@ -73,6 +76,28 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def check_device(name: str, value: Any) -> torch.device:
+    """`value` as a device on which this torch can make tensors; ValueError naming the argument otherwise."""
+    reason = "not a device's name"
+    with suppress(RuntimeError, TypeError):
+        device = torch.device(value)
+        reason = "it holds no data" if device.type == "meta" else _why_unusable(device)
+        if not reason:
+            return device
+    allowed = "'cpu', or 'cuda' or 'cuda:N' where torch finds such a GPU"
+    raise ValueError(f"{name} must be {allowed}, got {str(value)!r} ({reason})")
+
+
+def _why_unusable(device: torch.device) -> str:
+    """Why no tensor can be made on `device`, in one line; empty where one can."""
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:
+        # Of another class for each kind of device.
+        return first_line(error)
+    return ""
 
 
 def check_tensor(

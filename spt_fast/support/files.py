@@ -10,34 +10,56 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from spt_fast.support.interrupts import held
+
 FORMAT_VERSION = 1
 _KIND_KEY = "kind"
 _VERSION_KEY = "format_version"
+# More than a file system keeps beside a file's name: it needs room on the disk.
+_TRIAL_BYTES = 1 << 16
 
 
 def check_output_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Return `path` as a `Path` that may be written to. Call it before long work, not after.
+    """Return `path` as a `Path` that can be written to, which is tried. Call it before long work, not after.
+
+    Nothing is left there. Whether a large file will fit on the disk is not known beforehand.
 
     Raises:
         FileExistsError: something is there already and `overwrite` is false.
         FileNotFoundError: the folder does not exist.
         NotADirectoryError: the "folder" is a file.
         IsADirectoryError: `path` itself is a folder.
+        ValueError: `path` names a device, a pipe or a socket.
+        OSError: the folder or the disk is read-only or full, the name is too long, or the like.
     """
+    target = _check_name_is_free(path, overwrite)
+    with _explained(target), held(), _temporary_file(target.parent) as (file, _):
+        file.write(bytes(_TRIAL_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    return target
+
+
+def _check_name_is_free(path: str | os.PathLike[str], overwrite: bool) -> Path:
+    """`path`, unless what is there already, or is missing, forbids it; errors as `check_output_path`."""
     target = Path(path)
+    with _explained(target), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        target.lstat()
     if not target.parent.exists():
         raise FileNotFoundError(f"cannot write {target}: the folder {target.parent} does not exist")
     if not target.parent.is_dir():
         raise NotADirectoryError(f"cannot write {target}: {target.parent} is a file, not a folder")
     if target.is_dir():
         raise IsADirectoryError(f"cannot write {target}: it is a folder, a file name is needed")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"cannot write {target}: it is a device, a pipe or a socket, not a file")
     if not overwrite and os.path.lexists(target):
         raise FileExistsError(
             f"{target} exists already; give another name, or write over it (overwrite=True, --overwrite)"
@@ -64,7 +86,7 @@ def write_safetensors(
         metadata: strings only; the keys "kind" and "format_version" are set here.
         kind: what the file holds, checked again by `read_safetensors`.
     """
-    check_output_path(path, overwrite=overwrite)
+    _check_name_is_free(path, overwrite)
     # Copies, because safetensors refuses tensors that share memory.
     stored = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -125,6 +147,16 @@ def read_safetensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[s
     return tensors, metadata
 
 
+def read_kind(path: str | os.PathLike[str]) -> str | None:
+    """What a safetensors file says that it holds, as `write_safetensors` has noted it; None if nothing.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, ValueError: as `open_safetensors`.
+    """
+    with open_safetensors(path) as file:
+        return dict(file.metadata() or {}).get(_KIND_KEY)
+
+
 def check_metadata(metadata: Any) -> dict[str, str]:
     """`metadata` as a dict; TypeError unless it is a mapping of strings to strings."""
     if not isinstance(metadata, Mapping):
@@ -164,23 +196,42 @@ def _check_header(source: Path, metadata: Mapping[str, str], kind: str) -> None:
 
 def write_bytes(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> None:
     """Write `content` to `path`, completely or not at all, as `write_safetensors` does; same errors."""
-    target = check_output_path(path, overwrite=overwrite)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    target = _check_name_is_free(path, overwrite)
+    with _explained(target), held(), _temporary_file(target.parent) as (file, temporary):
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
         _give_usual_permissions(temporary)
         if overwrite:
             os.replace(temporary, target)
         else:
             _rename_if_free(temporary, target)
+        _flush_folder(target.parent)
+
+
+@contextmanager
+def _temporary_file(folder: Path) -> Iterator[tuple[BinaryIO, str]]:
+    """A new file in `folder` and its name, which is gone at the end, if it has not got another by then."""
+    # The name does not begin with that of the target, which may be as long as names can be.
+    handle, name = tempfile.mkstemp(prefix=".spt_fast.", suffix=".part", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file, name
     finally:
-        # Also reached after Ctrl-C; the name is gone already when all went well.
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-    _flush_folder(target.parent)
+            os.unlink(name)
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Errors of the operating system with the name of the file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        # One without a number comes from here and names the file already.
+        if error.errno is None:
+            raise
+        raise type(error)(f"cannot write {target}: {error.strerror}") from error
 
 
 def _give_usual_permissions(name: str) -> None:

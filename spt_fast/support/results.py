@@ -35,9 +35,11 @@ def result_paths(
     Raises:
         FileExistsError: one of them is there already, and not `overwrite`.
         NotADirectoryError: `out`, or a folder that it lies in, is a file.
+        OSError: `out` is there, but cannot be written into.
     """
     folder = Path(out)
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    # Not Path.exists, which raises where a name is too long.
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir():
         raise NotADirectoryError(f"out must be a folder, but {there} is a file")
     wanted = [name for name in names if not (name.endswith(".png") and matplotlib_missing())]
@@ -54,17 +56,29 @@ def result_folder(
     """`result_paths`, with the folder `out` made for the time of the context, and for good if it is filled.
 
     Folders made here that are still empty at the end, as after an error, are removed.
+
+    Raises:
+        OSError: as `result_paths`; the folder cannot be made; or a file cannot be written into it.
     """
-    paths = result_paths(out, names, overwrite=overwrite)
     folder = Path(out)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made: list[Path] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield paths
+        result_paths(out, names, overwrite=overwrite)
+        made += [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+        _make(folder)
+        # Once more, now that there is a folder in which it can be tried.
+        yield result_paths(out, names, overwrite=overwrite)
     finally:
         for path in made:
             with suppress(OSError):
                 path.rmdir()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 def write_results(

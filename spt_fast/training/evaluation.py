@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spt_fast.backbones.anatomy import unwrap
+from spt_fast.backbones.snapshot import has_head
 from spt_fast.data.batches import IGNORED_LABEL, count_labels, labelled_batch
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.errors import NonFiniteError
@@ -177,6 +179,17 @@ def forward(tuned: nn.Module, batch: object, device: torch.device, where: str) -
     return logits, move(labels, device), count_labels(labels, logits.shape[1], where)
 
 
+def check_gives_logits(tuned: nn.Module) -> None:
+    """ValueError where `tuned` is a backbone without a head: its features would pass for logits."""
+    inner = unwrap(tuned)
+    model = inner.model if isinstance(inner, PromptedViT) else inner
+    if getattr(model, "num_classes", None) == 0 and not has_head(model):
+        raise ValueError(
+            f"tuned must give logits, but this {type(inner).__name__} has no head (num_classes=0) and gives "
+            "features; give num_classes=N for a head of N classes"
+        )
+
+
 def device_of(tuned: nn.Module) -> torch.device:
     """That of the first parameter or buffer; the CPU where there is none."""
     first = next(iter(_tensors(tuned)), None)
@@ -188,6 +201,7 @@ def _labels_and_predictions(tuned: nn.Module, loader: Iterable[Any]) -> Iterator
 
     Each batch is read while the device is at the next one.
     """
+    check_gives_logits(tuned)
     seen = total = 0
     unread: deque[tuple[int, Tensor, OnTheWay, int]] = deque()
 

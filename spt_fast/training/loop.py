@@ -25,7 +25,7 @@ from spt_fast.support.arguments import check_int, check_number, check_seed
 from spt_fast.support.randomness import seeded
 from spt_fast.support.tables import csv_bytes
 from spt_fast.support.waiting import OnTheWay
-from spt_fast.training.evaluation import device_of, evaluate, forward
+from spt_fast.training.evaluation import check_gives_logits, device_of, evaluate, forward
 
 FINAL_LR = 1e-8
 WARMUP_SHARE = 0.1
@@ -129,6 +129,7 @@ def fit(
         FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate. It is raised
             after that step or the next one, so that no step waits for its loss; the model has taken them.
     """
+    check_gives_logits(tuned)
     steps = _count_batches(train_loader)
     if isinstance(val_loader, Iterator):
         raise TypeError(

@@ -16,7 +16,7 @@ from spt_fast.data.images import ImageFiles
 from spt_fast.data.listing import printable
 from spt_fast.support.arguments import check_choice, check_int
 from spt_fast.support.errors import NonFiniteError
-from spt_fast.training.evaluation import inference, logits_of, names_of_logits
+from spt_fast.training.evaluation import check_gives_logits, inference, logits_of, names_of_logits
 
 FORMATS = ("csv", "jsonl")
 
@@ -58,6 +58,7 @@ def predict(
             logits, or an image cannot be read.
         NonFiniteError: a logit is NaN; `image` is the place in `files.paths`.
     """
+    check_gives_logits(tuned)
     names: Sequence[str] | None = getattr(tuned, "class_names", None)
     _check_top_k(
         check_int("top_k", top_k, 1), getattr(tuned, "num_classes", None) if names is None else len(names)
@@ -97,8 +98,6 @@ def _predictions(tuned: nn.Module, files: ImageFiles, top_k: int, progress: bool
 
 
 def _check_top_k(top_k: int, num_classes: int | None) -> None:
-    if num_classes == 0:
-        raise ValueError("tuned must have a head, but it gives features (num_classes is 0)")
     if num_classes is not None and top_k > num_classes:
         raise ValueError(f"top_k must be at most {num_classes}, the number of classes, got {top_k}")
 

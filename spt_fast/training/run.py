@@ -13,6 +13,7 @@ from spt_fast.plots import training_curves
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_seed
+from spt_fast.support.files import check_output_path
 from spt_fast.support.randomness import seeded
 from spt_fast.support.results import png, write_results
 from spt_fast.training.loop import Batches, History, fit
@@ -88,9 +89,13 @@ def fit_and_save(
         title: of the figure.
 
     Raises:
-        FileExistsError: one of the files appeared after `paths` were checked, and not `overwrite`.
+        FileExistsError: one of the files is there, also if it appeared meanwhile, and not `overwrite`.
+        OSError: one of the files cannot be written, which is found before training.
         TypeError, ValueError, FloatingPointError: as `fit`.
     """
+
+    for path in paths.values():
+        check_output_path(path, overwrite=overwrite)
 
     def save(epoch: int, history: History) -> None:
         # After the first epoch the files there are this run's own.

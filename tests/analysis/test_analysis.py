@@ -10,6 +10,7 @@ from spt_fast.ops.cka_reference import hsic_reference
 from spt_fast.ops.nmi_reference import sigmoid_nmi_reference
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.files import read_safetensors, write_safetensors
 
 
 def prompts_for(layers: int, width: int = 32) -> torch.Tensor:
@@ -129,4 +130,14 @@ def test_file_of_another_kind_is_refused(vit, tmp_path):
     path = tmp_path / "p.safetensors"
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+        load_prompts(path, vit)
+
+
+def test_the_reason_why_a_tuned_file_is_invalid_is_told(vit, tmp_path):
+    path = tmp_path / "t.safetensors"
+    PromptedViT(vit, 2).save(path)
+    tensors, facts = read_safetensors(path, kind="prompted_vit")
+    tensors["prompts"][0] = torch.inf
+    write_safetensors(path, tensors, facts, kind="prompted_vit", overwrite=True)
+    with pytest.raises(ValueError, match=r"valid tuned model \(prompts\[0\] holds NaN"):
         load_prompts(path, vit)

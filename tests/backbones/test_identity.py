@@ -117,6 +117,15 @@ def test_shape_of_the_prompts_counts_whatever_is_allowed(make_vit: MakeViT) -> N
         check_backbone("file", describe(make_vit()), make_vit(depth=2), allow_other_backbone=True)
 
 
+@pytest.mark.parametrize("mark", ["", "no base64 !", "AAA", "AAAA"])
+def test_a_damaged_fingerprint_is_refused(mark: str, make_vit: MakeViT) -> None:
+    model = make_vit()
+    facts = {**describe(model), "fingerprint": mark}
+    for allow in (False, True):
+        with pytest.raises(ValueError, match=r"^p is damaged: its fingerprint is none of weights, got '"):
+            check_backbone("p", facts, model, allow_other_backbone=allow)
+
+
 def test_name_counts_only_where_a_fingerprint_is_missing(make_vit: MakeViT) -> None:
     model = make_vit()
     model.pretrained_cfg = {"architecture": "vit_toy"}

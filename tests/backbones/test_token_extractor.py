@@ -216,6 +216,10 @@ class TestModelComesBack:
             tap(model, images[..., :24])
         assert state_of(model) == before
 
+    def test_other_channels_are_named(self, model: VisionTransformer, images: Tensor) -> None:
+        with pytest.raises(ValueError, match=r"^images must have 3 channels for this model, got \["):
+            tap(model, images[:, :1])
+
     def test_is_in_eval_mode_inside_only(self, model: VisionTransformer, images: Tensor) -> None:
         with TokenExtractor(model, lambda *_: None) as opened:
             assert not any(module.training for module in model.modules())

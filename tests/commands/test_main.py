@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from spt_fast.commands import main as cli
+from spt_fast.commands import options
 from spt_fast.commands.demo import compare
 
 COMMANDS = ("demo", "prototypes", "train", "eval", "predict", "nmi", "doctor")
@@ -61,3 +62,51 @@ def test_ctrl_c_leaves_with_130_and_no_file(tmp_path, monkeypatch, capsys, ctrl_
     assert "spt-fast: interrupted" in errors
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "prototypes"])
+def test_commands_of_one_process_are_refused_under_torchrun(command, tmp_path, monkeypatch, only_error):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "train": ("--model", "shipped", "--data", "digits", "--out", "out"),
+        "eval": ("--model", "shipped", "--data", "digits", "--tuned", "t.safetensors"),
+        "predict": ("--model", "shipped", "--tuned", "t.safetensors", "photo.png"),
+        "nmi": ("--model", "shipped", "--data", "digits", "--random", "2"),
+    }
+    error = only_error(cli.main([command, *options.get(command, ())]), command)
+    assert f"{command} runs in one process, got WORLD_SIZE=2" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+# Nothing can be written into /proc, whoever asks; `{long}` is a name that is too long.
+@pytest.mark.parametrize("out", ["/proc/spt_fast", "{tmp}/{long}", "{tmp}/taken.txt/x", "/dev/null"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("demo",),
+        ("prototypes", "--model", "shipped", "--data", "digits"),
+        ("train", "--model", "shipped", "--data", "digits"),
+        ("nmi", "--model", "shipped", "--data", "digits", "--random", "2"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_an_output_that_cannot_be_written_is_found_before_any_work(
+    command, out, tmp_path, only_error, capsys, monkeypatch
+):
+    monkeypatch.setattr(options, "open_model", lambda _: pytest.fail("work was begun"))
+    monkeypatch.setattr(compare, "run_method", lambda *_, **__: pytest.fail("work was begun"))
+    (tmp_path / "taken.txt").write_text("mine")
+    place = out.format(tmp=tmp_path, long="n" * 300)
+    code = cli.main([*command, "--out", place, "--overwrite"])
+    assert place.rpartition("/")[0] in only_error(code, command[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.txt"]
+
+
+def test_an_error_of_an_unexpected_class_is_one_line(tmp_path, monkeypatch, only_error):
+    def fail(*_: object, **__: object) -> None:
+        raise AttributeError("no such\nthing")
+
+    monkeypatch.setattr(compare, "run_method", fail)
+    error = only_error(cli.main(["demo", "--out", str(tmp_path)]), "demo")
+    assert "error: AttributeError: no such thing (spt-fast --traceback ... shows where)" in error

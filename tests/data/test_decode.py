@@ -117,3 +117,12 @@ def test_too_many_pixels_are_one_line(saved, monkeypatch):
 
 def test_streams_are_read_too(saved):
     assert np.array_equal(pixels(io.BytesIO(saved(Image.fromarray(CORNERS)).read_bytes())), CORNERS)
+
+
+def test_very_large_images_are_read_without_a_warning_or_refused(saved, monkeypatch):
+    path = saved(Image.new("1", (20, 10)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
+    assert open_image(path).size == (20, 10)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90)
+    with pytest.raises(ValueError, match=r"^Image size \(200 pixels\) exceeds limit of 180 pixels"):
+        open_image(path)

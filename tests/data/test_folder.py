@@ -125,6 +125,16 @@ def test_no_folder_is_read_twice(made, tmp_path):
         assert sorted(links) == ["0_again", "a/here", "a/up"]
 
 
+def test_links_to_themselves_are_no_folders(made):
+    folder = made("a/0.png")
+    for name in ("loop", "loop.png"):
+        (folder / "a" / name).symlink_to(folder / "a" / name)
+    listing = list_folder(folder, classes=True)
+    # As any link that leads nowhere: reading will say so.
+    assert below(folder, listing) == ["a/0.png", "a/loop.png"]
+    assert listing.left_out["files that are not named as images"] == ["a/loop"]
+
+
 def test_links_elsewhere_are_followed(made, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     (other / "0.png").touch()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from spt_fast.data import shipped
 from spt_fast.data.images import open_images, open_labelled_images
@@ -159,3 +162,108 @@ def test_overlap_is_found_by_bytes(tmp_path):
     found = find_overlap(sorted(ours.iterdir()), sorted(theirs.iterdir()))
     assert [path.name for path in found] == ["b", "link"]
     assert find_overlap(list(ours.iterdir()), []) == []
+
+
+class Failing(Dataset):
+    """Raises one error for every image."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> None:
+        raise self.error from KeyError("a cause with a traceback of its own")
+
+
+def error_of(loader: ImageLoader) -> tuple[type[Exception], str, str]:
+    """Class, message and message of the cause; frames would keep the workers until they are collected."""
+    try:
+        list(loader)
+    except Exception as error:
+        return type(error), str(error), str(error.__cause__)
+    raise AssertionError("there was no error")
+
+
+class OddError(Exception):
+    """Of no class that the loader knows, and not to be made from a message alone."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (ValueError("pixels: 3\n  and more"), ValueError, "pixels: 3\n  and more"),
+        (FileNotFoundError(2, "not there", "x"), OSError, "[Errno 2] not there: 'x'"),
+        (KeyError("key"), RuntimeError, "'key'"),
+        (OddError("a", "b"), RuntimeError, "a b"),
+        (AssertionError(), RuntimeError, "AssertionError"),
+    ],
+)
+def test_an_error_in_a_worker_is_its_message(error, kind, message):
+    found, text, cause = error_of(ImageLoader(Failing(error), num_images=2, num_workers=1))
+    assert issubclass(found, kind)
+    assert text == message
+    # The worker's traceback is that of the cause.
+    assert "Traceback" in cause
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_full_shared_memory_names_the_way_out(monkeypatch):
+    # As torch words it.
+    error = RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left (28)")
+    _, text, _ = error_of(ImageLoader(Failing(error), num_images=2, num_workers=1))
+    assert re.search(r"shared memory .*--workers 0.*\(unable to .*\(28\)\)$", text)
+    full = os.statvfs("/")
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=3, f_frsize=full.f_frsize))
+    loader = ImageLoader(TensorDataset(torch.arange(4)), num_images=4, num_workers=2)
+    with pytest.raises(RuntimeError, match=r"--workers 0.*bytes are free"):
+        list(loader)
+
+
+class Process(Dataset):
+    """The number of the process that reads."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpid()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_serve_every_pass_and_end_with_the_loader():
+    loader = ImageLoader(Process(), num_images=8, num_workers=2)
+    passes = [{int(each[0]) for each in loader} for _ in range(3)]
+    assert passes[0] == passes[1] == passes[2]
+    assert len(passes[0]) == 2
+    assert {each.pid for each in multiprocessing.active_children()} >= passes[0]
+    del loader
+    assert not {each.pid for each in multiprocessing.active_children()} & passes[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_iteration_ends_the_first(workers):
+    loader = ImageLoader(TensorDataset(torch.arange(6)), num_images=6, num_workers=workers)
+    first = iter(loader)
+    assert int(next(first)[0]) == 0
+    second = iter(loader)
+    assert [int(batch[0]) for batch in second] == list(range(6))
+    with pytest.raises(RuntimeError, match="another one has begun since"):
+        next(first)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_the_order_does_not_depend_on_workers():
+    orders = []
+    for workers in (0, 2):
+        data = TensorDataset(torch.arange(20))
+        loader = ImageLoader(data, num_images=20, num_workers=workers, shuffle=True, seed=3)
+        orders.append([[int(batch[0]) for batch in loader] for _ in range(3)])
+    assert orders[0] == orders[1]
+    assert orders[0][0] != orders[0][1] != orders[0][2]

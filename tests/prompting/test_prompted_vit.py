@@ -932,7 +932,10 @@ class TestFiles:
                 {"class_names": '["a"]', "num_classes": None},
                 "class_names must hold one name for each of 4 classes, got 1",
             ),
-            ({"prompts": torch.full((DEPTH, NUM_PROMPTS, WIDTH), math.nan)}, "prompts holds NaN or infinity"),
+            (
+                {"prompts": torch.full((DEPTH, NUM_PROMPTS, WIDTH), math.nan)},
+                "prompts[0] holds NaN or infinity",
+            ),
             ({"prompts": torch.ones(NUM_PROMPTS, WIDTH)}, "prompts must be [L or 1, N_p, D], got [7, 32]"),
             ({"prompts": torch.ones(DEPTH, NUM_PROMPTS, WIDTH).int()}, "prompts must be a floating-point"),
             ({"head.bias": torch.full((4,), math.inf)}, "head.bias holds NaN or infinity"),
@@ -1314,6 +1317,23 @@ class TestBadInput:
     ) -> None:
         with pytest.raises(error, match=message):
             PromptedViT(make_random(), prompts, **options)
+
+    def test_images_of_other_channels_are_refused(self, make_random: MakeViT) -> None:
+        tuned = PromptedViT(make_random(), 2)
+        with pytest.raises(ValueError, match=r"^images must have 3 channels for this model, got"):
+            tuned(torch.ones(2, 1, 32, 32))
+
+    @pytest.mark.parametrize(("name", "layer"), [("prompts", 1), ("head.bias", None)])
+    def test_non_finite_tensors_are_not_saved(
+        self, name: str, layer: int | None, make_random: MakeViT, tmp_path: Path
+    ) -> None:
+        tuned = PromptedViT(make_random(), 2)
+        with torch.no_grad():
+            (tuned.prompts[1] if layer else tuned.head.bias)[-1] = math.nan
+        with pytest.raises(NonFiniteError, match=rf"^{name}.* holds NaN or infinity, all") as found:
+            tuned.save(tmp_path / "t.safetensors")
+        assert found.value.layer == layer
+        assert list(tmp_path.iterdir()) == []
 
     def test_non_finite_prompts_are_refused(self, make_random: MakeViT) -> None:
         prompts = make_prompts()

@@ -12,6 +12,7 @@ import torch
 from spt_fast.support.arguments import (
     check_bool,
     check_choice,
+    check_device,
     check_int,
     check_number,
     check_seed,
@@ -156,3 +157,23 @@ def test_sizes_of_the_wrong_kind_are_refused() -> None:
     for value in (None, 1.5, True, b"4GiB"):
         with pytest.raises(TypeError, match=r"memory_budget must be an integer >= 0 \(bytes\) or text"):
             parse_bytes("memory_budget", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        *((value, "not a device's name") for value in ("tpu", "nonsense", "cpu:x", 3.5)),
+        ("meta", "holds no data"),
+        ("xpu", "."),
+        ("cuda:99", "."),
+    ],
+)
+def test_devices_that_cannot_be_used_are_refused(value: object, reason: str) -> None:
+    expected = rf"^device must be 'cpu', or 'cuda' .*, got '{value}' \(.*{reason}.*\)$"
+    with pytest.raises(ValueError, match=expected) as found:
+        check_device("device", value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_device_that_works_is_returned() -> None:
+    assert check_device("device", "cpu") == torch.device("cpu")

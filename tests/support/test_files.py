@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -148,6 +151,45 @@ class TestOutputPath:
     def test_folder_in_place_of_a_file(self, tmp_path: Path, overwrite: bool) -> None:
         with pytest.raises(IsADirectoryError):
             check_output_path(tmp_path, overwrite=overwrite)
+
+    @pytest.mark.parametrize("name", ["/proc/x", "/proc/self/x", "{tmp}/" + "n" * 300])
+    def test_what_cannot_be_written_is_found_by_trying(self, name: str, tmp_path: Path) -> None:
+        target = name.replace("{tmp}", str(tmp_path))
+        with pytest.raises(OSError, match=rf"^cannot write {target}: \w"):
+            check_output_path(target)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_full_disk(self, overwrite: bool, path: Path, tmp_path: Path) -> None:
+        if overwrite:
+            path.write_text("old")
+        with no_room(), pytest.raises(OSError, match=f"^cannot write {path}: File too large"):
+            check_output_path(path, overwrite=overwrite)
+        with no_room(), pytest.raises(OSError, match=f"^cannot write {path}: File too large"):
+            write_safetensors(path, TENSORS, {}, kind="thing", overwrite=overwrite)
+        assert [each.read_text() for each in tmp_path.iterdir()] == ["old"] * overwrite
+
+    def test_device_in_place_of_a_file(self) -> None:
+        with pytest.raises(ValueError, match=r"^cannot write /dev/null: it is a device"):
+            check_output_path("/dev/null", overwrite=True)
+
+    def test_a_name_as_long_as_names_can_be(self, tmp_path: Path) -> None:
+        path = tmp_path / ("n" * os.pathconf(tmp_path, "PC_NAME_MAX"))
+        assert check_output_path(path) == path
+        assert list(tmp_path.iterdir()) == []
+        write_safetensors(path, TENSORS, {}, kind="thing")
+        assert list(tmp_path.iterdir()) == [path]
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """As on a full disk: no file grows beyond a few bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 class TestAtomicity:

@@ -365,6 +365,13 @@ def test_a_model_without_logits_is_refused(blobs):
         evaluate(nn.Unflatten(1, (5, 1)), [blobs])
 
 
+def test_a_model_that_gives_features_is_refused(vit, loader):
+    tuned = PromptedViT(vit, 2, num_classes=0)
+    for call in (lambda: fit(tuned, loader, epochs=1), lambda: evaluate(tuned, loader)):
+        with pytest.raises(ValueError, match=r"this PromptedViT has no head \(num_classes=0\)"):
+            call()
+
+
 def test_nothing_trainable_is_refused(blobs):
     with pytest.raises(ValueError, match="must have a parameter that requires a gradient, got none"):
         train(make_net().requires_grad_(False), blobs)

@@ -163,7 +163,7 @@ def test_bad_arguments(data, options, error, message, tuned, photos):
 
 def test_features_are_no_classes(photos):
     tuned = spt_fast.PromptedViT(shipped.load_backbone(), 2, num_classes=0)
-    with pytest.raises(ValueError, match=r"tuned must have a head, but it gives features"):
+    with pytest.raises(ValueError, match=r"tuned must give logits, but this PromptedViT has no head"):
         predictions(tuned, [photos])
 
 
