@@ -129,9 +129,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60, help="counted runs of each side (default: 60)")
     options = parser.parse_args()
     print(f"{DEVICE}, {DTYPE}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for batch in (4, 8):
-        for prompts in (20, 100):
-            report((batch, 197, prompts, HEADS, WIDTH), options.rounds)
+    for case in CASES if GPU else [(batch, 197, prompts) for batch in (4, 8) for prompts in (20, 100)]:
+        report((*case, HEADS, WIDTH), options.rounds)
     report((2, 17, 5, 2, 16), 10 * options.rounds)
 
 
