@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import timing
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "timing.py"
 
 
-def test_sides_take_turns_and_warm_up_is_not_counted() -> None:
+@pytest.fixture(scope="module")
+def timing() -> Iterator[ModuleType]:
+    # By its path: the folder is not installed with the package.
+    spec = importlib.util.spec_from_file_location("benchmarks_timing", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_sides_take_turns_and_warm_up_is_not_counted(timing: ModuleType) -> None:
     calls: list[str] = []
     sides = {name: (lambda name=name: calls.append(name)) for name in "abc"}
     timed = timing.alternate(sides, 5, warmup=2)
@@ -46,7 +64,9 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_gpu_is_timed_by_events_around_the_call(monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
+def test_gpu_is_timed_by_events_around_the_call(
+    timing: ModuleType, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
     fake = FakeCuda()
     monkeypatch.setattr(torch.cuda, "Event", fake.event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: fake.log.append("idle"))
@@ -59,7 +79,7 @@ def test_gpu_is_timed_by_events_around_the_call(monkeypatch: pytest.MonkeyPatch,
     assert 0 <= timed["side"].host_median < 0.25
 
 
-def test_rotating_inputs_do_not_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotating_inputs_do_not_fit_the_cache(timing: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 8, 4)[:, 1:].requires_grad_()
     assert timing.Rotating([x])()[0] is x, "a CPU gets one copy"
     monkeypatch.setattr(timing, "_CACHE_BYTES", 4 * x.untyped_storage().nbytes())
