@@ -244,7 +244,8 @@ def construction_time(
     axes.set_yscale("log")
     axes.set_ylim(limits)
     _ticks_in_words(axes)
-    axes.set_xticks(sorted({round(100 * x, 6) for pair in measured.values() for x in pair[0]}))
+    drawn = [*measured.values(), *published.values()]
+    axes.set_xticks(sorted({round(100 * x, 6) for shares, _ in drawn for x in shares}))
     axes.set_xlabel("share of the training data (%)")
     axes.set_ylabel("time to build prompts")
     return finish(panels, title, crowded=True)

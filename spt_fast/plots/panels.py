@@ -73,6 +73,7 @@ def open_panels(
         TypeError: `ax` is neither Axes nor a sequence of them.
         ValueError: `ax` holds another number of Axes.
     """
+    _check_matplotlib()
     if ax is not None:
         return Panels(_given_axes(count, ax), own=False)
     rows = math.ceil(count / per_row)
@@ -90,9 +91,7 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         ImportError: matplotlib is missing; the message names the extra that brings it.
     """
-    reason = matplotlib_missing()
-    if reason is not None:
-        raise ImportError(reason)
+    _check_matplotlib()
     from spt_fast.plots.truetype import TrueTypeFigure
 
     return TrueTypeFigure(figsize=(width, height), dpi=160, layout="constrained")
@@ -119,10 +118,13 @@ def set_title(axes: Axes, title: str) -> None:
     axes.set_title(wrapped(title, inches_of(axes)[0], "medium"), fontsize="medium")
 
 
-def _given_axes(count: int, ax: Any) -> list[Axes]:
+def _check_matplotlib() -> None:
     reason = matplotlib_missing()
     if reason is not None:
         raise ImportError(reason)
+
+
+def _given_axes(count: int, ax: Any) -> list[Axes]:
     from matplotlib.axes import Axes
 
     given = [ax] if isinstance(ax, Axes) else list(np.ravel(ax))
