@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spt_fast.plots.parts import matplotlib_missing, new_figure
-from spt_fast.support.results import png, result_folder, write_results
+from spt_fast.plots.panels import new_figure
+from spt_fast.support.results import matplotlib_missing, png, result_folder, write_results
 
 OURS = ("spt_fast", "ours")
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))

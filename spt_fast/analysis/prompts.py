@@ -73,7 +73,7 @@ class Analysis:
         """What `spt-fast nmi` writes, by name; the figure only with a title for it."""
         contents = {"nmi.csv": self.nmi_csv(), "cka.csv": self.cka_csv()}
         if title is not None:
-            contents["nmi.png"] = png(analysis_figure({"": self.nmi}, self.cka, title=title))
+            contents["nmi.png"] = png(analysis_figure({"": self.nmi}, self.cka, rows="images", title=title))
         return contents
 
     def nmi_csv(self) -> bytes:

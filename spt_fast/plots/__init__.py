@@ -4,17 +4,15 @@ Needs matplotlib, the extra `plots`; it is imported when a figure is asked for, 
 """
 
 from spt_fast.plots.figures import (
-    MethodCurves,
     accuracy_against_prompt_length,
     analysis_figure,
     cka_heatmap,
     construction_time,
-    demo_figure,
     nmi_over_epochs,
     nmi_per_layer,
-    training_curves,
 )
 from spt_fast.plots.patches import nearest_patches
+from spt_fast.plots.training_figures import MethodCurves, demo_figure, training_curves
 from spt_fast.support.results import matplotlib_missing
 
 __all__ = [

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from spt_fast.plots.parts import Values
-from spt_fast.support.tables import read_csv
+from spt_fast.support.arguments import check_number
+from spt_fast.support.tables import csv_columns, read_csv
 
+Values = NDArray[np.float64]
 PathLike = str | os.PathLike[str]
 
 
@@ -26,22 +28,34 @@ class NmiCurve:
         steps: [S] ascending.
         layers: [L] block numbers.
         values: [R, S, L], one row per seed.
+        by_epoch: whether a step is an epoch.
     """
 
     steps: Values
     layers: list[int]
     values: Values
+    by_epoch: bool = False
 
 
-def nmi_curves(source: Any) -> dict[str, dict[str, NmiCurve]]:
-    """Task to run to curve, of a CSV file or a mapping of tasks to runs; see `nmi_over_epochs`."""
+def nmi_curves(source: Any, steps_per_epoch: Any = None) -> dict[str, dict[str, NmiCurve]]:
+    """Task to run to curve, of a CSV file or a mapping of tasks to runs; see `nmi_over_epochs`.
+
+    All are by epoch or all by step.
+    """
     if isinstance(source, (str, os.PathLike)):
-        return _read_nmi(source)
-    _check_mapping("tasks", source, "tasks to runs")
-    curves: dict[str, dict[str, NmiCurve]] = {}
-    for task, runs in source.items():
-        _check_mapping(f"tasks[{task!r}]", runs, "runs to values")
-        curves[task] = {name: _nmi_curve(f"tasks[{task!r}][{name!r}]", run) for name, run in runs.items()}
+        curves = _read_nmi(source)
+    else:
+        _check_mapping("tasks", source, "tasks to runs")
+        curves = {}
+        for task, runs in source.items():
+            _check_mapping(f"tasks[{task!r}]", runs, "runs to values")
+            curves[task] = {name: _nmi_curve(f"tasks[{task!r}][{name!r}]", run) for name, run in runs.items()}
+    if steps_per_epoch is not None:
+        return _by_epoch(curves, steps_per_epoch)
+    if len({curve.by_epoch for runs in curves.values() for curve in runs.values()}) == 2:
+        raise ValueError(
+            "steps_per_epoch must be given, since some of the runs are by epoch and others by step, got None"
+        )
     return curves
 
 
@@ -146,32 +160,53 @@ def _nmi_curve(name: str, run: Any) -> NmiCurve:
     return NmiCurve(steps, list(range(1, values.shape[-1] + 1)), values if values.ndim == 3 else values[None])
 
 
+def _by_epoch(curves: dict[str, dict[str, NmiCurve]], steps_per_epoch: Any) -> dict[str, dict[str, NmiCurve]]:
+    """The same with steps in epochs; `steps_per_epoch` is a number, or one for each task."""
+    lengths = (
+        steps_per_epoch if isinstance(steps_per_epoch, Mapping) else dict.fromkeys(curves, steps_per_epoch)
+    )
+    lacking = [task for task in curves if task not in lengths]
+    if lacking:
+        raise ValueError(f"steps_per_epoch must hold a number for each task, got none for {lacking[0]!r}")
+    found = {}
+    for task, runs in curves.items():
+        length = check_number(f"steps_per_epoch of {task!r}", lengths[task], above=0)
+        found[task] = {
+            name: run if run.by_epoch else replace(run, steps=run.steps / length, by_epoch=True)
+            for name, run in runs.items()
+        }
+    return found
+
+
 def _read_nmi(path: PathLike) -> dict[str, dict[str, NmiCurve]]:
-    rows = read_csv(path, ("step", "layer", "nmi"), ("task", "run", "seed"))
+    columns = csv_columns(path)
+    moment = "epoch" if "epoch" in columns and "step" not in columns else "step"
+    rows = read_csv(path, (moment, "layer", "nmi"), ("task", "run", "seed"))
     grouped: dict[str, dict[str, dict[str, dict[tuple[float, float], float]]]] = {}
     for (task, run, seed), numbers in rows:
         step, layer, nmi = _no_blank(path, numbers)
         cells = grouped.setdefault(task, {}).setdefault(run, {}).setdefault(seed, {})
         if (step, layer) in cells:
-            raise ValueError(f"{path} holds step {step:g}, layer {layer:g} twice")
+            raise ValueError(f"{path} holds {moment} {step:g}, layer {layer:g} twice")
         cells[step, layer] = nmi
     return {
-        task: {run: _curve_of_cells(path, list(seeds.values())) for run, seeds in runs.items()}
+        task: {run: _curve_of_cells(path, moment, list(seeds.values())) for run, seeds in runs.items()}
         for task, runs in grouped.items()
     }
 
 
-def _curve_of_cells(path: PathLike, seeds: list[dict[tuple[float, float], float]]) -> NmiCurve:
+def _curve_of_cells(path: PathLike, moment: str, seeds: list[dict[tuple[float, float], float]]) -> NmiCurve:
     steps, layers = (sorted({key[place] for cells in seeds for key in cells}) for place in (0, 1))
     try:
         values = [[[cells[step, layer] for layer in layers] for step in steps] for cells in seeds]
     except KeyError as error:
         step, layer = error.args[0]
-        raise ValueError(f"{path} lacks step {step:g}, layer {layer:g}") from None
+        raise ValueError(f"{path} lacks {moment} {step:g}, layer {layer:g}") from None
     return NmiCurve(
         np.array(steps),
         [int(layer) for layer in layers],
         check_array(f"column nmi of {path}", values, "[R, S, L]", (3,)),
+        by_epoch=moment == "epoch",
     )
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from spt_fast.plots.parts import Values, new_figure
+from spt_fast.plots.data import Values
+from spt_fast.plots.panels import Panels, open_panels
 from spt_fast.support.arguments import check_int
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _MOST_PROMPTS = 20
@@ -36,6 +38,7 @@ def nearest_patches(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     title: str = "",
+    ax: Any = None,
 ) -> Figure:
     """A row per prompt: the patches nearest to it, the nearest first, framed where more is shown around them.
 
@@ -45,9 +48,11 @@ def nearest_patches(
         prompts: which prompts, from 0; None is the first 20.
         mean, std: what the images were normalised with, one number per channel; None spreads what is there
             over the whole range of brightness.
+        ax: matplotlib Axes to draw into; None makes a new figure.
 
     Raises:
         ImportError: matplotlib is missing.
+        TypeError: `ax` is not Axes.
         ValueError: there is no such layer or prompt; `mean` and `std` are not given together.
     """
     layers, count = found.pictures.shape[:2]
@@ -58,7 +63,12 @@ def nearest_patches(
     if not chosen or not all(0 <= p < count for p in chosen):
         raise ValueError(f"prompts must be some of 0 to {count - 1}, got {prompts}")
     pictures = _as_colours(found.pictures[layer, chosen].numpy(), mean, std)
-    return _mosaic(pictures, chosen, found.context, title)
+    rows, k = pictures.shape[:2]
+    size = _INCHES * (1 + _GAP)
+    panels = open_panels(1, ax, width=size * k + 0.7, height=size * rows + 0.25)
+    _draw_mosaic(panels, pictures, chosen, found.context)
+    panels.add_title(title)
+    return panels.figure
 
 
 def _as_colours(pixels: Values, mean: Sequence[float] | None, std: Sequence[float] | None) -> Values:
@@ -77,43 +87,34 @@ def _as_colours(pixels: Values, mean: Sequence[float] | None, std: Sequence[floa
     return np.moveaxis(pixels, 2, -1).clip(0, 1)
 
 
-def _mosaic(pictures: Values, prompts: list[int], context: int, title: str) -> Figure:
+def _draw_mosaic(panels: Panels, pictures: Values, prompts: list[int], context: int) -> None:
     """Pictures [P, k, H, W, 3] in P rows; white frames around the patches themselves."""
-    from matplotlib.patches import Rectangle
-
     rows, k, height, width = pictures.shape[:4]
     step_y, step_x = (round(side * (1 + _GAP)) for side in (height, width))
     canvas = np.ones((rows * step_y, k * step_x, 3))
     for row, column in np.ndindex(rows, k):
         top, left = row * step_y, column * step_x
         canvas[top : top + height, left : left + width] = pictures[row, column]
-    figure = new_figure(_INCHES * k * 1.12 + 0.7, _INCHES * rows * 1.12 + (0.5 if title else 0.25))
-    axes = figure.subplots()
+    (axes,) = panels.axes
     axes.imshow(canvas, interpolation="nearest")
     if context:
         patch_height, patch_width = (side / (2 * context + 1) for side in (height, width))
         for row, column in np.ndindex(rows, k):
-            corner = (
-                column * step_x + context * patch_width - 0.5,
-                row * step_y + context * patch_height - 0.5,
-            )
-            # White within black shows on any colour.
-            for colour, linewidth in (("black", 1.6), ("white", 0.8)):
-                axes.add_patch(
-                    Rectangle(
-                        corner,
-                        patch_width,
-                        patch_height,
-                        fill=False,
-                        edgecolor=colour,
-                        linewidth=linewidth,
-                    )
-                )
-    axes.set_yticks([row * step_y + height / 2 for row in range(rows)], [str(p) for p in prompts], fontsize=7)
-    axes.set_ylabel("prompt", fontsize=8)
+            left, top = column * step_x + context * patch_width, row * step_y + context * patch_height
+            _draw_frame(axes, left - 0.5, top - 0.5, patch_width, patch_height)
+    places = [row * step_y + height / 2 for row in range(rows)]
+    axes.set_yticks(places, [str(prompt) for prompt in prompts], fontsize="x-small")
+    axes.set_ylabel("prompt", fontsize="small")
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    if title:
-        axes.set_title(title, fontsize=9)
-    return figure
+
+
+def _draw_frame(axes: Axes, left: float, top: float, width: float, height: float) -> None:
+    """White within black, which shows on any colour."""
+    from matplotlib.patches import Rectangle
+
+    for colour, linewidth in (("black", 1.6), ("white", 0.8)):
+        axes.add_patch(
+            Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=linewidth)
+        )

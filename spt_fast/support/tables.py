@@ -33,6 +33,16 @@ def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     return text.getvalue().encode()
 
 
+def csv_columns(path: str | os.PathLike[str]) -> list[str]:
+    """What the header line of a CSV file names; nothing of an empty file.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: there is no such file.
+    """
+    with check_input_path(path).open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
+
+
 def read_csv(
     path: str | os.PathLike[str], numbers: Sequence[str], names: Sequence[str] = ()
 ) -> list[tuple[tuple[str, ...], tuple[float | None, ...]]]:

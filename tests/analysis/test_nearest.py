@@ -185,7 +185,7 @@ class TestFigure:
             torch.as_tensor(shown[top : top + 24, left : left + 24]).float(), picture.clamp(0, 1), atol=1e-6
         )
         assert [label.get_text() for label in axes.get_yticklabels()] == ["4", "0"]
-        assert axes.get_title() == "T"
+        assert figure.get_suptitle() == "T"
 
     def test_grey_images(self, make_vit: Callable[..., VisionTransformer]) -> None:
         pytest.importorskip("matplotlib")

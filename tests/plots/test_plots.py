@@ -49,7 +49,8 @@ def test_nmi_over_epochs_has_a_panel_per_task_and_a_line_per_run():
         for line, (steps, values) in zip(axes.get_lines(), runs.values(), strict=True):
             np.testing.assert_allclose(line.get_xdata(), steps)
             np.testing.assert_allclose(line.get_ydata(), values.mean(axis=1))
-    assert texts(figure.axes[0]) == list(runs)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(runs)
     assert png_of(figure).startswith(b"\x89PNG")
 
 
@@ -103,41 +104,88 @@ def test_one_file_of_all_runs(tmp_path):
     np.testing.assert_allclose(
         figure.axes[1].get_lines()[1].get_ydata(), values[1, 1].mean(axis=(0, 2)), rtol=1e-12
     )
-    assert texts(plots.nmi_per_layer(path).axes[0]) == ["a, VPT", "a, SPT", "b, VPT", "b, SPT"]
+    assert texts(plots.nmi_per_layer(path).axes[0]) == [
+        "a, VPT",
+        "a, SPT",
+        "b, VPT",
+        "b, SPT",
+        "min to max of 2 seeds",
+    ]
 
 
-def test_cka_heatmap_frames_the_largest_of_each_row():
-    values = np.array([[0.1, 0.9, 0.2], [0.3, 0.2, 0.1], [-0.02, 0.1, 0.8]])
-    figure = plots.cka_heatmap(values)
-    axes = figure.axes[0]
+def frames(axes) -> list[tuple[int, int]]:
+    """Row and column of the framed cells."""
+    return [(round(patch.get_y() + 0.46), round(patch.get_x() + 0.46)) for patch in axes.patches]
+
+
+def test_cka_heatmap_frames_the_clear_maximum_of_a_row():
+    values = np.array([[0.1, 0.9, 0.2], [0.31, 0.29, 0.1], [-0.02, 0.1, 0.8]])
+    axes = plots.cka_heatmap(values).axes[0]
     np.testing.assert_array_equal(axes.images[0].get_array(), values)
-    assert axes.images[0].get_clim() == (-0.02, 0.9)
-    centres = [(patch.get_x() + 0.46, patch.get_y() + 0.46) for patch in axes.patches]
-    np.testing.assert_allclose(centres, [(1, 0), (0, 1), (2, 2)])
+    # 0.31 and 0.29 are as good as equal.
+    assert frames(axes) == [(0, 1), (2, 2)]
     assert [text.get_text() for text in axes.texts] == [f"{v:.2f}" for v in values.flat]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "2", "3"]
-    assert png_of(figure)
+
+
+def test_no_frame_where_prompts_resemble_no_block():
+    chance = 0.005 * np.random.randn(6, 6)
+    assert not frames(plots.cka_heatmap(chance).axes[0])
+    assert not frames(plots.cka_heatmap(chance, limits=(-0.02, 0.02)).axes[0])
+    assert not frames(plots.cka_heatmap([[0.9]]).axes[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "limits", "expected"),
+    [
+        ([[0.1, 0.5]] * 2, None, (0, 1)),
+        ([[-0.02, 0.5]] * 2, None, (-0.02, 1)),
+        (np.eye(2), (0.2, 0.6), (0.2, 0.6)),
+    ],
+)
+def test_scale_of_cka(values, limits, expected):
+    figure = plots.cka_heatmap(values, limits=limits)
+    assert figure.axes[0].images[0].get_clim() == expected
+    assert figure.axes[1].get_ylabel() == "linear CKA"
 
 
 def test_heatmaps_side_by_side_share_one_scale(tmp_path):
-    low, high = np.full((2, 2), 0.1), np.full((2, 2), 0.7)
+    low, high = np.full((2, 2), -0.1), np.full((2, 2), 0.7)
     rows = [(i + 1, j + 1, low[i, j]) for i in range(2) for j in range(2)]
     path = write(tmp_path / "cka.csv", ("prompt_layer", "token_layer", "cka"), rows)
     figure = plots.cka_heatmap({"VPT": path, "SPT": high})
     left, right, _ = figure.axes
     np.testing.assert_array_equal(left.images[0].get_array(), low)
-    assert left.images[0].get_clim() == right.images[0].get_clim() == (0, 0.7)
+    assert left.images[0].get_clim() == right.images[0].get_clim() == (-0.1, 1)
+    assert [axes.get_ylabel() for axes in (left, right)] == ["prompts of block", ""]
 
 
-def test_large_heatmap_has_no_numbers_and_few_ticks():
-    axes = plots.cka_heatmap(np.random.rand(32, 32)).axes[0]
+@pytest.mark.parametrize(
+    ("size", "ticks"),
+    [(24, ["1", "4", "8", "12", "16", "20", "24"]), (50, ["1", *map(str, range(8, 50, 8))])],
+)
+def test_large_heatmap_has_no_numbers_and_few_ticks(size, ticks):
+    axes = plots.cka_heatmap(np.random.rand(size, size)).axes[0]
     assert not axes.texts
-    assert len(axes.get_xticks()) <= 12
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ticks
+
+
+def test_numbers_are_in_all_cells_or_in_none():
+    positive, negative = np.full((16, 16), 0.5), np.full((16, 16), -0.5)
+    assert all(axes.texts for axes in plots.cka_heatmap({"a": positive, "b": positive}).axes[:2])
+    assert not any(axes.texts for axes in plots.cka_heatmap({"a": positive, "b": negative}).axes)
 
 
 def test_analysis_figure_shows_both():
-    left, right, _ = plots.analysis_figure({"": np.random.rand(5, 3)}, np.eye(3), title="t").axes
-    assert left.get_title() == "NMI (eq. 8)"
+    nmi = np.random.rand(5, 3)
+    figure = plots.analysis_figure({"": nmi}, np.eye(3), rows="images", ylim=(0, 2), limits=(0, 3), title="t")
+    left, right, _ = figure.axes
+    np.testing.assert_allclose(left.get_lines()[0].get_ydata(), nmi.mean(axis=0))
+    assert texts(left) == ["min to max of 5 images"]
+    assert left.get_ylim() == (0, 2)
+    assert right.images[0].get_clim() == (0, 3)
+    assert figure.get_suptitle() == "t"
     np.testing.assert_array_equal(right.images[0].get_array(), np.eye(3))
 
 
@@ -167,8 +215,8 @@ def test_construction_time_shows_ours_and_the_papers(tmp_path):
     path = write(tmp_path / "table1.csv", ("strategy", "share", "seconds", "paper_seconds"), rows)
     figure = plots.construction_time(path)
     axes = figure.axes[0]
-    assert texts(axes) == ["kmeans", "ours only", "kmeans, paper"]
-    ours, _, paper = axes.get_lines()
+    assert texts(axes) == ["kmeans", "ours only", "paper"]
+    ours, _, paper, _ = axes.get_lines()
     np.testing.assert_allclose(ours.get_xdata(), [10, 100])
     np.testing.assert_allclose(ours.get_ydata(), [1.5, 12])
     np.testing.assert_allclose(paper.get_ydata(), [8640, 2358720])
@@ -178,6 +226,10 @@ def test_construction_time_shows_ours_and_the_papers(tmp_path):
     assert png_of(figure)
     arrays = plots.construction_time({"mean": ([1, 0.5], [4, 2])}, {"mean": ([0.5, 1], [20, 40])})
     np.testing.assert_allclose(arrays.axes[0].get_lines()[0].get_ydata(), [2, 4])
+    # Of a file, `paper` means the paper's column.
+    both = plots.construction_time({"max": ([1], [4])}, path).axes[0]
+    np.testing.assert_allclose(both.get_lines()[1].get_ydata(), [8640, 2358720])
+    assert texts(both) == ["max", "kmeans, paper"]
 
 
 def test_demo_figure_shows_each_method_and_both_moments():
@@ -189,7 +241,8 @@ def test_demo_figure_shows_each_method_and_both_moments():
         "SPT-Deep": plots.MethodCurves([1, 2, 3], accuracy, 3 * nmi, 3 * nmi),
     }
     left, right = plots.demo_figure(methods, subtitle="a task").axes
-    assert texts(left) == list(methods)
+    assert texts(left) == [*methods, "min to max of 3 seeds"]
+    assert right.get_title() == "NMI per block, mean of 3 seeds"
     assert len(right.get_lines()) == 4
     np.testing.assert_allclose(left.get_lines()[0].get_ydata(), [10, 50, 90])
     np.testing.assert_allclose(right.get_lines()[1].get_ydata(), 2 * nmi[0])
@@ -214,7 +267,13 @@ def test_demo_figure_of_nothing_is_refused():
         (plots.cka_heatmap, np.ones((2, 3)), ValueError, r"shape \[L, L\], got \(2, 3\)"),
         (plots.cka_heatmap, np.ones((0, 0)), ValueError, "no size of it 0"),
         (plots.cka_heatmap, {"a": object()}, TypeError, r"maps\['a'\] must be numbers \[L, L\], got object"),
-        (plots.accuracy_against_prompt_length, {"a": ([1], [80])}, ValueError, r"in \[0, 1\], got up to 80"),
+        (plots.accuracy_against_prompt_length, {"a": ([1], [80])}, ValueError, r"in \[0, 1\], got 80 to 80"),
+        (
+            plots.accuracy_against_prompt_length,
+            {"a": ([1.5], [0.8])},
+            ValueError,
+            r"whole numbers, got \[1.5",
+        ),
         (plots.accuracy_against_prompt_length, {"a": ([1, 2], [0.8])}, ValueError, "lengths, 2, got 1"),
         (plots.construction_time, {"a": ([10], [1])}, ValueError, r"above 0 and at most 1, got \[10.0\]"),
         (plots.construction_time, {"a": ([1], [0])}, ValueError, "seconds of 'a' must be above 0, got 0"),

@@ -88,7 +88,9 @@ class DemoReport:
                 f"ViT pretrained by masked autoencoding for {self.backbone['epochs']} epochs"
             )
             contents[FIGURE_NAME] = png(demo_figure(self.curves(), subtitle=subtitle))
-            contents[NMI_FIGURE_NAME] = png(nmi_over_epochs(self.nmi_panels(), title=subtitle))
+            contents[NMI_FIGURE_NAME] = png(
+                nmi_over_epochs(self.nmi_panels(), xlabel="epoch", title=subtitle)
+            )
         return contents
 
     def curves(self) -> dict[str, MethodCurves]:
@@ -96,14 +98,14 @@ class DemoReport:
         return {method: _curves(self.of(method)) for method in self.methods}
 
     def nmi_csv(self) -> bytes:
-        """NMI while tuning, in the columns run, seed, step, layer, nmi; a step is an epoch."""
+        """NMI while tuning, in the columns run, seed, epoch, layer, nmi."""
         rows = [
             (run.method, run.seed, epoch, layer, f"{value:.6g}")
             for run in self.runs
             for epoch, values in enumerate(run.nmi_by_epoch or ())
             for layer, value in enumerate(values, start=1)
         ]
-        return csv_bytes(("run", "seed", "step", "layer", "nmi"), rows)
+        return csv_bytes(("run", "seed", "epoch", "layer", "nmi"), rows)
 
     def nmi_panels(self) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
         """What the figure of NMI while tuning draws: all blocks together, then each by itself.
