@@ -36,6 +36,7 @@ def add(commands: Commands) -> None:
         "(default: resized-crop; none on VTAB)",
     )
     options.add_cache(training)
+    options.add_pooling(parser, "avg-with-prompts for MAE's weights, else timm's own")
     images = parser.add_argument_group("validation")
     images.add_argument("--val-data", help="as --data; default: that, with --val-split")
     images.add_argument("--val-split", help="as --split (default: the one to validate with)")
@@ -90,7 +91,7 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
     from spt_fast.data.names import takes_root
     from spt_fast.training.run import add_prompts_and_head, fit_and_save
 
-    model = options.open_model(args)
+    model = options.open_model(args, args.pool or "auto", args.norm)
     cache = options.open_cache(args, model)
     args.split = args.split or training_split(args.data, args.val_data, args.val_split)
     made = options.made_with(args, args.prompts)

@@ -21,7 +21,7 @@ from spt_fast.prompting.checks import (
     check_images,
     check_not_wrapped,
     check_num_classes,
-    check_pools_patches,
+    check_pool_prompts,
     check_weight_dtype,
 )
 from spt_fast.prompting.engines import KeysValuesCache, choose_engine
@@ -72,7 +72,7 @@ class PromptedViT(nn.Module):
             only, in the blocks of docs/backbones.md); "concat" is the textbook form; "auto" takes "kv" where
             it is exact. Outputs and gradients are equal up to rounding.
         pool_prompts: average the last block's outputs of prompts and patches, not of patches alone; for
-            models with `global_pool="avg"`.
+            models with `global_pool="avg"`. None is False, unless `open_model` opened the model for that.
         weight_dtype: torch.bfloat16 ("bf16") or torch.float16 ("fp16"): run in this dtype by autocast, with
             the frozen weights cast once instead of in every step. Results are bitwise those of autocast.
             The original weights are kept until `release()`: half as much memory again, as autocast takes too.
@@ -107,7 +107,7 @@ class PromptedViT(nn.Module):
         num_classes: int | None = None,
         freeze_prompts: bool = False,
         engine: Literal["auto", "kv", "concat"] = "auto",
-        pool_prompts: bool = False,
+        pool_prompts: bool | None = None,
         weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
         allow_other_backbone: bool = False,
     ) -> None:
@@ -118,9 +118,7 @@ class PromptedViT(nn.Module):
         blocks = get_blocks(model)
         check_free(model)
         check_bool("freeze_prompts", freeze_prompts)
-        self.pool_prompts = check_bool("pool_prompts", pool_prompts)
-        if self.pool_prompts:
-            check_pools_patches(model, blocks)
+        self.pool_prompts = check_pool_prompts(model, blocks, pool_prompts)
         self.weight_dtype = check_weight_dtype(weight_dtype, model)
         self.engine, self.engine_reason = choose_engine(model, blocks, depth, engine)
         num_classes = check_num_classes(model, num_classes)
@@ -167,6 +165,7 @@ class PromptedViT(nn.Module):
             TypeError, ValueError: as the constructor and `load`; the model is then left as it was.
         """
         state = TunedState.read(path)
+        state.check_pooling(path, model)
         # The file replaces the new head's values; drawing them must leave the caller's random state alone.
         with seeded(0):
             tuned = cls(
@@ -401,6 +400,7 @@ class PromptedViT(nn.Module):
     ) -> None:
         """Copy the state that a file holds; nothing changes where it does not fit."""
         own = self._state()
+        state.check_place_of_norm(path, self.model)
         state.check_fits(path, own, allow_other_backbone=allow_other_backbone)
         with torch.no_grad():
             for name, tensor in own.tensors.items():

@@ -34,7 +34,7 @@ def evaluate(*arguments: object) -> int:
 
 
 def reopened(path):
-    return spt_fast.PromptedViT.from_file(path, shipped.load_backbone())
+    return spt_fast.PromptedViT.from_file(path, open_model("shipped"))
 
 
 def test_train_and_eval_of_a_folder(folders, tmp_path, capsys):
@@ -70,7 +70,7 @@ def test_train_is_prototypes_and_fit(folders, tmp_path):
     data = str(folders / "train")
     assert train("--data", data, "--num-prompts", 2, "--seed", 4, *recipe, "--out", tmp_path / "out") == 0
 
-    model = shipped.load_backbone()
+    model = open_model("shipped")
     images = open_images(data, model, batch_size=5, workers=0, seed=4)
     built = spt_fast.build_prototypes(model, images, num_prompts=2, seed=4, progress=False)
     with torch.random.fork_rng(devices=[]):
