@@ -71,6 +71,13 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--lr", type=float, default=1e-2, help="highest, of the head (default: 0.01)")
     recipe.add_argument("--prompt-lr", type=float, help="highest, of the prompts (default: as --lr)")
     recipe.add_argument("--weight-decay", type=float, default=1e-4)
+    recipe.add_argument("--head-weight-decay", type=float, help="default: as --weight-decay")
+    recipe.add_argument(
+        "--keep",
+        choices=("last", "best"),
+        default="last",
+        help="write the last epoch (default), or the best by validation, never by test images",
+    )
     # float16 would need its gradients scaled.
     recipe.add_argument("--weight-dtype", choices=("bf16",), help="run the frozen backbone in it")
 
@@ -82,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
     from spt_fast.training.run import FILE_NAMES
 
     check_recipe(**_recipe(args))
+    if args.keep == "best" and args.val_data is None and args.val_split is None:
+        raise ValueError("keep='best' is chosen by validation images: give val_data or val_split")
     with result_folder(args.out, FILE_NAMES, overwrite=args.overwrite) as paths:
         _train_into(paths, args)
 
@@ -137,6 +146,7 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         title=f"{args.data}, {tuned.num_prompts} prompts",
         seed=args.seed,
+        keep=args.keep,
         **_recipe(args),
     )
     print(history.summary())
@@ -184,5 +194,5 @@ def _prompts(args: argparse.Namespace, model: nn.Module, cache: ImageCache | Non
 
 
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("epochs", "lr", "prompt_lr", "weight_decay", "warmup_epochs")
+    names = ("epochs", "lr", "prompt_lr", "weight_decay", "head_weight_decay", "warmup_epochs")
     return {name: getattr(args, name) for name in names}

@@ -81,6 +81,9 @@ def fit_and_save(
 ) -> History:
     """`fit`, with the model and its history written after every epoch and a figure of it at the end.
 
+    With `keep="best"` the model is written after an epoch that is the best so far by validation, so the file
+    is always that of the best epoch; the history is written after every epoch, and says which that was.
+
     Args:
         tuned, train_loader, val_loader, recipe: as in `fit`.
         paths: where each of FILE_NAMES goes, from `result_folder`, which leaves the figure out where
@@ -96,12 +99,14 @@ def fit_and_save(
 
     for path in paths.values():
         check_output_path(path, overwrite=overwrite)
+    written: set[str] = set()
 
     def save(epoch: int, history: History) -> None:
-        # After the first epoch the files there are this run's own.
-        again = overwrite or epoch > 1
-        tuned.save(paths[TUNED_NAME], overwrite=again)
-        write_results(paths, {HISTORY_NAME: history.to_csv()}, overwrite=again)
+        # After the first time the files there are this run's own.
+        if history.kept_epoch == epoch:
+            tuned.save(paths[TUNED_NAME], overwrite=overwrite or TUNED_NAME in written)
+            written.add(TUNED_NAME)
+        write_results(paths, {HISTORY_NAME: history.to_csv()}, overwrite=overwrite or epoch > 1)
 
     history = fit(tuned, train_loader, val_loader, on_epoch=save, **recipe)
     if FIGURE_NAME in paths:

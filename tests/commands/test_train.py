@@ -227,7 +227,36 @@ def test_unreadable_images_are_an_error_or_left_out(folders, tmp_path, only_erro
     assert all(line in printed for line in listed)
 
 
-@pytest.mark.parametrize("recipe", [("--epochs", 0), ("--lr", "nan"), ("--weight-decay", -1)])
+def test_the_file_is_that_of_the_best_epoch_after_every_epoch(folders, tmp_path, monkeypatch, capsys):
+    """Accuracies that rise and fall; what is on disk after each epoch is the best so far."""
+    accuracy = iter([0.25, 0.75, 0.5, 0.75])
+    files = []
+
+    def measured(*_: object) -> float:
+        # The file of the epoch before this one.
+        files.append((tmp_path / TUNED_NAME).read_bytes() if (tmp_path / TUNED_NAME).exists() else b"")
+        return next(accuracy)
+
+    monkeypatch.setattr("spt_fast.training.loop.evaluate", measured)
+    data = ("--data", folders / "train", "--val-data", folders / "odd", "--random", 2, "--out", tmp_path)
+    assert train(*data, "--epochs", 4, "--keep", "best") == 0
+    last = (tmp_path / TUNED_NAME).read_bytes()
+    assert files[0] == b""
+    assert files[1] != files[2]
+    assert files[2] == files[3] == last
+    rows = read_csv(tmp_path / "train.csv", ("epoch", "val_accuracy", "kept"))
+    assert [numbers for _, numbers in rows] == [(1, 0.25, 0), (2, 0.75, 1), (3, 0.5, 0), (4, 0.75, 0)]
+    assert "kept epoch 2, best by validation: 75.00%" in capsys.readouterr().out
+
+
+def test_the_best_epoch_wants_validation_images(tmp_path, only_error):
+    error = only_error(train("--data", "digits", "--keep", "best", "--out", tmp_path), "train")
+    assert "keep='best' is chosen by validation images: give val_data or val_split" in error
+
+
+@pytest.mark.parametrize(
+    "recipe", [("--head-weight-decay", -1), ("--epochs", 0), ("--lr", "nan"), ("--weight-decay", -1)]
+)
 def test_a_bad_recipe_is_refused_before_any_work(recipe, tmp_path, only_error, monkeypatch):
     monkeypatch.setattr(options, "open_model", lambda _: pytest.fail("work was begun"))
     name = recipe[0].strip("-").replace("-", "_")
