@@ -35,6 +35,9 @@ def add(commands: Commands) -> None:
         help="training images: random resized crops (timm), or random crops after --resize, both with flips "
         "(default: resized-crop; none on VTAB)",
     )
+    training.add_argument(
+        "--drop-last", action="store_true", help="leave out a last training batch that is not full"
+    )
     options.add_cache(training)
     options.add_pooling(parser, "avg-with-prompts for MAE's weights, else timm's own")
     images = parser.add_argument_group("validation")
@@ -62,6 +65,9 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     )
     prompts.add_argument("--depth", choices=("deep", "shallow"), default="deep")
     prompts.add_argument("--freeze-prompts", action="store_true", help="learn the head only (Table 4a)")
+    prompts.add_argument(
+        "--prompt-dropout", type=float, default=0.0, metavar="SHARE", help="while training (VPT's runs: 0.1)"
+    )
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +78,15 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--prompt-lr", type=float, help="highest, of the prompts (default: as --lr)")
     recipe.add_argument("--weight-decay", type=float, default=1e-4)
     recipe.add_argument("--head-weight-decay", type=float, help="default: as --weight-decay")
+    recipe.add_argument(
+        "--head-init",
+        choices=("timm", "trunc_normal"),
+        default="timm",
+        help="start of the head: timm's (default), or a truncated normal with zero bias (released code)",
+    )
+    recipe.add_argument(
+        "--head-std", type=float, help="of trunc_normal (default: 0.02; the code's MoCo: 0.01)"
+    )
     recipe.add_argument(
         "--keep",
         choices=("last", "best"),
@@ -109,7 +124,14 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         # It is for the validation images alone.
         args.root = None
     train = options.open_labelled(
-        args, model, training=True, seed=args.seed, augment=args.augment, tuned=made, cache=cache
+        args,
+        model,
+        training=True,
+        seed=args.seed,
+        augment=args.augment,
+        drop_last=args.drop_last,
+        tuned=made,
+        cache=cache,
     )
     preprocessing = train.loader.preprocessing
     val = open_validation_images(
@@ -133,6 +155,9 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         class_names=train.class_names,
         depth=args.depth,
         freeze_prompts=args.freeze_prompts,
+        prompt_dropout=args.prompt_dropout,
+        head_init=args.head_init,
+        head_std=args.head_std,
         weight_dtype=args.weight_dtype,
         allow_other_backbone=args.allow_other_backbone,
         seed=args.seed,

@@ -12,7 +12,7 @@ from spt_fast.backbones.anatomy import check_channels, unwrap
 from spt_fast.backbones.pooling import stated_pooling
 from spt_fast.backbones.snapshot import has_head, placement
 from spt_fast.prompting.engines import concat_blocker
-from spt_fast.support.arguments import check_bool, check_int, check_tensor
+from spt_fast.support.arguments import check_bool, check_int, check_number, check_tensor
 
 _WEIGHT_DTYPES = {
     None: None,
@@ -101,6 +101,17 @@ def check_pool_prompts(
     if reason is not None:
         raise ValueError(f"pool_prompts needs prompts as tokens of the last block, but {reason}")
     return True
+
+
+def check_prompt_dropout(given: float) -> float:
+    """`given` as a probability below 1.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if (dropout := check_number("prompt_dropout", given, 0)) >= 1:
+        raise ValueError(f"prompt_dropout must be a probability below 1, got {given}")
+    return dropout
 
 
 def check_images(images: Tensor, model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from spt_fast.prompting.checks import (
     check_not_wrapped,
     check_num_classes,
     check_pool_prompts,
+    check_prompt_dropout,
     check_weight_dtype,
 )
 from spt_fast.prompting.engines import KeysValuesCache, choose_engine
@@ -73,6 +74,8 @@ class PromptedViT(nn.Module):
             it is exact. Outputs and gradients are equal up to rounding.
         pool_prompts: average the last block's outputs of prompts and patches, not of patches alone; for
             models with `global_pool="avg"`. None is False, unless `open_model` opened the model for that.
+        prompt_dropout: share of the prompts' elements that training drops, others for each image (VPT: 0.1).
+            It needs "concat", and is no part of the file.
         weight_dtype: torch.bfloat16 ("bf16") or torch.float16 ("fp16"): run in this dtype by autocast, with
             the frozen weights cast once instead of in every step. Results are bitwise those of autocast.
             The original weights are kept until `release()`: half as much memory again, as autocast takes too.
@@ -108,6 +111,7 @@ class PromptedViT(nn.Module):
         freeze_prompts: bool = False,
         engine: Literal["auto", "kv", "concat"] = "auto",
         pool_prompts: bool | None = None,
+        prompt_dropout: float = 0.0,
         weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
         allow_other_backbone: bool = False,
     ) -> None:
@@ -120,7 +124,8 @@ class PromptedViT(nn.Module):
         check_bool("freeze_prompts", freeze_prompts)
         self.pool_prompts = check_pool_prompts(model, blocks, pool_prompts)
         self.weight_dtype = check_weight_dtype(weight_dtype, model)
-        self.engine, self.engine_reason = choose_engine(model, blocks, depth, engine)
+        self.prompt_dropout = nn.Dropout(check_prompt_dropout(prompt_dropout))
+        self.engine, self.engine_reason = choose_engine(model, blocks, depth, engine, prompt_dropout)
         num_classes = check_num_classes(model, num_classes)
         values = initial_prompts(model, prompts, depth, allow_other_backbone=allow_other_backbone)
 
@@ -130,7 +135,11 @@ class PromptedViT(nn.Module):
         self._num_prefix_tokens = num_prefix_tokens(model)
         was_training = model.training
         self._blocks = PromptedBlocks(
-            self._parameters, engine=self.engine, depth=depth, pool_prompts=self.pool_prompts
+            self._parameters,
+            engine=self.engine,
+            depth=depth,
+            pool_prompts=self.pool_prompts,
+            drop=self.prompt_dropout,
         )
         self._snapshot = ModelSnapshot(model)
         self.model = model

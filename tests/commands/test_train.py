@@ -249,6 +249,25 @@ def test_the_file_is_that_of_the_best_epoch_after_every_epoch(folders, tmp_path,
     assert "kept epoch 2, best by validation: 75.00%" in capsys.readouterr().out
 
 
+def test_the_starts_of_the_released_code_reach_the_run(folders, tmp_path, monkeypatch):
+    """Dropped batches, head and dropout, as `fit` gets them."""
+    seen = {}
+
+    def noted(tuned, train_loader, *_, **recipe):
+        seen.update(tuned=tuned, steps=len(train_loader), recipe=recipe)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("spt_fast.training.run.fit", noted)
+    code = ("--drop-last", "--prompt-dropout", 0.1, "--head-init", "trunc_normal", "--head-std", 0.01)
+    decay = ("--weight-decay", 0.01, "--head-weight-decay", 0.5)
+    assert train("--data", folders / "train", "--random", 2, "--out", tmp_path, *code, *decay) == 2
+    assert seen["steps"] == 24 // 5
+    assert seen["tuned"].prompt_dropout.p == 0.1
+    assert not seen["tuned"].head.bias.any()
+    assert 0 < float(seen["tuned"].head.weight.detach().abs().max()) < 0.06
+    assert (seen["recipe"]["weight_decay"], seen["recipe"]["head_weight_decay"]) == (0.01, 0.5)
+
+
 def test_the_best_epoch_wants_validation_images(tmp_path, only_error):
     error = only_error(train("--data", "digits", "--keep", "best", "--out", tmp_path), "train")
     assert "keep='best' is chosen by validation images: give val_data or val_split" in error
