@@ -41,7 +41,7 @@ class Pooling:
         return f"pool={self.pool!r}, norm={self.norm!r}"
 
 
-# Sec. 4.1, and the released code: the average of patches and prompts, then the norm that MAE trained.
+# The released code behind the paper's numbers; the paper says that images are averaged (footnote 2).
 PAPER_FOR_MAE = Pooling("avg-with-prompts", "own")
 
 
