@@ -50,7 +50,7 @@ def open_model(
     """A Vision Transformer without a head, in eval mode.
 
     MAE's weights come in the paper's form, unless `pool` or `norm` asks for another one: the head gets the
-    average of patch tokens and prompts, after the norm that MAE trained. One line on stderr says so.
+    average of patch tokens and prompts, then normalised by MAE's own norm. One line on stderr says so.
 
     Args:
         name: a timm model name ("vit_base_patch16_224.mae"; hub names too), "shipped" for this package's
@@ -98,7 +98,8 @@ def open_model(
         model = _timm_model(name, pretrained, checkpoint, options).eval()
         _state_input(model)
     if pooling is not None:
-        set_pooling(model, pooling if pooling.pool else Pooling(str(model.global_pool), pooling.norm))
+        own = str(getattr(model, "global_pool", ""))
+        set_pooling(model, pooling if pooling.pool else Pooling(own, pooling.norm))
         if pool == "auto":
             whose = ", the paper's for MAE" if pooling == PAPER_FOR_MAE else ""
             _print_once(f"pooling of {name}: {stated_pooling(model)}{whose} (--pool, --norm)")
