@@ -139,7 +139,7 @@ def random_prompts(
 ) -> PromptedViT:
     """`model` with VPT's random prompts of one seed; the caller's random state is not touched."""
     with seeded(seed):
-        return PromptedViT(model, num_prompts, depth=depth, num_classes=_keep_head(model))
+        return PromptedViT(model, num_prompts, depth=depth, num_classes=_keep_head(model), pool_prompts=False)
 
 
 def load_prompts(
@@ -158,7 +158,8 @@ def load_prompts(
     check_backbone(path, facts, model, allow_other_backbone=allow_other_backbone)
     shallow = facts.get("prompt_depth") == "shallow"
     depth: Literal["deep", "shallow"] = "shallow" if shallow else "deep"
-    return PromptedViT(model, prompts, depth=depth, num_classes=_keep_head(model))
+    # What is measured enters the blocks; the pooling is no matter.
+    return PromptedViT(model, prompts, depth=depth, num_classes=_keep_head(model), pool_prompts=False)
 
 
 def _keep_head(model: nn.Module) -> int | None:

@@ -7,12 +7,25 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from spt_fast.backbones.checkpoints import LoadReport, load_state, load_weights
+from spt_fast.backbones.pooling import (
+    NORMS,
+    PAPER_FOR_MAE,
+    POOLS,
+    Norm,
+    Pool,
+    Pooling,
+    is_mae,
+    set_pooling,
+    stated_pooling,
+    timm_options,
+)
 from spt_fast.data.shipped import load_backbone
+from spt_fast.support.arguments import check_choice
 from spt_fast.support.errors import first_line, one_line
 from spt_fast.support.files import check_input_path
 from spt_fast.support.randomness import seeded
@@ -20,6 +33,8 @@ from spt_fast.support.randomness import seeded
 SHIPPED_MODEL = "shipped"
 # Options of `timm.create_model` that `open_model` gives itself, or that make another kind of model.
 _SET_HERE = {"num_classes", "pretrained", "checkpoint_path", "features_only", "scriptable", "exportable"}
+# Options that say how a model pools; with one of them `pool` is left to the user.
+_POOLING_OPTIONS = {"global_pool", "fc_norm"}
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -29,8 +44,13 @@ def open_model(
     pretrained: bool = True,
     checkpoint: str | Path | None = None,
     model_options: Mapping[str, Any] | None = None,
+    pool: Literal["auto"] | Pool | None = "auto",
+    norm: Norm = "own",
 ) -> nn.Module:
     """A Vision Transformer without a head, in eval mode.
+
+    MAE's weights come in the paper's form, unless `pool` or `norm` asks for another one: the head gets the
+    average of patch tokens and prompts, then normalised by MAE's own norm. One line on stderr says so.
 
     Args:
         name: a timm model name ("vit_base_patch16_224.mae"; hub names too), "shipped" for this package's
@@ -41,32 +61,62 @@ def open_model(
             One line on stderr says what was renamed, resized and left out.
         model_options: of `timm.create_model`, such as {"global_pool": "avg", "img_size": 384, "in_chans": 1}.
             timm resizes position embeddings; `pretrained_cfg` of the model states the images that it takes.
+        pool: what the head gets: "token", the class token after the final norm; "avg", the average of the
+            patch tokens, then the norm; "avg-with-prompts", that of patch tokens and prompts, then the norm,
+            for which `PromptedViT` sees to the prompts. None is the pooling that timm gives the model. "auto"
+            is "avg-with-prompts" for MAE's weights, known by timm's tag "mae", by the name of their file
+            ("mae_*"), or as the shipped ones; else None. So it is with `global_pool` or `fc_norm` among
+            `model_options`.
+        norm: the final norm: "own", that of the weights, or "new", with weights 1 and biases 0. A
+            `PromptedViT` freezes both. VPT's published rows for MAE have a new one.
 
     Raises:
         FileNotFoundError: a file that does not exist.
-        ValueError: no such model, a checkpoint that does not fit it, options that it does not take, or
-            options for a model not of timm.
+        ValueError: no such model, a checkpoint that does not fit it, options that it does not take, options
+            for a model not of timm, or a pooling that it cannot have.
         RuntimeError: the pretrained weights cannot be loaded.
     """
     if checkpoint is not None:
         check_input_path(checkpoint, argument="checkpoint")
-    if model_options and (name == SHIPPED_MODEL or Path(name).is_file()):
+    is_file = name == SHIPPED_MODEL or Path(name).is_file()
+    options = dict(model_options or {})
+    if options and is_file:
         raise ValueError(
-            f"model_options are for models of timm, got {dict(model_options)} for {name} "
+            f"model_options are for models of timm, got {options} for {name} "
             "(--img-size, --in-chans, --model-option)"
         )
-    if name == SHIPPED_MODEL:
-        return load_backbone()
-    if Path(name).is_file():
-        return load_backbone(name)
-    _check_timm_name(name)
-    options = dict(model_options or {})
     set_here = sorted(_SET_HERE & options.keys())
     if set_here:
         raise ValueError(f"model_options must not set {', '.join(set_here)}, which open_model sets")
-    model = _timm_model(name, pretrained, checkpoint, options).eval()
-    _state_input(model)
+    if not is_file:
+        _check_timm_name(name)
+    pooling = _choose_pooling(is_file or is_mae(name, checkpoint), pool, norm, options)
+    if is_file:
+        model: nn.Module = load_backbone(None if name == SHIPPED_MODEL else name)
+    else:
+        options.update(timm_options(None if pooling is None else pooling.pool))
+        model = _timm_model(name, pretrained, checkpoint, options).eval()
+        _state_input(model)
+    if pooling is not None:
+        own = str(getattr(model, "global_pool", ""))
+        set_pooling(model, pooling if pooling.pool else Pooling(own, pooling.norm))
+        if pool == "auto":
+            whose = ", the paper's for MAE" if pooling == PAPER_FOR_MAE else ""
+            _print_once(f"pooling of {name}: {stated_pooling(model)}{whose} (--pool, --norm)")
     return model
+
+
+def _choose_pooling(mae: bool, pool: str | None, norm: str, options: Mapping[str, Any]) -> Pooling | None:
+    """The form to open a model in; None leaves it as it is, and an empty `pool` its pooling."""
+    check_choice("norm", norm, NORMS)
+    if pool is not None:
+        check_choice("pool", pool, ("auto", *POOLS))
+    given = sorted(_POOLING_OPTIONS & options.keys())
+    if given and pool in POOLS:
+        raise ValueError(f"pool={pool!r} sets {', '.join(given)} of model_options, which must not be given")
+    if pool == "auto":
+        pool = PAPER_FOR_MAE.pool if mae and not given else None
+    return None if pool is None and norm == "own" else Pooling(pool or "", norm)
 
 
 def _check_timm_name(name: str) -> None:
@@ -141,16 +191,22 @@ def _with_pretrained(name: str, options: dict[str, Any]) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=True, **options)
         return model
     as_trained = {option: value for option, value in options.items() if option != "global_pool"}
-    state = timm.create_model(name, pretrained=True, **as_trained).state_dict()
+    trained: nn.Module = timm.create_model(name, pretrained=True, **as_trained)
+    if getattr(trained, "global_pool", None) == options["global_pool"]:
+        return trained
     model = timm.create_model(name, pretrained=False, **options)
-    _tell(name, load_state(model, state, name))
+    _tell(name, load_state(model, trained.state_dict(), name))
     return model
 
 
 def _tell(source: str | Path, report: LoadReport) -> None:
+    _print_once(f"weights of {source}: {report}")
+
+
+def _print_once(line: str) -> None:
     # Under torchrun one process tells it for all.
     if os.environ.get("RANK", "0") == "0":
-        print(f"weights of {source}: {report}", file=sys.stderr)
+        print(line, file=sys.stderr)
 
 
 def _with_checkpoint(model: nn.Module, checkpoint: str | Path) -> nn.Module:

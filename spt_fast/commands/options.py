@@ -73,6 +73,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_pooling(parser: argparse.ArgumentParser, default: str) -> None:
+    """In which form the backbone ends, and what that is where nothing is asked for."""
+    pooling = parser.add_argument_group("pooling")
+    pooling.add_argument(
+        "--pool",
+        choices=("token", "avg", "avg-with-prompts"),
+        help="what the head gets: the class token, or the average of patches, or of patches and prompts "
+        f"(default: {default})",
+    )
+    pooling.add_argument(
+        "--norm",
+        choices=("own", "new"),
+        help="the final norm: that of the weights, or a new one, frozen too (default: likewise, else own)",
+    )
+
+
 def add_reading(images: argparse._ArgumentGroup, batch_size: int = 64) -> None:
     """Options that say how images are read, wherever they lie."""
     add_preprocessing(images)
@@ -109,6 +125,7 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
         "--tuned", type=Path, required=True, metavar="FILE", help="of `spt-fast train`, or PromptedViT.save"
     )
     parser.add_argument("--weight-dtype", choices=("bf16", "fp16"), help="run the backbone in it")
+    add_pooling(parser, "as the file was tuned")
     add_allow_other_backbone(parser)
 
 
@@ -181,8 +198,8 @@ def find_device(args: argparse.Namespace) -> torch.device:
     return check_device("device", device_of_this_process(args.device))
 
 
-def open_model(args: argparse.Namespace) -> nn.Module:
-    """The model that the arguments name, on their device."""
+def open_model(args: argparse.Namespace, pool: str | None = None, norm: str | None = None) -> nn.Module:
+    """The model that the arguments name, on their device; `pool` as in `backbones.open.open_model`."""
     from spt_fast.backbones.open import open_model
 
     device = find_device(args)
@@ -191,6 +208,8 @@ def open_model(args: argparse.Namespace) -> nn.Module:
         pretrained=args.pretrained,
         checkpoint=args.checkpoint,
         model_options=model_options(args),
+        pool=pool,  # type: ignore[arg-type]
+        norm=norm or "own",  # type: ignore[arg-type]
     ).to(device)
 
 
@@ -231,15 +250,26 @@ def _model_option(text: str) -> tuple[str, Any]:
 
 
 def open_tuned(args: argparse.Namespace) -> PromptedViT:
-    """The tuned model in the file that the arguments name."""
+    """The tuned model in the file that the arguments name, in the form it was tuned in unless they ask."""
+    from spt_fast.prompting.file_format import TunedState
     from spt_fast.prompting.prompted_vit import PromptedViT
 
+    pool, norm = args.pool, args.norm
+    stated = TunedState.read(args.tuned).stated_pooling
+    if stated is not None and stated.is_named and not _pools_by_option(args):
+        pool, norm = pool or stated.pool, norm or stated.norm
+    elif stated is not None:
+        norm = norm or stated.norm
     return PromptedViT.from_file(
         args.tuned,
-        open_model(args),
+        open_model(args, pool, norm),
         weight_dtype=args.weight_dtype,
         allow_other_backbone=args.allow_other_backbone,
     )
+
+
+def _pools_by_option(args: argparse.Namespace) -> bool:
+    return any(name in ("global_pool", "fc_norm") for name, _ in args.model_option)
 
 
 def open_cache(args: argparse.Namespace, model: nn.Module) -> ImageCache | None:

@@ -35,7 +35,11 @@ def add(commands: Commands) -> None:
         help="training images: random resized crops (timm), or random crops after --resize, both with flips "
         "(default: resized-crop; none on VTAB)",
     )
+    training.add_argument(
+        "--drop-last", action="store_true", help="leave out a last training batch that is not full"
+    )
     options.add_cache(training)
+    options.add_pooling(parser, "avg-with-prompts for MAE's weights, else timm's own")
     images = parser.add_argument_group("validation")
     images.add_argument("--val-data", help="as --data; default: that, with --val-split")
     images.add_argument("--val-split", help="as --split (default: the one to validate with)")
@@ -61,6 +65,9 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
     )
     prompts.add_argument("--depth", choices=("deep", "shallow"), default="deep")
     prompts.add_argument("--freeze-prompts", action="store_true", help="learn the head only (Table 4a)")
+    prompts.add_argument(
+        "--prompt-dropout", type=float, default=0.0, metavar="SHARE", help="while training (VPT's runs: 0.1)"
+    )
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +77,22 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--lr", type=float, default=1e-2, help="highest, of the head (default: 0.01)")
     recipe.add_argument("--prompt-lr", type=float, help="highest, of the prompts (default: as --lr)")
     recipe.add_argument("--weight-decay", type=float, default=1e-4)
+    recipe.add_argument("--head-weight-decay", type=float, help="default: as --weight-decay")
+    recipe.add_argument(
+        "--head-init",
+        choices=("timm", "trunc_normal"),
+        default="timm",
+        help="start of the head: timm's (default), or a truncated normal with zero bias (released code)",
+    )
+    recipe.add_argument(
+        "--head-std", type=float, help="of trunc_normal (default: 0.02; the code's MoCo: 0.01)"
+    )
+    recipe.add_argument(
+        "--keep",
+        choices=("last", "best"),
+        default="last",
+        help="write the last epoch (default), or the best by validation, never by test images",
+    )
     # float16 would need its gradients scaled.
     recipe.add_argument("--weight-dtype", choices=("bf16",), help="run the frozen backbone in it")
 
@@ -81,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
     from spt_fast.training.run import FILE_NAMES
 
     check_recipe(**_recipe(args))
+    if args.keep == "best" and args.val_data is None and args.val_split is None:
+        raise ValueError("keep='best' is chosen by validation images: give val_data or val_split")
     with result_folder(args.out, FILE_NAMES, overwrite=args.overwrite) as paths:
         _train_into(paths, args)
 
@@ -90,7 +115,7 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
     from spt_fast.data.names import takes_root
     from spt_fast.training.run import add_prompts_and_head, fit_and_save
 
-    model = options.open_model(args)
+    model = options.open_model(args, args.pool or "auto", args.norm)
     cache = options.open_cache(args, model)
     args.split = args.split or training_split(args.data, args.val_data, args.val_split)
     made = options.made_with(args, args.prompts)
@@ -99,7 +124,14 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         # It is for the validation images alone.
         args.root = None
     train = options.open_labelled(
-        args, model, training=True, seed=args.seed, augment=args.augment, tuned=made, cache=cache
+        args,
+        model,
+        training=True,
+        seed=args.seed,
+        augment=args.augment,
+        drop_last=args.drop_last,
+        tuned=made,
+        cache=cache,
     )
     preprocessing = train.loader.preprocessing
     val = open_validation_images(
@@ -123,6 +155,9 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         class_names=train.class_names,
         depth=args.depth,
         freeze_prompts=args.freeze_prompts,
+        prompt_dropout=args.prompt_dropout,
+        head_init=args.head_init,
+        head_std=args.head_std,
         weight_dtype=args.weight_dtype,
         allow_other_backbone=args.allow_other_backbone,
         seed=args.seed,
@@ -136,6 +171,7 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         title=f"{args.data}, {tuned.num_prompts} prompts",
         seed=args.seed,
+        keep=args.keep,
         **_recipe(args),
     )
     print(history.summary())
@@ -183,5 +219,5 @@ def _prompts(args: argparse.Namespace, model: nn.Module, cache: ImageCache | Non
 
 
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("epochs", "lr", "prompt_lr", "weight_decay", "warmup_epochs")
+    names = ("epochs", "lr", "prompt_lr", "weight_decay", "head_weight_decay", "warmup_epochs")
     return {name: getattr(args, name) for name in names}

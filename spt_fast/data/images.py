@@ -26,7 +26,7 @@ from spt_fast.data.names import (
     takes_root,
 )
 from spt_fast.data.transforms import Preprocessing, channels_of, choose, default_augment, papers_rows
-from spt_fast.support.arguments import check_int, check_seed
+from spt_fast.support.arguments import check_bool, check_int, check_seed
 from spt_fast.support.distributed import ALONE, Processes
 
 
@@ -118,6 +118,7 @@ def open_labelled_images(
     resize: str | None = None,
     mean_std: str | None = None,
     augment: str | None = None,
+    drop_last: bool = False,
     tuned: Preprocessing | None = None,
     training: bool = False,
     use: Use | None = None,
@@ -133,6 +134,8 @@ def open_labelled_images(
         data, root, split, download, bad_images, resize, mean_std, tuned, cache: as in `open_images`.
         augment: with `training` only: "resized-crop", "crop" or "none", as in `Preprocessing.transform`; None
             is random resized crops and flips (Sec. 4.1, FGVC), and nothing on VTAB. The digits have none.
+        drop_last: with `training` only: leave out a last batch that is smaller than the others, as the
+            paper's released code does; others are left out in each epoch.
         training: True gives every epoch in a new order, which depends on `seed` alone, and augments images.
             False gives the order of the data set. Crops and flips come from the global generators of Python
             and torch: those of the workers, which `seed` decides, or, without workers, those of this process,
@@ -154,6 +157,8 @@ def open_labelled_images(
     seed = check_seed(seed)
     if augment is not None and not training:
         raise ValueError(f"augment is for training images, got {augment!r}")
+    if check_bool("drop_last", drop_last) and not training:
+        raise ValueError("drop_last is for training images, got True")
     use = use or ("train" if training else "test")
     opened = open_data(
         data,
@@ -175,7 +180,11 @@ def open_labelled_images(
         raise ValueError(
             f"data: {data} has {len(found)} classes, but the head of the model is for {num_classes}"
         )
-    loader = _loader(opened, transform, batch_size, workers, seed, bad_images, cache, shuffle=training)
+    order = {"shuffle": training, "drop_last": drop_last}
+    loader = _loader(opened, transform, batch_size, workers, seed, bad_images, cache, **order)
+    if drop_last and len(loader) == 0:
+        count = len(opened.dataset)
+        raise ValueError(f"drop_last leaves nothing of {count} images with batch_size {batch_size}")
     return LabelledImages(loader, len(opened.dataset), found, opened.paths)
 
 

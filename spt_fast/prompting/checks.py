@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import check_channels, unwrap
+from spt_fast.backbones.pooling import stated_pooling
 from spt_fast.backbones.snapshot import has_head, placement
 from spt_fast.prompting.engines import concat_blocker
-from spt_fast.support.arguments import check_int, check_tensor
+from spt_fast.support.arguments import check_bool, check_int, check_number, check_tensor
 
 _WEIGHT_DTYPES = {
     None: None,
@@ -79,14 +80,38 @@ def check_weight_dtype(given: torch.dtype | str | None, model: nn.Module) -> tor
     return dtype
 
 
-def check_pools_patches(model: nn.Module, blocks: nn.ModuleList | nn.Sequential) -> None:
-    """ValueError unless the head of `model` averages tokens, and its last block takes prompts as tokens."""
+def check_pool_prompts(
+    model: nn.Module, blocks: nn.ModuleList | nn.Sequential, pool_prompts: bool | None
+) -> bool:
+    """Whether prompts are averaged too; None is as `open_model` opened the model for, else False.
+
+    Raises:
+        TypeError: it is neither a bool nor None.
+        ValueError: the head of `model` does not average tokens, or its last block takes no prompts as tokens.
+    """
+    if pool_prompts is None:
+        stated = stated_pooling(model)
+        pool_prompts = stated is not None and stated.pool == "avg-with-prompts"
+    if not check_bool("pool_prompts", pool_prompts):
+        return False
     pool = getattr(model, "global_pool", None)
     if pool != "avg":
         raise ValueError(f"pool_prompts needs a model with global_pool='avg', got {pool!r}")
     reason = concat_blocker([blocks[-1]], model)
     if reason is not None:
         raise ValueError(f"pool_prompts needs prompts as tokens of the last block, but {reason}")
+    return True
+
+
+def check_prompt_dropout(given: float) -> float:
+    """`given` as a probability below 1.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if (dropout := check_number("prompt_dropout", given, 0)) >= 1:
+        raise ValueError(f"prompt_dropout must be a probability below 1, got {given}")
+    return dropout
 
 
 def check_images(images: Tensor, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from spt_fast.backbones.identity import check_facts, describe, describe_norm
+from spt_fast.backbones.pooling import NORMS, Pooling, norm_follows_average, pool_of, stated_pooling
 from spt_fast.data.transforms import PREPROCESSING, Preprocessing
 from spt_fast.prompting.checks import check_class_names
 from spt_fast.support.arguments import check_bool, check_choice, check_tensor
@@ -30,7 +31,8 @@ class TunedState:
     Attributes:
         tensors: "prompts" [L or 1, N_p, D], and "head." before each name of the head's own state.
         facts: those of `describe` and `describe_norm`, and `prompt_depth`, `pool_prompts`, `global_pool`;
-            `num_classes` where the model states it, `class_names` and `preprocessing` (JSON) if set.
+            `norm` ("own" or "new") where `open_model` stated it, `num_classes` where the model states it,
+            `class_names` and `preprocessing` (JSON) if set.
     """
 
     tensors: Mapping[str, Tensor]
@@ -57,6 +59,9 @@ class TunedState:
             "pool_prompts": str(pool_prompts),
             "global_pool": str(getattr(model, "global_pool", "")),
         }
+        stated = stated_pooling(model)
+        if stated is not None:
+            facts["norm"] = stated.norm
         num_classes = getattr(model, "num_classes", None)
         if num_classes is not None:
             facts["num_classes"] = str(num_classes)
@@ -97,6 +102,7 @@ class TunedState:
             _check_finite(name, tensor)
         check_choice("prompt_depth", self.facts["prompt_depth"], ("deep", "shallow"))
         check_choice("pool_prompts", self.facts["pool_prompts"], ("True", "False"))
+        check_choice("norm", self.facts.get("norm", "own"), NORMS)
         number = self.facts.get("num_classes", "0")
         if not number.isdecimal():
             raise ValueError(f"num_classes must be an integer >= 0, got {number!r}")
@@ -123,6 +129,39 @@ class TunedState:
     @property
     def pool_prompts(self) -> bool:
         return self.facts["pool_prompts"] == "True"
+
+    @property
+    def stated_pooling(self) -> Pooling | None:
+        """The form in which `open_model` opened the model, where it stated one."""
+        return self._pooling if "norm" in self.facts else None
+
+    @property
+    def _pooling(self) -> Pooling:
+        pool = pool_of(self.facts.get("global_pool", ""), pool_prompts=self.pool_prompts)
+        return Pooling(pool, self.facts.get("norm", "own"))
+
+    def check_pooling(self, path: str | os.PathLike[str], model: nn.Module) -> None:
+        """ValueError where `open_model` opened `model` in another form than that of this state."""
+        opened = stated_pooling(model)
+        if opened is not None and opened != self._pooling:
+            raise ValueError(
+                f"{os.fspath(path)} is for {self._pooling}, but this model was opened with {opened} "
+                "(--pool, --norm; pool=None is timm's own pooling)"
+            )
+        self.check_place_of_norm(path, model)
+
+    def check_place_of_norm(self, path: str | os.PathLike[str], model: nn.Module) -> None:
+        """ValueError where the norm stood on the other side of the average of tokens than in `model`."""
+        stated, opened = self.stated_pooling, stated_pooling(model)
+        moved_here = stated is None and opened is not None and opened.moved
+        averages = stated is not None and stated.is_named and stated.pool != "token"
+        if moved_here or (averages and not norm_follows_average(model)):
+            place, other = ("before", "after") if moved_here else ("after", "before")
+            how = "with pool=None" if moved_here else "by open_model, whose pool moves it"
+            raise ValueError(
+                f"{os.fspath(path)} is for a norm {place} the average of the tokens, but this model has it "
+                f"{other}: open the model {how}"
+            )
 
     @property
     def num_classes(self) -> int | None:

@@ -32,6 +32,7 @@ class PromptedBlocks(Takeover):
         parameters: the dict in which the `PromptedViT` keeps its parameter "prompts" [L or 1, N_p, D]. What
             replaces the parameter, such as FSDP2, writes to this dict.
         engine, depth, pool_prompts: as in `PromptedViT`.
+        drop: the dropout of the prompts of each image [B, N_p, D].
 
     Attributes:
         layers: views of the prompts, layer by layer, while a forward pass runs; else None.
@@ -45,11 +46,13 @@ class PromptedBlocks(Takeover):
         engine: Literal["kv", "concat"],
         depth: Literal["deep", "shallow"],
         pool_prompts: bool,
+        drop: nn.Module,
     ) -> None:
         self._parameters = parameters
         self._engine = engine
         self._depth = depth
         self._pool_prompts = pool_prompts
+        self._drop = drop
         self.layers: tuple[Tensor, ...] | None = None
         self.cache: KeysValuesCache | None = None
 
@@ -106,7 +109,8 @@ class PromptedBlocks(Takeover):
         check_block_call(block, x, args, kwargs, concat_extras(block))
         num_prompts = len(self._layer(0))
         if self._depth == "deep" or index == 0:
-            x = append_prompts(x, self._layer(index).to(x.dtype))
+            prompts = self._layer(index).to(x.dtype).expand(len(x), -1, -1)
+            x = append_prompts(x, self._drop(prompts))
         x = original(x, **fit_extras(kwargs, num_prompts))
         keep = self._pool_prompts if is_last else self._depth == "shallow"
         return x if keep else drop_prompts(x, num_prompts)

@@ -21,7 +21,8 @@ from spt_fast.prompting.checks import (
     check_images,
     check_not_wrapped,
     check_num_classes,
-    check_pools_patches,
+    check_pool_prompts,
+    check_prompt_dropout,
     check_weight_dtype,
 )
 from spt_fast.prompting.engines import KeysValuesCache, choose_engine
@@ -72,7 +73,9 @@ class PromptedViT(nn.Module):
             only, in the blocks of docs/backbones.md); "concat" is the textbook form; "auto" takes "kv" where
             it is exact. Outputs and gradients are equal up to rounding.
         pool_prompts: average the last block's outputs of prompts and patches, not of patches alone; for
-            models with `global_pool="avg"`.
+            models with `global_pool="avg"`. None is False, unless `open_model` opened the model for that.
+        prompt_dropout: share of the prompts' elements that training drops, others for each image (VPT: 0.1).
+            It needs "concat", and is no part of the file.
         weight_dtype: torch.bfloat16 ("bf16") or torch.float16 ("fp16"): run in this dtype by autocast, with
             the frozen weights cast once instead of in every step. Results are bitwise those of autocast.
             The original weights are kept until `release()`: half as much memory again, as autocast takes too.
@@ -107,7 +110,8 @@ class PromptedViT(nn.Module):
         num_classes: int | None = None,
         freeze_prompts: bool = False,
         engine: Literal["auto", "kv", "concat"] = "auto",
-        pool_prompts: bool = False,
+        pool_prompts: bool | None = None,
+        prompt_dropout: float = 0.0,
         weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
         allow_other_backbone: bool = False,
     ) -> None:
@@ -118,11 +122,10 @@ class PromptedViT(nn.Module):
         blocks = get_blocks(model)
         check_free(model)
         check_bool("freeze_prompts", freeze_prompts)
-        self.pool_prompts = check_bool("pool_prompts", pool_prompts)
-        if self.pool_prompts:
-            check_pools_patches(model, blocks)
+        self.pool_prompts = check_pool_prompts(model, blocks, pool_prompts)
         self.weight_dtype = check_weight_dtype(weight_dtype, model)
-        self.engine, self.engine_reason = choose_engine(model, blocks, depth, engine)
+        self.prompt_dropout = nn.Dropout(check_prompt_dropout(prompt_dropout))
+        self.engine, self.engine_reason = choose_engine(model, blocks, depth, engine, prompt_dropout)
         num_classes = check_num_classes(model, num_classes)
         values = initial_prompts(model, prompts, depth, allow_other_backbone=allow_other_backbone)
 
@@ -132,7 +135,11 @@ class PromptedViT(nn.Module):
         self._num_prefix_tokens = num_prefix_tokens(model)
         was_training = model.training
         self._blocks = PromptedBlocks(
-            self._parameters, engine=self.engine, depth=depth, pool_prompts=self.pool_prompts
+            self._parameters,
+            engine=self.engine,
+            depth=depth,
+            pool_prompts=self.pool_prompts,
+            drop=self.prompt_dropout,
         )
         self._snapshot = ModelSnapshot(model)
         self.model = model
@@ -167,6 +174,7 @@ class PromptedViT(nn.Module):
             TypeError, ValueError: as the constructor and `load`; the model is then left as it was.
         """
         state = TunedState.read(path)
+        state.check_pooling(path, model)
         # The file replaces the new head's values; drawing them must leave the caller's random state alone.
         with seeded(0):
             tuned = cls(
@@ -401,6 +409,7 @@ class PromptedViT(nn.Module):
     ) -> None:
         """Copy the state that a file holds; nothing changes where it does not fit."""
         own = self._state()
+        state.check_place_of_norm(path, self.model)
         state.check_fits(path, own, allow_other_backbone=allow_other_backbone)
         with torch.no_grad():
             for name, tensor in own.tensors.items():

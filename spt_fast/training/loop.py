@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from spt_fast.backbones.anatomy import unwrap
 from spt_fast.data.batches import IGNORED_LABEL
-from spt_fast.support.arguments import check_int, check_number, check_seed
+from spt_fast.support.arguments import check_choice, check_int, check_number, check_seed
 from spt_fast.support.randomness import seeded
 from spt_fast.support.tables import csv_bytes
 from spt_fast.support.waiting import OnTheWay
@@ -29,7 +30,8 @@ from spt_fast.training.evaluation import check_gives_logits, device_of, evaluate
 
 FINAL_LR = 1e-8
 WARMUP_SHARE = 0.1
-HISTORY_COLUMNS = ("epoch", "loss", "val_accuracy", "lr", "seconds")
+HISTORY_COLUMNS = ("epoch", "loss", "val_accuracy", "lr", "seconds", "kept")
+KEEP = ("last", "best")
 
 
 class Batches(Iterable[Any], Sized, Protocol):
@@ -47,6 +49,7 @@ class History:
         val_epochs: epochs (from 1) after which the model was evaluated.
         lr: learning rate of the epoch's last step, the first parameter group's.
         seconds: wall-clock time of the epoch's training steps; evaluation is not counted.
+        keep: as `fit` was asked.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -54,6 +57,7 @@ class History:
     val_epochs: list[int] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    keep: Literal["last", "best"] = "last"
 
     @property
     def epochs(self) -> int:
@@ -61,22 +65,34 @@ class History:
         return len(self.loss)
 
     @property
+    def kept_epoch(self) -> int | None:
+        """The epoch, from 1, whose weights are kept: the last, or the first of the best by validation."""
+        if self.keep == "last":
+            return self.epochs or None
+        return self.val_epochs[self.val_accuracy.index(max(self.val_accuracy))] if self.val_epochs else None
+
+    @property
     def train_seconds(self) -> float:
         """The time of all training steps."""
         return sum(self.seconds)
 
     def summary(self) -> str:
-        """Epochs, time and last loss in one line, and the last validation accuracy in another, if any."""
+        """Epochs, time and last loss in one line, and accuracy on validation images in another, if any."""
         lines = [f"{self.epochs} epochs in {self.train_seconds:.1f} s, loss {self.loss[-1]:.4g}"]
         if self.val_accuracy:
             lines.append(f"validation accuracy {self.val_accuracy[-1]:.2%}")
+        if self.keep == "best" and self.val_accuracy:
+            lines.append(f"kept epoch {self.kept_epoch}, best by validation: {max(self.val_accuracy):.2%}")
         return "\n".join(lines)
 
     def to_csv(self) -> bytes:
-        """A row per epoch: epoch, loss, val_accuracy (empty where not evaluated), lr, seconds."""
+        """A row per epoch: epoch, loss, val_accuracy (empty where not evaluated), lr, seconds, kept.
+
+        `kept` is 1 in the row of `kept_epoch` and 0 in the others.
+        """
         accuracy = dict(zip(self.val_epochs, self.val_accuracy, strict=True))
         rows = [
-            (epoch, loss, accuracy.get(epoch, ""), lr, seconds)
+            (epoch, loss, accuracy.get(epoch, ""), lr, seconds, int(epoch == self.kept_epoch))
             for epoch, (loss, lr, seconds) in enumerate(
                 zip(self.loss, self.lr, self.seconds, strict=True), start=1
             )
@@ -93,9 +109,11 @@ def fit(
     lr: float = 1e-2,
     prompt_lr: float | None = None,
     weight_decay: float = 1e-4,
+    head_weight_decay: float | None = None,
     warmup_epochs: float | None = None,
     seed: int = 0,
     val_every: int = 1,
+    keep: Literal["last", "best"] = "last",
     progress: bool = True,
     on_epoch: Callable[[int, History], None] | None = None,
 ) -> History:
@@ -114,11 +132,15 @@ def fit(
         prompt_lr: highest learning rate of the parameters named `prompts`; None is `lr`. Blocks normalise
             their input, so they see a prompt's direction only: a prompt far from zero needs longer steps.
         weight_decay: for tensors of two or more dimensions; biases and norms have none.
+        head_weight_decay: the same for the head of `tuned`, its part `head`; None is `weight_decay`.
         warmup_epochs: length of the linear rise, below `epochs`; it may be a fraction. None is a tenth of
             `epochs`.
         seed: of the random numbers that the model's forward pass draws, as for dropout, and of those that
             transforms of images draw in this process. The global random states of Python, NumPy and torch
             are restored at the end. For the order of the images see `shuffled_loader`.
+        keep: the weights that `tuned` has at the end: of the "last" epoch, or of the "best" by accuracy on
+            `val_loader`, the first of equals. The paper's released code takes the best on its test images,
+            which `fit` never sees.
         on_epoch: called as `on_epoch(epoch, history)` after every epoch, from 1; it may raise to stop.
 
     Raises:
@@ -137,30 +159,49 @@ def fit(
             f"got {type(val_loader).__name__}"
         )
     check_recipe(
-        epochs=epochs, lr=lr, prompt_lr=prompt_lr, weight_decay=weight_decay, warmup_epochs=warmup_epochs
+        epochs=epochs,
+        lr=lr,
+        prompt_lr=prompt_lr,
+        weight_decay=weight_decay,
+        head_weight_decay=head_weight_decay,
+        warmup_epochs=warmup_epochs,
     )
+    if check_choice("keep", keep, KEEP) == "best" and val_loader is None:
+        raise ValueError("keep='best' is chosen by validation images, but there is no val_loader")
     val_every, seed = check_int("val_every", val_every, 1), check_seed(seed)
     if warmup_epochs is None:
         warmup_epochs = WARMUP_SHARE * epochs
-    optimizer = _adamw(tuned, lr, lr if prompt_lr is None else prompt_lr, weight_decay)
+    decays = (weight_decay, weight_decay if head_weight_decay is None else head_weight_decay)
+    optimizer = _adamw(tuned, lr, lr if prompt_lr is None else prompt_lr, *decays)
     schedule = warmup_cosine(optimizer, round(warmup_epochs * steps), epochs * steps)
     device = device_of(tuned)
-    history = History()
+    history = History(keep=keep)
+    best: dict[str, Tensor] = {}
     with seeded(seed, device), tqdm(total=epochs, unit="epoch", disable=not progress) as bar:
         for epoch in range(1, epochs + 1):
             _train_epoch(tuned, train_loader, optimizer, schedule, device, epoch, history)
             if val_loader is not None and (epoch % val_every == 0 or epoch == epochs):
                 history.val_accuracy.append(evaluate(tuned, val_loader))
                 history.val_epochs.append(epoch)
+                if keep == "best" and history.kept_epoch == epoch:
+                    best = _learned(tuned)
             bar.set_postfix(_last_values(history))
             bar.update()
             if on_epoch is not None:
                 on_epoch(epoch, history)
+    if best:
+        _take_back(tuned, best)
     return history
 
 
 def check_recipe(
-    *, epochs: int, lr: float, prompt_lr: float | None, weight_decay: float, warmup_epochs: float | None
+    *,
+    epochs: int,
+    lr: float,
+    prompt_lr: float | None = None,
+    weight_decay: float,
+    head_weight_decay: float | None = None,
+    warmup_epochs: float | None = None,
 ) -> None:
     """Check these arguments of `fit`, for callers that have long work to do before they call it.
 
@@ -172,6 +213,8 @@ def check_recipe(
     for name, rate in (("lr", lr), ("prompt_lr", lr if prompt_lr is None else prompt_lr)):
         check_number(name, rate, above=FINAL_LR)
     check_number("weight_decay", weight_decay, 0)
+    if head_weight_decay is not None:
+        check_number("head_weight_decay", head_weight_decay, 0)
     if warmup_epochs is not None and check_number("warmup_epochs", warmup_epochs, 0) >= epochs:
         raise ValueError(f"warmup_epochs must be below epochs ({epochs}), got {warmup_epochs}")
 
@@ -266,9 +309,14 @@ class _Losses:
         self._count += labelled
 
 
-def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -> torch.optim.AdamW:
+def _adamw(
+    tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float, head_weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW over the parameters that require a gradient, in groups by rate and decay."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    of_head = _parameters_of_head(tuned)
+    if head_weight_decay != weight_decay and not of_head:
+        raise ValueError(f"head_weight_decay needs a part `head`, which {type(tuned).__name__} has not")
     for name, parameter in tuned.named_parameters():
         if parameter.requires_grad:
             if parameter.dtype == torch.float16:
@@ -277,13 +325,34 @@ def _adamw(tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float) -
                     "AdamW divides by zero; keep the model in float32 and give weight_dtype='bf16' instead"
                 )
             rate = prompt_lr if name.rpartition(".")[2] == "prompts" else lr
-            decay = weight_decay if parameter.ndim >= 2 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
+            decay = head_weight_decay if id(parameter) in of_head else weight_decay
+            groups.setdefault((rate, decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
     if not groups:
         raise ValueError("tuned must have a parameter that requires a gradient, got none to train")
     return torch.optim.AdamW(
         [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
     )
+
+
+def _parameters_of_head(tuned: nn.Module) -> set[int]:
+    head = getattr(unwrap(tuned), "head", None)
+    return {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+
+
+def _learned(tuned: nn.Module) -> dict[str, Tensor]:
+    """Copies of what training changes: parameters that require a gradient, and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in _changing(tuned)}
+
+
+def _take_back(tuned: nn.Module, learned: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in _changing(tuned):
+            tensor.copy_(learned[name])
+
+
+def _changing(tuned: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, each) for name, each in tuned.named_parameters() if each.requires_grad)
+    yield from tuned.named_buffers()
 
 
 def _count_batches(train_loader: Batches) -> int:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import spt_fast
+from spt_fast.backbones.open import open_model
 from spt_fast.commands import main as cli
 from spt_fast.data import shipped
 from spt_fast.data.transforms import Preprocessing, recorded
@@ -72,7 +73,7 @@ def test_a_tuned_file_says_how_images_are_prepared(tasks, tmp_path, capsys):
     assert run("train", *data, *wanted, "--random", 2, *QUICK, "--out", tmp_path) == 0
     made = Preprocessing("short", "imagenet")
     assert recorded(tuned) == made
-    assert spt_fast.PromptedViT.from_file(tuned, shipped.load_backbone()).preprocessing == made
+    assert spt_fast.PromptedViT.from_file(tuned, open_model("shipped")).preprocessing == made
     capsys.readouterr()
 
     listed = tmp_path / "test.json"

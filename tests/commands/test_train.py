@@ -34,7 +34,7 @@ def evaluate(*arguments: object) -> int:
 
 
 def reopened(path):
-    return spt_fast.PromptedViT.from_file(path, shipped.load_backbone())
+    return spt_fast.PromptedViT.from_file(path, open_model("shipped"))
 
 
 def test_train_and_eval_of_a_folder(folders, tmp_path, capsys):
@@ -70,7 +70,7 @@ def test_train_is_prototypes_and_fit(folders, tmp_path):
     data = str(folders / "train")
     assert train("--data", data, "--num-prompts", 2, "--seed", 4, *recipe, "--out", tmp_path / "out") == 0
 
-    model = shipped.load_backbone()
+    model = open_model("shipped")
     images = open_images(data, model, batch_size=5, workers=0, seed=4)
     built = spt_fast.build_prototypes(model, images, num_prompts=2, seed=4, progress=False)
     with torch.random.fork_rng(devices=[]):
@@ -227,7 +227,55 @@ def test_unreadable_images_are_an_error_or_left_out(folders, tmp_path, only_erro
     assert all(line in printed for line in listed)
 
 
-@pytest.mark.parametrize("recipe", [("--epochs", 0), ("--lr", "nan"), ("--weight-decay", -1)])
+def test_the_file_is_that_of_the_best_epoch_after_every_epoch(folders, tmp_path, monkeypatch, capsys):
+    """Accuracies that rise and fall; what is on disk after each epoch is the best so far."""
+    accuracy = iter([0.25, 0.75, 0.5, 0.75])
+    files = []
+
+    def measured(*_: object) -> float:
+        # The file of the epoch before this one.
+        files.append((tmp_path / TUNED_NAME).read_bytes() if (tmp_path / TUNED_NAME).exists() else b"")
+        return next(accuracy)
+
+    monkeypatch.setattr("spt_fast.training.loop.evaluate", measured)
+    data = ("--data", folders / "train", "--val-data", folders / "odd", "--random", 2, "--out", tmp_path)
+    assert train(*data, "--epochs", 4, "--keep", "best") == 0
+    last = (tmp_path / TUNED_NAME).read_bytes()
+    assert files[0] == b""
+    assert files[1] != files[2]
+    assert files[2] == files[3] == last
+    rows = read_csv(tmp_path / "train.csv", ("epoch", "val_accuracy", "kept"))
+    assert [numbers for _, numbers in rows] == [(1, 0.25, 0), (2, 0.75, 1), (3, 0.5, 0), (4, 0.75, 0)]
+    assert "kept epoch 2, best by validation: 75.00%" in capsys.readouterr().out
+
+
+def test_the_starts_of_the_released_code_reach_the_run(folders, tmp_path, monkeypatch):
+    """Dropped batches, head and dropout, as `fit` gets them."""
+    seen = {}
+
+    def noted(tuned, train_loader, *_, **recipe):
+        seen.update(tuned=tuned, steps=len(train_loader), recipe=recipe)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("spt_fast.training.run.fit", noted)
+    code = ("--drop-last", "--prompt-dropout", 0.1, "--head-init", "trunc_normal", "--head-std", 0.01)
+    decay = ("--weight-decay", 0.01, "--head-weight-decay", 0.5)
+    assert train("--data", folders / "train", "--random", 2, "--out", tmp_path, *code, *decay) == 2
+    assert seen["steps"] == 24 // 5
+    assert seen["tuned"].prompt_dropout.p == 0.1
+    assert not seen["tuned"].head.bias.any()
+    assert 0 < float(seen["tuned"].head.weight.detach().abs().max()) < 0.06
+    assert (seen["recipe"]["weight_decay"], seen["recipe"]["head_weight_decay"]) == (0.01, 0.5)
+
+
+def test_the_best_epoch_wants_validation_images(tmp_path, only_error):
+    error = only_error(train("--data", "digits", "--keep", "best", "--out", tmp_path), "train")
+    assert "keep='best' is chosen by validation images: give val_data or val_split" in error
+
+
+@pytest.mark.parametrize(
+    "recipe", [("--head-weight-decay", -1), ("--epochs", 0), ("--lr", "nan"), ("--weight-decay", -1)]
+)
 def test_a_bad_recipe_is_refused_before_any_work(recipe, tmp_path, only_error, monkeypatch):
     monkeypatch.setattr(options, "open_model", lambda _: pytest.fail("work was begun"))
     name = recipe[0].strip("-").replace("-", "_")

@@ -70,6 +70,31 @@ def test_prototypes_read_the_images_of_training(folder, backbone):
     assert counts == {True: 11, False: 12}
 
 
+def test_a_last_batch_that_is_not_full_is_dropped_if_asked(tmp_path, backbone):
+    """As PyTorch's DataLoader of the released code: floor(M / B) full batches, others in each epoch."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for index in range(7):
+            Image.new("RGB", (32, 32), (20 * index, 10 * (name == "b"), 0)).save(
+                tmp_path / name / f"{index}.png"
+            )
+    read = {"workers": 0, "batch_size": 4, "training": True, "augment": "none"}
+    loader = open_labelled_images(str(tmp_path), backbone, drop_last=True, **read).loader
+    kept = open_labelled_images(str(tmp_path), backbone, **read).loader
+    assert [len(labels) for _, labels in kept] == [4, 4, 4, 2]
+    epochs = [[images for images, _ in loader] for _ in range(3)]
+    assert [[len(images) for images in batches] for batches in epochs] == [[4, 4, 4]] * 3
+    assert len(loader) == 14 // 4
+    # 14 colours: which two are left out changes.
+    assert len({tuple(sorted(torch.cat(batches)[:, 0, 0, 0].tolist())) for batches in epochs}) > 1
+    for wrong, message in (
+        ({"batch_size": 15}, "drop_last leaves nothing of 14 images with batch_size 15"),
+        ({"training": False, "augment": None}, "drop_last is for training images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_labelled_images(str(tmp_path), backbone, drop_last=True, **{**read, **wrong})
+
+
 def test_bad_images_must_be_known(folder, backbone):
     with pytest.raises(ValueError, match="bad_images must be one of 'error', 'skip', got 'replace'"):
         open_images(str(folder), backbone, bad_images="replace")

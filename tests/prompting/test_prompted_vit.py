@@ -311,7 +311,7 @@ class TestTraining:
         model = make_random(drop_rate=0.5, drop_path_rate=0.5)
         tuned = PromptedViT(model, make_prompts(), num_classes=4).train()
         training = {name for name, module in tuned.named_modules() if module.training}
-        assert training == {"", "model.head", "model.head_drop"}
+        assert training == {"", "prompt_dropout", "model.head", "model.head_drop"}
         assert not any(module.training for module in tuned.eval().modules())
 
     def test_training_mode_is_taken_from_the_model(self, make_random: MakeViT) -> None:

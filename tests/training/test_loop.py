@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import re
@@ -19,6 +20,7 @@ from spt_fast.analysis import analyse
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.training.evaluation import evaluate
 from spt_fast.training.loop import FINAL_LR, fit, shuffled_loader, warmup_cosine
+from spt_fast.training.recipes import PUBLISHED
 
 
 @pytest.fixture
@@ -148,6 +150,78 @@ def test_weight_decay_spares_biases(blobs):
     train(net, blobs, weight_decay=0.5, epochs=2)
     assert (net[0].weight.abs() < weight.abs()).all()
     assert torch.equal(net[0].bias, bias)
+
+
+@pytest.mark.parametrize("name", ["mae-cub", "supervised-dogs"])
+def test_the_head_has_a_decay_of_its_own(blobs, name):
+    """Against the three groups of the released code, written out; both of its published recipes."""
+    published = {"mae-cub": (5e-2, 1e-2, 0.5), "supervised-dogs": (1e-3, 1e-2, 3.0)}
+    lr, decay, head_decay = published[name]
+    assert PUBLISHED[name] == {
+        "epochs": 100,
+        "warmup_epochs": 10,
+        "lr": lr,
+        "weight_decay": decay,
+        "head_weight_decay": head_decay,
+    }
+    batches = [(images, labels) for images, labels in zip(*(each.split(8) for each in blobs), strict=True)]
+    torch.manual_seed(0)
+    net = Prompted()
+    nn.init.normal_(net.prompts)
+    expected = copy.deepcopy(net)
+    short = {**PUBLISHED[name], "epochs": 3, "warmup_epochs": 1}
+    fit(net, batches, **short, progress=False)
+
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [expected.head.bias], "weight_decay": 0.0},
+            {"params": [expected.prompts], "weight_decay": decay},
+            {"params": [expected.head.weight], "weight_decay": head_decay},
+        ],
+        lr=lr,
+    )
+    schedule = warmup_cosine(optimizer, len(batches), 3 * len(batches))
+    for _ in range(3):
+        for images, labels in batches:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(expected(images), labels).backward()
+            optimizer.step()
+            schedule.step()
+    for found, wanted in zip(net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_decay_of_the_head_wants_a_head(blobs):
+    with pytest.raises(ValueError, match="head_weight_decay needs a part `head`, which Sequential has not"):
+        train(make_net(), blobs, head_weight_decay=0.5)
+
+
+def test_the_best_epoch_by_validation_is_kept(blobs, monkeypatch):
+    """Every epoch's weights written down, and accuracies that rise and fall; the first best is left."""
+    accuracy = [0.2, 0.6, 0.4, 0.6, 0.5]
+    given = iter(accuracy)
+    monkeypatch.setattr("spt_fast.training.loop.evaluate", lambda *_: next(given))
+    weights, kept = [], []
+
+    def note(epoch, history):
+        weights.append([each.detach().clone() for each in net.parameters()])
+        kept.append(history.kept_epoch)
+
+    net = make_net()
+    loader = shuffled_loader(*blobs, batch_size=8, seed=0)
+    history = train(net, blobs, val_loader=loader, keep="best", epochs=5, on_epoch=note)
+    assert history.val_accuracy == accuracy
+    assert kept == [1, 2, 2, 2, 2]
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), weights[1], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(net.parameters(), weights[4], strict=True))
+    rows = history.to_csv().decode().splitlines()
+    assert [row.rpartition(",")[2] for row in rows] == ["kept", "0", "1", "0", "0", "0"]
+    assert "kept epoch 2, best by validation: 60.00%" in history.summary()
+
+
+def test_the_best_epoch_wants_validation_images(blobs):
+    with pytest.raises(ValueError, match="keep='best' is chosen by validation images"):
+        train(make_net(), blobs, keep="best")
 
 
 def test_val_every_evaluates_every_nth_epoch_and_the_last(blobs):

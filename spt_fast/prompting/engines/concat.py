@@ -23,7 +23,7 @@ _TIED_TO_COUNT = "has a layer as wide as an image has tokens (`{}`), and prompts
 
 
 def append_prompts(x: Tensor, prompts: Tensor) -> Tensor:
-    """Tokens [B, N, D] and prompts [N_p, D] to [B, N + N_p, D], prompts last.
+    """Tokens [B, N, D] and prompts [N_p, D] or [B, N_p, D] to [B, N + N_p, D], prompts last.
 
     Their order does not matter to a block without positions. Behind the others they leave prefix and patch
     tokens where the model's head expects them.
