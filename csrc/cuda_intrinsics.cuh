@@ -101,6 +101,12 @@ __device__ inline uint32_t round_to_tf32(float x) {
   return bits;
 }
 
+// Keeps the compiler from unpacking a loop's values before the loop, where they take more
+// registers.
+__device__ inline void keep_packed(uint4& words) {
+  asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+}
+
 // Enqueues kernel(args...).
 template <typename... Params, typename... Args>
 cudaError_t enqueue(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,

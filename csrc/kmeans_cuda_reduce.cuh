@@ -1,7 +1,7 @@
 // Adds up the partial sums of the runs, in a fixed order.
 #pragma once
 
-#include "kmeans_cuda_problem.cuh"
+#include "kmeans_cuda_sort.cuh"
 
 namespace spt_fast {
 
@@ -9,12 +9,34 @@ namespace spt_fast {
 constexpr int kReduceWarps = 8;
 constexpr int kReduceThreads = kReduceWarps * kWarp;
 
-// sums[g, k, d] = sum over runs r of partials[g, r, k, d]; counts and inertia likewise, from the
-// extra columns. IN partials [G, runs, K, D + kExtraColumns]; OUT sums [G, K, D], counts [G, K],
-// inertia [G]. A block has 32 neighbouring elements, one a lane; warp w adds up runs w, w + 8, ...
+// The numbers that add up to one result.
+struct PartialSums {
+  const double* first;
+  int64_t stride;
+  int64_t number;
+};
 
+// After the one-read kernel, which leaves no sort, all runs have all centres. After
+// accumulate_kernel, run r and centre k, where they meet, are row r + k.
+__device__ inline PartialSums find_partial_sums(const Problem& p, const Sort& sort, int64_t group,
+                                                int64_t center, int64_t column) {
+  const int64_t columns = p.tokens.width + kExtraColumns;
+  const double* first = run_partial(p, group, 0) + center * columns + column;
+  if (!sort.offsets) return {first, p.num_centers * columns, p.runs};
+  if (column > p.tokens.width) return {sort.inertia + group * sort.shares, 1, sort.shares};
+  const int32_t* offsets = sort.offsets + group * (p.num_centers + 1) + center;
+  if (offsets[0] == offsets[1]) return {};
+  const int64_t run_rows = ceil_div(p.rows, p.runs);
+  const int64_t run = offsets[0] / run_rows;
+  const int64_t row = group * (p.runs + p.num_centers) + run + center;
+  return {p.partials + row * columns + column, columns, (offsets[1] - 1) / run_rows - run + 1};
+}
+
+// sums[g, k, d] = sum over runs of their partial sums; counts and inertia likewise. IN partials,
+// offsets and inertia of the sort; OUT sums [G, K, D], counts [G, K], inertia [G]. A block has 32
+// neighbouring elements, one a lane; warp w adds up partial sums w, w + 8, ...
 __global__ void __launch_bounds__(kReduceThreads)
-    reduce_kernel(Problem p, double* sums, double* counts, double* inertia) {
+    reduce_kernel(Problem p, Sort sort, double* sums, double* counts, double* inertia) {
   __shared__ double shares[kReduceWarps][kWarp];
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -30,12 +52,12 @@ __global__ void __launch_bounds__(kReduceThreads)
   // Only centre 0 has an inertia, that of its whole group.
   const bool is_result = inside && (column <= width || center == 0);
 
+  const PartialSums partial =
+      is_result ? find_partial_sums(p, sort, group, center, column) : PartialSums{};
   double total = 0.0;
-  if (is_result) {
 #pragma unroll 8
-    for (int64_t run = warp; run < p.runs; run += kReduceWarps) {
-      total += run_partial(p, group, run)[element];
-    }
+  for (int64_t i = warp; i < partial.number; i += kReduceWarps) {
+    total += partial.first[i * partial.stride];
   }
   shares[warp][lane] = total;
   __syncthreads();
