@@ -103,8 +103,10 @@ __device__ inline uint32_t round_to_tf32(float x) {
 
 // Keeps the compiler from unpacking a loop's values before the loop, where they take more
 // registers.
-__device__ inline void keep_packed(uint4& words) {
-  asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+template <typename Piece>
+__device__ inline void keep_packed(Piece&) {}
+__device__ inline void keep_packed(uint4& piece) {
+  asm volatile("" : "+r"(piece.x), "+r"(piece.y), "+r"(piece.z), "+r"(piece.w));
 }
 
 // Enqueues kernel(args...).

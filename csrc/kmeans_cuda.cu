@@ -180,10 +180,11 @@ void launch_accumulate(const Problem& p, const Sort& sort, cudaStream_t stream) 
   launch(scan_counts_kernel, as_grid(p.tokens.groups * p.num_centers), kScanThreads, 0, stream,
          sort);
   launch(sort_rows_kernel, shares, kWarp, 0, stream, p, sort);
-  const bool is_wide = p.granule == Granule::k16 && p.tokens.width % kLaneColumns<T> == 0;
-  const auto kernel = is_wide ? accumulate_kernel<T, true> : accumulate_kernel<T, false>;
-  const int64_t pieces = ceil_div(p.tokens.width, kWarp * kLaneColumns<T>);
-  launch(kernel, dim3(as_grid(pieces), as_grid(p.runs), groups), kWarp, 0, stream, p, sort);
+  const int64_t columns = sizeof(uint4) / sizeof(T);
+  const bool is_wide = p.granule == Granule::k16 && p.tokens.width % columns == 0;
+  const auto kernel = is_wide ? accumulate_kernel<T, uint4> : accumulate_kernel<T, T>;
+  const int64_t warps = ceil_div(p.tokens.width, kWarp * (is_wide ? columns : 1));
+  launch(kernel, dim3(as_grid(warps), as_grid(p.runs), groups), kWarp, 0, stream, p, sort);
 }
 
 // The one-read kernel and its shape, or no kernel.

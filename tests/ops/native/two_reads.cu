@@ -4,11 +4,11 @@
 
 namespace spt_fast {
 
-template __global__ void accumulate_kernel<float, true>(Problem, Sort);
-template __global__ void accumulate_kernel<float, false>(Problem, Sort);
-template __global__ void accumulate_kernel<__half, true>(Problem, Sort);
-template __global__ void accumulate_kernel<__half, false>(Problem, Sort);
-template __global__ void accumulate_kernel<__nv_bfloat16, true>(Problem, Sort);
-template __global__ void accumulate_kernel<__nv_bfloat16, false>(Problem, Sort);
+template __global__ void accumulate_kernel<float, float>(Problem, Sort);
+template __global__ void accumulate_kernel<float, uint4>(Problem, Sort);
+template __global__ void accumulate_kernel<__half, __half>(Problem, Sort);
+template __global__ void accumulate_kernel<__half, uint4>(Problem, Sort);
+template __global__ void accumulate_kernel<__nv_bfloat16, __nv_bfloat16>(Problem, Sort);
+template __global__ void accumulate_kernel<__nv_bfloat16, uint4>(Problem, Sort);
 
 }  // namespace spt_fast
