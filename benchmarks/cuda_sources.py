@@ -67,6 +67,8 @@ def inspect(nvcc: str, arch: str, folder: Path, source: Path = CSRC / "kmeans_cu
     kernels = {}
     for part in report.split("Compiling entry function '")[1:]:
         symbol = part.partition("'")[0]
+        if "8spt_fast" not in symbol:  # CUB's
+            continue
         registers, spilled = re.search(r"Used (\d+) registers", part), re.findall(r"(\d+) bytes spill", part)
         shared = re.search(r"(\d+) bytes smem", part)
         assert registers is not None
@@ -90,7 +92,7 @@ def readable(symbol: str) -> str:
         return name
     types = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
     kind = next(key for key in types if arguments.startswith(key))
-    return f"{name}<{', '.join([types[kind], *re.findall('L[ib]([0-9]+)', arguments)])}>"
+    return f"{name}<{', '.join([types[kind], *re.findall('uint4|(?<=Li)[0-9]+', arguments)])}>"
 
 
 def find_tool(name: str) -> str | None:

@@ -30,6 +30,7 @@ constexpr int64_t kMaxGridYZ = 65535;
 constexpr int64_t kMaxRuns = 264;
 constexpr int64_t kMaxSortedRuns = 1056;
 constexpr int64_t kMinRows = 128;
+constexpr int64_t kMinScanBytes = 64 << 10;
 constexpr int64_t kAlignment = 256;  // of arrays in the workspace: that of cudaMalloc
 
 // The rows of a group in `most` parts for all groups together, each with `least` rows at least.
@@ -80,13 +81,14 @@ Sort take_sums(Problem& p, Workspace& workspace) {
   p.labels = workspace.take<int32_t>(tokens);
 
   Sort sort{};
-  // Its counts are fewer than its rows.
-  sort.shares = num_parts(p.tokens, SPT_MAX_SHARES, std::max(kMinRows, 4 * p.num_centers));
-  sort.stride = sort.shares + 1;
-  sort.counts = workspace.take<int32_t>(groups * p.num_centers * sort.stride);
+  // A share has fewer numbers than rows. CUB's scan takes 16 bytes for about a thousand of them.
+  sort.shares = num_parts(p.tokens, kMaxSortedRuns, std::max(kMinRows, 4 * p.num_centers));
+  const int64_t places = groups * p.num_centers * sort.shares;
+  sort.places = workspace.take<int64_t>(places);
+  sort.storage_bytes = places + kMinScanBytes;
+  sort.storage = workspace.take<char>(sort.storage_bytes);
   sort.inertia = workspace.take<double>(groups * sort.shares);
-  sort.offsets = workspace.take<int32_t>(groups * (p.num_centers + 1));
-  sort.rows = workspace.take<int32_t>(tokens);
+  sort.rows = workspace.take<int64_t>(tokens);
   sort.labels = workspace.take<int32_t>(tokens);
   return sort;
 }
@@ -138,8 +140,8 @@ void visit_dtype(DType dtype, const Visitor& visitor) {
 
 unsigned as_grid(int64_t blocks) {
   if (blocks > INT32_MAX) {
-    throw std::invalid_argument("tokens or blocks must be below 2^31 on CUDA, got " +
-                                std::to_string(blocks));
+    throw std::invalid_argument(
+        "too many tokens or centers for one launch on CUDA: " + std::to_string(blocks) + " blocks");
   }
   return static_cast<unsigned>(blocks);
 }
@@ -173,12 +175,13 @@ void launch_assign(const Problem& p, cudaStream_t stream) {
 }
 
 template <typename T>
-void launch_accumulate(const Problem& p, const Sort& sort, cudaStream_t stream) {
+void launch_accumulate(const Problem& p, Sort sort, cudaStream_t stream) {
   const unsigned groups = as_grid(p.tokens.groups);
   const dim3 shares(as_grid(sort.shares), groups);
   launch(count_labels_kernel, shares, kWarp, 0, stream, p, sort);
-  launch(scan_counts_kernel, as_grid(p.tokens.groups * p.num_centers), kScanThreads, 0, stream,
-         sort);
+  SPT_CUDA_CHECK(
+      cub::DeviceScan::ExclusiveSum(sort.storage, sort.storage_bytes, sort.places, sort.places,
+                                    p.tokens.groups * p.num_centers * sort.shares, stream));
   launch(sort_rows_kernel, shares, kWarp, 0, stream, p, sort);
   const int64_t columns = sizeof(uint4) / sizeof(T);
   const bool is_wide = p.granule == Granule::k16 && p.tokens.width % columns == 0;
@@ -228,7 +231,6 @@ void launch_assign_accumulate(Problem p, Sort sort, const AssignArgs& args, cuda
     launch(one_read.kernel, dim3(as_grid(p.runs), as_grid(p.tokens.groups)), kOneReadThreads,
            one_read.shape.bytes, stream, p, one_read.shape);
   } else {
-    as_grid(p.rows);  // of 32 bits in the sort too
     p.runs = sorted_runs(p.tokens);
     if (args.labels) p.labels = args.labels;
     if (args.distances) p.distances = args.distances;

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kWarp, kAccumulateWarps) accumulate_kernel(Pro
   // A lane without columns loads what the first lane does, and keeps it.
   const T* tokens = group_tokens<T>(p, group) + first_column - (has_columns ? 0 : lane * kColumns);
   const float* weights = p.weights ? p.weights + group * p.rows : nullptr;
-  const int32_t* rows = sort.rows + group * p.rows;
+  const int64_t* rows = sort.rows + group * p.rows;
   const int32_t* labels = sort.labels + group * p.rows;
   double* partials = p.partials + (group * (p.runs + p.num_centers) + blockIdx.y) * stride;
 
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kWarp, kAccumulateWarps) accumulate_kernel(Pro
 
   for (int64_t first = begin; first < end; first += kRowsInFlight) {
     const bool inside = lane < kRowsInFlight && first + lane < end;
-    const int32_t row = rows[min(first + lane, end - 1)];
+    const int64_t row = rows[min(first + lane, end - 1)];
     const int32_t label = inside ? labels[first + lane] : -1;
     const float weight = weights ? weights[row] : 1.0f;
     const int64_t offset = token_offset(p.tokens, row);

@@ -22,18 +22,21 @@ __device__ inline PartialSums find_partial_sums(const Problem& p, const Sort& so
                                                 int64_t center, int64_t column) {
   const int64_t columns = p.tokens.width + kExtraColumns;
   const double* first = run_partial(p, group, 0) + center * columns + column;
-  if (!sort.offsets) return {first, p.num_centers * columns, p.runs};
+  if (!sort.places) return {first, p.num_centers * columns, p.runs};
   if (column > p.tokens.width) return {sort.inertia + group * sort.shares, 1, sort.shares};
-  const int32_t* offsets = sort.offsets + group * (p.num_centers + 1) + center;
-  if (offsets[0] == offsets[1]) return {};
+  // Places count through all groups, so that a centre begins where the one before it ends.
+  const int64_t* last = sort.places + (group * p.num_centers + center + 1) * sort.shares - 1;
+  const int64_t begin = center > 0 ? last[-sort.shares] - group * p.rows : 0;
+  const int64_t end = last[0] - group * p.rows;
+  if (begin == end) return {};
   const int64_t run_rows = ceil_div(p.rows, p.runs);
-  const int64_t run = offsets[0] / run_rows;
-  const int64_t row = group * (p.runs + p.num_centers) + run + center;
-  return {p.partials + row * columns + column, columns, (offsets[1] - 1) / run_rows - run + 1};
+  const int64_t row = group * (p.runs + p.num_centers) + begin / run_rows + center;
+  const int64_t number = (end - 1) / run_rows - begin / run_rows + 1;
+  return {p.partials + row * columns + column, columns, number};
 }
 
 // sums[g, k, d] = sum over runs of their partial sums; counts and inertia likewise. IN partials,
-// offsets and inertia of the sort; OUT sums [G, K, D], counts [G, K], inertia [G]. A block has 32
+// places and inertia of the sort; OUT sums [G, K, D], counts [G, K], inertia [G]. A block has 32
 // neighbouring elements, one a lane; warp w adds up partial sums w, w + 8, ...
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_kernel(Problem p, Sort sort, double* sums, double* counts, double* inertia) {

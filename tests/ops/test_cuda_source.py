@@ -32,9 +32,8 @@ CANARY = 64  # bytes behind the workspace that must not change
 H100_SHARED, A100_SHARED, SMALL_SHARED = 232448, 166912, 101376  # a block's shared memory at most
 # kStaticShared of the emulation: at least what a kernel with dynamic shared memory has of static.
 STATIC_SHARED = 1024
-# Sums move to float64 after so few tokens that runs of a test's size do it several times, and blocks of the
-# sort have few threads, which are dear here.
-KNOBS = ("-DSPT_ADDITIONS_PER_FLUSH=4", "-DSPT_MAX_SHARES=31")
+# Sums move to float64 after so few tokens that runs of a test's size do it several times.
+KNOBS = ("-DSPT_ADDITIONS_PER_FLUSH=4",)
 
 
 def load_inspector():
@@ -65,10 +64,9 @@ def test_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(tmp_path):
         assert kernels[name].count("LDGSTS", ".128") > 0, name
 
 
-# accumulate_kernel for rows of whole 16 bytes (1) and for any (0).
-ACCUMULATE = [
-    f"accumulate_kernel<{dtype}, {is_wide}>" for dtype in ("fp32", "fp16", "bf16") for is_wide in (0, 1)
-]
+# accumulate_kernel for rows of whole and aligned 16 bytes, and for any.
+WIDE = {f"accumulate_kernel<{dtype}, uint4>" for dtype in ("fp32", "fp16", "bf16")}
+NARROW = {f"accumulate_kernel<{dtype}>" for dtype in ("fp32", "fp16", "bf16")}
 
 
 @pytest.mark.parametrize("arch", ["80", "90a", "100", "120"])
@@ -77,16 +75,16 @@ def test_sums_keep_16_loads_in_flight_and_do_not_spill(tmp_path, arch):
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     kernels = load_inspector().inspect(nvcc, arch, tmp_path, EMULATION.parent / "native" / "two_reads.cu")
-    assert {name for name in kernels if name.startswith("accumulate_kernel")} == set(ACCUMULATE)
-    assert all(kernel.spill_bytes == 0 for kernel in kernels.values()), kernels
-    for name in ACCUMULATE:
+    assert {name for name in kernels if name.startswith("accumulate_kernel")} == WIDE | NARROW
+    for name, kernel in kernels.items():
+        assert kernel.spill_bytes == 0, name
+    for name in WIDE | NARROW:
         # Sixteen warps of so many registers share a multiprocessor.
         assert kernels[name].registers <= 128, name
     if any(kernel.instructions is None for kernel in kernels.values()):
         pytest.skip("nvdisasm is not installed")
-    for name in ACCUMULATE:
-        if name.endswith("1>"):
-            assert kernels[name].loads_in_flight == 16, name
+    for name in WIDE:
+        assert kernels[name].loads_in_flight == 16, name
 
 
 @pytest.fixture(scope="session")
@@ -302,11 +300,11 @@ def test_a_token_that_is_not_finite_spoils_the_sums_of_its_own_centre_only_in_tw
 
 
 def test_the_workspace_of_two_reads_is_small_beside_the_tokens(emulated):
-    # 1.63 GB of tokens. Labels, distances and the sorted rows take 17 MB, partial sums 7 MB.
+    # 1.63 GB of tokens. Labels, distances and the sorted rows take 21 MB, partial sums 7 MB.
     rows, width = 1_060_000, 768
     view = TokenView(0, DTYPE_CODES[BF16], 1, 1, rows, width, rows * width, rows * width, width)
     args = AssignArgs(view, None, None, None, 100)
-    assert emulated.emulated_assign_accumulate_workspace(ctypes.byref(args)) < 26e6
+    assert emulated.emulated_assign_accumulate_workspace(ctypes.byref(args)) < 30e6
 
 
 @pytest.mark.parametrize("shared", [A100_SHARED, SMALL_SHARED])
@@ -456,16 +454,6 @@ def test_no_launch_asks_for_more_shared_memory_than_it_may_have(emulated, only_c
     assert not refused
 
 
-def test_two_reads_refuse_more_tokens_than_the_sort_can_count(emulated, only_checked):
-    address, rows = 1 << 12, 2**31
-    view = TokenView(address, DTYPE_CODES[BF16], 1, 1, rows, 8, rows * 8, rows * 8, 8)
-    for weights, num_centers, refused in ((None, 20, False), (None, 33, True), (address, 20, True)):
-        emulated.emulated_machine(H100_SHARED, False, False)
-        args = AssignArgs(view, address, None, weights, num_centers, *[address] * 5)
-        message = emulated.emulated_assign_accumulate(ctypes.byref(args), ctypes.c_void_p(address))
-        assert (message == b"tokens or blocks must be below 2^31 on CUDA, got 2147483648") is refused
-
-
 def test_a_gpu_for_which_there_is_no_code_is_named_as_the_reason(emulated):
     assert emulated.emulated_why_not() == b""
     emulated.emulated_code(False)
@@ -486,15 +474,17 @@ def skip_wait(emulated):
     emulated.emulated_skip_wait(-1)
 
 
-@pytest.mark.parametrize(("rows", "num_centers"), [(300, 21), (900, 110)], ids=["one-read", "two-reads"])
-def test_emulation_sees_every_missing_wait(emulated, skip_wait, rows, num_centers):
+@pytest.mark.parametrize(
+    ("rows", "num_centers", "least"), [(300, 21, 4), (900, 110, 3)], ids=["one-read", "two-reads"]
+)
+def test_emulation_sees_every_missing_wait(emulated, skip_wait, rows, num_centers, least):
     problem = make_problem(1, 1, rows, 0, 40, num_centers, BF16, False)
     skip_wait(-1)
     assert_matches_reference(run_emulated(emulated, *problem), *problem)
     waits = []
     while (name := emulated.emulated_wait(len(waits))) is not None:
         waits.append(Path(name.decode()).name)
-    assert len(waits) >= 4
+    assert len(waits) >= least
     unseen = []
     for index, name in enumerate(waits):
         skip_wait(index)
