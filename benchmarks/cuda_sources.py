@@ -130,7 +130,7 @@ def most_loads_in_flight(code: list[tuple[str, str]]) -> int:
     most, waiting, loads = 0, set[int](), 0
     for name, operands in code:
         registers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
-        is_load = name.startswith("LDG") and ".128" in name
+        is_load = name.startswith("LDG.") and ".128" in name
         if waiting & set(registers[is_load:]):
             waiting, loads = set(), 0
         if is_load:
@@ -162,7 +162,7 @@ def main(architectures: list[str]) -> None:
                     kernel.count("HMMA"),
                     kernel.count("LDSM"),
                     kernel.count("LDGSTS", ".128"),
-                    kernel.count("LDG", ".128"),
+                    kernel.count("LDG.", ".128"),
                     kernel.loads_in_flight,
                     local,
                 ]
