@@ -32,6 +32,7 @@ class Kernel:
     spill_bytes: int
     static_shared: int
     instructions: Counter[str] | None  # by full mnemonic; None: no disassembler
+    loads_in_flight: int | None  # 16-byte loads that are issued before a value of theirs is used, at most
 
     def count(self, opcode: str, modifier: str = "") -> int:
         """How many instructions begin with `opcode` and contain `modifier`."""
@@ -39,8 +40,8 @@ class Kernel:
         return sum(n for name, n in found.items() if name.startswith(opcode) and modifier in name)
 
 
-def compile_source(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
-    """The cubin for sm_`arch`, and what ptxas said."""
+def compile_source(nvcc: str, arch: str, folder: Path, source: Path) -> tuple[Path, str]:
+    """The cubin of `source` for sm_`arch`, and what ptxas said."""
     cubin = folder / f"kmeans_cuda_{arch}.cubin"
     command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-DSPT_HAVE_CUDA=1", "-Xptxas", "-v"]
     command += [
@@ -52,20 +53,22 @@ def compile_source(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
         f"-I{CSRC}",
         "-cubin",
     ]
-    command += [str(CSRC / "kmeans_cuda.cu"), "-o", str(cubin)]
+    command += [str(source), "-o", str(cubin)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"nvcc failed for sm_{arch}:\n{result.stderr}")
     return cubin, result.stderr
 
 
-def inspect(nvcc: str, arch: str, folder: Path) -> dict[str, Kernel]:
-    """The kernels of csrc/kmeans_cuda.cu for sm_`arch`, by name and template arguments."""
-    cubin, report = compile_source(nvcc, arch, folder)
-    instructions = disassemble(cubin)
+def inspect(nvcc: str, arch: str, folder: Path, source: Path = CSRC / "kmeans_cuda.cu") -> dict[str, Kernel]:
+    """The kernels of `source` for sm_`arch`, by name and template arguments."""
+    cubin, report = compile_source(nvcc, arch, folder, source)
+    code = disassemble(cubin)
     kernels = {}
     for part in report.split("Compiling entry function '")[1:]:
         symbol = part.partition("'")[0]
+        if "8spt_fast" not in symbol:  # CUB's
+            continue
         registers, spilled = re.search(r"Used (\d+) registers", part), re.findall(r"(\d+) bytes spill", part)
         shared = re.search(r"(\d+) bytes smem", part)
         assert registers is not None
@@ -74,7 +77,8 @@ def inspect(nvcc: str, arch: str, folder: Path) -> dict[str, Kernel]:
             registers=int(registers[1]),
             spill_bytes=sum(map(int, spilled)),
             static_shared=int(shared[1]) if shared else 0,
-            instructions=None if instructions is None else instructions[symbol],
+            instructions=None if code is None else Counter(name for name, _ in code[symbol]),
+            loads_in_flight=None if code is None else most_loads_in_flight(code[symbol]),
         )
     return kernels
 
@@ -88,7 +92,7 @@ def readable(symbol: str) -> str:
         return name
     types = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
     kind = next(key for key in types if arguments.startswith(key))
-    return f"{name}<{', '.join([types[kind], *re.findall('Li([0-9]+)', arguments)])}>"
+    return f"{name}<{', '.join([types[kind], *re.findall('uint4|(?<=Li)[0-9]+', arguments)])}>"
 
 
 def find_tool(name: str) -> str | None:
@@ -100,23 +104,40 @@ def find_tool(name: str) -> str | None:
     return path
 
 
-def disassemble(cubin: Path) -> dict[str, Counter[str]] | None:
-    """Mnemonics of each function, counted; None where nvdisasm is missing or too old for the architecture."""
+def disassemble(cubin: Path) -> dict[str, list[tuple[str, str]]] | None:
+    """Mnemonics and operands by function; None where nvdisasm is missing or too old for the architecture."""
     tool = find_tool("nvdisasm")
     if tool is None:
         return None
     result = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=False)
     if result.returncode:
         return None
-    functions: dict[str, Counter[str]] = {}
+    functions: dict[str, list[tuple[str, str]]] = {}
     for line in result.stdout.splitlines():
         section = re.match(r"\s*\.section\s+\.text\.(\w+)", line)
         if section:
-            functions[section[1]] = Counter()
-        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]+)", line)
+            functions[section[1]] = []
+        instruction = re.match(
+            r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]+)\s*([^;]*);", line
+        )
         if instruction and functions:
-            functions[next(reversed(functions))][instruction[1]] += 1
+            functions[next(reversed(functions))].append((instruction[1], instruction[2]))
     return functions
+
+
+def most_loads_in_flight(code: list[tuple[str, str]]) -> int:
+    """16-byte loads in a row, in the order of the machine code, none of whose values is used in between."""
+    most, waiting, loads = 0, set[int](), 0
+    for name, operands in code:
+        registers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
+        is_load = name.startswith("LDG.") and ".128" in name
+        if waiting & set(registers[is_load:]):
+            waiting, loads = set(), 0
+        if is_load:
+            waiting |= set(range(registers[0], registers[0] + 4))
+            loads += 1
+            most = max(most, loads)
+    return most
 
 
 def main(architectures: list[str]) -> None:
@@ -126,7 +147,7 @@ def main(architectures: list[str]) -> None:
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     print(version.strip().splitlines()[-1])
     registers: dict[str, list[int]] = {kind: [] for kind in HOT}
-    columns = ("registers", "spilled", "HMMA", "LDSM", "LDGSTS.128", "LDG.64+", "local")
+    columns = ("registers", "spilled", "HMMA", "LDSM", "LDGSTS.128", "LDG.128", "in flight", "local")
     for arch in architectures:
         with tempfile.TemporaryDirectory() as folder:
             kernels = inspect(nvcc, arch, Path(folder))
@@ -134,15 +155,15 @@ def main(architectures: list[str]) -> None:
         for name, kernel in sorted(kernels.items()):
             if name.startswith(HOT):
                 registers[name.partition("<")[0]].append(kernel.registers)
-            counts: list[object] = ["-"] * 5
+            counts: list[object] = ["-"] * 6
             if kernel.instructions is not None:
-                wide_loads = kernel.count("LDG", ".64") + kernel.count("LDG", ".128")
                 local = kernel.count("LDL") + kernel.count("STL")
                 counts = [
                     kernel.count("HMMA"),
                     kernel.count("LDSM"),
                     kernel.count("LDGSTS", ".128"),
-                    wide_loads,
+                    kernel.count("LDG.", ".128"),
+                    kernel.loads_in_flight,
                     local,
                 ]
             cells = [kernel.registers, kernel.spill_bytes, *counts]

@@ -101,6 +101,14 @@ __device__ inline uint32_t round_to_tf32(float x) {
   return bits;
 }
 
+// Keeps the compiler from unpacking a loop's values before the loop, where they take more
+// registers.
+template <typename Piece>
+__device__ inline void keep_packed(Piece&) {}
+__device__ inline void keep_packed(uint4& piece) {
+  asm volatile("" : "+r"(piece.x), "+r"(piece.y), "+r"(piece.z), "+r"(piece.w));
+}
+
 // Enqueues kernel(args...).
 template <typename... Params, typename... Args>
 cudaError_t enqueue(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,

@@ -24,21 +24,22 @@ namespace spt_fast {
 namespace {
 
 constexpr int64_t kMaxGridYZ = 65535;
-// Runs of tokens have partial sums of their own. There are at most two for each multiprocessor of
-// an H100, which keeps smaller and larger GPUs busy too. Each has at least kMinRows tokens, which
-// cost more than the adding up of its sums. Partial sums take at most kMaxPartialBytes.
+// Runs of tokens have partial sums of their own. There are at most two, or eight of the sorted
+// rows, for each multiprocessor of an H100, which keeps smaller and larger GPUs busy too. Each has
+// at least kMinRows tokens, which cost more than the adding up of its sums.
 constexpr int64_t kMaxRuns = 264;
+constexpr int64_t kMaxSortedRuns = 1056;
 constexpr int64_t kMinRows = 128;
-constexpr int64_t kMaxPartialBytes = int64_t{128} << 20;
+constexpr int64_t kMinScanBytes = 64 << 10;
 constexpr int64_t kAlignment = 256;  // of arrays in the workspace: that of cudaMalloc
 
+// The rows of a group in `most` parts for all groups together, each with `least` rows at least.
 // Depends on the sizes only, never on the GPU: the same input gives the same order of sums.
-int64_t num_runs(int64_t groups, int64_t rows, int64_t width, int64_t num_centers) {
-  const int64_t run_bytes =
-      groups * num_centers * (width + kExtraColumns) * int64_t{sizeof(double)};
-  const int64_t most = std::min(ceil_div(kMaxRuns, groups), kMaxPartialBytes / run_bytes);
-  return std::max<int64_t>(1, std::min(most, rows / kMinRows));
+int64_t num_parts(const TokenView& tokens, int64_t most, int64_t least) {
+  return std::clamp<int64_t>(tokens.rows() / least, 1, ceil_div(most, tokens.groups));
 }
+int64_t one_read_runs(const TokenView& tokens) { return num_parts(tokens, kMaxRuns, kMinRows); }
+int64_t sorted_runs(const TokenView& tokens) { return num_parts(tokens, kMaxSortedRuns, kMinRows); }
 
 // Hands out arrays of the workspace; with no workspace, measures it.
 class Workspace {
@@ -58,21 +59,38 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// What both operations keep in the workspace.
-void take_centers(Problem& p, Workspace& workspace) {
+// What both operations keep in the workspace. Returns the place for a mean of the centres [G, D].
+float* take_centers(Problem& p, Workspace& workspace) {
   const int64_t padded = p.tokens.groups * p.center_tiles * kTileCenters;
   p.packed = workspace.take<uint4>(p.tokens.groups * p.column_tiles * p.center_tiles * kWarp);
   p.base = workspace.take<float>(padded);
   p.slope = workspace.take<float>(padded);
+  return workspace.take<float>(p.tokens.groups * p.tokens.width);
 }
 
-// What only assign-and-accumulate does.
-void take_sums(Problem& p, Workspace& workspace) {
-  const int64_t tokens = p.tokens.groups * p.rows;
-  p.partials = workspace.take<double>(p.tokens.groups * p.runs * p.num_centers *
-                                      (p.tokens.width + kExtraColumns));
+// What only assign-and-accumulate does, for either path: which one it is depends on the GPU.
+Sort take_sums(Problem& p, Workspace& workspace) {
+  const int64_t groups = p.tokens.groups;
+  const int64_t tokens = groups * p.rows;
+  const bool may_read_once = p.num_centers <= kOneReadCenters && p.tokens.width <= kOneReadColumns;
+  const int64_t once = may_read_once ? one_read_runs(p.tokens) * p.num_centers : 0;
+  const int64_t twice = sorted_runs(p.tokens) + p.num_centers;
+  p.partials =
+      workspace.take<double>(groups * std::max(once, twice) * (p.tokens.width + kExtraColumns));
   p.distances = workspace.take<float>(tokens);
   p.labels = workspace.take<int32_t>(tokens);
+
+  Sort sort{};
+  // A share has fewer numbers than rows. CUB's scan takes 16 bytes for about a thousand of them.
+  sort.shares = num_parts(p.tokens, kMaxSortedRuns, std::max(kMinRows, 4 * p.num_centers));
+  const int64_t places = groups * p.num_centers * sort.shares;
+  sort.places = workspace.take<int64_t>(places);
+  sort.storage_bytes = places + kMinScanBytes;
+  sort.storage = workspace.take<char>(sort.storage_bytes);
+  sort.inertia = workspace.take<double>(groups * sort.shares);
+  sort.rows = workspace.take<int64_t>(tokens);
+  sort.labels = workspace.take<int32_t>(tokens);
+  return sort;
 }
 
 Problem make_problem(const TokenView& tokens, int64_t num_centers) {
@@ -80,7 +98,6 @@ Problem make_problem(const TokenView& tokens, int64_t num_centers) {
   p.tokens = tokens;
   p.rows = tokens.rows();
   p.num_centers = num_centers;
-  p.runs = num_runs(tokens.groups, p.rows, tokens.width, num_centers);
   p.column_tiles = static_cast<int>(ceil_div(tokens.width, kTileColumns));
   p.center_tiles = std::max(kMinCenterTiles, static_cast<int>(ceil_div(num_centers, kTileCenters)));
   return p;
@@ -158,19 +175,19 @@ void launch_assign(const Problem& p, cudaStream_t stream) {
 }
 
 template <typename T>
-void launch_accumulate(const Problem& p, cudaStream_t stream) {
-  // Two blocks share a multiprocessor. It holds 1 KiB more than a block may have, and the system
-  // and the kernel's counts take 1.5 KiB of each block's.
-  const int64_t slab_bytes = kAccumulateColumns * int64_t{sizeof(float)};
-  const int64_t most = std::min<int64_t>(
-      kMaxSlab, (dynamic_shared_memory(accumulate_kernel<T>) / 2 - 2048) / slab_bytes);
-  const int64_t slabs = ceil_div(p.num_centers, most);
-  const int64_t slab = ceil_div(p.num_centers, slabs);
-  const int64_t tiles = ceil_div(p.tokens.width, kAccumulateColumns);
-  const dim3 grid(as_grid(tiles * ceil_div(p.num_centers, slab) + 1), as_grid(p.runs),
-                  as_grid(p.tokens.groups));
-  launch(accumulate_kernel<T>, grid, kAccumulateThreads, static_cast<int>(slab * slab_bytes),
-         stream, p, static_cast<int>(slab));
+void launch_accumulate(const Problem& p, Sort sort, cudaStream_t stream) {
+  const unsigned groups = as_grid(p.tokens.groups);
+  const dim3 shares(as_grid(sort.shares), groups);
+  launch(count_labels_kernel, shares, kWarp, 0, stream, p, sort);
+  SPT_CUDA_CHECK(
+      cub::DeviceScan::ExclusiveSum(sort.storage, sort.storage_bytes, sort.places, sort.places,
+                                    p.tokens.groups * p.num_centers * sort.shares, stream));
+  launch(sort_rows_kernel, shares, kWarp, 0, stream, p, sort);
+  const int64_t columns = sizeof(uint4) / sizeof(T);
+  const bool is_wide = p.granule == Granule::k16 && p.tokens.width % columns == 0;
+  const auto kernel = is_wide ? accumulate_kernel<T, uint4> : accumulate_kernel<T, T>;
+  const int64_t warps = ceil_div(p.tokens.width, kWarp * (is_wide ? columns : 1));
+  launch(kernel, dim3(as_grid(warps), as_grid(p.runs), groups), kWarp, 0, stream, p, sort);
 }
 
 // The one-read kernel and its shape, or no kernel.
@@ -203,23 +220,26 @@ OneRead choose_one_read(const Problem& p) {
 }
 
 template <typename T>
-void launch_assign_accumulate(Problem p, const AssignArgs& args, cudaStream_t stream) {
+void launch_assign_accumulate(Problem p, Sort sort, const AssignArgs& args, cudaStream_t stream) {
   launch_pack_centers<T>(p, stream);
   const OneRead one_read = choose_one_read<T>(p);
   if (one_read.kernel) {
+    sort = {};
+    p.runs = one_read_runs(p.tokens);
     p.labels = args.labels;
     p.distances = args.distances;
     launch(one_read.kernel, dim3(as_grid(p.runs), as_grid(p.tokens.groups)), kOneReadThreads,
            one_read.shape.bytes, stream, p, one_read.shape);
   } else {
+    p.runs = sorted_runs(p.tokens);
     if (args.labels) p.labels = args.labels;
     if (args.distances) p.distances = args.distances;
     launch_assign<T>(p, stream);
-    launch_accumulate<T>(p, stream);
+    launch_accumulate<T>(p, sort, stream);
   }
   const int64_t elements = p.tokens.groups * p.num_centers * (p.tokens.width + kExtraColumns);
-  launch(reduce_kernel, as_grid(ceil_div(elements, kWarp)), kReduceThreads, 0, stream, p, args.sums,
-         args.counts, args.inertia);
+  launch(reduce_kernel, as_grid(ceil_div(elements, kWarp)), kReduceThreads, 0, stream, p, sort,
+         args.sums, args.counts, args.inertia);
 }
 
 void clear_outputs(const AssignArgs& args, cudaStream_t stream) {
@@ -235,8 +255,7 @@ void set_inputs(Problem& p, const float* centers, const float* shift, Workspace&
                 cudaStream_t stream) {
   p.granule = widest_granule(p.tokens);
   p.centers = centers;
-  take_centers(p, workspace);
-  float* mean = workspace.take<float>(p.tokens.groups * p.tokens.width);
+  float* mean = take_centers(p, workspace);
   p.shift = shift ? shift : mean;
   if (shift) return;
   const int64_t elements = p.tokens.groups * p.tokens.width;
@@ -250,7 +269,6 @@ int64_t workspace_bytes(const TokenView& tokens, int64_t num_centers, bool with_
   Problem p = make_problem(tokens, num_centers);
   Workspace workspace(nullptr);
   take_centers(p, workspace);
-  workspace.take<float>(tokens.groups * tokens.width);
   if (with_sums) take_sums(p, workspace);
   return workspace.used();
 }
@@ -288,10 +306,10 @@ void assign_accumulate_cuda(const AssignArgs& args, void* workspace, void* strea
   Problem p = make_problem(tokens, args.num_centers);
   Workspace arrays(workspace);
   set_inputs(p, args.centers, args.shift, arrays, cuda_stream);
-  take_sums(p, arrays);
+  const Sort sort = take_sums(p, arrays);
   p.weights = args.weights;
   visit_dtype(tokens.dtype, [&](auto element) {
-    launch_assign_accumulate<decltype(element)>(p, args, cuda_stream);
+    launch_assign_accumulate<decltype(element)>(p, sort, args, cuda_stream);
   });
 }
 

@@ -2,7 +2,8 @@
 // outputs; and what the kernels have in common. Offsets into memory are 64-bit throughout.
 //
 // Words: a tile is what a warp holds at once (of 16 rows, 16 columns or 8 centres), a slab is the
-// centres that are gone through together, a run is the tokens that have partial sums of their own.
+// centres that are gone through together, a run is the tokens (those of two reads sorted by their
+// labels) that have partial sums of their own.
 #pragma once
 
 #include <algorithm>
@@ -41,7 +42,7 @@ struct Problem {
   uint4* packed;         // [G, column_tiles, center_tiles, 32]: see kmeans_cuda_centers.cuh
   float* base;           // [G, 8 center_tiles]: |x - c|^2 = |x - shift|^2 + base + slope * product
   float* slope;          // [G, 8 center_tiles]
-  double* partials;      // [G, runs, K, D + kExtraColumns]
+  double* partials;      // [G, runs, K, D + kExtraColumns], or as accumulate_kernel leaves them
   int32_t* labels;       // [G, M], or null
   float* distances;      // [G, M], or null
   float* all_distances;  // [G, M, K], or null

@@ -139,6 +139,9 @@ inline uint32_t round_to_tf32(float x) {
   return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
 }
 
+template <typename Piece>
+void keep_packed(Piece&) {}
+
 template <typename... Params, typename... Args>
 cudaError_t enqueue(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
                     cudaStream_t, Args... args) {
