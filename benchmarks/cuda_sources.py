@@ -14,9 +14,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.cuda_hot_path import Function, parse
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHITECTURES = ("80", "90a", "100", "120")
@@ -31,12 +32,12 @@ class Kernel:
     registers: int
     spill_bytes: int
     static_shared: int
-    instructions: Counter[str] | None  # by full mnemonic; None: no disassembler
+    function: Function | None  # None: no disassembler
 
     def count(self, opcode: str, modifier: str = "") -> int:
         """How many instructions begin with `opcode` and contain `modifier`."""
-        found = self.instructions or Counter()
-        return sum(n for name, n in found.items() if name.startswith(opcode) and modifier in name)
+        names = [each.name for each in self.function.code] if self.function else []
+        return sum(name.startswith(opcode) and modifier in name for name in names)
 
 
 def compile_source(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
@@ -62,7 +63,7 @@ def compile_source(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
 def inspect(nvcc: str, arch: str, folder: Path) -> dict[str, Kernel]:
     """The kernels of csrc/kmeans_cuda.cu for sm_`arch`, by name and template arguments."""
     cubin, report = compile_source(nvcc, arch, folder)
-    instructions = disassemble(cubin)
+    functions = disassemble(cubin)
     kernels = {}
     for part in report.split("Compiling entry function '")[1:]:
         symbol = part.partition("'")[0]
@@ -74,7 +75,7 @@ def inspect(nvcc: str, arch: str, folder: Path) -> dict[str, Kernel]:
             registers=int(registers[1]),
             spill_bytes=sum(map(int, spilled)),
             static_shared=int(shared[1]) if shared else 0,
-            instructions=None if instructions is None else instructions[symbol],
+            function=None if functions is None else functions[symbol],
         )
     return kernels
 
@@ -100,23 +101,15 @@ def find_tool(name: str) -> str | None:
     return path
 
 
-def disassemble(cubin: Path) -> dict[str, Counter[str]] | None:
-    """Mnemonics of each function, counted; None where nvdisasm is missing or too old for the architecture."""
+def disassemble(cubin: Path) -> dict[str, Function] | None:
+    """The functions, by symbol; None where nvdisasm is missing or too old for the architecture."""
     tool = find_tool("nvdisasm")
     if tool is None:
         return None
     result = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=False)
     if result.returncode:
         return None
-    functions: dict[str, Counter[str]] = {}
-    for line in result.stdout.splitlines():
-        section = re.match(r"\s*\.section\s+\.text\.(\w+)", line)
-        if section:
-            functions[section[1]] = Counter()
-        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]+)", line)
-        if instruction and functions:
-            functions[next(reversed(functions))][instruction[1]] += 1
-    return functions
+    return parse(result.stdout)
 
 
 def main(architectures: list[str]) -> None:
@@ -135,7 +128,7 @@ def main(architectures: list[str]) -> None:
             if name.startswith(HOT):
                 registers[name.partition("<")[0]].append(kernel.registers)
             counts: list[object] = ["-"] * 5
-            if kernel.instructions is not None:
+            if kernel.function is not None:
                 wide_loads = kernel.count("LDG", ".64") + kernel.count("LDG", ".128")
                 local = kernel.count("LDL") + kernel.count("STL")
                 counts = [

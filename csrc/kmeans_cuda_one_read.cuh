@@ -151,52 +151,31 @@ __device__ inline void multiply_tile(const OneReadShape& shape, const unsigned c
   }
 }
 
-// The centres that a thread looks at: threadIdx.x % kLanes + kLanes i, infinitely far where there
-// are fewer.
-template <int kLanes, int kTiles>
-struct OwnCenters {
-  static constexpr int kNumber = (kTiles * kTileCenters + kLanes - 1) / kLanes;
-  float base[kNumber];
-  float slope[kNumber];
-
-  __device__ explicit OwnCenters(const OneReadShape& shape) {
-#pragma unroll
-    for (int i = 0; i < kNumber; ++i) {
-      const int k = threadIdx.x % kLanes + kLanes * i;
-      const bool exists = k < kTiles * kTileCenters;
-      base[i] = exists ? shared_at<float>(shape.base)[k] : INFINITY;
-      slope[i] = exists ? shared_at<float>(shape.slope)[k] : 0.0f;
-    }
-  }
-};
-
 // Adds up the warps' shares, in order, and chooses each token's centre. Lane map: 256 / kTokens
 // neighbouring threads hold a token, and the first of them speaks for it. OUT labels [kTokens] in
 // shared memory, -1 outside the run; labels and distances of the problem. Returns the squared
 // distance of the token for which this thread speaks, else zero.
-template <int kTokens, int kLanes, int kTiles>
-__device__ inline float choose_centers(const Problem& p, const OneReadShape& shape,
-                                       const OwnCenters<kLanes, kTiles>& own, int64_t group,
+template <int kTokens, int kTiles>
+__device__ inline float choose_centers(const Problem& p, const OneReadShape& shape, int64_t group,
                                        int64_t first_row, int64_t end) {
-  static_assert(kLanes == kOneReadThreads / kTokens);
+  constexpr int kLanes = kOneReadThreads / kTokens;
   const int row = threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
   const float* products = shared_at<float>(shape.products) + row * shape.product_stride;
   const float* norms = shared_at<float>(shape.norms) + row;
+  const float* base = shared_at<float>(shape.base);
+  const float* slope = shared_at<float>(shape.slope);
 
   float best_score = INFINITY;
   int best_center = 0;
 #pragma unroll
-  for (int i = 0; i < OwnCenters<kLanes, kTiles>::kNumber; ++i) {
-    const int k = lane + kLanes * i;
+  for (int k = lane; k < kTiles * kTileCenters; k += kLanes) {
     float product = 0.0f;
-    if (k < kTiles * kTileCenters) {
 #pragma unroll
-      for (int w = 0; w < kOneReadWarps; ++w) {
-        product += products[w * kTokens * shape.product_stride + k];
-      }
+    for (int w = 0; w < kOneReadWarps; ++w) {
+      product += products[w * kTokens * shape.product_stride + k];
     }
-    const float score = fmaf(own.slope[i], product, own.base[i]);
+    const float score = fmaf(slope[k], product, base[k]);
     if (score < best_score) {
       best_score = score;
       best_center = k;
@@ -272,11 +251,12 @@ __device__ inline int count_members(int label) {
 }
 
 // Adds the sums to the run's partials [K, D + kExtraColumns], in float64, and clears them. A thread
-// reads kBatch totals before it writes one: it waits for memory once for all of them.
+// reads kBatch totals before it writes one, and waits for memory once for all of them; with more,
+// sm_100 spills.
 template <int kColumnTiles>
 __device__ inline void flush_sums(const Problem& p, double* partial, int first_column_tile,
                                   int num_column_tiles, bool first, Sums<kColumnTiles>& sums) {
-  constexpr int kBatchTiles = 3;
+  constexpr int kBatchTiles = 2;
   constexpr int kBatch = 4 * kBatchTiles;
   static_assert(kColumnTiles % kBatchTiles == 0);
   const int64_t stride = p.tokens.width + kExtraColumns;
@@ -347,8 +327,6 @@ __global__ void __launch_bounds__(kOneReadThreads, 1)
   load_centers(p, shape, group);
   __syncthreads();
 
-  constexpr int kLanes = kOneReadThreads / kTokens;
-  const OwnCenters<kLanes, kTiles> own(shape);
   const bool is_whole = num_column_tiles == kColumnTiles;
   Sums<kColumnTiles> sums = {};
   double inertia = 0.0;
@@ -368,7 +346,7 @@ __global__ void __launch_bounds__(kOneReadThreads, 1)
                                                                num_column_tiles);
     }
     __syncthreads();
-    inertia += choose_centers<kTokens>(p, shape, own, group, row, end);
+    inertia += choose_centers<kTokens, kTiles>(p, shape, group, row, end);
     __syncthreads();
     if (is_whole) {
       accumulate_tile<T, kRowTiles, kColumnTiles, true>(shape, tile, num_column_tiles, sums);
@@ -399,6 +377,7 @@ __global__ void __launch_bounds__(kOneReadThreads, 1)
   // The inertia of the threads that spoke for tokens, in their order. The products are free: every
   // thread has passed the second barrier of the last tile.
   double* shares = shared_at<double>(shape.products);
+  constexpr int kLanes = kOneReadThreads / kTokens;
   if (threadIdx.x % kLanes == 0) shares[threadIdx.x / kLanes] = inertia;
   __syncthreads();
   if (threadIdx.x == 0) {
