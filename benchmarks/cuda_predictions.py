@@ -9,9 +9,10 @@ shared    bytes of shared memory that these instructions ask for, without bank c
 products  tensor-core instructions
 waits     bytes that are under way at a time, of which each waits for the latency of memory
 
-to which the waits of flushes and the traffic of partial sums are added. No weights, rows of whole 16 bytes,
-one group. Left out: launches (a few microseconds each), what phases between barriers cannot overlap, and
-the kernels that sort and pack. So a prediction is the best case. Needs nvcc, and the nvdisasm of Triton.
+to which the waits of flushes and the traffic of partial sums are added. That is the best case. "in turn" is
+the time if a multiprocessor does one thing at a time beside its copies: instructions, then shared memory,
+then products. No weights, rows of whole 16 bytes, one group. Left out: launches (a few microseconds each),
+barriers, and the kernels that pack the centres. Needs nvcc, and the nvdisasm of Triton.
 """
 
 from __future__ import annotations
@@ -105,6 +106,10 @@ class Work:
 
     def predicted(self, gpu: Gpu) -> float:
         return self.seconds(gpu, getattr(self, self.binds) + self.flush)
+
+    def in_turn(self, gpu: Gpu) -> float:
+        computed = self.issue + self.shared + self.products
+        return self.seconds(gpu, max(self.memory, self.waits, computed) + self.flush)
 
 
 @cache
@@ -211,8 +216,9 @@ def accumulate(gpu: Gpu, dtype: str, centers: int) -> Work:
     by_shared = gpu.shared // (1024 * ceil(centers / slabs) + 1024)
     resident = min(by_shared, REGISTERS // (compiled.registers * 64), BLOCKS)
     assert compiled.function is not None
-    code = hot_path(compiled.function, {}, of="LDG", may_loop=True)
-    rows = 64 // element  # of a turn of its loop
+    rows = 64 // element  # of a turn of its loop, each with four columns
+    wide = next(name for name in ("LDG.E.128", "LDG.E.64") if compiled.count(name))
+    code = hot_path(compiled.function, {"FFMA": 4 * rows}, of=wide, may_loop=True)
     read = resident * rows * 64 * 4 * element / slabs
     in_flight = resident * 64 * loads_in_flight(code) / slabs
     return Work(
@@ -256,8 +262,9 @@ def print_tiles() -> None:
 
 
 def print_times() -> None:
-    print(f"PREDICTED, never measured: M = {TOKENS:,}, D = {WIDTH}, one pass, ms; the best case")
-    columns = ("memory", "issue", "shared", "products", "waits", "predicted")
+    print(f"PREDICTED, never measured: M = {TOKENS:,}, D = {WIDTH}, one pass, ms")
+    resources = ("memory", "issue", "shared", "products", "waits")
+    columns = (*resources, "predicted", "in turn")
     print(f"{'GPU':12}{'dtype':>5}{'K':>5}  {'kernel':30}", end="")
     print("".join(f"{column:>10}" for column in columns) + f"  {'binds':10}{'of copy rate':>12}")
     for gpu in GPUS:
@@ -267,12 +274,14 @@ def print_times() -> None:
                 once = TOKENS * WIDTH * element / gpu.copy
                 head = f"{gpu.name:12}{dtype:>5}{centers:>5}  "
                 for work in works:
-                    clocks = [getattr(work, column) for column in columns[:-1]]
-                    times = [work.seconds(gpu, each) for each in clocks] + [work.predicted(gpu)]
+                    times = [work.seconds(gpu, getattr(work, each)) for each in resources]
+                    times += [work.predicted(gpu), work.in_turn(gpu)]
                     cells = "".join(f"{1e3 * each:10.2f}" for each in times)
                     print(f"{head}{work.kernel:30}{cells}  {work.binds}")
-                total = partials + sum(work.predicted(gpu) for work in works)
-                print(f"{head}{'with partial sums':30}{1e3 * total:60.2f}{once / total:24.0%}")
+                best = partials + sum(work.predicted(gpu) for work in works)
+                worst = partials + sum(work.in_turn(gpu) for work in works)
+                share = f"{once / worst:.0%} to {once / best:.0%}"
+                print(f"{head}{'with partial sums':30}{1e3 * best:60.2f}{1e3 * worst:10.2f}{share:>24}")
 
 
 def main() -> None:
