@@ -14,9 +14,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.cuda_hot_path import Function, parse
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHITECTURES = ("80", "90a", "100", "120")
@@ -31,13 +32,12 @@ class Kernel:
     registers: int
     spill_bytes: int
     static_shared: int
-    instructions: Counter[str] | None  # by full mnemonic; None: no disassembler
-    loads_in_flight: int | None  # 16-byte loads that are issued before a value of theirs is used, at most
+    function: Function | None  # None: no disassembler
 
     def count(self, opcode: str, modifier: str = "") -> int:
         """How many instructions begin with `opcode` and contain `modifier`."""
-        found = self.instructions or Counter()
-        return sum(n for name, n in found.items() if name.startswith(opcode) and modifier in name)
+        names = [each.name for each in self.function.code] if self.function else []
+        return sum(name.startswith(opcode) and modifier in name for name in names)
 
 
 def compile_source(nvcc: str, arch: str, folder: Path, source: Path) -> tuple[Path, str]:
@@ -63,7 +63,7 @@ def compile_source(nvcc: str, arch: str, folder: Path, source: Path) -> tuple[Pa
 def inspect(nvcc: str, arch: str, folder: Path, source: Path = CSRC / "kmeans_cuda.cu") -> dict[str, Kernel]:
     """The kernels of `source` for sm_`arch`, by name and template arguments."""
     cubin, report = compile_source(nvcc, arch, folder, source)
-    code = disassemble(cubin)
+    functions = disassemble(cubin)
     kernels = {}
     for part in report.split("Compiling entry function '")[1:]:
         symbol = part.partition("'")[0]
@@ -77,8 +77,7 @@ def inspect(nvcc: str, arch: str, folder: Path, source: Path = CSRC / "kmeans_cu
             registers=int(registers[1]),
             spill_bytes=sum(map(int, spilled)),
             static_shared=int(shared[1]) if shared else 0,
-            instructions=None if code is None else Counter(name for name, _ in code[symbol]),
-            loads_in_flight=None if code is None else most_loads_in_flight(code[symbol]),
+            function=None if functions is None else functions[symbol],
         )
     return kernels
 
@@ -104,40 +103,15 @@ def find_tool(name: str) -> str | None:
     return path
 
 
-def disassemble(cubin: Path) -> dict[str, list[tuple[str, str]]] | None:
-    """Mnemonics and operands by function; None where nvdisasm is missing or too old for the architecture."""
+def disassemble(cubin: Path) -> dict[str, Function] | None:
+    """The functions, by symbol; None where nvdisasm is missing or too old for the architecture."""
     tool = find_tool("nvdisasm")
     if tool is None:
         return None
     result = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=False)
     if result.returncode:
         return None
-    functions: dict[str, list[tuple[str, str]]] = {}
-    for line in result.stdout.splitlines():
-        section = re.match(r"\s*\.section\s+\.text\.(\w+)", line)
-        if section:
-            functions[section[1]] = []
-        instruction = re.match(
-            r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]+)\s*([^;]*);", line
-        )
-        if instruction and functions:
-            functions[next(reversed(functions))].append((instruction[1], instruction[2]))
-    return functions
-
-
-def most_loads_in_flight(code: list[tuple[str, str]]) -> int:
-    """16-byte loads in a row, in the order of the machine code, none of whose values is used in between."""
-    most, waiting, loads = 0, set[int](), 0
-    for name, operands in code:
-        registers = [int(number) for number in re.findall(r"\bR(\d+)", operands)]
-        is_load = name.startswith("LDG.") and ".128" in name
-        if waiting & set(registers[is_load:]):
-            waiting, loads = set(), 0
-        if is_load:
-            waiting |= set(range(registers[0], registers[0] + 4))
-            loads += 1
-            most = max(most, loads)
-    return most
+    return parse(result.stdout)
 
 
 def main(architectures: list[str]) -> None:
@@ -147,7 +121,7 @@ def main(architectures: list[str]) -> None:
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     print(version.strip().splitlines()[-1])
     registers: dict[str, list[int]] = {kind: [] for kind in HOT}
-    columns = ("registers", "spilled", "HMMA", "LDSM", "LDGSTS.128", "LDG.128", "in flight", "local")
+    columns = ("registers", "spilled", "HMMA", "LDSM", "LDGSTS.128", "LDG.128", "local")
     for arch in architectures:
         with tempfile.TemporaryDirectory() as folder:
             kernels = inspect(nvcc, arch, Path(folder))
@@ -155,15 +129,14 @@ def main(architectures: list[str]) -> None:
         for name, kernel in sorted(kernels.items()):
             if name.startswith(HOT):
                 registers[name.partition("<")[0]].append(kernel.registers)
-            counts: list[object] = ["-"] * 6
-            if kernel.instructions is not None:
+            counts: list[object] = ["-"] * 5
+            if kernel.function is not None:
                 local = kernel.count("LDL") + kernel.count("STL")
                 counts = [
                     kernel.count("HMMA"),
                     kernel.count("LDSM"),
                     kernel.count("LDGSTS", ".128"),
                     kernel.count("LDG.", ".128"),
-                    kernel.loads_in_flight,
                     local,
                 ]
             cells = [kernel.registers, kernel.spill_bytes, *counts]

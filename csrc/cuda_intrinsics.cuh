@@ -94,11 +94,12 @@ __device__ inline void multiply_tf32(float (&c)[4], const uint32_t* a, uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The nearest tf32 value, as float32.
-__device__ inline uint32_t round_to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
-  return bits;
+// 0xffff in each half where `a` and `b` hold equal float16 values, else zero. 0xffff, a NaN, equals
+// nothing.
+__device__ inline uint32_t equal_halves(uint32_t a, uint32_t b) {
+  uint32_t mask;
+  asm("set.eq.u32.f16x2 %0, %1, %2;\n" : "=r"(mask) : "r"(a), "r"(b));
+  return mask;
 }
 
 // Keeps the compiler from unpacking a loop's values before the loop, where they take more

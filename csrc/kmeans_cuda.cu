@@ -97,6 +97,11 @@ Problem make_problem(const TokenView& tokens, int64_t num_centers) {
   Problem p{};
   p.tokens = tokens;
   p.rows = tokens.rows();
+  if (tokens.outer_stride == tokens.inner * tokens.inner_stride) {
+    // Rows are evenly spaced: token_offset() need not divide.
+    p.tokens.inner = p.rows;
+    p.tokens.outer = 1;
+  }
   p.num_centers = num_centers;
   p.column_tiles = static_cast<int>(ceil_div(tokens.width, kTileColumns));
   p.center_tiles = std::max(kMinCenterTiles, static_cast<int>(ceil_div(num_centers, kTileCenters)));

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ class Step(NamedTuple):
     centers: Tensor  # [r, K, D] float32
     inertia: list[float]  # of each run, before the step
     relocated: list[bool]  # whether a centre without tokens has jumped to one
+    movement: list[float]  # squared distance that the centres of each run have moved by, summed
 
 
 class TokenPasses:
@@ -71,12 +73,23 @@ class TokenPasses:
             kept[index] = new
 
     def step(self, runs: Sequence[int], centers: Tensor) -> Step:
-        """Means of the tokens of each centre (eq. 10); centres without tokens go to the farthest tokens."""
+        """Means of the tokens of each centre (eq. 10); centres without tokens go to the farthest tokens.
+
+        Reads from the device once, but for centres without tokens.
+        """
         sums, counts, inertia = (take_runs(values, runs) for values in self.totals[:3])
-        relocated: list[bool] = (counts <= 0).any(1).tolist()
+        means = center_means(centers, sums, counts)
+        facts = torch.stack([inertia, counts.amin(1), squared_movement(centers, means)])
+        inertias, least_counts, movement = facts.tolist()
+        relocated = [least <= 0 for least in least_counts]
         if any(relocated):
-            sums, counts = self._relocate(centers, sums, counts, relocated)
-        return Step(center_means(centers, sums, counts), inertia.tolist(), relocated)
+            means = center_means(centers, *self._relocate(centers, sums, counts, relocated))
+            movement = squared_movement(centers, means).tolist()
+        return Step(means, inertias, relocated, movement)
+
+    def restore(self, totals: PassResult) -> None:
+        """Take back the passes since those that gave these `totals`."""
+        self._totals = totals
 
     def _assign_all(self, centers: Tensor) -> PassResult:
         """What this rank has, by reading all of its tokens."""
@@ -196,8 +209,19 @@ def take_runs(values: Tensor, runs: Sequence[int]) -> Tensor:
 
 def center_means(centers: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
     """Means [..., K, D] of the tokens of each centre; centres without tokens stay."""
-    means = (sums / counts.clamp_min(torch.finfo(torch.float64).tiny)[..., None]).float()
+    # Divided in float64 and rounded in one launch.
+    means = torch.div(sums, counts[..., None], out=torch.empty_like(centers))
     return torch.where((counts > 0)[..., None], means, centers)
+
+
+def squared_movement(before: Tensor, after: Tensor) -> Tensor:
+    """Squared distances between centres [R, K, D], summed over each run's: [R] float64."""
+    if before.device.type == "cpu":
+        # Summed by NumPy, in one thread: when to stop must not depend on the number of threads.
+        moved = np.square((after - before).double().numpy())
+        return torch.from_numpy(moved.sum((-2, -1)))
+    steps = torch.sub(after, before, out=torch.empty_like(before, dtype=torch.float64))
+    return steps.square().sum((-2, -1))
 
 
 def _side_by_side(results: list[PassResult]) -> PassResult:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spt_fast.clustering.lloyd import LloydResult, lloyd
+from spt_fast.clustering.chunks import OneChunk
+from spt_fast.clustering.lloyd import Lloyd, LloydResult, Until, lloyd
+from spt_fast.clustering.passes import TokenPasses
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops import kmeans_native
 from spt_fast.ops.kmeans import PassResult, PrunedPasses, assign_accumulate
@@ -216,6 +222,81 @@ def test_looking_seldom_gives_the_result_of_looking_each_step(max_iter: int, rel
                 lloyd(make_problem(tokens), centers, look_every=every, **options) for every in (1, 4)
             )
             assert_same(each, seldom)
+
+
+READBACKS = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that launch a kernel: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number, self.in_pass = 0, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        allocates = func.overloadpacket.__name__.startswith(("empty", "new_empty"))
+        self.number += not (func.is_view or allocates or self.in_pass)
+        return func(*args, **(kwargs or {}))
+
+
+class Readbacks(TorchFunctionMode):
+    """Answers what is read back from a device that holds no values with ones, and counts it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        if name not in READBACKS or not isinstance(args[0], Tensor) or args[0].device.type == "cpu":
+            return func(*args, **(kwargs or {}))
+        self.number += 1
+        ones = torch.from_numpy(np.ones(args[0].shape))
+        return ones if name == "cpu" else getattr(ones, name)()
+
+
+@pytest.mark.parametrize("relaxation", [1.0, 1.8])
+def test_an_iteration_on_a_device_launches_little_and_is_read_back_seldom(
+    relaxation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.empty(500, 12, device="meta")
+    launches, readbacks, seen = Launches(), Readbacks(), []
+
+    def pass_apart(*args: Any, **kwargs: Any) -> PassResult:
+        launches.in_pass = True
+        seen.append((launches.number, readbacks.number))
+        try:
+            return assign_accumulate(*args, **kwargs)
+        finally:
+            launches.in_pass = False
+
+    monkeypatch.setattr("spt_fast.clustering.passes.assign_accumulate", pass_apart)
+    problem = WeightedTokens(tokens, torch.empty(500, device="meta"), tokens[0], "reference")
+    with launches, readbacks:
+        result = lloyd(problem, tokens[:9], max_iter=12, relaxation=relaxation)
+    assert result.n_iter == 12
+    iterations = list(itertools.pairwise(seen[:13]))
+    assert max(after[0] - before[0] for before, after in iterations) <= 8
+    assert max(after[1] - before[1] for before, after in iterations) <= 1
+    assert seen[12][1] - seen[0][1] <= 3  # every fourth iteration
+
+
+def test_several_runs_are_read_back_once_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.empty(500, 12, device="meta")
+    readbacks, seen = Readbacks(), []
+
+    def pass_apart(*args: Any, **kwargs: Any) -> PassResult:
+        seen.append(readbacks.number)
+        return assign_accumulate(*args, **kwargs)
+
+    monkeypatch.setattr("spt_fast.clustering.passes.assign_accumulate", pass_apart)
+    passes = TokenPasses(OneChunk(tokens), tokens[0], backend="reference")
+    with readbacks:
+        runs = Lloyd(passes, tokens[:18].view(2, 9, 12))
+        runs.run(Until(max_iter=6))
+    assert runs.n_iter == [6, 6]
+    assert [after - before for before, after in itertools.pairwise(seen)] == [1] * 6
 
 
 def assign_once(passes: PrunedPasses, tokens: Tensor, centers: Tensor) -> PassResult:

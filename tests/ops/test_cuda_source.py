@@ -7,10 +7,9 @@ docs/design/kmeans-cuda.md ("Rounding").
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import importlib
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,20 +35,29 @@ STATIC_SHARED = 1024
 KNOBS = ("-DSPT_ADDITIONS_PER_FLUSH=4",)
 
 
-def load_inspector():
-    """benchmarks/cuda_sources.py, which is no part of the installed package."""
-    spec = importlib.util.spec_from_file_location("cuda_sources", ROOT / "benchmarks" / "cuda_sources.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def benchmark_modules():
+    """benchmarks/cuda_sources.py and cuda_hot_path.py, which are no part of the installed package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        names = ("cuda_sources", "cuda_hot_path")
+        return [importlib.import_module(f"benchmarks.{name}") for name in names]
 
 
-def test_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(tmp_path):
+# What a warp issued for an ordinary tile when this was written, and 3 % for another nvcc.
+TILES = {
+    "one_read_kernel<bf16, 2, 6, 3>": (12, 0, 865),
+    "one_read_kernel<fp32, 1, 6, 3>": (12, 0, 1245),
+    "assign_kernel<bf16>": (8, 32, 520),
+    "assign_kernel<fp32>": (6, 16, 655),
+}
+
+
+def test_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(tmp_path, benchmark_modules):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
-    cuda_sources = load_inspector()
+    cuda_sources, cuda_hot_path = benchmark_modules
     kernels = cuda_sources.inspect(nvcc, "90a", tmp_path)
     for name, kernel in kernels.items():
         assert kernel.spill_bytes == 0, name
@@ -57,11 +65,16 @@ def test_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(tmp_path):
     for hot, names in found.items():
         assert all(kernels[name].static_shared <= STATIC_SHARED for name in names), hot
         assert {name.partition("<")[2][:4] for name in names} == {"fp32", "fp16", "bf16"}, hot
-    if any(kernel.instructions is None for kernel in kernels.values()):
+    if any(kernel.function is None for kernel in kernels.values()):
         pytest.skip("nvdisasm is not installed")
     for name in found["one_read_kernel"] + found["assign_kernel"]:
         assert kernels[name].count("HMMA") > 0, name
         assert kernels[name].count("LDGSTS", ".128") > 0, name
+    for name, (copies, multiply_adds, most) in TILES.items():
+        wanted = {cuda_hot_path.COPY: copies, "FFMA": multiply_adds}
+        path = cuda_hot_path.hot_path(kernels[name].function, wanted)
+        assert cuda_hot_path.count(path, cuda_hot_path.COPY) >= copies, name
+        assert len(path) <= most, name
 
 
 # accumulate_kernel for rows of whole and aligned 16 bytes, and for any.
@@ -70,21 +83,71 @@ NARROW = {f"accumulate_kernel<{dtype}>" for dtype in ("fp32", "fp16", "bf16")}
 
 
 @pytest.mark.parametrize("arch", ["80", "90a", "100", "120"])
-def test_sums_keep_16_loads_in_flight_and_do_not_spill(tmp_path, arch):
+def test_sums_keep_16_loads_in_flight_and_do_not_spill(tmp_path, benchmark_modules, arch):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not installed")
-    kernels = load_inspector().inspect(nvcc, arch, tmp_path, EMULATION.parent / "native" / "two_reads.cu")
+    cuda_sources, cuda_hot_path = benchmark_modules
+    kernels = cuda_sources.inspect(nvcc, arch, tmp_path, EMULATION.parent / "native" / "two_reads.cu")
     assert {name for name in kernels if name.startswith("accumulate_kernel")} == WIDE | NARROW
     for name, kernel in kernels.items():
         assert kernel.spill_bytes == 0, name
     for name in WIDE | NARROW:
         # Sixteen warps of so many registers share a multiprocessor.
         assert kernels[name].registers <= 128, name
-    if any(kernel.instructions is None for kernel in kernels.values()):
+    if any(kernel.function is None for kernel in kernels.values()):
         pytest.skip("nvdisasm is not installed")
     for name in WIDE:
-        assert kernels[name].loads_in_flight == 16, name
+        # An element of each of 16 rows takes a multiply-add.
+        wanted = {"FFMA": 16 * (4 if "fp32" in name else 8)}
+        path = cuda_hot_path.hot_path(kernels[name].function, wanted, of="LDG.E.128", may_loop=True)
+        assert cuda_hot_path.count(path, "FFMA") == wanted["FFMA"], name
+        assert cuda_hot_path.loads_in_flight(path) == 16 * 16, name
+
+
+# Of a made-up kernel; in the loop, the way over .L_x_2 copies and the way over .L_x_3 does not.
+LISTING = """
+\t.section\t.text.kernel,"ax",@progbits
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;
+        /*0020*/                   LDG.E.64 R8, [R2.64+0x10] ;
+        /*0030*/               @P0 BRA `(.L_x_2) ;
+        /*0040*/                   HMMA.16816.F32.BF16 R12, R4, R8, R12 ;
+        /*0050*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0060*/                   HMMA.16816.F32.BF16 R12, R4, R8, R12 ;
+        /*0070*/                   LDGSTS.E.BYPASS.128 [R20], [R2.64] ;
+        /*0080*/                   STS.64 [R20], R12 ;
+.L_x_3:
+        /*0090*/              @!P1 BRA `(.L_x_4) ;
+        /*00a0*/                   STG.E [R2.64], R12 ;
+.L_x_4:
+        /*00b0*/                   BRA.DIV ~URZ, `(.L_x_5) ;
+        /*00c0*/               @P2 CALL.REL.NOINC `(.L_x_6) ;
+        /*00d0*/                   BRA `(.L_x_1) ;
+.L_x_6:
+        /*00e0*/                   EXIT ;
+.L_x_5:
+        /*00f0*/                   BRA `(.L_x_4) ;
+"""
+
+
+def test_the_ordinary_tile_is_found_in_the_machine_code(benchmark_modules):
+    _, cuda_hot_path = benchmark_modules
+    kernel = cuda_hot_path.parse(LISTING)["kernel"]
+    path = cuda_hot_path.hot_path(kernel, {cuda_hot_path.COPY: 1})
+    assert [instruction.address for instruction in path] == [
+        *(0x10, 0x20, 0x30, 0x60, 0x70, 0x80, 0x90, 0xB0, 0xC0, 0xD0)
+    ]
+    assert cuda_hot_path.loads_in_flight(path) == 24
+    assert cuda_hot_path.shared_bytes(path) == 32 * (16 + 8)
+    assert len(cuda_hot_path.hot_path(kernel, {})) == 9
+    with pytest.raises(ValueError, match="the kernel has no loop with IMMA"):
+        cuda_hot_path.hot_path(kernel, {}, of="IMMA")
+    inner = LISTING.replace("@P2 CALL.REL.NOINC `(.L_x_6)", "@P2 BRA `(.L_x_3)")
+    with pytest.raises(ValueError, match="an inner loop lies on the hot path, at 0xb0"):
+        cuda_hot_path.hot_path(cuda_hot_path.parse(inner)["kernel"], {})
 
 
 @pytest.fixture(scope="session")

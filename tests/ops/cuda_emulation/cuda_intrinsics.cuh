@@ -133,10 +133,12 @@ inline void multiply_tf32(float (&c)[4], const uint32_t* a, uint32_t b0, uint32_
   }
 }
 
-// To nearest, ties away from zero.
-inline uint32_t round_to_tf32(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
+inline uint32_t equal_halves(uint32_t a, uint32_t b) {
+  const auto equal = [&](int shift) {
+    return widen(static_cast<uint16_t>(a >> shift), __half{}) ==
+           widen(static_cast<uint16_t>(b >> shift), __half{});
+  };
+  return (equal(0) ? 0xffffu : 0u) | (equal(16) ? 0xffff0000u : 0u);
 }
 
 template <typename Piece>
