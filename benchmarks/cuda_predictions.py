@@ -9,10 +9,11 @@ shared    bytes of shared memory that these instructions ask for, without bank c
 products  tensor-core instructions
 waits     bytes that are under way at a time, of which each waits for the latency of memory
 
-to which the waits of flushes and the traffic of partial sums are added. That is the best case. "in turn" is
-the time if a multiprocessor does one thing at a time beside its copies: instructions, then shared memory,
-then products. No weights, rows of whole 16 bytes, one group. Left out: launches (a few microseconds each),
-barriers, and the kernels that pack the centres. Needs nvcc, and the nvdisasm of Triton.
+to which the waits of flushes, the sort and the traffic of partial sums are added. That is the best case.
+"in turn" is the time if a multiprocessor does one thing at a time beside its copies: instructions, then
+shared memory, then products. No weights, rows of whole 16 bytes, one group. Left out: launches (a few
+microseconds each, four of them for the sort), barriers, and the kernels that pack the centres. Needs nvcc,
+and the nvdisasm of Triton.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ COLUMN_TILES = WIDTH // 16
 WARPS = 8  # of a block of one_read_kernel and of assign_kernel, which has a multiprocessor for itself
 
 # CUDA C++ Programming Guide, "Compute Capability 8.x" and "9.0": four schedulers, each an instruction a
-# clock; 32 banks of 4 bytes; registers and resident blocks.
+# clock; 32 banks of 4 bytes; registers, of which a thread gets a multiple of 8; resident blocks.
 SCHEDULERS, BANKS, REGISTERS, BLOCKS = 4, 128, 65_536, 32
+# csrc/kmeans_cuda.cu: at most so many runs of tokens, and of the sorted rows (as many shares of the sort).
+RUNS, SORTED_RUNS = 264, 1056
+PARTIAL_BYTES = (WIDTH + 2) * 8  # of one centre and run
+ROWS_IN_FLIGHT = 16  # csrc/kmeans_cuda_accumulate.cuh
 # Clocks from a load to its value, from device memory: 400 to 800 are reported; under load, the upper end.
 LATENCY = 800
 # A copy of large tensors reaches 85 to 90 % of the data sheet's bandwidth; bench_kmeans_cuda measures it.
@@ -158,14 +163,22 @@ def one_read_rows(gpu: Gpu, element: int, centers: int) -> int:
     return 0
 
 
-def num_runs(centers: int) -> int:
-    return min(264, (128 << 20) // (centers * (WIDTH + 2) * 8))
+def reduction_seconds(gpu: Gpu, centers: int, rows_per_flush: int) -> float:
+    """Partial sums of one read: written, read and written again for each further flush, read at the end."""
+    flushes = ceil(ceil(TOKENS / RUNS) / rows_per_flush)
+    return 2 * flushes * RUNS * centers * PARTIAL_BYTES / gpu.copy
 
 
-def reduction_seconds(gpu: Gpu, centers: int, rows_per_move: int) -> float:
-    """Partial sums: written, read and written again for each further move, read once more at the end."""
-    moves = ceil(ceil(TOKENS / num_runs(centers)) / rows_per_move)
-    return 2 * moves * num_runs(centers) * centers * (WIDTH + 2) * 8 / gpu.copy
+def sort_seconds(gpu: Gpu, centers: int) -> float:
+    """The sort between two reads, and the partial sums of the second."""
+    # Labels: written and read twice; distances: written and read; sorted rows (8 bytes) and their labels (4):
+    # written and read.
+    token_bytes = 3 * 4 + 2 * 4 + 2 * 12
+    partial_bytes = 2 * (SORTED_RUNS + centers) * PARTIAL_BYTES
+    # Two kernels, in which a warp takes its share 32 rows at a time, and each time waits for places that it
+    # has just changed.
+    waits = 2 * ceil(TOKENS / SORTED_RUNS / 32) * LATENCY
+    return (TOKENS * token_bytes + partial_bytes) / gpu.copy + waits / gpu.clock
 
 
 def tile_work(gpu: Gpu, kernel: str, code: list[Instruction], read: int, ahead: int, tiles: float) -> Work:
@@ -187,8 +200,7 @@ def one_read(gpu: Gpu, dtype: str, centers: int) -> Work:
     kernel = f"one_read_kernel<{dtype}, {rows // 16}, 6, {center_tiles(centers)}>"
     read = rows * WIDTH * element
     code = path(gpu.arch, kernel, copies=read // (16 * 32 * WARPS))
-    rounds = ceil(num_runs(centers) / gpu.processors)
-    tiles = rounds * ceil(TOKENS / num_runs(centers) / rows)
+    tiles = ceil(RUNS / gpu.processors) * ceil(TOKENS / RUNS / rows)
     work = tile_work(gpu, kernel, code, read, ahead=1, tiles=tiles)
     # flush_sums waits for twelve batches of eight totals, after 2,048 tokens or 512.
     flush = 12 * LATENCY * rows / (2048 if element == 2 else 512)
@@ -208,57 +220,71 @@ def assign(gpu: Gpu, dtype: str, centers: int) -> Work:
     return tile_work(gpu, kernel, code, 256 * 64, ahead=stages - 1, tiles=steps)
 
 
-def accumulate(gpu: Gpu, dtype: str, centers: int) -> Work:
-    """Blocks of 64 threads with four columns each, and a slab of centres that gets its share of the rows."""
-    element, kernel = DTYPES[dtype], f"accumulate_kernel<{dtype}>"
-    slabs = ceil(centers / min(110, (gpu.shared // 2 - 2048) // 1024))
-    compiled = kernels(gpu.arch)[kernel]
-    by_shared = gpu.shared // (1024 * ceil(centers / slabs) + 1024)
-    resident = min(by_shared, REGISTERS // (compiled.registers * 64), BLOCKS)
-    assert compiled.function is not None
-    rows = 64 // element  # of a turn of its loop, each with four columns
-    wide = next(name for name in ("LDG.E.128", "LDG.E.64") if compiled.count(name))
-    code = hot_path(compiled.function, {"FFMA": 4 * rows}, of=wide, may_loop=True)
-    read = resident * rows * 64 * 4 * element / slabs
-    in_flight = resident * 64 * loads_in_flight(code) / slabs
+@cache
+def accumulate_path(arch: str, dtype: str) -> list[Instruction]:
+    """Instructions for 16 rows of one centre."""
+    function = kernels(arch)[f"accumulate_kernel<{dtype}, uint4>"].function
+    assert function is not None
+    # An element takes an FFMA. The loop over the centres of the rows is gone through once: there are far
+    # fewer centres than rows, so that 16 sorted rows nearly always have one.
+    wanted = {"FFMA": ROWS_IN_FLIGHT * 16 // DTYPES[dtype]}
+    return hot_path(function, wanted, of="LDG.E.128", may_loop=True)
+
+
+def accumulate(gpu: Gpu, dtype: str) -> Work:
+    """Blocks of one warp, which takes 16 bytes a lane of 16 rows at a time."""
+    kernel = f"accumulate_kernel<{dtype}, uint4>"
+    registers = ceil(kernels(gpu.arch)[kernel].registers / 8) * 8
+    resident = min(REGISTERS // (registers * 32), BLOCKS)
+    code = accumulate_path(gpu.arch, dtype)
+    read = resident * ROWS_IN_FLIGHT * 32 * 16
+    in_flight = resident * 32 * loads_in_flight(code)
     return Work(
         kernel,
         memory=read / gpu.memory,
-        issue=resident * 2 * len(code) / SCHEDULERS,
-        shared=resident * 2 * shared_bytes(code) / BANKS,
+        issue=resident * len(code) / SCHEDULERS,
+        shared=resident * shared_bytes(code) / BANKS,
         products=0.0,
-        waits=read / in_flight * LATENCY,
-        tiles=TOKENS * WIDTH * element / read / gpu.processors,
+        # The numbers of the rows have to come before the rows.
+        waits=LATENCY + read / in_flight * LATENCY,
+        tiles=TOKENS * WIDTH * DTYPES[dtype] / read / gpu.processors,
     )
 
 
-def predict(gpu: Gpu, dtype: str, centers: int) -> tuple[list[Work], float]:
-    """The kernels that touch every token, and seconds for partial sums."""
+def predict(gpu: Gpu, dtype: str, centers: int) -> tuple[list[Work], str, float]:
+    """The kernels that touch every token; what else a pass does, and its seconds."""
     element = DTYPES[dtype]
     if one_read_rows(gpu, element, centers):
-        per_move = 2048 if element == 2 else 512
-        return [one_read(gpu, dtype, centers)], reduction_seconds(gpu, centers, per_move)
-    works = [assign(gpu, dtype, centers), accumulate(gpu, dtype, centers)]
-    return works, reduction_seconds(gpu, centers, 4096)
+        per_flush = 2048 if element == 2 else 512
+        partials = reduction_seconds(gpu, centers, per_flush)
+        return [one_read(gpu, dtype, centers)], "with partial sums", partials
+    works = [assign(gpu, dtype, centers), accumulate(gpu, dtype)]
+    return works, "with sort and partial sums", sort_seconds(gpu, centers)
 
 
 def print_tiles() -> None:
     """What a warp executes for a tile, as compiled."""
-    print("MACHINE CODE: a warp's ordinary tile of one_read_kernel, or step of assign_kernel")
     print(
-        f"{'kernel':34}{'arch':>6}{'instructions':>14}{'HMMA':>6}{'shared bytes':>14}{'16-byte copies':>16}"
+        "MACHINE CODE: a warp's tile of one_read_kernel, step of assign_kernel, 16 rows of accumulate_kernel"
     )
+    columns = f"{'HMMA':>6}{'shared bytes':>14}{'16-byte copies':>16}{'loads in flight':>17}"
+    print(f"{'kernel':34}{'arch':>6}{'instructions':>14}{columns}")
     for arch in ("80", "90a"):
         for name in sorted(kernels(arch)):
-            element = 2 if "bf16" in name else 4
-            if name.startswith("one_read_kernel") and "fp16" not in name:
+            dtype = "bf16" if "bf16" in name else "fp32"
+            element = DTYPES[dtype]
+            if "fp16" in name:
+                continue
+            if name.startswith("one_read_kernel"):
                 code = path(arch, name, int(name.split(", ")[1]) * 16 * WIDTH * element // (16 * 32 * WARPS))
-            elif name.startswith("assign_kernel") and "fp16" not in name:
+            elif name.startswith("assign_kernel"):
                 code = path(arch, name, 4 + 2 * (4 // element), 16 * (4 // element))
+            elif name.startswith("accumulate_kernel") and "uint4" in name:
+                code = accumulate_path(arch, dtype)
             else:
                 continue
             cells = f"{len(code):14}{count(code, PRODUCT):6}{shared_bytes(code):14}{count(code, COPY):16}"
-            print(f"{name:34}{arch:>6}{cells}")
+            print(f"{name:34}{arch:>6}{cells}{loads_in_flight(code) // 16:17}")
 
 
 def print_times() -> None:
@@ -270,7 +296,7 @@ def print_times() -> None:
     for gpu in GPUS:
         for dtype, element in DTYPES.items():
             for centers in (20, 100):
-                works, partials = predict(gpu, dtype, centers)
+                works, rest, seconds = predict(gpu, dtype, centers)
                 once = TOKENS * WIDTH * element / gpu.copy
                 head = f"{gpu.name:12}{dtype:>5}{centers:>5}  "
                 for work in works:
@@ -278,10 +304,10 @@ def print_times() -> None:
                     times += [work.predicted(gpu), work.in_turn(gpu)]
                     cells = "".join(f"{1e3 * each:10.2f}" for each in times)
                     print(f"{head}{work.kernel:30}{cells}  {work.binds}")
-                best = partials + sum(work.predicted(gpu) for work in works)
-                worst = partials + sum(work.in_turn(gpu) for work in works)
+                best = seconds + sum(work.predicted(gpu) for work in works)
+                worst = seconds + sum(work.in_turn(gpu) for work in works)
                 share = f"{once / worst:.0%} to {once / best:.0%}"
-                print(f"{head}{'with partial sums':30}{1e3 * best:60.2f}{1e3 * worst:10.2f}{share:>24}")
+                print(f"{head}{rest:30}{1e3 * best:60.2f}{1e3 * worst:10.2f}{share:>24}")
 
 
 def main() -> None:

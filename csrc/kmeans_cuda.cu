@@ -108,14 +108,10 @@ Problem make_problem(const TokenView& tokens, int64_t num_centers) {
   return p;
 }
 
-Granule widest_granule(const TokenView& tokens) {
-  const int64_t bytes = element_bytes(tokens.dtype);
-  const auto fits = [&](int64_t granule) {
-    return reinterpret_cast<uintptr_t>(tokens.data) % granule == 0 &&
-           tokens.group_stride * bytes % granule == 0 &&
-           tokens.outer_stride * bytes % granule == 0 && tokens.inner_stride * bytes % granule == 0;
-  };
-  return fits(16) ? Granule::k16 : fits(4) ? Granule::k4 : Granule::kElement;
+bool has_aligned_rows(const TokenView& tokens) {
+  const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(tokens.data));
+  const int64_t strides = tokens.group_stride | tokens.outer_stride | tokens.inner_stride;
+  return (address | strides * element_bytes(tokens.dtype)) % 16 == 0;
 }
 
 void validate(const TokenView& tokens, int64_t num_centers) {
@@ -189,7 +185,7 @@ void launch_accumulate(const Problem& p, Sort sort, cudaStream_t stream) {
                                     p.tokens.groups * p.num_centers * sort.shares, stream));
   launch(sort_rows_kernel, shares, kWarp, 0, stream, p, sort);
   const int64_t columns = sizeof(uint4) / sizeof(T);
-  const bool is_wide = p.granule == Granule::k16 && p.tokens.width % columns == 0;
+  const bool is_wide = p.is_aligned && p.tokens.width % columns == 0;
   const auto kernel = is_wide ? accumulate_kernel<T, uint4> : accumulate_kernel<T, T>;
   const int64_t warps = ceil_div(p.tokens.width, kWarp * (is_wide ? columns : 1));
   launch(kernel, dim3(as_grid(warps), as_grid(p.runs), groups), kWarp, 0, stream, p, sort);
@@ -258,7 +254,7 @@ void clear_outputs(const AssignArgs& args, cudaStream_t stream) {
 // Fills in what is left of the problem, and enqueues the mean of the centres if no shift is given.
 void set_inputs(Problem& p, const float* centers, const float* shift, Workspace& workspace,
                 cudaStream_t stream) {
-  p.granule = widest_granule(p.tokens);
+  p.is_aligned = has_aligned_rows(p.tokens);
   p.centers = centers;
   float* mean = take_centers(p, workspace);
   p.shift = shift ? shift : mean;

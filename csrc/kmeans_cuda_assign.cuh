@@ -103,10 +103,11 @@ __device__ inline int64_t thread_row(int64_t warp_row, int tile, int half) {
 }
 
 // score = base + slope * product, for the centres of a slab: the nearest is kept, and distances are
-// written where all are wanted. IN product: result c[2 half + i] of row tile r and centre tile j.
+// written where all are wanted. INOUT product: result c[2 half + i] of row tile r and centre tile
+// j; zero afterwards.
 __device__ inline void finish_slab(const Problem& p, int64_t group, int64_t warp_row,
                                    int first_tile, int tiles,
-                                   const float (&product)[kRowTilesPerWarp][kSlabTiles][4],
+                                   float (&product)[kRowTilesPerWarp][kSlabTiles][4],
                                    RowState& state) {
   const int64_t padded = int64_t{p.center_tiles} * kTileCenters;
 #pragma unroll
@@ -122,6 +123,7 @@ __device__ inline void finish_slab(const Problem& p, int64_t group, int64_t warp
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float score = fmaf(slope, product[r][j][2 * half + c], base);
+          product[r][j][2 * half + c] = 0.0f;
           if (score < state.best_score[r][half]) {
             state.best_score[r][half] = score;
             state.best_center[r][half] = center;
@@ -147,15 +149,7 @@ __device__ inline void finish_rows(const Problem& p, int64_t group, int64_t warp
     for (int half = 0; half < 2; ++half) {
       float& best_score = state.best_score[r][half];
       int& best_center = state.best_center[r][half];
-#pragma unroll
-      for (int other = 2; other > 0; other /= 2) {
-        const float score = __shfl_xor_sync(kAllLanes, best_score, other);
-        const int center = __shfl_xor_sync(kAllLanes, best_center, other);
-        if (is_nearer(score, center, best_score, best_center)) {
-          best_score = score;
-          best_center = center;
-        }
-      }
+      share_nearest<kQuad>(best_score, best_center);
       const int64_t row = thread_row(warp_row, r, half);
       if (quad_lane() == 0 && row < p.rows) {
         store_nearest(p, group, row, finish_distance(state.norm[r][half], best_score, best_center));
@@ -178,13 +172,6 @@ __device__ inline void multiply_slab(const uint4* centers, int tiles,
 #pragma unroll
       for (int r = 0; r < kRowTilesPerWarp; ++r) tile_centers.multiply_add(product[r][j], rows[r]);
     }
-  }
-}
-
-__device__ inline void sum_quads(float (&norm)[kRowTilesPerWarp][2]) {
-#pragma unroll
-  for (int i = 0; i < 2 * kRowTilesPerWarp; ++i) {
-    norm[i / 2][i % 2] = sum_over_quad(norm[i / 2][i % 2]);
   }
 }
 
@@ -268,16 +255,11 @@ __global__ void __launch_bounds__(kAssignThreads, 1) assign_kernel(Problem p, As
       }
     }
     if (step.in_slab == shape.steps_per_slab - 1) {
-      if (step.slab == 0) sum_quads(state.norm);
-      finish_slab(p, group, warp_row, first_tile, tiles, product, state);
 #pragma unroll
-      for (int r = 0; r < kRowTilesPerWarp; ++r) {
-#pragma unroll
-        for (int j = 0; j < kSlabTiles; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) product[r][j][i] = 0.0f;
-        }
+      for (int i = 0; step.slab == 0 && i < 2 * kRowTilesPerWarp; ++i) {
+        state.norm[i / 2][i % 2] = sum_over_quad(state.norm[i / 2][i % 2]);
       }
+      finish_slab(p, group, warp_row, first_tile, tiles, product, state);
     }
   }
   if (!p.all_distances) finish_rows(p, group, warp_row, state);

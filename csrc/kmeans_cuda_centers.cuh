@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cub/warp/warp_reduce.cuh>
+#include <type_traits>
 
 #include "kmeans_cuda_products.cuh"
 
@@ -54,12 +55,8 @@ __device__ inline Split split(float x, __half) {
 // A power of two that brings `largest` to [2^13, 2^14), two binades below float16's largest; one
 // for the types that have float32's exponents.
 template <typename T>
-__device__ inline float split_scale(float) {
-  return 1.0f;
-}
-template <>
-__device__ inline float split_scale<__half>(float largest) {
-  if (!(largest > 0.0f) || isinf(largest)) return 1.0f;
+__device__ inline float split_scale(float largest) {
+  if (!std::is_same_v<T, __half> || !(largest > 0.0f) || isinf(largest)) return 1.0f;
   return ldexpf(1.0f, min(13 - ilogbf(largest), 126));
 }
 

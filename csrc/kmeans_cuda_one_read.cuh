@@ -181,15 +181,7 @@ __device__ inline float choose_centers(const Problem& p, const OneReadShape& sha
       best_center = k;
     }
   }
-#pragma unroll
-  for (int other = kLanes / 2; other > 0; other /= 2) {
-    const float score = __shfl_xor_sync(kAllLanes, best_score, other);
-    const int center = __shfl_xor_sync(kAllLanes, best_center, other);
-    if (is_nearer(score, center, best_score, best_center)) {
-      best_score = score;
-      best_center = center;
-    }
-  }
+  share_nearest<kLanes>(best_score, best_center);
   if (lane != 0) return 0.0f;
 
   float norm = 0.0f;

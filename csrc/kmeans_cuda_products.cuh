@@ -112,8 +112,8 @@ struct Centers {
   __device__ explicit Centers(uint4 packed) : halves(packed) {}
 
   __device__ void multiply_add(float (&sum)[4], const Rows<T>& rows) const {
-    multiply_half<T>(sum, rows.values, halves.x, halves.y);
-    multiply_half<T>(sum, rows.values, halves.z, halves.w);
+    multiply_half(sum, rows.values, halves.x, halves.y, T{});
+    multiply_half(sum, rows.values, halves.z, halves.w, T{});
   }
 };
 
@@ -185,7 +185,7 @@ struct Summands {
   }
   template <int kTile>
   __device__ void add(float (&sum)[4], const Membership<T>& membership) const {
-    multiply_half<T>(sum, membership.values, values[2 * kTile], values[2 * kTile + 1]);
+    multiply_half(sum, membership.values, values[2 * kTile], values[2 * kTile + 1], T{});
   }
 };
 

@@ -1,7 +1,7 @@
 // Copies rows of tokens to shared memory: asynchronously, 16 bytes at a time, each warp its own.
 //
-// Rows whose addresses are not multiples of 16 bytes take 4-byte copies or, at worst, element
-// loads. What lies outside the tokens arrives as zeros.
+// Rows whose addresses are not multiples of 16 bytes are loaded element by element. What lies
+// outside the tokens arrives as zeros.
 #pragma once
 
 #include "kmeans_cuda_problem.cuh"
@@ -13,18 +13,11 @@ constexpr int kCopyLanes = 4;  // neighbouring lanes that copy 64 adjacent bytes
 // 16 bytes from `source` to `target`, of which the first `left` elements exist (none if negative).
 template <typename T>
 __device__ inline void copy_piece(unsigned char* target, const T* source, int left,
-                                  Granule granule) {
+                                  bool is_aligned) {
   constexpr int kElements = 16 / sizeof(T);
   const int count = min(max(left, 0), kElements);
-  if (granule == Granule::k16) {
+  if (is_aligned) {
     copy_async_16(target, source, count * static_cast<int>(sizeof(T)));
-  } else if (granule == Granule::k4) {
-    constexpr int kStep = 4 / sizeof(T);
-    for (int e = 0; e < kElements; e += kStep) {
-      const int inside = min(max(count - e, 0), kStep);
-      copy_async_4(target + e * sizeof(T), inside ? source + e : source,
-                   inside * static_cast<int>(sizeof(T)));
-    }
   } else {
     alignas(16) T values[kElements];
 #pragma unroll
@@ -62,7 +55,7 @@ __device__ inline void copy_rows(unsigned char* target, int stride, const Proble
   static_assert(kPieces % kCopyLanes == 0);
   const int lane = threadIdx.x % kWarp;
   const int columns = static_cast<int>(p.tokens.width) - first_column;
-  const bool is_whole = p.granule == Granule::k16 && rows >= kRows && pieces * kElements <= columns;
+  const bool is_whole = p.is_aligned && rows >= kRows && pieces * kElements <= columns;
   target += lane / kCopyLanes * stride + lane % kCopyLanes * 16;
   tokens += first_column + lane % kCopyLanes * kElements;
 #pragma unroll
@@ -81,7 +74,7 @@ __device__ inline void copy_rows(unsigned char* target, int stride, const Proble
         if (is_whole) {
           copy_async_16(next + piece * 16, source + piece * kElements, 16);
         } else {
-          copy_piece(next + piece * 16, source + piece * kElements, left, p.granule);
+          copy_piece(next + piece * 16, source + piece * kElements, left, p.is_aligned);
         }
       }
     }

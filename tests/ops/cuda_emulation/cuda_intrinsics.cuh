@@ -14,24 +14,17 @@ namespace spt_fast {
 inline unsigned char* dynamic_shared() { return emulation::shared; }
 
 inline void take_place(const emulation::Copy& copy) {
-  std::memset(copy.target, 0, copy.padded);
+  std::memset(copy.target, 0, 16);
   std::memcpy(copy.target, copy.source, copy.bytes);
 }
 
-inline void copy_async(void* shared, const void* global, int bytes, int padded) {
-  if (reinterpret_cast<uintptr_t>(shared) % padded ||
-      reinterpret_cast<uintptr_t>(global) % padded) {
+inline void copy_async_16(void* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
     throw std::runtime_error("an asynchronous copy is not aligned");
   }
-  const emulation::Copy copy{shared, global, bytes, padded};
+  const emulation::Copy copy{shared, global, bytes};
   if (emulation::early_copies) return take_place(copy);
   emulation::fibers[emulation::current].open_group.push_back(copy);
-}
-inline void copy_async_16(void* shared, const void* global, int bytes) {
-  copy_async(shared, global, bytes, 16);
-}
-inline void copy_async_4(void* shared, const void* global, int bytes) {
-  copy_async(shared, global, bytes, 4);
 }
 
 inline void commit_copies() {
@@ -99,7 +92,7 @@ inline float widen(uint16_t bits, __half) {
 }
 
 template <typename T>
-void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   const auto shown = emulation::show(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
   const int lane = emulation::lane();
   for (int i = 0; i < 4; ++i) {

@@ -97,7 +97,6 @@ struct Copy {
   void* target;
   const void* source;
   int bytes;
-  int padded;
 };
 
 struct Fiber {
