@@ -12,7 +12,7 @@ waits     bytes that are under way at a time, of which each waits for the latenc
 to which the waits of flushes, the sort and the traffic of partial sums are added. That is the best case.
 "in turn" is the time if a multiprocessor does one thing at a time beside its copies: instructions, then
 shared memory, then products. No weights, rows of whole 16 bytes, one group. Left out: launches (a few
-microseconds each, four of them for the sort), barriers, and the kernels that pack the centres. Needs nvcc,
+microseconds each, five of them for the sort), barriers, and the kernels that pack the centres. Needs nvcc,
 and the nvdisasm of Triton.
 """
 
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import cache
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.cuda_hot_path import (
     COPY,
@@ -169,16 +170,24 @@ def reduction_seconds(gpu: Gpu, centers: int, rows_per_flush: int) -> float:
     return 2 * flushes * RUNS * centers * PARTIAL_BYTES / gpu.copy
 
 
-def sort_seconds(gpu: Gpu, centers: int) -> float:
-    """The sort between two reads, and the partial sums of the second."""
-    # Labels: written and read twice; distances: written and read; sorted rows (8 bytes) and their labels (4):
-    # written and read.
-    token_bytes = 3 * 4 + 2 * 4 + 2 * 12
+def sort_seconds(gpu: Gpu, centers: int, changed: float | None) -> float:
+    """The sort between two reads, and the partial sums of the second.
+
+    `changed` is the share of the tokens that change to another centre in a pass that corrects the sums of the
+    last one; None: all are sorted.
+    """
+    # Labels and distances (4 bytes each) are written and read; labels are read again, twice.
+    token_bytes, sorted_rows, steps = 4 * 4 + 2 * 4, 1.0, 2 * ceil(TOKENS / SORTED_RUNS / 32)
+    if changed is not None:
+        # The last labels are copied, read and written; two labels a token go to the sort, and not one.
+        token_bytes += 4 * 4 + 3 * 4
+        sorted_rows, steps = 2 * changed, 2 * steps + steps // 2
+    # A sorted row is a number of 8 bytes and a label, written and read.
     partial_bytes = 2 * (SORTED_RUNS + centers) * PARTIAL_BYTES
-    # Two kernels, in which a warp takes its share 32 rows at a time, and each time waits for places that it
-    # has just changed.
-    waits = 2 * ceil(TOKENS / SORTED_RUNS / 32) * LATENCY
-    return (TOKENS * token_bytes + partial_bytes) / gpu.copy + waits / gpu.clock
+    copied = TOKENS * (token_bytes + sorted_rows * 2 * 12) + partial_bytes
+    # A warp takes its share 32 rows at a time, and each time waits for what it has just changed: in both
+    # kernels of the sort, and where it compares labels with the last ones.
+    return copied / gpu.copy + steps * LATENCY / gpu.clock
 
 
 def tile_work(gpu: Gpu, kernel: str, code: list[Instruction], read: int, ahead: int, tiles: float) -> Work:
@@ -251,15 +260,30 @@ def accumulate(gpu: Gpu, dtype: str) -> Work:
     )
 
 
-def predict(gpu: Gpu, dtype: str, centers: int) -> tuple[list[Work], str, float]:
-    """The kernels that touch every token; what else a pass does, and its seconds."""
+class Pass(NamedTuple):
+    """A pass, made of the kernels that touch every token and of the rest."""
+
+    name: str
+    best: float  # seconds
+    worst: float  # seconds, in turn
+
+
+def predict(gpu: Gpu, dtype: str, centers: int) -> tuple[list[Work], list[Pass]]:
+    """The kernels that touch every token, and the passes that are made of them."""
     element = DTYPES[dtype]
     if one_read_rows(gpu, element, centers):
-        per_flush = 2048 if element == 2 else 512
-        partials = reduction_seconds(gpu, centers, per_flush)
-        return [one_read(gpu, dtype, centers)], "with partial sums", partials
-    works = [assign(gpu, dtype, centers), accumulate(gpu, dtype)]
-    return works, "with sort and partial sums", sort_seconds(gpu, centers)
+        work = one_read(gpu, dtype, centers)
+        rest = reduction_seconds(gpu, centers, 2048 if element == 2 else 512)
+        return [work], [Pass("with partial sums", rest + work.predicted(gpu), rest + work.in_turn(gpu))]
+    labels, sums = assign(gpu, dtype, centers), accumulate(gpu, dtype)
+    passes = []
+    for changed in (None, 0.1, 0.01):
+        name = "with sort and partial sums" if changed is None else f"later pass, {changed:.0%} change"
+        # A token that changes is added to one centre and taken away from another.
+        rest = sort_seconds(gpu, centers, changed)
+        read = sums.predicted(gpu) * (1 if changed is None else 2 * changed)
+        passes.append(Pass(name, labels.predicted(gpu) + read + rest, labels.in_turn(gpu) + read + rest))
+    return [labels, sums], passes
 
 
 def print_tiles() -> None:
@@ -296,7 +320,7 @@ def print_times() -> None:
     for gpu in GPUS:
         for dtype, element in DTYPES.items():
             for centers in (20, 100):
-                works, rest, seconds = predict(gpu, dtype, centers)
+                works, passes = predict(gpu, dtype, centers)
                 once = TOKENS * WIDTH * element / gpu.copy
                 head = f"{gpu.name:12}{dtype:>5}{centers:>5}  "
                 for work in works:
@@ -304,10 +328,9 @@ def print_times() -> None:
                     times += [work.predicted(gpu), work.in_turn(gpu)]
                     cells = "".join(f"{1e3 * each:10.2f}" for each in times)
                     print(f"{head}{work.kernel:30}{cells}  {work.binds}")
-                best = seconds + sum(work.predicted(gpu) for work in works)
-                worst = seconds + sum(work.in_turn(gpu) for work in works)
-                share = f"{once / worst:.0%} to {once / best:.0%}"
-                print(f"{head}{rest:30}{1e3 * best:60.2f}{1e3 * worst:10.2f}{share:>24}")
+                for name, best, worst in passes:
+                    share = f"{once / worst:.0%} to {once / best:.0%}"
+                    print(f"{head}{name:30}{1e3 * best:60.2f}{1e3 * worst:10.2f}{share:>24}")
 
 
 def main() -> None:

@@ -59,17 +59,8 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// What both operations keep in the workspace. Returns the place for a mean of the centres [G, D].
-float* take_centers(Problem& p, Workspace& workspace) {
-  const int64_t padded = p.tokens.groups * p.center_tiles * kTileCenters;
-  p.packed = workspace.take<uint4>(p.tokens.groups * p.column_tiles * p.center_tiles * kWarp);
-  p.base = workspace.take<float>(padded);
-  p.slope = workspace.take<float>(padded);
-  return workspace.take<float>(p.tokens.groups * p.tokens.width);
-}
-
 // What only assign-and-accumulate does, for either path: which one it is depends on the GPU.
-Sort take_sums(Problem& p, Workspace& workspace) {
+Sort take_sums(Problem& p, bool corrects, Workspace& workspace) {
   const int64_t groups = p.tokens.groups;
   const int64_t tokens = groups * p.rows;
   const bool may_read_once = p.num_centers <= kOneReadCenters && p.tokens.width <= kOneReadColumns;
@@ -81,6 +72,9 @@ Sort take_sums(Problem& p, Workspace& workspace) {
   p.labels = workspace.take<int32_t>(tokens);
 
   Sort sort{};
+  sort.corrects = corrects;
+  sort.rows = corrects ? 2 * p.rows : p.rows;
+  sort.unsorted = corrects ? workspace.take<int32_t>(groups * sort.rows) : p.labels;
   // A share has fewer numbers than rows. CUB's scan takes 16 bytes for about a thousand of them.
   sort.shares = num_parts(p.tokens, kMaxSortedRuns, std::max(kMinRows, 4 * p.num_centers));
   const int64_t places = groups * p.num_centers * sort.shares;
@@ -88,24 +82,9 @@ Sort take_sums(Problem& p, Workspace& workspace) {
   sort.storage_bytes = places + kMinScanBytes;
   sort.storage = workspace.take<char>(sort.storage_bytes);
   sort.inertia = workspace.take<double>(groups * sort.shares);
-  sort.rows = workspace.take<int64_t>(tokens);
-  sort.labels = workspace.take<int32_t>(tokens);
+  sort.sorted = workspace.take<int64_t>(groups * sort.rows);
+  sort.labels = workspace.take<int32_t>(groups * sort.rows);
   return sort;
-}
-
-Problem make_problem(const TokenView& tokens, int64_t num_centers) {
-  Problem p{};
-  p.tokens = tokens;
-  p.rows = tokens.rows();
-  if (tokens.outer_stride == tokens.inner * tokens.inner_stride) {
-    // Rows are evenly spaced: token_offset() need not divide.
-    p.tokens.inner = p.rows;
-    p.tokens.outer = 1;
-  }
-  p.num_centers = num_centers;
-  p.column_tiles = static_cast<int>(ceil_div(tokens.width, kTileColumns));
-  p.center_tiles = std::max(kMinCenterTiles, static_cast<int>(ceil_div(num_centers, kTileCenters)));
-  return p;
 }
 
 bool has_aligned_rows(const TokenView& tokens) {
@@ -114,14 +93,42 @@ bool has_aligned_rows(const TokenView& tokens) {
   return (address | strides * element_bytes(tokens.dtype)) % 16 == 0;
 }
 
+// The problem of AssignArgs or DistanceArgs, and what both keep in the workspace.
+template <typename Args>
+Problem make_problem(const Args& args, Workspace& workspace) {
+  const TokenView& tokens = args.tokens;
+  Problem p{};
+  p.tokens = tokens;
+  p.is_aligned = has_aligned_rows(tokens);
+  p.rows = tokens.rows();
+  if (tokens.outer_stride == tokens.inner * tokens.inner_stride) {
+    // Rows are evenly spaced: token_offset() need not divide.
+    p.tokens.inner = p.rows;
+    p.tokens.outer = 1;
+  }
+  p.centers = args.centers;
+  p.shift = args.shift;
+  p.num_centers = args.num_centers;
+  p.column_tiles = static_cast<int>(ceil_div(tokens.width, kTileColumns));
+  p.center_tiles =
+      std::max(kMinCenterTiles, static_cast<int>(ceil_div(p.num_centers, kTileCenters)));
+  const int64_t padded = tokens.groups * p.center_tiles * kTileCenters;
+  p.packed = workspace.take<uint4>(tokens.groups * p.column_tiles * p.center_tiles * kWarp);
+  p.base = workspace.take<float>(padded);
+  p.slope = workspace.take<float>(padded);
+  return p;
+}
+
 void validate(const TokenView& tokens, int64_t num_centers) {
+  if (tokens.groups < 1 || tokens.rows() < 1 || tokens.width < 1) {
+    throw std::invalid_argument("tokens must not be empty");
+  }
   if (tokens.groups > kMaxGridYZ) {
     throw std::invalid_argument("groups must be at most 65535 on CUDA, got " +
                                 std::to_string(tokens.groups));
   }
-  if (tokens.width < 1 || num_centers < 1 || num_centers > INT32_MAX - kTileCenters) {
-    throw std::invalid_argument("width and num_centers must be positive, got " +
-                                std::to_string(tokens.width) + " and " +
+  if (num_centers < 1 || num_centers > INT32_MAX - kTileCenters) {
+    throw std::invalid_argument("num_centers must be positive, and far below 2^31, got " +
                                 std::to_string(num_centers));
   }
 }
@@ -176,9 +183,10 @@ void launch_assign(const Problem& p, cudaStream_t stream) {
 }
 
 template <typename T>
-void launch_accumulate(const Problem& p, Sort sort, cudaStream_t stream) {
+void launch_accumulate(const Problem& p, Sort sort, int32_t* last, cudaStream_t stream) {
   const unsigned groups = as_grid(p.tokens.groups);
   const dim3 shares(as_grid(sort.shares), groups);
+  launch(compare_labels_kernel, shares, kWarp, 0, stream, p, sort, last);
   launch(count_labels_kernel, shares, kWarp, 0, stream, p, sort);
   SPT_CUDA_CHECK(
       cub::DeviceScan::ExclusiveSum(sort.storage, sort.storage_bytes, sort.places, sort.places,
@@ -233,45 +241,14 @@ void launch_assign_accumulate(Problem p, Sort sort, const AssignArgs& args, cuda
            one_read.shape.bytes, stream, p, one_read.shape);
   } else {
     p.runs = sorted_runs(p.tokens);
-    if (args.labels) p.labels = args.labels;
+    if (args.labels && !sort.corrects) p.labels = sort.unsorted = args.labels;
     if (args.distances) p.distances = args.distances;
     launch_assign<T>(p, stream);
-    launch_accumulate<T>(p, sort, stream);
+    launch_accumulate<T>(p, sort, sort.corrects ? args.labels : nullptr, stream);
   }
   const int64_t elements = p.tokens.groups * p.num_centers * (p.tokens.width + kExtraColumns);
   launch(reduce_kernel, as_grid(ceil_div(elements, kWarp)), kReduceThreads, 0, stream, p, sort,
          args.sums, args.counts, args.inertia);
-}
-
-void clear_outputs(const AssignArgs& args, cudaStream_t stream) {
-  const int64_t centers = args.tokens.groups * args.num_centers;
-  SPT_CUDA_CHECK(
-      cudaMemsetAsync(args.sums, 0, centers * args.tokens.width * sizeof(double), stream));
-  SPT_CUDA_CHECK(cudaMemsetAsync(args.counts, 0, centers * sizeof(double), stream));
-  SPT_CUDA_CHECK(cudaMemsetAsync(args.inertia, 0, args.tokens.groups * sizeof(double), stream));
-}
-
-// Fills in what is left of the problem, and enqueues the mean of the centres if no shift is given.
-void set_inputs(Problem& p, const float* centers, const float* shift, Workspace& workspace,
-                cudaStream_t stream) {
-  p.is_aligned = has_aligned_rows(p.tokens);
-  p.centers = centers;
-  float* mean = take_centers(p, workspace);
-  p.shift = shift ? shift : mean;
-  if (shift) return;
-  const int64_t elements = p.tokens.groups * p.tokens.width;
-  launch(mean_center_kernel, as_grid(ceil_div(elements, kCenterThreads)), kCenterThreads, 0, stream,
-         centers, p.tokens.groups, p.num_centers, p.tokens.width, mean);
-}
-
-// The size of the workspace: that of the arrays which the operations take.
-int64_t workspace_bytes(const TokenView& tokens, int64_t num_centers, bool with_sums) {
-  if (tokens.groups < 1 || tokens.rows() < 1) return kAlignment;
-  Problem p = make_problem(tokens, num_centers);
-  Workspace workspace(nullptr);
-  take_centers(p, workspace);
-  if (with_sums) take_sums(p, workspace);
-  return workspace.used();
 }
 
 }  // namespace
@@ -279,7 +256,7 @@ int64_t workspace_bytes(const TokenView& tokens, int64_t num_centers, bool with_
 std::string cuda_why_not() {
   cudaFuncAttributes attributes{};
   const cudaError_t status =
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(mean_center_kernel));
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(reduce_kernel));
   if (status == cudaSuccess) return "";
   cudaGetLastError();
   return std::string("kernels built for " SPT_CUDA_ARCHS " do not run on this GPU: ") +
@@ -287,50 +264,51 @@ std::string cuda_why_not() {
 }
 
 int64_t assign_accumulate_cuda_workspace(const AssignArgs& args) {
-  return workspace_bytes(args.tokens, args.num_centers, true);
+  Workspace workspace(nullptr);
+  Problem p = make_problem(args, workspace);
+  take_sums(p, args.corrects, workspace);
+  return workspace.used();
 }
 
 int64_t distances_cuda_workspace(const DistanceArgs& args) {
-  return workspace_bytes(args.tokens, args.num_centers, false);
+  Workspace workspace(nullptr);
+  make_problem(args, workspace);
+  return workspace.used();
 }
 
 void assign_accumulate_cuda(const AssignArgs& args, void* workspace, void* stream) {
-  const TokenView& tokens = args.tokens;
-  if (tokens.groups < 1) return;
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (tokens.rows() < 1) return clear_outputs(args, cuda_stream);
-  validate(tokens, args.num_centers);
-  if (!tokens.data || !args.centers || !args.sums || !args.counts || !args.inertia || !workspace) {
-    throw std::invalid_argument("tokens, centers, sums, counts, inertia and workspace must be set");
+  validate(args.tokens, args.num_centers);
+  if (!args.tokens.data || !args.centers || !args.shift || !args.sums || !args.counts ||
+      !args.inertia || !workspace) {
+    throw std::invalid_argument(
+        "tokens, centers, shift, sums, counts, inertia and workspace must be set");
+  }
+  if (args.corrects && (!args.labels || args.weights)) {
+    throw std::invalid_argument("corrects needs labels, and takes no weights");
   }
 
-  Problem p = make_problem(tokens, args.num_centers);
   Workspace arrays(workspace);
-  set_inputs(p, args.centers, args.shift, arrays, cuda_stream);
-  const Sort sort = take_sums(p, arrays);
+  Problem p = make_problem(args, arrays);
+  const Sort sort = take_sums(p, args.corrects, arrays);
   p.weights = args.weights;
-  visit_dtype(tokens.dtype, [&](auto element) {
-    launch_assign_accumulate<decltype(element)>(p, sort, args, cuda_stream);
+  visit_dtype(p.tokens.dtype, [&](auto element) {
+    launch_assign_accumulate<decltype(element)>(p, sort, args, static_cast<cudaStream_t>(stream));
   });
 }
 
 void distances_cuda(const DistanceArgs& args, void* workspace, void* stream) {
-  const TokenView& tokens = args.tokens;
-  if (tokens.groups < 1 || tokens.rows() < 1) return;
-  validate(tokens, args.num_centers);
-  if (!tokens.data || !args.centers || !args.distances || !workspace) {
-    throw std::invalid_argument("tokens, centers, distances and workspace must be set");
+  validate(args.tokens, args.num_centers);
+  if (!args.tokens.data || !args.centers || !args.shift || !args.distances || !workspace) {
+    throw std::invalid_argument("tokens, centers, shift, distances and workspace must be set");
   }
 
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  Problem p = make_problem(tokens, args.num_centers);
   Workspace arrays(workspace);
-  set_inputs(p, args.centers, args.shift, arrays, cuda_stream);
+  Problem p = make_problem(args, arrays);
   p.all_distances = args.distances;
-  visit_dtype(tokens.dtype, [&](auto element) {
+  visit_dtype(p.tokens.dtype, [&](auto element) {
     using T = decltype(element);
-    launch_pack_centers<T>(p, cuda_stream);
-    launch_assign<T>(p, cuda_stream);
+    launch_pack_centers<T>(p, static_cast<cudaStream_t>(stream));
+    launch_assign<T>(p, static_cast<cudaStream_t>(stream));
   });
 }
 

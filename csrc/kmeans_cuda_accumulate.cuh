@@ -29,9 +29,9 @@ __device__ inline void move_sums(double (&totals)[kColumns], float (&sums)[kColu
 
 // The partial sums of run r and centre k are row r + k: along the sorted rows either grows, neither
 // falls, so that no two pairs share a row. Rows of pairs that do not meet are not written. Piece:
-// uint4, or T where rows are not made of whole and aligned uint4. IN tokens [G, M, D], rows, labels
-// of the sort, weights [G, M] or null; OUT partials [G, runs + K, D + kExtraColumns], the last
-// column unused. grid = (columns of a warp, runs, groups), one warp.
+// uint4, or T where rows are not made of whole and aligned uint4. IN tokens [G, M, D]; places,
+// sorted, labels of the sort; weights [G, M] or null; OUT partials [G, runs + K, D +
+// kExtraColumns], the last column unused. grid = (columns of a warp, runs, groups), one warp.
 template <typename T, typename Piece>
 __global__ void __launch_bounds__(kWarp, kAccumulateWarps) accumulate_kernel(Problem p, Sort sort) {
   constexpr int kColumns = sizeof(Piece) / sizeof(T);
@@ -39,16 +39,18 @@ __global__ void __launch_bounds__(kWarp, kAccumulateWarps) accumulate_kernel(Pro
   const int lane = threadIdx.x;
   const int64_t group = blockIdx.z;
   const int64_t stride = p.tokens.width + kExtraColumns;
-  const int64_t run_rows = ceil_div(p.rows, p.runs);
+  const int64_t group_begin = center_end(sort, group * p.num_centers - 1);
+  const int64_t group_rows = center_end(sort, (group + 1) * p.num_centers - 1) - group_begin;
+  const int64_t run_rows = ceil_div(group_rows, p.runs);
   const int64_t begin = blockIdx.y * run_rows;
-  const int64_t end = min(begin + run_rows, p.rows);
+  const int64_t end = min(begin + run_rows, group_rows);
   const int64_t first_column = (int64_t{blockIdx.x} * kWarp + lane) * kColumns;
   const bool has_columns = first_column < p.tokens.width;
   // A lane without columns loads what the first lane does, and keeps it.
   const T* tokens = group_tokens<T>(p, group) + first_column - (has_columns ? 0 : lane * kColumns);
   const float* weights = p.weights ? p.weights + group * p.rows : nullptr;
-  const int64_t* rows = sort.rows + group * p.rows;
-  const int32_t* labels = sort.labels + group * p.rows;
+  const int64_t* rows = sort.sorted + group_begin;
+  const int32_t* labels = sort.labels + group_begin;
   double* partials = p.partials + (group * (p.runs + p.num_centers) + blockIdx.y) * stride;
 
   float sums[kColumns] = {};
@@ -72,8 +74,9 @@ __global__ void __launch_bounds__(kWarp, kAccumulateWarps) accumulate_kernel(Pro
     const bool inside = lane < kRowsInFlight && first + lane < end;
     const int64_t row = rows[min(first + lane, end - 1)];
     const int32_t label = inside ? labels[first + lane] : -1;
-    const float weight = weights ? weights[row] : 1.0f;
-    const int64_t offset = token_offset(p.tokens, row);
+    const bool is_added = row < p.rows;
+    const float weight = weights ? weights[row] : is_added ? 1.0f : -1.0f;
+    const int64_t offset = token_offset(p.tokens, is_added ? row : row - p.rows);
     Piece pieces[kRowsInFlight];
 #pragma unroll
     for (int u = 0; u < kRowsInFlight; ++u) {

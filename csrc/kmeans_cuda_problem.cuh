@@ -29,7 +29,7 @@ struct Problem {
   bool is_aligned;       // every row begins at a multiple of 16 bytes
   int64_t rows;          // M
   const float* centers;  // [G, K, D]
-  const float* shift;    // [G, D], never null
+  const float* shift;    // [G, D]
   const float* weights;  // [G, M], or null
   int64_t num_centers;   // K
   int64_t runs;          // runs of tokens with partial sums of their own

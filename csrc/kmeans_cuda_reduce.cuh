@@ -24,19 +24,21 @@ __device__ inline PartialSums find_partial_sums(const Problem& p, const Sort& so
   const double* first = run_partial(p, group, 0) + center * columns + column;
   if (!sort.places) return {first, p.num_centers * columns, p.runs};
   if (column > p.tokens.width) return {sort.inertia + group * sort.shares, 1, sort.shares};
-  // Places count through all groups, so that a centre begins where the one before it ends.
-  const int64_t* last = sort.places + (group * p.num_centers + center + 1) * sort.shares - 1;
-  const int64_t begin = center > 0 ? last[-sort.shares] - group * p.rows : 0;
-  const int64_t end = last[0] - group * p.rows;
+  const int64_t first_center = group * p.num_centers;
+  const int64_t group_begin = center_end(sort, first_center - 1);
+  const int64_t begin = center_end(sort, first_center + center - 1) - group_begin;
+  const int64_t end = center_end(sort, first_center + center) - group_begin;
   if (begin == end) return {};
-  const int64_t run_rows = ceil_div(p.rows, p.runs);
+  const int64_t group_end = center_end(sort, first_center + p.num_centers - 1);
+  const int64_t run_rows = ceil_div(group_end - group_begin, p.runs);
   const int64_t row = group * (p.runs + p.num_centers) + begin / run_rows + center;
   const int64_t number = (end - 1) / run_rows - begin / run_rows + 1;
   return {p.partials + row * columns + column, columns, number};
 }
 
 // sums[g, k, d] = sum over runs of their partial sums; counts and inertia likewise. IN partials,
-// places and inertia of the sort; OUT sums [G, K, D], counts [G, K], inertia [G]. A block has 32
+// places and inertia of the sort; OUT sums [G, K, D], counts [G, K], inertia [G]; where the sort
+// corrects them, INOUT sums and counts. A block has 32
 // neighbouring elements, one a lane; warp w adds up partial sums w, w + 8, ...
 __global__ void __launch_bounds__(kReduceThreads)
     reduce_kernel(Problem p, Sort sort, double* sums, double* counts, double* inertia) {
@@ -66,13 +68,11 @@ __global__ void __launch_bounds__(kReduceThreads)
   __syncthreads();
   if (warp != 0 || !is_result) return;
   for (int w = 1; w < kReduceWarps; ++w) total += shares[w][lane];
-  if (column < width) {
-    sums[(group * p.num_centers + center) * width + column] = total;
-  } else if (column == width) {
-    counts[group * p.num_centers + center] = total;
-  } else {
-    inertia[group] = total;
-  }
+  const int64_t index_of_center = group * p.num_centers + center;
+  double* result = column < width    ? sums + index_of_center * width + column
+                   : column == width ? counts + index_of_center
+                                     : inertia + group;
+  *result = sort.corrects && column <= width ? *result + total : total;
 }
 
 }  // namespace spt_fast

@@ -16,15 +16,26 @@ namespace spt_fast {
 
 constexpr int kLabelsAhead = 8;  // loads of a lane that are under way at a time
 
+// A pass that corrects the sums of the last one has two rows for each token: row m adds token m to
+// its centre, and row M + m takes it away from the one that it had. Where these are the same centre
+// both have the label -1, and are left out.
 struct Sort {
-  int64_t shares;   // of the rows of a group
-  int64_t* places;  // [G, K, shares]: tokens; then the place of the first; then that after the last
-  double* inertia;  // [G, shares]
-  int64_t* rows;    // [G, M], sorted
-  int32_t* labels;  // [G, M], of these rows
-  void* storage;    // of the scan
+  bool corrects;
+  int64_t rows;       // of a group: M or 2 M
+  int64_t shares;     // of these rows
+  int32_t* unsorted;  // [G, rows]: their labels
+  int64_t* places;    // [G, K, shares]: rows; then the place of the first; then that after the last
+  double* inertia;    // [G, shares]
+  int64_t* sorted;    // of all groups, one after the other: rows
+  int32_t* labels;    // of these rows
+  void* storage;      // of the scan
   size_t storage_bytes;
 };
+
+// The place after the last row of centre `index` of all G K, once the rows are sorted.
+__device__ inline int64_t center_end(const Sort& sort, int64_t index) {
+  return index < 0 ? 0 : sort.places[(index + 1) * sort.shares - 1];
+}
 
 // Where this block's share has its numbers in places, sort.shares apart.
 __device__ inline int64_t* share_places(const Problem& p, const Sort& sort) {
@@ -37,9 +48,9 @@ template <typename Visitor>
 __device__ inline void visit_share(const Problem& p, const Sort& sort, int64_t* places,
                                    const Visitor& visit) {
   const unsigned lane = threadIdx.x;
-  const int64_t share_rows = ceil_div(p.rows, sort.shares);
-  const int64_t end = min((blockIdx.x + 1) * share_rows, p.rows);
-  const int32_t* labels = p.labels + blockIdx.y * p.rows;
+  const int64_t share_rows = ceil_div(sort.rows, sort.shares);
+  const int64_t end = min((blockIdx.x + 1) * share_rows, sort.rows);
+  const int32_t* labels = sort.unsorted + blockIdx.y * sort.rows;
   for (int64_t first = blockIdx.x * share_rows; first < end; first += kLabelsAhead * kWarp) {
     int32_t ahead[kLabelsAhead];
 #pragma unroll
@@ -62,28 +73,46 @@ __device__ inline void visit_share(const Problem& p, const Sort& sort, int64_t* 
   }
 }
 
-// Tokens of each centre, and the inertia, of a share. IN labels, distances, weights [G, M] or null;
-// OUT places, inertia of the sort. grid = (shares, groups), one warp.
-__global__ void __launch_bounds__(kWarp) count_labels_kernel(Problem p, Sort sort) {
+// The inertia of a share of the tokens, and what they change. IN labels, distances, weights [G, M]
+// or null; INOUT last [G, M]: the labels of the last pass, or null; OUT inertia and, with `last`,
+// unsorted of the sort. grid = (shares, groups), one warp.
+__global__ void __launch_bounds__(kWarp)
+    compare_labels_kernel(Problem p, Sort sort, int32_t* last) {
   __shared__ cub::WarpReduce<double>::TempStorage storage;
-  int64_t* counts = share_places(p, sort);
-  for (int64_t k = threadIdx.x; k < p.num_centers; k += kWarp) counts[k * sort.shares] = 0;
-  __syncwarp();
-  const int64_t first = blockIdx.y * p.rows;
+  const int64_t share_rows = ceil_div(p.rows, sort.shares);
+  const int64_t end = min((blockIdx.x + 1) * share_rows, p.rows);
   double inertia = 0.0;
-  visit_share(p, sort, counts, [&](int64_t row, int32_t, int64_t) {
-    const double weight = p.weights ? p.weights[first + row] : 1.0f;
-    inertia += weight * p.distances[first + row];
-  });
+#pragma unroll 8
+  for (int64_t row = blockIdx.x * share_rows + threadIdx.x; row < end; row += kWarp) {
+    const int64_t token = blockIdx.y * p.rows + row;
+    const double weight = p.weights ? p.weights[token] : 1.0f;
+    inertia += weight * p.distances[token];
+    if (last) {
+      const int32_t label = p.labels[token];
+      const int32_t before = last[token];
+      int32_t* change = sort.unsorted + blockIdx.y * sort.rows + row;
+      change[0] = label == before ? -1 : label;
+      change[p.rows] = label == before ? -1 : before;
+      last[token] = label;
+    }
+  }
   inertia = cub::WarpReduce<double>(storage).Sum(inertia);
   if (threadIdx.x == 0) sort.inertia[blockIdx.y * sort.shares + blockIdx.x] = inertia;
 }
 
-// Puts every row and its label in its place. IN labels [G, M]; INOUT places; OUT rows, labels of
-// the sort. grid = (shares, groups), one warp.
+// Rows of each centre in a share. IN unsorted; OUT places. grid = (shares, groups), one warp.
+__global__ void __launch_bounds__(kWarp) count_labels_kernel(Problem p, Sort sort) {
+  int64_t* counts = share_places(p, sort);
+  for (int64_t k = threadIdx.x; k < p.num_centers; k += kWarp) counts[k * sort.shares] = 0;
+  __syncwarp();
+  visit_share(p, sort, counts, [](int64_t, int32_t, int64_t) {});
+}
+
+// Puts every row and its label in its place. IN unsorted; INOUT places; OUT sorted, labels. grid =
+// (shares, groups), one warp.
 __global__ void __launch_bounds__(kWarp) sort_rows_kernel(Problem p, Sort sort) {
   visit_share(p, sort, share_places(p, sort), [&](int64_t row, int32_t label, int64_t place) {
-    sort.rows[place] = row;
+    sort.sorted[place] = row;
     sort.labels[place] = label;
   });
 }

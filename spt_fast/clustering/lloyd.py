@@ -89,11 +89,12 @@ class Lloyd:
         while runs := self._unfinished(stalled, until):
             number = min(look_every, until.max_iter - self.n_iter[0])
             steps = [self._step_blindly(passes) for _ in range(number)]
-            for step, (inertia, least_count, shift) in zip(steps, _look_at(steps), strict=True):
+            for index, (inertia, least_count, shift) in enumerate(_look_at(steps)):
+                step = steps[index]
                 is_due = bool(self._unfinished(stalled, until))
                 if not is_due or least_count <= 0 or self._gains_too_little(0, inertia, until):
                     self.centers = step.before
-                    passes.restore(step.totals)
+                    passes.restore(step.totals, undone=number - index)
                     if is_due:
                         stalled |= self._iterate(runs, until)
                     break

@@ -193,6 +193,7 @@ class AssignArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("centers", "shift", "weights")),
         ("num_centers", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("sums", "counts", "inertia", "labels", "distances")),
+        ("corrects", ctypes.c_bool),
     )
 
 
@@ -221,19 +222,32 @@ def call_emulated(library, operation, args):
     assert workspace[size:].eq(255).all(), "wrote behind the workspace"
 
 
+def mean_center(centers):
+    """The shift that tokens on CUDA get if none is given."""
+    return centers.mean(1)
+
+
 def address(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
 def run_emulated(
-    library, tokens, centers, shift=None, weights=None, rows=("labels", "distances"), shared=H100_SHARED
+    library,
+    tokens,
+    centers,
+    shift=None,
+    weights=None,
+    rows=("labels", "distances"),
+    shared=H100_SHARED,
+    last=None,
 ):
-    """tokens [G, B, N, D] -> sums, counts, inertia, labels, distances.
+    """tokens [G, B, N, D] -> sums, counts, inertia, labels, distances; corrected from `last`, if given.
 
     They are equal for threads in order and late copies, and for threads in reverse and early copies.
     """
     groups, outer, inner, width = tokens.shape
     num_centers, num_rows = centers.shape[1], outer * inner
+    shift = mean_center(centers) if shift is None else shift
     results = []
     for reverse_and_early in (False, True):
         sums = torch.full((groups, num_centers, width), torch.nan, dtype=torch.float64)
@@ -241,10 +255,12 @@ def run_emulated(
         inertia = torch.full((groups,), torch.nan, dtype=torch.float64)
         labels = torch.full((groups, num_rows), -7, dtype=torch.int32) if "labels" in rows else None
         distances = torch.full((groups, num_rows), torch.nan) if "distances" in rows else None
+        if last is not None:
+            sums, counts, labels = last[0].clone(), last[1].clone(), last[3].clone()
         outputs = (sums, counts, inertia, labels, distances)
         library.emulated_machine(shared, reverse_and_early, reverse_and_early)
         inputs = (address(centers), address(shift), address(weights), num_centers)
-        args = AssignArgs(TokenView.of(tokens), *inputs, *map(address, outputs))
+        args = AssignArgs(TokenView.of(tokens), *inputs, *map(address, outputs), last is not None)
         call_emulated(library, "assign_accumulate", args)
         results.append(outputs)
     for ours, again in zip(*results, strict=True):
@@ -255,6 +271,7 @@ def run_emulated(
 
 def run_emulated_distances(library, tokens, centers, shift=None):
     groups, outer, inner, _ = tokens.shape
+    shift = mean_center(centers) if shift is None else shift
     library.emulated_machine(H100_SHARED, False, False)
     distances = torch.full((groups, outer * inner, centers.shape[1]), torch.nan)
     args = DistanceArgs(
@@ -350,6 +367,49 @@ def test_emulated_cuda_adds_integers_exactly(emulated, rows, num_centers, width,
     assert torch.equal(sums, expected)
     assert torch.equal(counts, torch.zeros_like(counts).scatter_add_(1, owner, weights.double()))
     torch.testing.assert_close(inertia, (weights.double() * distances).sum(1), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_centers", "width", "dtype", "share"),
+    [
+        pytest.param(1500, 40, 8, BF16, 0.0, id="M1500-K40-D8-bf16"),
+        pytest.param(1500, 34, 8, FP16, 0.02, id="M1500-K34-D8-fp16-few-change"),
+        pytest.param(300, 40, 12, FP32, 0.0, id="M300-K40-D12-fp32"),
+        pytest.param(700, 33, 5, FP32, 0.5, id="M700-K33-D5-fp32"),
+        pytest.param(90, 20, 8, BF16, 0.5, id="M90-K20-D8-bf16-one-read"),
+    ],
+)
+def test_emulated_cuda_corrects_integers_exactly(emulated, rows, num_centers, width, dtype, share):
+    tokens, centers, _, _ = integer_problem(rows, num_centers, width, dtype, 0.1)
+    last = run_emulated(emulated, tokens, centers)
+    others = centers.clone()
+    # Centres change places: all (no share), or so many of the first group; none of the second.
+    chosen = max(2, round(share * num_centers)) if share else num_centers
+    others[0, :chosen] = centers[0, :chosen].roll(1, 0)
+    corrected = run_emulated(emulated, tokens, others, last=last)
+    anew = run_emulated(emulated, tokens, others)
+    changed = (last[3] != anew[3]).sum(1)
+    assert changed[0] > 0
+    assert changed[1] == 0
+    for ours, expected in zip(corrected, anew, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+def test_emulated_cuda_corrects_pass_after_pass(emulated, dtype):
+    tokens, centers, shift, _ = make_problem(2, 3, 50, 1, 63, 40, dtype, False)
+    given = run_emulated(emulated, tokens, centers, shift)
+    for _ in range(15):
+        centers = torch.where((given[1] > 0)[..., None], given[0] / given[1][..., None], centers).float()
+        given = run_emulated(emulated, tokens, centers, shift, last=given)
+    assert_matches_reference(given, tokens, centers, shift, None)
+
+
+def test_emulated_cuda_corrects_without_weights_and_with_labels_only(emulated):
+    tokens, centers, _, weights = make_problem(1, 1, 40, 0, 8, 40, FP32, True)
+    last = run_emulated(emulated, tokens, centers)
+    with pytest.raises(RuntimeError, match="corrects needs labels, and takes no weights"):
+        run_emulated(emulated, tokens, centers, weights=weights, last=last)
 
 
 def test_a_token_that_is_not_finite_spoils_the_sums_of_its_own_centre_only_in_two_reads(emulated):
@@ -461,11 +521,9 @@ def test_emulated_cuda_shows_a_token_that_is_not_finite_in_the_inertia(emulated,
     assert labels.eq(0).all()
 
 
-def test_emulated_cuda_clears_the_outputs_of_an_empty_input(emulated):
-    sums, counts, inertia, _, _ = run_emulated(emulated, torch.zeros(2, 0, 5, 4), torch.ones(2, 3, 4))
-    assert not sums.any()
-    assert not counts.any()
-    assert not inertia.any()
+def test_emulated_cuda_refuses_an_empty_input(emulated):
+    with pytest.raises(RuntimeError, match="tokens must not be empty"):
+        run_emulated(emulated, torch.zeros(2, 0, 5, 4), torch.ones(2, 3, 4))
 
 
 def test_emulated_cuda_refuses_too_many_groups(emulated):
@@ -503,14 +561,14 @@ def test_no_launch_asks_for_more_shared_memory_than_it_may_have(emulated, only_c
             )
             for num_centers in range(1, 301):
                 for weights in (None, address):
-                    inputs = (address, None, weights, num_centers)
+                    inputs = (address, address, weights, num_centers)
                     args = AssignArgs(view, *inputs, *[address] * 5)
                     message = emulated.emulated_assign_accumulate(
                         ctypes.byref(args), ctypes.c_void_p(address)
                     )
                     if message is not None:
                         refused.append((width, rows, num_centers, message))
-                args = DistanceArgs(view, address, None, num_centers, address)
+                args = DistanceArgs(view, address, address, num_centers, address)
                 message = emulated.emulated_distances(ctypes.byref(args), ctypes.c_void_p(address))
                 if message is not None:
                     refused.append((width, rows, num_centers, message))
@@ -595,6 +653,23 @@ def test_cuda_matches_reference_at_full_size(dtype, width, num_centers):
         tokens, centers, shift=shift, with_labels=True, with_distances=True, backend="native"
     )
     assert_matches_reference(on_cpu(given), *on_cpu(problem))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize(("width", "num_centers"), [(768, 20), (768, 100), (63, 40)])
+def test_cuda_corrects_pass_after_pass_at_full_size(dtype, width, num_centers):
+    skip_without_gpu()
+    problem = make_problem(2, 64, 197, 1, width, num_centers, dtype, False, device="cuda")
+    tokens, centers, shift, _ = problem
+    arguments = {"shift": shift, "with_labels": True, "with_distances": True, "backend": "native"}
+    given = assign_accumulate(tokens, centers, **arguments)
+    for _ in range(15):
+        centers = torch.where((given[1] > 0)[..., None], given[0] / given[1][..., None], centers).float()
+        last, given = given, assign_accumulate(tokens, centers, last=given, **arguments)
+    assert_matches_reference(on_cpu(given), *on_cpu((tokens, centers, shift, None)))
+    again = assign_accumulate(tokens, centers, last=last, **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
 
 
 @pytest.mark.gpu
