@@ -14,7 +14,8 @@ namespace spt_fast {
 constexpr int kAccumulateWarps = 16;
 constexpr int kRowsInFlight = 16;  // that a warp loads before it uses the first one
 // n rounded additions to a growing float32 total lose n 2^-24 of the sum of |x| at worst: 8e-6.
-// After so many rows totals move to float64.
+// After so many rows totals move to float64; where they correct sums, after kRowsInFlight, as a
+// centre may keep but a few of its tokens.
 constexpr int kRowsPerMove = 128;
 
 // totals += sums, which are zero then.
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kWarp, kAccumulateWarps) accumulate_kernel(Pro
       if (members >> lane & 1) count += weight;
       left &= ~members;
     }
-    if ((first - begin) % kRowsPerMove == 0) move_sums(totals, sums);
+    if (sort.corrects || (first - begin) % kRowsPerMove == 0) move_sums(totals, sums);
   }
   if (center >= 0) store();
 }
