@@ -14,9 +14,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.cuda_hot_path import Function, parse
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHITECTURES = ("80", "90a", "100", "120")
@@ -31,16 +32,16 @@ class Kernel:
     registers: int
     spill_bytes: int
     static_shared: int
-    instructions: Counter[str] | None  # by full mnemonic; None: no disassembler
+    function: Function | None  # None: no disassembler
 
     def count(self, opcode: str, modifier: str = "") -> int:
         """How many instructions begin with `opcode` and contain `modifier`."""
-        found = self.instructions or Counter()
-        return sum(n for name, n in found.items() if name.startswith(opcode) and modifier in name)
+        names = [each.name for each in self.function.code] if self.function else []
+        return sum(name.startswith(opcode) and modifier in name for name in names)
 
 
-def compile_source(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
-    """The cubin for sm_`arch`, and what ptxas said."""
+def compile_source(nvcc: str, arch: str, folder: Path, source: Path) -> tuple[Path, str]:
+    """The cubin of `source` for sm_`arch`, and what ptxas said."""
     cubin = folder / f"kmeans_cuda_{arch}.cubin"
     command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-DSPT_HAVE_CUDA=1", "-Xptxas", "-v"]
     command += [
@@ -52,20 +53,22 @@ def compile_source(nvcc: str, arch: str, folder: Path) -> tuple[Path, str]:
         f"-I{CSRC}",
         "-cubin",
     ]
-    command += [str(CSRC / "kmeans_cuda.cu"), "-o", str(cubin)]
+    command += [str(source), "-o", str(cubin)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"nvcc failed for sm_{arch}:\n{result.stderr}")
     return cubin, result.stderr
 
 
-def inspect(nvcc: str, arch: str, folder: Path) -> dict[str, Kernel]:
-    """The kernels of csrc/kmeans_cuda.cu for sm_`arch`, by name and template arguments."""
-    cubin, report = compile_source(nvcc, arch, folder)
-    instructions = disassemble(cubin)
+def inspect(nvcc: str, arch: str, folder: Path, source: Path = CSRC / "kmeans_cuda.cu") -> dict[str, Kernel]:
+    """The kernels of `source` for sm_`arch`, by name and template arguments."""
+    cubin, report = compile_source(nvcc, arch, folder, source)
+    functions = disassemble(cubin)
     kernels = {}
     for part in report.split("Compiling entry function '")[1:]:
         symbol = part.partition("'")[0]
+        if "8spt_fast" not in symbol:  # CUB's
+            continue
         registers, spilled = re.search(r"Used (\d+) registers", part), re.findall(r"(\d+) bytes spill", part)
         shared = re.search(r"(\d+) bytes smem", part)
         assert registers is not None
@@ -74,7 +77,7 @@ def inspect(nvcc: str, arch: str, folder: Path) -> dict[str, Kernel]:
             registers=int(registers[1]),
             spill_bytes=sum(map(int, spilled)),
             static_shared=int(shared[1]) if shared else 0,
-            instructions=None if instructions is None else instructions[symbol],
+            function=None if functions is None else functions[symbol],
         )
     return kernels
 
@@ -88,7 +91,7 @@ def readable(symbol: str) -> str:
         return name
     types = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
     kind = next(key for key in types if arguments.startswith(key))
-    return f"{name}<{', '.join([types[kind], *re.findall('Li([0-9]+)', arguments)])}>"
+    return f"{name}<{', '.join([types[kind], *re.findall('uint4|(?<=Li)[0-9]+', arguments)])}>"
 
 
 def find_tool(name: str) -> str | None:
@@ -100,23 +103,15 @@ def find_tool(name: str) -> str | None:
     return path
 
 
-def disassemble(cubin: Path) -> dict[str, Counter[str]] | None:
-    """Mnemonics of each function, counted; None where nvdisasm is missing or too old for the architecture."""
+def disassemble(cubin: Path) -> dict[str, Function] | None:
+    """The functions, by symbol; None where nvdisasm is missing or too old for the architecture."""
     tool = find_tool("nvdisasm")
     if tool is None:
         return None
     result = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=False)
     if result.returncode:
         return None
-    functions: dict[str, Counter[str]] = {}
-    for line in result.stdout.splitlines():
-        section = re.match(r"\s*\.section\s+\.text\.(\w+)", line)
-        if section:
-            functions[section[1]] = Counter()
-        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]+)", line)
-        if instruction and functions:
-            functions[next(reversed(functions))][instruction[1]] += 1
-    return functions
+    return parse(result.stdout)
 
 
 def main(architectures: list[str]) -> None:
@@ -126,7 +121,7 @@ def main(architectures: list[str]) -> None:
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     print(version.strip().splitlines()[-1])
     registers: dict[str, list[int]] = {kind: [] for kind in HOT}
-    columns = ("registers", "spilled", "HMMA", "LDSM", "LDGSTS.128", "LDG.64+", "local")
+    columns = ("registers", "spilled", "HMMA", "LDSM", "LDGSTS.128", "LDG.128", "local")
     for arch in architectures:
         with tempfile.TemporaryDirectory() as folder:
             kernels = inspect(nvcc, arch, Path(folder))
@@ -135,14 +130,13 @@ def main(architectures: list[str]) -> None:
             if name.startswith(HOT):
                 registers[name.partition("<")[0]].append(kernel.registers)
             counts: list[object] = ["-"] * 5
-            if kernel.instructions is not None:
-                wide_loads = kernel.count("LDG", ".64") + kernel.count("LDG", ".128")
+            if kernel.function is not None:
                 local = kernel.count("LDL") + kernel.count("STL")
                 counts = [
                     kernel.count("HMMA"),
                     kernel.count("LDSM"),
                     kernel.count("LDGSTS", ".128"),
-                    wide_loads,
+                    kernel.count("LDG.", ".128"),
                     local,
                 ]
             cells = [kernel.registers, kernel.spill_bytes, *counts]

@@ -56,10 +56,11 @@ TokenView make_view(Address data, const std::string& dtype, const std::array<int
 
 AssignArgs make_assign_args(const TokenView& tokens, Address centers, int64_t num_centers,
                             Address sums, Address counts, Address inertia, Address shift,
-                            Address weights, Address labels, Address distances) {
+                            Address weights, Address labels, Address distances, bool corrects) {
   require(num_centers >= 1, "num_centers must be at least 1");
   require(centers && sums && counts && inertia,
           "centers, sums, counts and inertia must have an address");
+  require(!corrects || (labels && !weights), "corrects needs labels, and takes no weights");
   AssignArgs args;
   args.tokens = tokens;
   args.centers = pointer<const float>(centers);
@@ -71,6 +72,7 @@ AssignArgs make_assign_args(const TokenView& tokens, Address centers, int64_t nu
   args.weights = pointer<const float>(weights);
   args.labels = pointer<int32_t>(labels);
   args.distances = pointer<float>(distances);
+  args.corrects = corrects;
   return args;
 }
 
@@ -95,7 +97,7 @@ void bind_arguments(py::module_& module) {
       .def(py::init(&make_assign_args), py::kw_only(), py::arg("tokens"), py::arg("centers"),
            py::arg("num_centers"), py::arg("sums"), py::arg("counts"), py::arg("inertia"),
            py::arg("shift") = 0, py::arg("weights") = 0, py::arg("labels") = 0,
-           py::arg("distances") = 0);
+           py::arg("distances") = 0, py::arg("corrects") = false);
   py::class_<DistanceArgs>(module, "DistanceArgs")
       .def(py::init(&make_distance_args), py::kw_only(), py::arg("tokens"), py::arg("centers"),
            py::arg("num_centers"), py::arg("distances"), py::arg("shift") = 0);

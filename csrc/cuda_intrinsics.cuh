@@ -30,13 +30,6 @@ __device__ inline void copy_async_16(void* shared, const void* global, int bytes
                : "memory");
 }
 
-// The same for 4 bytes, `bytes` being 0 to 4.
-__device__ inline void copy_async_4(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)),
-               "l"(global), "r"(bytes)
-               : "memory");
-}
-
 // Ends a group of copies, which may be empty.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
@@ -64,22 +57,15 @@ __device__ inline void load_matrices_transposed(uint32_t (&out)[4], const void* 
 }
 
 // c += a b for a 16 x 16 and b 16 x 8, the tensor core's fragment layouts for m16n8k16.
-template <typename T>
 __device__ inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                     uint32_t b1);
-
-template <>
-__device__ inline void multiply_half<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4],
-                                                    uint32_t b0, uint32_t b1) {
+                                     uint32_t b1, __nv_bfloat16) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-template <>
-__device__ inline void multiply_half<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1) {
+__device__ inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                     uint32_t b1, __half) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -94,11 +80,20 @@ __device__ inline void multiply_tf32(float (&c)[4], const uint32_t* a, uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The nearest tf32 value, as float32.
-__device__ inline uint32_t round_to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
-  return bits;
+// 0xffff in each half where `a` and `b` hold equal float16 values, else zero. 0xffff, a NaN, equals
+// nothing.
+__device__ inline uint32_t equal_halves(uint32_t a, uint32_t b) {
+  uint32_t mask;
+  asm("set.eq.u32.f16x2 %0, %1, %2;\n" : "=r"(mask) : "r"(a), "r"(b));
+  return mask;
+}
+
+// Keeps the compiler from unpacking a loop's values before the loop, where they take more
+// registers.
+template <typename Piece>
+__device__ inline void keep_packed(Piece&) {}
+__device__ inline void keep_packed(uint4& piece) {
+  asm volatile("" : "+r"(piece.x), "+r"(piece.y), "+r"(piece.z), "+r"(piece.w));
 }
 
 // Enqueues kernel(args...).

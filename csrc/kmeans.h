@@ -48,6 +48,10 @@ struct AssignArgs {
   double* inertia = nullptr;       // OUT [G]       weighted sum of squared distances
   int32_t* labels = nullptr;       // OUT [G, M], or null
   float* distances = nullptr;      // OUT [G, M] squared distance to the nearest centre, or null
+  // Whether sums, counts and labels are INOUT, those of a pass over the same tokens, without
+  // weights, to other centres. Sums and counts may then be corrected by the tokens that change to
+  // another centre. The CPU makes them anew.
+  bool corrects = false;
 };
 
 // All squared distances, for seeding and for `transform`.
@@ -107,10 +111,10 @@ std::vector<std::string> cpu_isas();
 
 // CUDA. Every pointer is memory of the current device, and `stream` one of its streams. Enqueues,
 // allocates nothing, does not synchronise. `workspace` holds ..._cuda_workspace() bytes, which
-// looks at the sizes in `args` only. A missing shift is replaced by the mean of the centres. Throws
-// std::runtime_error with file and line on a CUDA error, and in a build without CUDA
-// (kmeans_cuda_absent.cpp). cuda_why_not() is empty if the current device can run the kernels, else
-// the reason why not.
+// looks at the sizes in `args` only. `shift` must be given. Throws std::invalid_argument on empty
+// tokens or a missing array, std::runtime_error with file and line on a CUDA error, and in a build
+// without CUDA (kmeans_cuda_absent.cpp). cuda_why_not() is empty if the current device can run the
+// kernels, else the reason why not.
 std::string cuda_why_not();
 int64_t assign_accumulate_cuda_workspace(const AssignArgs& args);
 void assign_accumulate_cuda(const AssignArgs& args, void* workspace, void* stream);

@@ -24,21 +24,22 @@ namespace spt_fast {
 namespace {
 
 constexpr int64_t kMaxGridYZ = 65535;
-// Runs of tokens have partial sums of their own. There are at most two for each multiprocessor of
-// an H100, which keeps smaller and larger GPUs busy too. Each has at least kMinRows tokens, which
-// cost more than the adding up of its sums. Partial sums take at most kMaxPartialBytes.
+// Runs of tokens have partial sums of their own. There are at most two, or eight of the sorted
+// rows, for each multiprocessor of an H100, which keeps smaller and larger GPUs busy too. Each has
+// at least kMinRows tokens, which cost more than the adding up of its sums.
 constexpr int64_t kMaxRuns = 264;
+constexpr int64_t kMaxSortedRuns = 1056;
 constexpr int64_t kMinRows = 128;
-constexpr int64_t kMaxPartialBytes = int64_t{128} << 20;
+constexpr int64_t kMinScanBytes = 64 << 10;
 constexpr int64_t kAlignment = 256;  // of arrays in the workspace: that of cudaMalloc
 
+// The rows of a group in `most` parts for all groups together, each with `least` rows at least.
 // Depends on the sizes only, never on the GPU: the same input gives the same order of sums.
-int64_t num_runs(int64_t groups, int64_t rows, int64_t width, int64_t num_centers) {
-  const int64_t run_bytes =
-      groups * num_centers * (width + kExtraColumns) * int64_t{sizeof(double)};
-  const int64_t most = std::min(ceil_div(kMaxRuns, groups), kMaxPartialBytes / run_bytes);
-  return std::max<int64_t>(1, std::min(most, rows / kMinRows));
+int64_t num_parts(const TokenView& tokens, int64_t most, int64_t least) {
+  return std::clamp<int64_t>(tokens.rows() / least, 1, ceil_div(most, tokens.groups));
 }
+int64_t one_read_runs(const TokenView& tokens) { return num_parts(tokens, kMaxRuns, kMinRows); }
+int64_t sorted_runs(const TokenView& tokens) { return num_parts(tokens, kMaxSortedRuns, kMinRows); }
 
 // Hands out arrays of the workspace; with no workspace, measures it.
 class Workspace {
@@ -58,52 +59,76 @@ class Workspace {
   int64_t used_ = 0;
 };
 
-// What both operations keep in the workspace.
-void take_centers(Problem& p, Workspace& workspace) {
-  const int64_t padded = p.tokens.groups * p.center_tiles * kTileCenters;
-  p.packed = workspace.take<uint4>(p.tokens.groups * p.column_tiles * p.center_tiles * kWarp);
-  p.base = workspace.take<float>(padded);
-  p.slope = workspace.take<float>(padded);
-}
-
-// What only assign-and-accumulate does.
-void take_sums(Problem& p, Workspace& workspace) {
-  const int64_t tokens = p.tokens.groups * p.rows;
-  p.partials = workspace.take<double>(p.tokens.groups * p.runs * p.num_centers *
-                                      (p.tokens.width + kExtraColumns));
+// What only assign-and-accumulate does, for either path: which one it is depends on the GPU.
+Sort take_sums(Problem& p, bool corrects, Workspace& workspace) {
+  const int64_t groups = p.tokens.groups;
+  const int64_t tokens = groups * p.rows;
+  const bool may_read_once = p.num_centers <= kOneReadCenters && p.tokens.width <= kOneReadColumns;
+  const int64_t once = may_read_once ? one_read_runs(p.tokens) * p.num_centers : 0;
+  const int64_t twice = sorted_runs(p.tokens) + p.num_centers;
+  p.partials =
+      workspace.take<double>(groups * std::max(once, twice) * (p.tokens.width + kExtraColumns));
   p.distances = workspace.take<float>(tokens);
   p.labels = workspace.take<int32_t>(tokens);
+
+  Sort sort{};
+  sort.corrects = corrects;
+  sort.rows = corrects ? 2 * p.rows : p.rows;
+  sort.unsorted = corrects ? workspace.take<int32_t>(groups * sort.rows) : p.labels;
+  // A share has fewer numbers than rows. CUB's scan takes 16 bytes for about a thousand of them.
+  sort.shares = num_parts(p.tokens, kMaxSortedRuns, std::max(kMinRows, 4 * p.num_centers));
+  const int64_t places = groups * p.num_centers * sort.shares;
+  sort.places = workspace.take<int64_t>(places);
+  sort.storage_bytes = places + kMinScanBytes;
+  sort.storage = workspace.take<char>(sort.storage_bytes);
+  sort.inertia = workspace.take<double>(groups * sort.shares);
+  sort.sorted = workspace.take<int64_t>(groups * sort.rows);
+  sort.labels = workspace.take<int32_t>(groups * sort.rows);
+  return sort;
 }
 
-Problem make_problem(const TokenView& tokens, int64_t num_centers) {
+bool has_aligned_rows(const TokenView& tokens) {
+  const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(tokens.data));
+  const int64_t strides = tokens.group_stride | tokens.outer_stride | tokens.inner_stride;
+  return (address | strides * element_bytes(tokens.dtype)) % 16 == 0;
+}
+
+// The problem of AssignArgs or DistanceArgs, and what both keep in the workspace.
+template <typename Args>
+Problem make_problem(const Args& args, Workspace& workspace) {
+  const TokenView& tokens = args.tokens;
   Problem p{};
   p.tokens = tokens;
+  p.is_aligned = has_aligned_rows(tokens);
   p.rows = tokens.rows();
-  p.num_centers = num_centers;
-  p.runs = num_runs(tokens.groups, p.rows, tokens.width, num_centers);
+  if (tokens.outer_stride == tokens.inner * tokens.inner_stride) {
+    // Rows are evenly spaced: token_offset() need not divide.
+    p.tokens.inner = p.rows;
+    p.tokens.outer = 1;
+  }
+  p.centers = args.centers;
+  p.shift = args.shift;
+  p.num_centers = args.num_centers;
   p.column_tiles = static_cast<int>(ceil_div(tokens.width, kTileColumns));
-  p.center_tiles = std::max(kMinCenterTiles, static_cast<int>(ceil_div(num_centers, kTileCenters)));
+  p.center_tiles =
+      std::max(kMinCenterTiles, static_cast<int>(ceil_div(p.num_centers, kTileCenters)));
+  const int64_t padded = tokens.groups * p.center_tiles * kTileCenters;
+  p.packed = workspace.take<uint4>(tokens.groups * p.column_tiles * p.center_tiles * kWarp);
+  p.base = workspace.take<float>(padded);
+  p.slope = workspace.take<float>(padded);
   return p;
 }
 
-Granule widest_granule(const TokenView& tokens) {
-  const int64_t bytes = element_bytes(tokens.dtype);
-  const auto fits = [&](int64_t granule) {
-    return reinterpret_cast<uintptr_t>(tokens.data) % granule == 0 &&
-           tokens.group_stride * bytes % granule == 0 &&
-           tokens.outer_stride * bytes % granule == 0 && tokens.inner_stride * bytes % granule == 0;
-  };
-  return fits(16) ? Granule::k16 : fits(4) ? Granule::k4 : Granule::kElement;
-}
-
 void validate(const TokenView& tokens, int64_t num_centers) {
+  if (tokens.groups < 1 || tokens.rows() < 1 || tokens.width < 1) {
+    throw std::invalid_argument("tokens must not be empty");
+  }
   if (tokens.groups > kMaxGridYZ) {
     throw std::invalid_argument("groups must be at most 65535 on CUDA, got " +
                                 std::to_string(tokens.groups));
   }
-  if (tokens.width < 1 || num_centers < 1 || num_centers > INT32_MAX - kTileCenters) {
-    throw std::invalid_argument("width and num_centers must be positive, got " +
-                                std::to_string(tokens.width) + " and " +
+  if (num_centers < 1 || num_centers > INT32_MAX - kTileCenters) {
+    throw std::invalid_argument("num_centers must be positive, and far below 2^31, got " +
                                 std::to_string(num_centers));
   }
 }
@@ -158,19 +183,20 @@ void launch_assign(const Problem& p, cudaStream_t stream) {
 }
 
 template <typename T>
-void launch_accumulate(const Problem& p, cudaStream_t stream) {
-  // Two blocks share a multiprocessor. It holds 1 KiB more than a block may have, and the system
-  // and the kernel's counts take 1.5 KiB of each block's.
-  const int64_t slab_bytes = kAccumulateColumns * int64_t{sizeof(float)};
-  const int64_t most = std::min<int64_t>(
-      kMaxSlab, (dynamic_shared_memory(accumulate_kernel<T>) / 2 - 2048) / slab_bytes);
-  const int64_t slabs = ceil_div(p.num_centers, most);
-  const int64_t slab = ceil_div(p.num_centers, slabs);
-  const int64_t tiles = ceil_div(p.tokens.width, kAccumulateColumns);
-  const dim3 grid(as_grid(tiles * ceil_div(p.num_centers, slab) + 1), as_grid(p.runs),
-                  as_grid(p.tokens.groups));
-  launch(accumulate_kernel<T>, grid, kAccumulateThreads, static_cast<int>(slab * slab_bytes),
-         stream, p, static_cast<int>(slab));
+void launch_accumulate(const Problem& p, Sort sort, int32_t* last, cudaStream_t stream) {
+  const unsigned groups = as_grid(p.tokens.groups);
+  const dim3 shares(as_grid(sort.shares), groups);
+  launch(compare_labels_kernel, shares, kWarp, 0, stream, p, sort, last);
+  launch(count_labels_kernel, shares, kWarp, 0, stream, p, sort);
+  SPT_CUDA_CHECK(
+      cub::DeviceScan::ExclusiveSum(sort.storage, sort.storage_bytes, sort.places, sort.places,
+                                    p.tokens.groups * p.num_centers * sort.shares, stream));
+  launch(sort_rows_kernel, shares, kWarp, 0, stream, p, sort);
+  const int64_t columns = sizeof(uint4) / sizeof(T);
+  const bool is_wide = p.is_aligned && p.tokens.width % columns == 0;
+  const auto kernel = is_wide ? accumulate_kernel<T, uint4> : accumulate_kernel<T, T>;
+  const int64_t warps = ceil_div(p.tokens.width, kWarp * (is_wide ? columns : 1));
+  launch(kernel, dim3(as_grid(warps), as_grid(p.runs), groups), kWarp, 0, stream, p, sort);
 }
 
 // The one-read kernel and its shape, or no kernel.
@@ -203,56 +229,26 @@ OneRead choose_one_read(const Problem& p) {
 }
 
 template <typename T>
-void launch_assign_accumulate(Problem p, const AssignArgs& args, cudaStream_t stream) {
+void launch_assign_accumulate(Problem p, Sort sort, const AssignArgs& args, cudaStream_t stream) {
   launch_pack_centers<T>(p, stream);
   const OneRead one_read = choose_one_read<T>(p);
   if (one_read.kernel) {
+    sort = {};
+    p.runs = one_read_runs(p.tokens);
     p.labels = args.labels;
     p.distances = args.distances;
     launch(one_read.kernel, dim3(as_grid(p.runs), as_grid(p.tokens.groups)), kOneReadThreads,
            one_read.shape.bytes, stream, p, one_read.shape);
   } else {
-    if (args.labels) p.labels = args.labels;
+    p.runs = sorted_runs(p.tokens);
+    if (args.labels && !sort.corrects) p.labels = sort.unsorted = args.labels;
     if (args.distances) p.distances = args.distances;
     launch_assign<T>(p, stream);
-    launch_accumulate<T>(p, stream);
+    launch_accumulate<T>(p, sort, sort.corrects ? args.labels : nullptr, stream);
   }
   const int64_t elements = p.tokens.groups * p.num_centers * (p.tokens.width + kExtraColumns);
-  launch(reduce_kernel, as_grid(ceil_div(elements, kWarp)), kReduceThreads, 0, stream, p, args.sums,
-         args.counts, args.inertia);
-}
-
-void clear_outputs(const AssignArgs& args, cudaStream_t stream) {
-  const int64_t centers = args.tokens.groups * args.num_centers;
-  SPT_CUDA_CHECK(
-      cudaMemsetAsync(args.sums, 0, centers * args.tokens.width * sizeof(double), stream));
-  SPT_CUDA_CHECK(cudaMemsetAsync(args.counts, 0, centers * sizeof(double), stream));
-  SPT_CUDA_CHECK(cudaMemsetAsync(args.inertia, 0, args.tokens.groups * sizeof(double), stream));
-}
-
-// Fills in what is left of the problem, and enqueues the mean of the centres if no shift is given.
-void set_inputs(Problem& p, const float* centers, const float* shift, Workspace& workspace,
-                cudaStream_t stream) {
-  p.granule = widest_granule(p.tokens);
-  p.centers = centers;
-  take_centers(p, workspace);
-  float* mean = workspace.take<float>(p.tokens.groups * p.tokens.width);
-  p.shift = shift ? shift : mean;
-  if (shift) return;
-  const int64_t elements = p.tokens.groups * p.tokens.width;
-  launch(mean_center_kernel, as_grid(ceil_div(elements, kCenterThreads)), kCenterThreads, 0, stream,
-         centers, p.tokens.groups, p.num_centers, p.tokens.width, mean);
-}
-
-// The size of the workspace: that of the arrays which the operations take.
-int64_t workspace_bytes(const TokenView& tokens, int64_t num_centers, bool with_sums) {
-  if (tokens.groups < 1 || tokens.rows() < 1) return kAlignment;
-  Problem p = make_problem(tokens, num_centers);
-  Workspace workspace(nullptr);
-  take_centers(p, workspace);
-  workspace.take<float>(tokens.groups * tokens.width);
-  if (with_sums) take_sums(p, workspace);
-  return workspace.used();
+  launch(reduce_kernel, as_grid(ceil_div(elements, kWarp)), kReduceThreads, 0, stream, p, sort,
+         args.sums, args.counts, args.inertia);
 }
 
 }  // namespace
@@ -260,7 +256,7 @@ int64_t workspace_bytes(const TokenView& tokens, int64_t num_centers, bool with_
 std::string cuda_why_not() {
   cudaFuncAttributes attributes{};
   const cudaError_t status =
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(mean_center_kernel));
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(reduce_kernel));
   if (status == cudaSuccess) return "";
   cudaGetLastError();
   return std::string("kernels built for " SPT_CUDA_ARCHS " do not run on this GPU: ") +
@@ -268,50 +264,51 @@ std::string cuda_why_not() {
 }
 
 int64_t assign_accumulate_cuda_workspace(const AssignArgs& args) {
-  return workspace_bytes(args.tokens, args.num_centers, true);
+  Workspace workspace(nullptr);
+  Problem p = make_problem(args, workspace);
+  take_sums(p, args.corrects, workspace);
+  return workspace.used();
 }
 
 int64_t distances_cuda_workspace(const DistanceArgs& args) {
-  return workspace_bytes(args.tokens, args.num_centers, false);
+  Workspace workspace(nullptr);
+  make_problem(args, workspace);
+  return workspace.used();
 }
 
 void assign_accumulate_cuda(const AssignArgs& args, void* workspace, void* stream) {
-  const TokenView& tokens = args.tokens;
-  if (tokens.groups < 1) return;
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (tokens.rows() < 1) return clear_outputs(args, cuda_stream);
-  validate(tokens, args.num_centers);
-  if (!tokens.data || !args.centers || !args.sums || !args.counts || !args.inertia || !workspace) {
-    throw std::invalid_argument("tokens, centers, sums, counts, inertia and workspace must be set");
+  validate(args.tokens, args.num_centers);
+  if (!args.tokens.data || !args.centers || !args.shift || !args.sums || !args.counts ||
+      !args.inertia || !workspace) {
+    throw std::invalid_argument(
+        "tokens, centers, shift, sums, counts, inertia and workspace must be set");
+  }
+  if (args.corrects && (!args.labels || args.weights)) {
+    throw std::invalid_argument("corrects needs labels, and takes no weights");
   }
 
-  Problem p = make_problem(tokens, args.num_centers);
   Workspace arrays(workspace);
-  set_inputs(p, args.centers, args.shift, arrays, cuda_stream);
-  take_sums(p, arrays);
+  Problem p = make_problem(args, arrays);
+  const Sort sort = take_sums(p, args.corrects, arrays);
   p.weights = args.weights;
-  visit_dtype(tokens.dtype, [&](auto element) {
-    launch_assign_accumulate<decltype(element)>(p, args, cuda_stream);
+  visit_dtype(p.tokens.dtype, [&](auto element) {
+    launch_assign_accumulate<decltype(element)>(p, sort, args, static_cast<cudaStream_t>(stream));
   });
 }
 
 void distances_cuda(const DistanceArgs& args, void* workspace, void* stream) {
-  const TokenView& tokens = args.tokens;
-  if (tokens.groups < 1 || tokens.rows() < 1) return;
-  validate(tokens, args.num_centers);
-  if (!tokens.data || !args.centers || !args.distances || !workspace) {
-    throw std::invalid_argument("tokens, centers, distances and workspace must be set");
+  validate(args.tokens, args.num_centers);
+  if (!args.tokens.data || !args.centers || !args.shift || !args.distances || !workspace) {
+    throw std::invalid_argument("tokens, centers, shift, distances and workspace must be set");
   }
 
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  Problem p = make_problem(tokens, args.num_centers);
   Workspace arrays(workspace);
-  set_inputs(p, args.centers, args.shift, arrays, cuda_stream);
+  Problem p = make_problem(args, arrays);
   p.all_distances = args.distances;
-  visit_dtype(tokens.dtype, [&](auto element) {
+  visit_dtype(p.tokens.dtype, [&](auto element) {
     using T = decltype(element);
-    launch_pack_centers<T>(p, cuda_stream);
-    launch_assign<T>(p, cuda_stream);
+    launch_pack_centers<T>(p, static_cast<cudaStream_t>(stream));
+    launch_assign<T>(p, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -1,176 +1,111 @@
-// Sums per centre (eq. 10) of tokens whose labels are known: the second read of the path for any K.
+// Sums per centre (eq. 10) of tokens sorted by their labels: the second read of the path for any K.
 //
 //   sums[k] = sum over x of [label(x) = k] w(x) x,   counts[k] = sum over x of [label(x) = k] w(x)
 //
-// A thread has four neighbouring columns of a slab of up to kMaxSlab centres: float32 totals in
-// shared memory, which move to float64 every kRowsPerMove tokens. No thread reads what another
-// writes, so sums need no barrier. A token is read only for the slab that holds its label.
+// A warp has a run of the sorted rows and a piece of columns a lane, and keeps the sums of one
+// centre in registers. Where the label changes they are the partial sums of this run and centre.
 #pragma once
 
-#include "kmeans_cuda_problem.cuh"
+#include "kmeans_cuda_sort.cuh"
 
 namespace spt_fast {
 
-constexpr int kColumnsPerThread = 4;    // one 16-byte load of float32
-constexpr int kAccumulateThreads = 64;  // so that 1 KiB of totals is a centre's, and 110 fit
-constexpr int kAccumulateColumns = kColumnsPerThread * kAccumulateThreads;
-// Rows whose loads are under way at a time: 256 bytes of float32 or of half types a thread.
-__host__ __device__ constexpr int rows_in_flight(int element_bytes) { return 64 / element_bytes; }
-constexpr int kMaxSlab = 110;  // two blocks of 110 KiB share a multiprocessor of an H100
-// n rounded additions to a growing float32 total lose n / 2 2^-24 of the sum of |x| at worst, which
-// is 1.2e-4, and about sqrt(n) 2^-24, 4e-6, if roundings are independent. Tests define fewer rows.
-#ifndef SPT_ROWS_PER_MOVE
-#define SPT_ROWS_PER_MOVE 4096
-#endif
-constexpr int kRowsPerMove = SPT_ROWS_PER_MOVE;
+// Warps on a multiprocessor at least: a lane has 128 registers, and 128 KiB of rows are under way.
+constexpr int kAccumulateWarps = 16;
+constexpr int kRowsInFlight = 16;  // that a warp loads before it uses the first one
+// n rounded additions to a growing float32 total lose n 2^-24 of the sum of |x| at worst: 8e-6.
+// After so many rows totals move to float64; where they correct sums, after kRowsInFlight, as a
+// centre may keep but a few of its tokens.
+constexpr int kRowsPerMove = 128;
 
-// Four adjacent elements, as they are in memory.
-template <typename T>
-struct alignas(4 * sizeof(T)) Quad {
-  T values[kColumnsPerThread];
-};
-
-// Four elements from `source`, those from `count` on as zeros; one load where the alignment allows
-// it.
-template <typename T>
-__device__ inline Quad<T> load_quad(const T* source, int count, bool aligned) {
-  if (aligned && count == kColumnsPerThread) return *reinterpret_cast<const Quad<T>*>(source);
-  Quad<T> quad;
+// totals += sums, which are zero then.
+template <int kColumns>
+__device__ inline void move_sums(double (&totals)[kColumns], float (&sums)[kColumns]) {
 #pragma unroll
-  for (int c = 0; c < kColumnsPerThread; ++c) quad.values[c] = c < count ? source[c] : T{};
-  return quad;
-}
-
-// Adds the thread's four columns of the totals to the run's partials, in float64, and clears them.
-// IN totals [slab], kAccumulateThreads apart; INOUT partial [slab], `stride` apart.
-__device__ inline void move_totals(float4* totals, double* partial, int64_t stride, int slab,
-                                   int columns, bool first) {
-  for (int k = 0; k < slab; ++k) {
-    float4& total = totals[k * kAccumulateThreads];
-    const float values[kColumnsPerThread] = {total.x, total.y, total.z, total.w};
-    double* target = partial + k * stride;
-    for (int c = 0; c < columns; ++c) target[c] = first ? values[c] : target[c] + values[c];
-    total = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int c = 0; c < kColumns; ++c) {
+    totals[c] += sums[c];
+    sums[c] = 0.0f;
   }
 }
 
-// The tokens of a run, rows [begin, end) of the group, and where its partial sums go.
-struct Run {
-  int64_t group;
-  int64_t begin;
-  int64_t end;
-  double* partial;
-};
-
-// The run's sums of four columns, of the centres [first_center, first_center + slab).
-template <typename T>
-__device__ inline void accumulate_columns(const Problem& p, const Run& run, int64_t first_column,
-                                          int64_t first_center, int slab) {
+// The partial sums of run r and centre k are row r + k: along the sorted rows either grows, neither
+// falls, so that no two pairs share a row. Rows of pairs that do not meet are not written. Piece:
+// uint4, or T where rows are not made of whole and aligned uint4. IN tokens [G, M, D]; places,
+// sorted, labels of the sort; weights [G, M] or null; OUT partials [G, runs + K, D +
+// kExtraColumns], the last column unused. grid = (columns of a warp, runs, groups), one warp.
+template <typename T, typename Piece>
+__global__ void __launch_bounds__(kWarp, kAccumulateWarps) accumulate_kernel(Problem p, Sort sort) {
+  constexpr int kColumns = sizeof(Piece) / sizeof(T);
+  __shared__ cub::WarpReduce<double>::TempStorage storage;
+  const int lane = threadIdx.x;
+  const int64_t group = blockIdx.z;
   const int64_t stride = p.tokens.width + kExtraColumns;
-  constexpr int kRowsInFlight = rows_in_flight(sizeof(T));
-  const int columns = static_cast<int>(
-      max(min(p.tokens.width - first_column, int64_t{kColumnsPerThread}), int64_t{0}));
-  if (columns == 0) return;
-  const T* tokens = group_tokens<T>(p, run.group) + first_column;
-  const int32_t* labels = p.labels + run.group * p.rows;
-  const float* weights = p.weights ? p.weights + run.group * p.rows : nullptr;
-  float4* totals = reinterpret_cast<float4*>(dynamic_shared()) + threadIdx.x;
-  for (int k = 0; k < slab; ++k) totals[k * kAccumulateThreads] = {0.0f, 0.0f, 0.0f, 0.0f};
+  const int64_t group_begin = center_end(sort, group * p.num_centers - 1);
+  const int64_t group_rows = center_end(sort, (group + 1) * p.num_centers - 1) - group_begin;
+  const int64_t run_rows = ceil_div(group_rows, p.runs);
+  const int64_t begin = blockIdx.y * run_rows;
+  const int64_t end = min(begin + run_rows, group_rows);
+  const int64_t first_column = (int64_t{blockIdx.x} * kWarp + lane) * kColumns;
+  const bool has_columns = first_column < p.tokens.width;
+  // A lane without columns loads what the first lane does, and keeps it.
+  const T* tokens = group_tokens<T>(p, group) + first_column - (has_columns ? 0 : lane * kColumns);
+  const float* weights = p.weights ? p.weights + group * p.rows : nullptr;
+  const int64_t* rows = sort.sorted + group_begin;
+  const int32_t* labels = sort.labels + group_begin;
+  double* partials = p.partials + (group * (p.runs + p.num_centers) + blockIdx.y) * stride;
 
-  double* partial = run.partial + first_center * stride + first_column;
-  // Row i * inner + j. It is counted up, which spares a division for each row.
-  int64_t i = run.begin / p.tokens.inner;
-  int64_t j = run.begin - i * p.tokens.inner;
-  bool first = true;
-  int unmoved = 0;
-  for (int64_t first_row = run.begin; first_row < run.end; first_row += kRowsInFlight) {
-    int center[kRowsInFlight];
-    float weight[kRowsInFlight];
-    Quad<T> quads[kRowsInFlight];
+  float sums[kColumns] = {};
+  double totals[kColumns] = {};
+  double count = 0.0;
+  int64_t center = -1;
+  const auto store = [&] {
+    move_sums(totals, sums);
+    double* partial = partials + center * stride;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (has_columns) partial[first_column + c] = totals[c];
+      totals[c] = 0.0;
+    }
+    count = cub::WarpReduce<double>(storage).Sum(count);
+    if (blockIdx.x == 0 && lane == 0) partial[p.tokens.width] = count;
+    count = 0.0;
+  };
+
+  for (int64_t first = begin; first < end; first += kRowsInFlight) {
+    const bool inside = lane < kRowsInFlight && first + lane < end;
+    const int64_t row = rows[min(first + lane, end - 1)];
+    const int32_t label = inside ? labels[first + lane] : -1;
+    const bool is_added = row < p.rows;
+    const float weight = weights ? weights[row] : is_added ? 1.0f : -1.0f;
+    const int64_t offset = token_offset(p.tokens, is_added ? row : row - p.rows);
+    Piece pieces[kRowsInFlight];
 #pragma unroll
     for (int u = 0; u < kRowsInFlight; ++u) {
-      const int64_t row = first_row + u;
-      const int64_t label = row < run.end ? labels[row] - first_center : -1;
-      center[u] = label < slab ? static_cast<int>(label) : -1;
-      if (center[u] >= 0) {
-        weight[u] = weights ? weights[row] : 1.0f;
-        const int64_t offset = i * p.tokens.outer_stride + j * p.tokens.inner_stride;
-        quads[u] = load_quad(tokens + offset, columns, p.granule == Granule::k16);
-      }
-      if (++j == p.tokens.inner) {
-        j = 0;
-        ++i;
-      }
+      const T* source = tokens + __shfl_sync(kAllLanes, offset, u);
+      pieces[u] = *reinterpret_cast<const Piece*>(source);
     }
+    for (unsigned left = __ballot_sync(kAllLanes, inside); left != 0;) {
+      const int next = __shfl_sync(kAllLanes, label, __ffs(left) - 1);
+      if (next != center && center >= 0) store();
+      center = next;
+      const unsigned members = __ballot_sync(kAllLanes, label == next);
 #pragma unroll
-    for (int u = 0; u < kRowsInFlight; ++u) {
-      if (center[u] >= 0) {
-        float4& total = totals[center[u] * kAccumulateThreads];
-        total.x = fmaf(weight[u], to_float(quads[u].values[0]), total.x);
-        total.y = fmaf(weight[u], to_float(quads[u].values[1]), total.y);
-        total.z = fmaf(weight[u], to_float(quads[u].values[2]), total.z);
-        total.w = fmaf(weight[u], to_float(quads[u].values[3]), total.w);
+      for (int u = 0; u < kRowsInFlight; ++u) {
+        const float its_weight = __shfl_sync(kAllLanes, weight, u);
+        keep_packed(pieces[u]);
+        alignas(16) T values[kColumns];
+        *reinterpret_cast<Piece*>(values) = pieces[u];
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          if (members >> u & 1) sums[c] = fmaf(its_weight, to_float(values[c]), sums[c]);
+        }
       }
+      if (members >> lane & 1) count += weight;
+      left &= ~members;
     }
-    unmoved += kRowsInFlight;
-    if (unmoved == kRowsPerMove) {
-      move_totals(totals, partial, stride, slab, columns, first);
-      first = false;
-      unmoved = 0;
-    }
+    if (sort.corrects || (first - begin) % kRowsPerMove == 0) move_sums(totals, sums);
   }
-  if (unmoved || first) move_totals(totals, partial, stride, slab, columns, first);
-}
-
-// Counts of all centres and the inertia of a run, in float64; a thread has every 64th centre.
-__device__ inline void accumulate_counts(const Problem& p, const Run& run) {
-  __shared__ double shares[kAccumulateThreads];
-  const int64_t stride = p.tokens.width + kExtraColumns;
-  const int64_t first_token = run.group * p.rows;
-  for (int64_t k = threadIdx.x; k < p.num_centers; k += kAccumulateThreads) {
-    double count = 0.0;
-#pragma unroll 8
-    for (int64_t row = run.begin; row < run.end; ++row) {
-      const float weight = p.weights ? p.weights[first_token + row] : 1.0f;
-      if (p.labels[first_token + row] == k) count += weight;
-    }
-    run.partial[k * stride + p.tokens.width] = count;
-  }
-
-  double inertia = 0.0;
-  for (int64_t row = run.begin + threadIdx.x; row < run.end; row += kAccumulateThreads) {
-    const double weight = p.weights ? p.weights[first_token + row] : 1.0f;
-    inertia += weight * p.distances[first_token + row];
-  }
-  shares[threadIdx.x] = inertia;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  double total = 0.0;
-  for (double share : shares) total += share;
-  run.partial[p.tokens.width + 1] = total;
-}
-
-// Sums, counts and inertia of each run. IN tokens [G, M, D], labels [G, M], distances [G, M],
-// weights [G, M] or null; OUT partials [G, runs, K, D + kExtraColumns]. grid = (column tiles of
-// kAccumulateColumns * slabs + 1, runs, groups); the last block in x counts.
-template <typename T>
-__global__ void __launch_bounds__(kAccumulateThreads) accumulate_kernel(Problem p, int slab) {
-  Run run;
-  run.group = blockIdx.z;
-  const int64_t run_rows = ceil_div(p.rows, p.runs);
-  run.begin = min(blockIdx.y * run_rows, p.rows);
-  run.end = min(run.begin + run_rows, p.rows);
-  run.partial = run_partial(p, run.group, blockIdx.y);
-  if (blockIdx.x + 1 == gridDim.x) {
-    accumulate_counts(p, run);
-    return;
-  }
-  const int64_t slabs = ceil_div(p.num_centers, slab);
-  const int64_t tile = blockIdx.x / slabs;
-  const int64_t first_center = (blockIdx.x - tile * slabs) * slab;
-  const int64_t first_column = tile * kAccumulateColumns + threadIdx.x * kColumnsPerThread;
-  accumulate_columns<T>(p, run, first_column, first_center,
-                        static_cast<int>(min(p.num_centers - first_center, int64_t{slab})));
+  if (center >= 0) store();
 }
 
 }  // namespace spt_fast

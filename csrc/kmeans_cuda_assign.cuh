@@ -43,18 +43,39 @@ struct AssignShape {
   int steps_per_slab;
 };
 
-// Copies the centres of one step: target [column_tiles, kSlabTiles, 32] uint4, of which `tiles` are
-// written. The rest keeps what it had, and is not used.
+// Counted up, which spares divisions.
+struct Step {
+  int slab = 0;
+  int in_slab = 0;
+  int stage = 0;
+
+  __device__ void advance(const AssignShape& shape) {
+    if (++stage == shape.stages) stage = 0;
+    if (++in_slab == shape.steps_per_slab) {
+      in_slab = 0;
+      ++slab;
+    }
+  }
+};
+
+// Copies the centres of one step: target [kStepTiles, kSlabTiles, 32] uint4, of which
+// `column_tiles` and `tiles` are written. The rest keeps what it had, and is not used.
+template <int kStepTiles>
 __device__ inline void copy_centers(unsigned char* target, const Problem& p, int64_t group,
                                     int first_column_tile, int column_tiles, int first_tile,
                                     int tiles) {
-  const int pieces = tiles * kWarp;
-  for (int b = 0; b < column_tiles; ++b) {
-    const uint4* source =
-        p.packed +
-        ((group * p.column_tiles + first_column_tile + b) * p.center_tiles + first_tile) * kWarp;
-    for (int i = threadIdx.x; i < pieces; i += kAssignThreads) {
-      copy_async_16(target + (b * kSlabTiles * kWarp + i) * 16, source + i, 16);
+  const uint4* source =
+      p.packed +
+      ((group * p.column_tiles + first_column_tile) * p.center_tiles + first_tile) * kWarp;
+#pragma unroll
+  for (int b = 0; b < kStepTiles; ++b) {
+#pragma unroll
+    for (int first = 0; first < kSlabTiles * kWarp; first += kAssignThreads) {
+      const int i = first + static_cast<int>(threadIdx.x);
+      if (b < column_tiles && i < tiles * kWarp) {
+        copy_async_16(target + (b * kSlabTiles * kWarp + i) * 16,
+                      source + b * p.center_tiles * kWarp + i, 16);
+      }
     }
   }
 }
@@ -82,10 +103,11 @@ __device__ inline int64_t thread_row(int64_t warp_row, int tile, int half) {
 }
 
 // score = base + slope * product, for the centres of a slab: the nearest is kept, and distances are
-// written where all are wanted. IN product: result c[2 half + i] of row tile r and centre tile j.
+// written where all are wanted. INOUT product: result c[2 half + i] of row tile r and centre tile
+// j; zero afterwards.
 __device__ inline void finish_slab(const Problem& p, int64_t group, int64_t warp_row,
                                    int first_tile, int tiles,
-                                   const float (&product)[kRowTilesPerWarp][kSlabTiles][4],
+                                   float (&product)[kRowTilesPerWarp][kSlabTiles][4],
                                    RowState& state) {
   const int64_t padded = int64_t{p.center_tiles} * kTileCenters;
 #pragma unroll
@@ -101,6 +123,7 @@ __device__ inline void finish_slab(const Problem& p, int64_t group, int64_t warp
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float score = fmaf(slope, product[r][j][2 * half + c], base);
+          product[r][j][2 * half + c] = 0.0f;
           if (score < state.best_score[r][half]) {
             state.best_score[r][half] = score;
             state.best_center[r][half] = center;
@@ -126,15 +149,7 @@ __device__ inline void finish_rows(const Problem& p, int64_t group, int64_t warp
     for (int half = 0; half < 2; ++half) {
       float& best_score = state.best_score[r][half];
       int& best_center = state.best_center[r][half];
-#pragma unroll
-      for (int other = 2; other > 0; other /= 2) {
-        const float score = __shfl_xor_sync(kAllLanes, best_score, other);
-        const int center = __shfl_xor_sync(kAllLanes, best_center, other);
-        if (is_nearer(score, center, best_score, best_center)) {
-          best_score = score;
-          best_center = center;
-        }
-      }
+      share_nearest<kQuad>(best_score, best_center);
       const int64_t row = thread_row(warp_row, r, half);
       if (quad_lane() == 0 && row < p.rows) {
         store_nearest(p, group, row, finish_distance(state.norm[r][half], best_score, best_center));
@@ -143,10 +158,20 @@ __device__ inline void finish_rows(const Problem& p, int64_t group, int64_t warp
   }
 }
 
-__device__ inline void sum_quads(float (&norm)[kRowTilesPerWarp][2]) {
+// product += rows * centres for the first `tiles` of a slab's centre tiles, kIsWhole: for all,
+// without a branch between them. IN centers: this lane's words of centre tile j are centers[j *
+// kWarp].
+template <typename T, bool kIsWhole>
+__device__ inline void multiply_slab(const uint4* centers, int tiles,
+                                     const Rows<T> (&rows)[kRowTilesPerWarp],
+                                     float (&product)[kRowTilesPerWarp][kSlabTiles][4]) {
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTilesPerWarp; ++i) {
-    norm[i / 2][i % 2] = sum_over_quad(norm[i / 2][i % 2]);
+  for (int j = 0; j < kSlabTiles; ++j) {
+    if (kIsWhole || j < tiles) {
+      const Centers<T> tile_centers(centers[j * kWarp]);
+#pragma unroll
+      for (int r = 0; r < kRowTilesPerWarp; ++r) tile_centers.multiply_add(product[r][j], rows[r]);
+    }
   }
 }
 
@@ -166,7 +191,6 @@ __global__ void __launch_bounds__(kAssignThreads, 1) assign_kernel(Problem p, As
   const int64_t warp_row = int64_t{blockIdx.x} * kAssignRows + warp * kRowsPerWarp;
   const T* tokens = group_tokens<T>(p, group);
   const float* shift = p.shift + group * p.tokens.width;
-  const int steps = shape.steps_per_slab * shape.slabs;
 
   // The shift of all columns lies behind the stages, zeros after its end.
   float* shared_shift = reinterpret_cast<float*>(dynamic_shared() + shape.stages * kStageBytes);
@@ -174,78 +198,68 @@ __global__ void __launch_bounds__(kAssignThreads, 1) assign_kernel(Problem p, As
     shared_shift[d] = d < p.tokens.width ? shift[d] : 0.0f;
   }
 
-  const auto copy_step = [&](int step) {
-    if (step < steps) {
-      const int slab = step / shape.steps_per_slab;
-      const int first_column_tile = (step - slab * shape.steps_per_slab) * kStepTiles;
-      const int first_tile = slab * shape.tiles_per_slab;
-      unsigned char* stage = dynamic_shared() + step % shape.stages * kStageBytes;
-      copy_rows<T, kRowsPerWarp>(stage + warp * kRowsPerWarp * kAssignStride, kAssignStride, p,
-                                 tokens, warp_row, p.rows,
-                                 int64_t{first_column_tile} * kTileColumns, kStepBytes / 16);
-      copy_centers(stage + kAssignRows * kAssignStride, p, group, first_column_tile,
-                   min(kStepTiles, p.column_tiles - first_column_tile), first_tile,
-                   min(shape.tiles_per_slab, p.center_tiles - first_tile));
+  const RowOffsets<kRowsPerWarp> offsets(p.tokens, warp_row, p.rows);
+  const int rows = static_cast<int>(max(min(p.rows - warp_row, int64_t{kRowsPerWarp}), int64_t{0}));
+  const auto copy_step = [&](const Step& step) {
+    if (step.slab < shape.slabs) {
+      const int first_column_tile = step.in_slab * kStepTiles;
+      const int first_tile = step.slab * shape.tiles_per_slab;
+      unsigned char* stage = dynamic_shared() + step.stage * kStageBytes;
+      constexpr int kPieces = kStepBytes / 16;
+      copy_rows<T, kRowsPerWarp, kPieces>(stage + warp * kRowsPerWarp * kAssignStride,
+                                          kAssignStride, p, tokens, offsets, rows,
+                                          first_column_tile * kTileColumns, kPieces);
+      copy_centers<kStepTiles>(stage + kAssignRows * kAssignStride, p, group, first_column_tile,
+                               p.column_tiles - first_column_tile, first_tile,
+                               min(shape.tiles_per_slab, p.center_tiles - first_tile));
     }
     commit_copies();
   };
-  for (int step = 0; step < shape.stages - 1; ++step) copy_step(step);
+  Step next;
+  for (; next.stage < shape.stages - 1; next.advance(shape)) copy_step(next);
 
   RowState state = {};
 #pragma unroll
   for (int i = 0; i < 2 * kRowTilesPerWarp; ++i) state.best_score[i / 2][i % 2] = INFINITY;
   float product[kRowTilesPerWarp][kSlabTiles][4] = {};
-  for (int step = 0; step < steps; ++step) {
+  for (Step step; step.slab < shape.slabs; step.advance(shape)) {
     wait_for_oldest(shape.stages);
     __syncthreads();
-    copy_step(step + shape.stages - 1);
+    copy_step(next);
+    next.advance(shape);
 
-    const int slab = step / shape.steps_per_slab;
-    const int step_in_slab = step - slab * shape.steps_per_slab;
-    const int first_tile = slab * shape.tiles_per_slab;
+    const int first_tile = step.slab * shape.tiles_per_slab;
     const int tiles = min(shape.tiles_per_slab, p.center_tiles - first_tile);
-    const unsigned char* stage = dynamic_shared() + step % shape.stages * kStageBytes;
+    const unsigned char* stage = dynamic_shared() + step.stage * kStageBytes;
     const unsigned char* rows_begin = stage + warp * kRowsPerWarp * kAssignStride;
     const uint4* centers =
         reinterpret_cast<const uint4*>(stage + kAssignRows * kAssignStride) + lane;
 #pragma unroll
     for (int b = 0; b < kStepTiles; ++b) {
-      const int column_tile = step_in_slab * kStepTiles + b;
+      const int column_tile = step.in_slab * kStepTiles + b;
       if (column_tile < p.column_tiles) {
         Rows<T> values[kRowTilesPerWarp];
-        float norm[kRowTilesPerWarp][2] = {};
+        const float* tile_shift = shared_shift + column_tile * kTileColumns;
 #pragma unroll
         for (int r = 0; r < kRowTilesPerWarp; ++r) {
           values[r].load(rows_begin + r * kTileRows * kAssignStride + b * kTileBytes, kAssignStride,
-                         shared_shift + column_tile * kTileColumns, norm[r]);
+                         tile_shift);
           // Norms are the same in every slab.
-          if (slab == 0) {
-            state.norm[r][0] += norm[r][0];
-            state.norm[r][1] += norm[r][1];
-          }
+          if (step.slab == 0) values[r].add_norm(tile_shift, state.norm[r]);
         }
-#pragma unroll
-        for (int j = 0; j < kSlabTiles; ++j) {
-          if (j < tiles) {
-            const Centers<T> tile_centers(centers[(b * kSlabTiles + j) * kWarp]);
-#pragma unroll
-            for (int r = 0; r < kRowTilesPerWarp; ++r)
-              tile_centers.multiply_add(product[r][j], values[r]);
-          }
+        if (tiles == kSlabTiles) {
+          multiply_slab<T, true>(centers + b * kSlabTiles * kWarp, tiles, values, product);
+        } else {
+          multiply_slab<T, false>(centers + b * kSlabTiles * kWarp, tiles, values, product);
         }
       }
     }
-    if (step_in_slab == shape.steps_per_slab - 1) {
-      if (slab == 0) sum_quads(state.norm);
-      finish_slab(p, group, warp_row, first_tile, tiles, product, state);
+    if (step.in_slab == shape.steps_per_slab - 1) {
 #pragma unroll
-      for (int r = 0; r < kRowTilesPerWarp; ++r) {
-#pragma unroll
-        for (int j = 0; j < kSlabTiles; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) product[r][j][i] = 0.0f;
-        }
+      for (int i = 0; step.slab == 0 && i < 2 * kRowTilesPerWarp; ++i) {
+        state.norm[i / 2][i % 2] = sum_over_quad(state.norm[i / 2][i % 2]);
       }
+      finish_slab(p, group, warp_row, first_tile, tiles, product, state);
     }
   }
   if (!p.all_distances) finish_rows(p, group, warp_row, state);

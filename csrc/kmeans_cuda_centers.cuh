@@ -7,29 +7,17 @@
 //   float32:    product = (x - shift) . c',    base = |c'|^2,
 // slope = -2 / scale. What c^ lacks is multiplied by x - shift only, never by the size of x. The
 // scale, a power of two, keeps the centres within float16's range; for other types it is one. Norms
-// are summed in float64. A missing shift is replaced by the mean of the centres.
+// are summed in float64.
 #pragma once
 
 #include <cub/warp/warp_reduce.cuh>
+#include <type_traits>
 
 #include "kmeans_cuda_products.cuh"
 
 namespace spt_fast {
 
 constexpr int kCenterThreads = 128;  // four warps share nothing: any number would do
-
-// shift[g, d] = mean over k of centers[g, k, d]; one thread per element. IN centers [G, K, D]; OUT
-// shift [G, D].
-__global__ void __launch_bounds__(kCenterThreads)
-    mean_center_kernel(const float* centers, int64_t groups, int64_t num_centers, int64_t width,
-                       float* shift) {
-  const int64_t index = int64_t{blockIdx.x} * kCenterThreads + threadIdx.x;
-  if (index >= groups * width) return;
-  const float* first = centers + index / width * num_centers * width + index % width;
-  double sum = 0.0;
-  for (int64_t k = 0; k < num_centers; ++k) sum += first[k * width];
-  shift[index] = static_cast<float>(sum / static_cast<double>(num_centers));
-}
 
 // x = high + low but for rounding, high being the nearest value of the type: their bits, and what
 // they add up to.
@@ -54,12 +42,8 @@ __device__ inline Split split(float x, __half) {
 // A power of two that brings `largest` to [2^13, 2^14), two binades below float16's largest; one
 // for the types that have float32's exponents.
 template <typename T>
-__device__ inline float split_scale(float) {
-  return 1.0f;
-}
-template <>
-__device__ inline float split_scale<__half>(float largest) {
-  if (!(largest > 0.0f) || isinf(largest)) return 1.0f;
+__device__ inline float split_scale(float largest) {
+  if (!std::is_same_v<T, __half> || !(largest > 0.0f) || isinf(largest)) return 1.0f;
   return ldexpf(1.0f, min(13 - ilogbf(largest), 126));
 }
 

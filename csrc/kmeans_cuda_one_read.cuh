@@ -75,7 +75,7 @@ inline OneReadShape one_read_shape(int64_t width, int center_tiles, int element_
   shape.slope = take(center_tiles * kTileCenters * floats);
   shape.products = take(kOneReadWarps * rows * shape.product_stride * floats);
   shape.norms = take(kOneReadWarps * rows * floats);
-  shape.labels = take(rows * static_cast<int>(sizeof(int)));
+  shape.labels = take(rows * static_cast<int>(sizeof(int16_t)));
   shape.bytes = next;
   return shape;
 }
@@ -97,26 +97,31 @@ __device__ inline void load_centers(const Problem& p, const OneReadShape& shape,
   }
 }
 
-// This warp's share of the products and norms of a tile, from its columns. OUT products [8 warps,
-// tokens, product_stride], norms [8 warps, tokens], in shared memory.
-template <typename T, int kRowTiles, int kTiles>
+// This warp's share of the products and norms of a tile, from its columns, which begin at `tile`.
+// kIsWhole: it has all kColumnTiles, whose addresses are then constants apart, and no branch keeps
+// the loads of one from overlapping the products of another. OUT products [8 warps, tokens,
+// product_stride], norms [8 warps, tokens], in shared memory.
+template <typename T, int kRowTiles, int kColumnTiles, int kTiles, bool kIsWhole>
 __device__ inline void multiply_tile(const OneReadShape& shape, const unsigned char* tile,
                                      int first_column_tile, int num_column_tiles) {
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  const uint4* centers = shared_at<uint4>(shape.centers) + lane;
-  const float* shift = shared_at<float>(shape.shift);
+  const uint4* centers =
+      shared_at<uint4>(shape.centers) + first_column_tile * kTiles * kWarp + lane;
+  const float* shift = shared_at<float>(shape.shift) + first_column_tile * kTileColumns;
+  const int tiles = kIsWhole ? kColumnTiles : num_column_tiles;
   float product[kRowTiles][kTiles][4] = {};
   float norm[kRowTiles][2] = {};
 
-#pragma unroll 2
-  for (int b = first_column_tile; b < first_column_tile + num_column_tiles; ++b) {
+#pragma unroll(kIsWhole ? kColumnTiles : 1)
+  for (int b = 0; b < tiles; ++b) {
     Rows<T> rows[kRowTiles];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       rows[r].load(
           tile + r * kTileRows * shape.stride + b * kTileColumns * static_cast<int>(sizeof(T)),
-          shape.stride, shift + b * kTileColumns, norm[r]);
+          shape.stride, shift + b * kTileColumns);
+      rows[r].add_norm(shift + b * kTileColumns, norm[r]);
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
@@ -176,15 +181,7 @@ __device__ inline float choose_centers(const Problem& p, const OneReadShape& sha
       best_center = k;
     }
   }
-#pragma unroll
-  for (int other = kLanes / 2; other > 0; other /= 2) {
-    const float score = __shfl_xor_sync(kAllLanes, best_score, other);
-    const int center = __shfl_xor_sync(kAllLanes, best_center, other);
-    if (is_nearer(score, center, best_score, best_center)) {
-      best_score = score;
-      best_center = center;
-    }
-  }
+  share_nearest<kLanes>(best_score, best_center);
   if (lane != 0) return 0.0f;
 
   float norm = 0.0f;
@@ -192,7 +189,7 @@ __device__ inline float choose_centers(const Problem& p, const OneReadShape& sha
   for (int w = 0; w < kOneReadWarps; ++w) norm += norms[w * kTokens];
   const bool inside = first_row + row < end;
   const Nearest nearest = finish_distance(norm, best_score, best_center);
-  shared_at<int>(shape.labels)[row] = inside ? nearest.center : -1;
+  shared_at<int16_t>(shape.labels)[row] = static_cast<int16_t>(inside ? nearest.center : -1);
   if (!inside) return 0.0f;
   store_nearest(p, group, first_row + row, nearest);
   return nearest.distance;
@@ -205,13 +202,11 @@ struct Sums {
   float values[kSumTiles][kColumnTiles][2][4];
 };
 
-// sums += membership * tile, for this warp's columns. kIsWhole: the warp has all kColumnTiles, and
-// no branch keeps the loads of one from overlapping the products of another.
+// sums += membership * tile, for this warp's columns; as in multiply_tile.
 template <typename T, int kRowTiles, int kColumnTiles, bool kIsWhole>
 __device__ inline void accumulate_tile(const OneReadShape& shape, const unsigned char* tile,
-                                       int first_column_tile, int num_column_tiles,
-                                       Sums<kColumnTiles>& sums) {
-  const int* labels = shared_at<int>(shape.labels);
+                                       int num_column_tiles, Sums<kColumnTiles>& sums) {
+  const int16_t* labels = shared_at<int16_t>(shape.labels);
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
     Membership<T> membership[kSumTiles];
@@ -221,9 +216,9 @@ __device__ inline void accumulate_tile(const OneReadShape& shape, const unsigned
     for (int b = 0; b < kColumnTiles; ++b) {
       if (kIsWhole || b < num_column_tiles) {
         Summands<T> summands;
-        summands.load(tile + r * kTileRows * shape.stride +
-                          (first_column_tile + b) * kTileColumns * static_cast<int>(sizeof(T)),
-                      shape.stride);
+        summands.load(
+            tile + r * kTileRows * shape.stride + b * kTileColumns * static_cast<int>(sizeof(T)),
+            shape.stride);
 #pragma unroll
         for (int c = 0; c < kSumTiles; ++c) {
           summands.template add<0>(sums.values[c][b][0], membership[c]);
@@ -247,26 +242,41 @@ __device__ inline int count_members(int label) {
   return __popc(members);
 }
 
-// Adds the sums to the run's partials [K, D + kExtraColumns], in float64, and clears them.
+// Adds the sums to the run's partials [K, D + kExtraColumns], in float64, and clears them. A thread
+// reads kBatch totals before it writes one, and waits for memory once for all of them; with more,
+// sm_100 spills.
 template <int kColumnTiles>
 __device__ inline void flush_sums(const Problem& p, double* partial, int first_column_tile,
                                   int num_column_tiles, bool first, Sums<kColumnTiles>& sums) {
-  const int64_t columns = p.tokens.width + kExtraColumns;
+  constexpr int kBatchTiles = 2;
+  constexpr int kBatch = 4 * kBatchTiles;
+  static_assert(kColumnTiles % kBatchTiles == 0);
+  const int64_t stride = p.tokens.width + kExtraColumns;
+  const int first_column = first_column_tile * kTileColumns + pair_column();
+  const int columns =
+      min(num_column_tiles * kTileColumns, static_cast<int>(p.tokens.width) - first_column);
 #pragma unroll
   for (int c = 0; c < kSumTiles; ++c) {
 #pragma unroll
-    for (int b = 0; b < kColumnTiles; ++b) {
+    for (int half = 0; half < 2; ++half) {
+      const int center = kTileRows * c + quad_row() + half * 8;
+      double* row = partial + center * stride + first_column;
+      const int end = center < p.num_centers ? columns : 0;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int64_t center = kTileRows * c + quad_row() + i / 2 % 2 * 8;
-        const int64_t column =
-            int64_t{first_column_tile + b} * kTileColumns + i / 4 * 8 + pair_column() + i % 2;
-        float& sum = sums.values[c][b][i / 4][i % 4];
-        if (b < num_column_tiles && center < p.num_centers && column < p.tokens.width) {
-          double& total = partial[center * columns + column];
-          total = first ? sum : total + sum;
+      for (int b = 0; b < kColumnTiles; b += kBatchTiles) {
+        double totals[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int column = (b + i / 4) * kTileColumns + i / 2 % 2 * 8 + i % 2;
+          totals[i] = !first && column < end ? row[column] : 0.0;
         }
-        sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int column = (b + i / 4) * kTileColumns + i / 2 % 2 * 8 + i % 2;
+          float& sum = sums.values[c][b + i / 4][i / 2 % 2][2 * half + i % 2];
+          if (column < end) row[column] = totals[i] + sum;
+          sum = 0.0f;
+        }
       }
     }
   }
@@ -290,14 +300,16 @@ __global__ void __launch_bounds__(kOneReadThreads, 1)
   double* partial = run_partial(p, group, blockIdx.x);
 
   const T* tokens = group_tokens<T>(p, group);
-  unsigned char* tiles = dynamic_shared();
+  unsigned char* tiles =
+      dynamic_shared() + first_column_tile * kTileColumns * static_cast<int>(sizeof(T));
   const auto copy_tile = [&](int64_t first_row, int stage) {
     if (first_row < end) {
       constexpr int kPieces = kTileColumns * static_cast<int>(sizeof(T)) / 16;
-      const int first_column = first_column_tile * kTileColumns;
-      copy_rows<T, kTokens>(
-          tiles + stage * kTokens * shape.stride + first_column * static_cast<int>(sizeof(T)),
-          shape.stride, p, tokens, first_row, end, first_column, num_column_tiles * kPieces);
+      copy_rows<T, kTokens, kColumnTiles * kPieces>(
+          tiles + stage * kTokens * shape.stride, shape.stride, p, tokens,
+          RowOffsets<kTokens>(p.tokens, first_row, end),
+          static_cast<int>(min(end - first_row, int64_t{kTokens})),
+          first_column_tile * kTileColumns, num_column_tiles * kPieces);
     }
     commit_copies();
   };
@@ -307,6 +319,7 @@ __global__ void __launch_bounds__(kOneReadThreads, 1)
   load_centers(p, shape, group);
   __syncthreads();
 
+  const bool is_whole = num_column_tiles == kColumnTiles;
   Sums<kColumnTiles> sums = {};
   double inertia = 0.0;
   int64_t count = 0;
@@ -317,19 +330,23 @@ __global__ void __launch_bounds__(kOneReadThreads, 1)
     wait_copies<kOneReadStages - 1>();
     __syncwarp();
     const unsigned char* tile = tiles + stage * kTokens * shape.stride;
-    multiply_tile<T, kRowTiles, kTiles>(shape, tile, first_column_tile, num_column_tiles);
+    if (is_whole) {
+      multiply_tile<T, kRowTiles, kColumnTiles, kTiles, true>(shape, tile, first_column_tile,
+                                                              num_column_tiles);
+    } else {
+      multiply_tile<T, kRowTiles, kColumnTiles, kTiles, false>(shape, tile, first_column_tile,
+                                                               num_column_tiles);
+    }
     __syncthreads();
     inertia += choose_centers<kTokens, kTiles>(p, shape, group, row, end);
     __syncthreads();
-    if (num_column_tiles == kColumnTiles) {
-      accumulate_tile<T, kRowTiles, kColumnTiles, true>(shape, tile, first_column_tile,
-                                                        num_column_tiles, sums);
+    if (is_whole) {
+      accumulate_tile<T, kRowTiles, kColumnTiles, true>(shape, tile, num_column_tiles, sums);
     } else {
-      accumulate_tile<T, kRowTiles, kColumnTiles, false>(shape, tile, first_column_tile,
-                                                         num_column_tiles, sums);
+      accumulate_tile<T, kRowTiles, kColumnTiles, false>(shape, tile, num_column_tiles, sums);
     }
     if (warp == kOneReadWarps - 1) {
-      count += count_members(lane < kTokens ? shared_at<int>(shape.labels)[lane] : -1);
+      count += count_members(lane < kTokens ? shared_at<int16_t>(shape.labels)[lane] : -1);
     }
     __syncwarp();
     copy_tile(row + kOneReadStages * kTokens, stage);

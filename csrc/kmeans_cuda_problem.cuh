@@ -2,7 +2,8 @@
 // outputs; and what the kernels have in common. Offsets into memory are 64-bit throughout.
 //
 // Words: a tile is what a warp holds at once (of 16 rows, 16 columns or 8 centres), a slab is the
-// centres that are gone through together, a run is the tokens that have partial sums of their own.
+// centres that are gone through together, a run is the tokens (those of two reads sorted by their
+// labels) that have partial sums of their own.
 #pragma once
 
 #include <algorithm>
@@ -23,16 +24,12 @@ constexpr int kMinCenterTiles = 3;
 // Besides the D sums, a row of partial sums holds the count and (of centre 0 only) the inertia.
 constexpr int kExtraColumns = 2;
 
-// Bytes of the widest pieces in which rows of tokens may be read, given their alignment; kElement:
-// one element at a time.
-enum class Granule : int32_t { k16 = 16, k4 = 4, kElement = 0 };
-
 struct Problem {
-  TokenView tokens;  // [G, M, D]
-  Granule granule;
+  TokenView tokens;      // [G, M, D]
+  bool is_aligned;       // every row begins at a multiple of 16 bytes
   int64_t rows;          // M
   const float* centers;  // [G, K, D]
-  const float* shift;    // [G, D], never null
+  const float* shift;    // [G, D]
   const float* weights;  // [G, M], or null
   int64_t num_centers;   // K
   int64_t runs;          // runs of tokens with partial sums of their own
@@ -41,7 +38,7 @@ struct Problem {
   uint4* packed;         // [G, column_tiles, center_tiles, 32]: see kmeans_cuda_centers.cuh
   float* base;           // [G, 8 center_tiles]: |x - c|^2 = |x - shift|^2 + base + slope * product
   float* slope;          // [G, 8 center_tiles]
-  double* partials;      // [G, runs, K, D + kExtraColumns]
+  double* partials;      // [G, runs, K, D + kExtraColumns], or as accumulate_kernel leaves them
   int32_t* labels;       // [G, M], or null
   float* distances;      // [G, M], or null
   float* all_distances;  // [G, M, K], or null
@@ -78,9 +75,19 @@ __device__ V* shared_at(int offset) {
   return reinterpret_cast<V*>(dynamic_shared() + offset);
 }
 
-// The smaller score, and of equal ones the lower centre. False for NaN.
-__device__ inline bool is_nearer(float score, int center, float best_score, int best_center) {
-  return score < best_score || (score == best_score && center < best_center);
+// In each of `kLanes` neighbouring lanes, the smallest score of them all and its centre; of equal
+// scores the lower centre. A NaN is never smaller.
+template <int kLanes>
+__device__ inline void share_nearest(float& score, int& center) {
+#pragma unroll
+  for (int other = kLanes / 2; other > 0; other /= 2) {
+    const float its_score = __shfl_xor_sync(kAllLanes, score, other);
+    const int its_center = __shfl_xor_sync(kAllLanes, center, other);
+    if (its_score < score || (its_score == score && its_center < center)) {
+      score = its_score;
+      center = its_center;
+    }
+  }
 }
 
 struct Nearest {

@@ -46,21 +46,28 @@ __device__ inline const unsigned char* matrix_row(const unsigned char* tile, int
   return tile + lane % 16 * stride + lane / 16 * 16;
 }
 
+// The nearest tf32 value, as float32, ties away from zero. That of a NaN may be finite, but not
+// what is left of it: x - round_to_tf32(x). The instruction cvt.rna compiles to twice as many.
+__device__ inline uint32_t round_to_tf32(float x) {
+  return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+}
+
 __device__ inline void add_square(float& sum, float x, float shift) {
   const float difference = x - shift;
   sum = fmaf(difference, difference, sum);
 }
 
-// 16 rows x 16 columns of tokens, the a of a product. norm[i] += what this lane holds of
+// 16 rows x 16 columns of tokens, the a of a product. add_norm: norm[i] += what this lane holds of
 // |x - shift|^2 of row quad_row() + 8 i; sum_over_quad() makes it whole. IN tile: 16 rows, `stride`
 // bytes apart; shift [16].
 template <typename T>
 struct Rows {
   uint32_t values[4];
 
-  __device__ void load(const unsigned char* tile, int stride, const float* shift,
-                       float (&norm)[2]) {
+  __device__ void load(const unsigned char* tile, int stride, const float*) {
     load_matrices(values, matrix_row(tile, stride));
+  }
+  __device__ void add_norm(const float* shift, float (&norm)[2]) const {
     const float2 near = *reinterpret_cast<const float2*>(shift + pair_column());
     const float2 far = *reinterpret_cast<const float2*>(shift + 8 + pair_column());
 #pragma unroll
@@ -76,19 +83,24 @@ template <>
 struct Rows<float> {
   uint32_t high[8];
   uint32_t low[8];
+  float squares[2];
 
-  __device__ void load(const unsigned char* tile, int stride, const float* shift,
-                       float (&norm)[2]) {
+  __device__ void load(const unsigned char* tile, int stride, const float* shift) {
     uint32_t raw[8];
+    squares[0] = squares[1] = 0.0f;
     load_matrices(*reinterpret_cast<uint32_t (*)[4]>(raw), matrix_row(tile, stride));
     load_matrices(*reinterpret_cast<uint32_t (*)[4]>(raw + 4), matrix_row(tile + 32, stride));
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float x = __uint_as_float(raw[i]) - shift[i / 2 * 4 + quad_lane()];
-      norm[i % 2] = fmaf(x, x, norm[i % 2]);
+      squares[i % 2] = fmaf(x, x, squares[i % 2]);
       high[i] = round_to_tf32(x);
       low[i] = __float_as_uint(x - __uint_as_float(high[i]));
     }
+  }
+  __device__ void add_norm(const float*, float (&norm)[2]) const {
+    norm[0] += squares[0];
+    norm[1] += squares[1];
   }
 };
 
@@ -100,8 +112,8 @@ struct Centers {
   __device__ explicit Centers(uint4 packed) : halves(packed) {}
 
   __device__ void multiply_add(float (&sum)[4], const Rows<T>& rows) const {
-    multiply_half<T>(sum, rows.values, halves.x, halves.y);
-    multiply_half<T>(sum, rows.values, halves.z, halves.w);
+    multiply_half(sum, rows.values, halves.x, halves.y, T{});
+    multiply_half(sum, rows.values, halves.z, halves.w, T{});
   }
 };
 
@@ -131,18 +143,18 @@ struct Centers<float> {
 };
 
 // The a of a sum: 16 centres x 16 tokens, one where the token belongs to the centre, else zero. IN
-// labels [16].
+// labels [16], below 1024, or -1 for none. As float16 values they are equal where they are as
+// integers, and -1 is a NaN.
 template <typename T>
 struct Membership {
   uint32_t values[4];
 
-  __device__ void set(const int* labels, int first_center) {
-    const uint32_t one = one_bits(T{});
+  __device__ void set(const int16_t* labels, int first_center) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int center = first_center + quad_row() + i % 2 * 8;
-      const int* pair = labels + pair_column() + i / 2 * 8;
-      values[i] = (pair[0] == center ? one : 0u) | (pair[1] == center ? one << 16 : 0u);
+      const uint32_t center = first_center + quad_row() + i % 2 * 8;
+      const auto pair = *reinterpret_cast<const uint32_t*>(labels + pair_column() + i / 2 * 8);
+      values[i] = equal_halves(pair, center | center << 16) & one_bits(T{}) * 0x10001u;
     }
   }
   __device__ static uint32_t one_bits(__nv_bfloat16) { return 0x3f80u; }
@@ -153,7 +165,7 @@ template <>
 struct Membership<float> {
   uint32_t values[8];
 
-  __device__ void set(const int* labels, int first_center) {
+  __device__ void set(const int16_t* labels, int first_center) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int center = first_center + quad_row() + i % 2 * 8;
@@ -173,7 +185,7 @@ struct Summands {
   }
   template <int kTile>
   __device__ void add(float (&sum)[4], const Membership<T>& membership) const {
-    multiply_half<T>(sum, membership.values, values[2 * kTile], values[2 * kTile + 1]);
+    multiply_half(sum, membership.values, values[2 * kTile], values[2 * kTile + 1], T{});
   }
 };
 

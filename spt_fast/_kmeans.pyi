@@ -35,6 +35,7 @@ class AssignArgs:
         weights: int = ...,  # IN  [G, M] float32
         labels: int = ...,  # OUT [G, M] int32
         distances: int = ...,  # OUT [G, M] float32
+        corrects: bool = ...,  # sums, counts and labels are INOUT, of a pass to other centres
     ) -> None: ...
 
 class DistanceArgs:

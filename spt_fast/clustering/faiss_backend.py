@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.clustering.lloyd import Lloyd, LloydResult, Until
-from spt_fast.clustering.passes import Step
+from spt_fast.clustering.passes import Step, squared_movement
 from spt_fast.clustering.weighted import WeightedTokens
 
 
@@ -59,7 +59,8 @@ class _FaissSteps:
         """Assign and move centres [1, K, D], which are around the mean."""
         self._faiss.train(self._tokens, weights=self._weights, init_centroids=centers[0].cpu().numpy())
         moved = torch.from_numpy(self._faiss.centroids.copy()).to(centers.device)
-        return Step(moved[None], [float(self._faiss.obj[-1])], [False])
+        movement = squared_movement(centers, moved[None]).tolist()
+        return Step(moved[None], [float(self._faiss.obj[-1])], [False], movement)
 
 
 def explain() -> str:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from spt_fast.clustering.chunks import OneChunk
-from spt_fast.clustering.passes import Step, TokenPasses, center_means, take_runs
+from spt_fast.clustering.passes import Step, TokenPasses, center_means, squared_movement, take_runs
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops.kmeans import PassResult
 
@@ -80,25 +79,26 @@ class Lloyd:
             stalled |= self._iterate(runs, until)
 
     def run_ahead(self, until: Until, passes: TokenPasses, look_every: int) -> None:
-        """The same for a single run on a device, waiting for the device only every `look_every` iterations.
+        """The same for a single run on a device, read back from it only every `look_every` iterations.
 
-        What decides over a step is computed where the tensors are. A step that must not be made leaves
-        everything as it is, and so do those after it: the result is that of looking at each step. A centre
-        without tokens halts the run likewise, because where it goes is for the host to find out.
+        The iterations in between are made in any case, and undone from the first that ends the run, or in
+        which a centre is without tokens. The result is that of looking at each, where passes over the same
+        tokens and centres give the same bits.
         """
         stalled: set[int] = set()
         while runs := self._unfinished(stalled, until):
-            state = torch.tensor(
-                [self._inertia[0], self._shift[0], 0, 0, 0], dtype=torch.float64, device=self.centers.device
-            )
-            for _ in range(min(look_every, until.max_iter - self.n_iter[0])):
-                state = self._iterate_unseen(passes, until, state)
-            self._inertia[0], self._shift[0], steps, has_stalled, halted = state.tolist()
-            self.n_iter[0] += int(steps)
-            if has_stalled:
-                stalled.add(0)
-            if halted:
-                stalled |= self._iterate(runs, until)
+            number = min(look_every, until.max_iter - self.n_iter[0])
+            steps = [self._step_blindly(passes) for _ in range(number)]
+            for index, (inertia, least_count, shift) in enumerate(_look_at(steps)):
+                step = steps[index]
+                is_due = bool(self._unfinished(stalled, until))
+                if not is_due or least_count <= 0 or self._gains_too_little(0, inertia, until):
+                    self.centers = step.before
+                    passes.restore(step.totals, undone=number - index)
+                    if is_due:
+                        stalled |= self._iterate(runs, until)
+                    break
+                self._note(0, inertia, shift)
 
     def move_to_means(self) -> None:
         """One more step of all runs, without relaxation, that `n_iter` does not count."""
@@ -130,20 +130,26 @@ class Lloyd:
         step = self._steps.step(runs, before)
         stalled: set[int] = set()
         moved = []
-        facts = zip(runs, step.inertia, squared_movement(before, step.centers), strict=True)
+        facts = zip(runs, step.inertia, step.movement, strict=True)
         for position, (run, inertia, shift) in enumerate(facts):
-            gain = self._inertia[run] - inertia
-            if until.gain_tolerance is not None and gain < until.gain_tolerance * inertia:
+            if self._gains_too_little(run, inertia, until):
                 stalled.add(run)
                 continue
-            self._inertia[run], self._shift[run] = inertia, shift
-            self.n_iter[run] += 1
+            self._note(run, inertia, shift)
             # A step that moves nothing needs no pass.
             if shift > 0:
                 moved.append(position)
         if moved:
             self._move([runs[position] for position in moved], take_runs(self._relaxed(before, step), moved))
         return stalled
+
+    def _gains_too_little(self, run: int, inertia: float, until: Until) -> bool:
+        gain = self._inertia[run] - inertia
+        return until.gain_tolerance is not None and gain < until.gain_tolerance * inertia
+
+    def _note(self, run: int, inertia: float, shift: float) -> None:
+        self._inertia[run], self._shift[run] = inertia, shift
+        self.n_iter[run] += 1
 
     def _relaxed(self, before: Tensor, step: Step) -> Tensor:
         if self._relaxation == 1.0:
@@ -159,33 +165,31 @@ class Lloyd:
             self.centers = self.centers.index_copy(0, torch.tensor(runs, device=centers.device), centers)
         self._steps.assign(runs, centers)
 
-    def _iterate_unseen(self, passes: TokenPasses, until: Until, state: Tensor) -> Tensor:
-        """One iteration whose outcome stays on the device.
-
-        `state` [5], float64: the inertia before the last step, the squared movement in it, the number of
-        steps made, whether the run has stalled, and whether it has met an empty centre.
-        """
-        last_inertia, last_shift, steps, stalled, halted = state.unbind()
-        sums, counts, inertia = passes.totals.sums, passes.totals.counts, passes.totals.inertia[0]
-        running = (last_shift > until.shift_tolerance) & (stalled == 0) & (halted == 0)
-        stalls = torch.zeros_like(running)
-        if until.gain_tolerance is not None:
-            stalls = running & (last_inertia - inertia < until.gain_tolerance * inertia)
-        halts = running & ~stalls & (counts <= 0).any()
-        moves = running & ~stalls & ~halts
-        means = center_means(self.centers, sums, counts)
-        shift = (means - self.centers).double().square().sum()
-        self.centers = torch.where(moves, torch.lerp(self.centers, means, self._relaxation), self.centers)
+    def _step_blindly(self, passes: TokenPasses) -> _BlindStep:
+        """One iteration of a single run, of which the host knows nothing yet."""
+        before, totals = self.centers, passes.totals
+        means = center_means(before, totals.sums, totals.counts)
+        movement = squared_movement(before, means)
+        self.centers = means if self._relaxation == 1.0 else torch.lerp(before, means, self._relaxation)
         passes.assign(self._runs, self.centers)
-        return torch.stack(
-            [
-                torch.where(moves, inertia, last_inertia),
-                torch.where(moves, shift, last_shift),
-                steps + moves,
-                stalled + stalls,
-                halted + halts,
-            ]
-        )
+        return _BlindStep(before, totals, movement)
+
+
+class _BlindStep(NamedTuple):
+    """Where an iteration began, and what decides whether it should have been made."""
+
+    before: Tensor  # [1, K, D]: the centres
+    totals: PassResult  # of these centres
+    movement: Tensor  # [1] float64: squared, of the step without relaxation
+
+
+def _look_at(steps: list[_BlindStep]) -> list[tuple[float, float, float]]:
+    """Inertia, smallest count and movement of each step; one copy from the device."""
+    found = [
+        values for step in steps for values in (step.totals.inertia, step.movement, step.totals.counts[0])
+    ]
+    rows = torch.cat(found).view(len(steps), -1).tolist()
+    return [(inertia, min(counts), movement) for inertia, movement, *counts in rows]
 
 
 def lloyd(
@@ -208,7 +212,7 @@ def lloyd(
     `relaxation` is that of `Lloyd`; where it is not 1 a last step to the means follows. `prune` leaves out
     tokens whose centre cannot have changed, where the kernels can; it does not change the labels.
     `look_every` is the number of iterations between two looks at tensors on a device (None: 1 on the CPU,
-    else 4); iterations past the end are computed in between, and change nothing.
+    else 4); iterations past the end are made in between, and undone.
     """
     passes = TokenPasses(
         OneChunk(problem.tokens), problem.mean, problem.weights, backend=problem.backend, prune=prune
@@ -224,10 +228,3 @@ def lloyd(
     if relaxation != 1.0:
         run.move_to_means()
     return run.best(passes.totals)
-
-
-def squared_movement(before: Tensor, after: Tensor) -> list[float]:
-    """Squared distances between centres [R, K, D], summed over each run's."""
-    # Summed by NumPy, in one thread: when to stop must not depend on the number of threads.
-    moved = np.square((after - before).double().cpu().numpy())
-    return moved.sum((-2, -1)).tolist()  # type: ignore[no-any-return]

@@ -54,8 +54,10 @@ def _local_moments(
         anchor = chunk[:1].float().clone() if anchor is None else anchor
         of_chunk = None if weights is None else weights[None, first : first + len(chunk)]
         found = assign_accumulate(chunk[None], anchor[None], shift=anchor, weights=of_chunk, backend=backend)
-        sums = sums + found.sums[0, 0].cpu()
-        total, squares = total + float(found.counts), squares + float(found.inertia)
+        # One copy from a device.
+        facts = torch.cat([found.sums[0, 0], found.counts[0], found.inertia]).cpu()
+        sums = sums + facts[:-2]
+        total, squares = total + float(facts[-2]), squares + float(facts[-1])
         first += len(chunk)
     if anchor is None:
         return None

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spt_fast.clustering.chunks import ChunkedTokens
-from spt_fast.ops.kmeans import PassResult, PrunedPasses, assign_accumulate, can_prune
+from spt_fast.ops.kmeans import PassResult, PrunedPasses, assign_accumulate, can_correct, can_prune
 from spt_fast.support.distributed import ALONE, Processes
+
+# Of so many passes all but one may correct the sums of the one before. It bounds what float32 adds up to.
+CORRECTED_PASSES = 16
 
 
 class Step(NamedTuple):
@@ -19,14 +23,17 @@ class Step(NamedTuple):
     centers: Tensor  # [r, K, D] float32
     inertia: list[float]  # of each run, before the step
     relocated: list[bool]  # whether a centre without tokens has jumped to one
+    movement: list[float]  # squared distance that the centres of each run have moved by, summed
 
 
 class TokenPasses:
     """Assignments of the tokens to the centres of several runs; a read of the tokens serves all runs.
 
     On the CPU, tokens whose centre cannot have changed are left out (`PrunedPasses`, for each run one), and
-    a chunk of such tokens is not read. That changes no label. With several processes each holds a share of
-    the tokens; sums, counts and inertia are added up over all of them and are the same on each.
+    a chunk of such tokens is not read. On CUDA, sums of tokens without weights that are a single chunk are
+    corrected by those that change to another centre. That changes no label. With several processes each
+    holds a share of the tokens; sums, counts and inertia are added up over all of them and are the same on
+    each.
 
     Args:
         tokens: this rank's share, which may be empty.
@@ -51,17 +58,20 @@ class TokenPasses:
         self._weights = None if weights is None else torch.split(weights, self._chunk_rows)
         self._prunes = prune and can_prune(tokens.device, backend)
         self._pruned: list[PrunedPasses] = []  # one for each run
+        is_alone = processes.size == 1 and len(self._chunk_rows) == 1 and weights is None
+        self._corrects = prune and is_alone and can_correct(tokens.device, tokens.dtype, backend)
+        self._num_passes = 0
         self._totals: PassResult | None = None
 
     @property
     def totals(self) -> PassResult:
-        """Sums, counts and inertia of all runs, as of their last passes; no labels, no distances."""
+        """Sums, counts and inertia of all runs, as of their last passes; labels where the next needs them."""
         assert self._totals is not None
         return self._totals
 
     def assign(self, runs: Sequence[int], centers: Tensor) -> None:
         """One pass for these runs, whose centres [len(runs), K, D] have moved. The first is for all runs."""
-        mine = self._assign_pruned(runs, centers) if self._prunes else self._assign_all(centers)
+        mine = self._assign_pruned(runs, centers) if self._prunes else self._assign_all(runs, centers)
         found = self._sum_over_ranks(mine)
         if self._totals is None or len(runs) == len(self._totals.counts):
             self._totals = found
@@ -69,25 +79,49 @@ class TokenPasses:
         index = torch.tensor(runs, device=centers.device)
         for kept, new in zip(self._totals[:3], found[:3], strict=True):
             kept[index] = new
+        if self._totals.labels is not None and found.labels is not None:
+            self._totals.labels[index] = found.labels
 
     def step(self, runs: Sequence[int], centers: Tensor) -> Step:
-        """Means of the tokens of each centre (eq. 10); centres without tokens go to the farthest tokens."""
-        sums, counts, inertia = (take_runs(values, runs) for values in self.totals[:3])
-        relocated: list[bool] = (counts <= 0).any(1).tolist()
-        if any(relocated):
-            sums, counts = self._relocate(centers, sums, counts, relocated)
-        return Step(center_means(centers, sums, counts), inertia.tolist(), relocated)
+        """Means of the tokens of each centre (eq. 10); centres without tokens go to the farthest tokens.
 
-    def _assign_all(self, centers: Tensor) -> PassResult:
+        Reads from the device once, but for centres without tokens.
+        """
+        sums, counts, inertia = (take_runs(values, runs) for values in self.totals[:3])
+        means = center_means(centers, sums, counts)
+        facts = torch.stack([inertia, counts.amin(1), squared_movement(centers, means)])
+        inertias, least_counts, movement = facts.tolist()
+        relocated = [least <= 0 for least in least_counts]
+        if any(relocated):
+            means = center_means(centers, *self._relocate(centers, sums, counts, relocated))
+            movement = squared_movement(centers, means).tolist()
+        return Step(means, inertias, relocated, movement)
+
+    def restore(self, totals: PassResult, undone: int) -> None:
+        """Take back the last `undone` passes, before which the totals were these."""
+        self._totals = totals
+        self._num_passes -= undone
+
+    def _assign_all(self, runs: Sequence[int], centers: Tensor) -> PassResult:
         """What this rank has, by reading all of its tokens."""
         total: PassResult | None = None
+        last = self._last(runs)
         for chunk, weights in self._chunks():
-            found = self._assign_chunk(chunk, weights, centers)
+            found = self._assign_chunk(chunk, weights, centers, with_labels=self._corrects, last=last)
             total = found if total is None else _add(total, found)
         if total is None:
             zeros = centers.new_zeros(centers.shape, dtype=torch.float64)
             total = PassResult(zeros, zeros[..., 0].clone(), zeros[:, 0, 0].clone())
         return total
+
+    def _last(self, runs: Sequence[int]) -> PassResult | None:
+        """What the next pass of these runs corrects; None: nothing."""
+        is_due = self._num_passes % CORRECTED_PASSES == 0
+        self._num_passes += 1
+        if self._totals is None or self._totals.labels is None or is_due:
+            return None
+        sums, counts, inertia = (take_runs(values, runs) for values in self._totals[:3])
+        return PassResult(sums, counts, inertia, take_runs(self._totals.labels, runs))
 
     def _assign_pruned(self, runs: Sequence[int], centers: Tensor) -> PassResult:
         """The same, by reading the chunks of which a run has to see a token."""
@@ -111,7 +145,14 @@ class TokenPasses:
             yield chunk, None if self._weights is None else self._weights[index][None]
 
     def _assign_chunk(
-        self, chunk: Tensor, weights: Tensor | None, centers: Tensor, *, with_tokens: bool = False
+        self,
+        chunk: Tensor,
+        weights: Tensor | None,
+        centers: Tensor,
+        *,
+        with_labels: bool = False,
+        with_distances: bool = False,
+        last: PassResult | None = None,
     ) -> PassResult:
         runs = len(centers)
         return assign_accumulate(
@@ -119,8 +160,9 @@ class TokenPasses:
             centers,
             shift=self._mean.expand(runs, -1),
             weights=None if weights is None else weights.expand(runs, -1),
-            with_labels=with_tokens,
-            with_distances=with_tokens,
+            with_labels=with_labels,
+            with_distances=with_distances,
+            last=last,
             backend=self._backend,
         )
 
@@ -159,7 +201,7 @@ class TokenPasses:
         """For each run, so many of the tokens of all ranks that are farthest from their centres."""
         found: list[list[_FarToken]] = [[] for _ in numbers]
         for chunk, weights in self._chunks():
-            assigned = self._assign_chunk(chunk, weights, centers, with_tokens=True)
+            assigned = self._assign_chunk(chunk, weights, centers, with_labels=True, with_distances=True)
             assert assigned.labels is not None
             assert assigned.distances is not None
             for run, number in enumerate(numbers):
@@ -196,8 +238,19 @@ def take_runs(values: Tensor, runs: Sequence[int]) -> Tensor:
 
 def center_means(centers: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
     """Means [..., K, D] of the tokens of each centre; centres without tokens stay."""
-    means = (sums / counts.clamp_min(torch.finfo(torch.float64).tiny)[..., None]).float()
+    # Divided in float64 and rounded in one launch.
+    means = torch.div(sums, counts[..., None], out=torch.empty_like(centers))
     return torch.where((counts > 0)[..., None], means, centers)
+
+
+def squared_movement(before: Tensor, after: Tensor) -> Tensor:
+    """Squared distances between centres [R, K, D], summed over each run's: [R] float64."""
+    if before.device.type == "cpu":
+        # Summed by NumPy, in one thread: when to stop must not depend on the number of threads.
+        moved = np.square((after - before).double().numpy())
+        return torch.from_numpy(moved.sum((-2, -1)))
+    steps = torch.sub(after, before, out=torch.empty_like(before, dtype=torch.float64))
+    return steps.square().sum((-2, -1))
 
 
 def _side_by_side(results: list[PassResult]) -> PassResult:

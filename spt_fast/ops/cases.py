@@ -71,6 +71,13 @@ def kmeans_cases() -> Iterator[Case]:
     yield _assign("21 centres", 1, 3, 197, 1, 768, 21)
     yield _assign("32 centres", 1, 3, 197, 1, 768, 32)
     yield _assign("100 centres", 1, 3, 197, 1, 768, 100)
+    yield Case(
+        "assign_accumulate, 100 centres, after another pass",
+        kmeans_backend,
+        partial(_kmeans_inputs, (1, 3, 197, 1, 768, 100), False),
+        _run_second_assign,
+        _compare_assigned,
+    )
     yield _assign("20 centres, weighted", 2, 1, 197, 1, 768, 20, weighted=True)
     yield _assign("rows of odd length", 3, 5, 67, 5, 63, 29)
     yield Case(
@@ -186,6 +193,19 @@ def _run_assign(
 ) -> Sequence[Tensor]:
     found = kmeans.assign_accumulate(
         tokens, centers, shift=shift, weights=weights, with_labels=True, with_distances=True
+    )
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _run_second_assign(
+    tokens: Tensor, centers: Tensor, shift: Tensor | None, _: Tensor | None
+) -> Sequence[Tensor]:
+    """A pass that may correct the sums of another, from which a part of the tokens has moved on."""
+    before = kmeans.assign_accumulate(
+        tokens, centers + 0.1 * centers.roll(1, dims=-1), shift=shift, with_labels=True
+    )
+    found = kmeans.assign_accumulate(
+        tokens, centers, shift=shift, with_labels=True, with_distances=True, last=before
     )
     return [tensor for tensor in found if tensor is not None]
 

@@ -61,21 +61,27 @@ def _cuda_why_not(index: int | None) -> str:
 def assign_accumulate(
     tokens: Tensor,  # [G, B, N, D], last stride 1
     centers: Tensor,  # [G, K, D] float32, contiguous
-    shift: Tensor | None,  # [G, D] float32, contiguous
+    shift: Tensor | None,  # [G, D] float32, contiguous; never None on CUDA
     weights: Tensor | None,  # [G, B * N] float32, contiguous
     with_labels: bool,
     with_distances: bool,
     isa: str = "",
+    last: tuple[Tensor, Tensor, Tensor] | None = None,  # sums, counts and labels, contiguous
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See `spt_fast.ops.kmeans.assign_accumulate`."""
     module, _ = _load()
     groups, num_centers, width = centers.shape
     rows = tokens.shape[1] * tokens.shape[2]
     device = tokens.device
-    sums = torch.empty(groups, num_centers, width, dtype=torch.float64, device=device)
-    counts = torch.empty(groups, num_centers, dtype=torch.float64, device=device)
+    labels = None
+    if last is None:
+        sums = torch.empty(groups, num_centers, width, dtype=torch.float64, device=device)
+        counts = torch.empty(groups, num_centers, dtype=torch.float64, device=device)
+        if with_labels:
+            labels = torch.empty(groups, rows, dtype=torch.int32, device=device)
+    else:
+        sums, counts, labels = (tensor.clone() for tensor in last)
     inertia = torch.empty(groups, dtype=torch.float64, device=device)
-    labels = torch.empty(groups, rows, dtype=torch.int32, device=device) if with_labels else None
     distances = torch.empty(groups, rows, dtype=torch.float32, device=device) if with_distances else None
     args = module.AssignArgs(
         tokens=_view(module, tokens),
@@ -88,6 +94,7 @@ def assign_accumulate(
         weights=_address(weights),
         labels=_address(labels),
         distances=_address(distances),
+        corrects=last is not None,
     )
     if device.type == "cuda":
         size = module.assign_accumulate_cuda_workspace(args)
@@ -148,7 +155,7 @@ class PrunedPasses:
 def distances(
     tokens: Tensor,  # [G, B, N, D], last stride 1
     centers: Tensor,  # [G, K, D] float32, contiguous
-    shift: Tensor | None,  # [G, D] float32, contiguous
+    shift: Tensor | None,  # [G, D] float32, contiguous; never None on CUDA
     isa: str = "",
 ) -> Tensor:
     """Squared distances [G, B * N, K], float32."""

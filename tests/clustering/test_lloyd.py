@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spt_fast.clustering.lloyd import LloydResult, lloyd
+from spt_fast.clustering.chunks import OneChunk
+from spt_fast.clustering.lloyd import Lloyd, LloydResult, Until, lloyd
+from spt_fast.clustering.passes import TokenPasses
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops import kmeans_native
 from spt_fast.ops.kmeans import PassResult, PrunedPasses, assign_accumulate
@@ -216,6 +223,174 @@ def test_looking_seldom_gives_the_result_of_looking_each_step(max_iter: int, rel
                 lloyd(make_problem(tokens), centers, look_every=every, **options) for every in (1, 4)
             )
             assert_same(each, seldom)
+
+
+READBACKS = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that launch a kernel: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number, self.in_pass = 0, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        allocates = func.overloadpacket.__name__.startswith(("empty", "new_empty"))
+        self.number += not (func.is_view or allocates or self.in_pass)
+        return func(*args, **(kwargs or {}))
+
+
+class Readbacks(TorchFunctionMode):
+    """Answers what is read back from a device that holds no values with ones, and counts it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        if name not in READBACKS or not isinstance(args[0], Tensor) or args[0].device.type == "cpu":
+            return func(*args, **(kwargs or {}))
+        self.number += 1
+        ones = torch.from_numpy(np.ones(args[0].shape))
+        return ones if name == "cpu" else getattr(ones, name)()
+
+
+@pytest.mark.parametrize("relaxation", [1.0, 1.8])
+def test_an_iteration_on_a_device_launches_little_and_is_read_back_seldom(
+    relaxation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.empty(500, 12, device="meta")
+    launches, readbacks, seen = Launches(), Readbacks(), []
+
+    def pass_apart(*args: Any, **kwargs: Any) -> PassResult:
+        launches.in_pass = True
+        seen.append((launches.number, readbacks.number))
+        try:
+            return assign_accumulate(*args, **kwargs)
+        finally:
+            launches.in_pass = False
+
+    monkeypatch.setattr("spt_fast.clustering.passes.assign_accumulate", pass_apart)
+    problem = WeightedTokens(tokens, torch.empty(500, device="meta"), tokens[0], "reference")
+    with launches, readbacks:
+        result = lloyd(problem, tokens[:9], max_iter=12, relaxation=relaxation)
+    assert result.n_iter == 12
+    iterations = list(itertools.pairwise(seen[:13]))
+    assert max(after[0] - before[0] for before, after in iterations) <= 8
+    assert max(after[1] - before[1] for before, after in iterations) <= 1
+    assert seen[12][1] - seen[0][1] <= 3  # every fourth iteration
+
+
+def test_several_runs_are_read_back_once_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.empty(500, 12, device="meta")
+    readbacks, seen = Readbacks(), []
+
+    def pass_apart(*args: Any, **kwargs: Any) -> PassResult:
+        seen.append(readbacks.number)
+        return assign_accumulate(*args, **kwargs)
+
+    monkeypatch.setattr("spt_fast.clustering.passes.assign_accumulate", pass_apart)
+    passes = TokenPasses(OneChunk(tokens), tokens[0], backend="reference")
+    with readbacks:
+        runs = Lloyd(passes, tokens[:18].view(2, 9, 12))
+        runs.run(Until(max_iter=6))
+    assert runs.n_iter == [6, 6]
+    assert [after - before for before, after in itertools.pairwise(seen)] == [1] * 6
+
+
+@pytest.fixture
+def correcting(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """The reference corrects the sums of the last pass, as CUDA does; for each pass whether it did."""
+    corrected = []
+
+    def correct(
+        tokens: Tensor, centers: Tensor, *, last: PassResult | None = None, **options: Any
+    ) -> PassResult:
+        anew = assign_accumulate(tokens, centers, **options)
+        corrected.append(last is not None)
+        if last is None:
+            return anew
+        assert anew.labels is not None
+        assert last.labels is not None
+        sums, counts = last.sums.clone(), last.counts.clone()
+        for run, labels in enumerate(anew.labels):
+            changed = labels != last.labels[run]
+            rows = tokens[run, changed].double()
+            for sign, owners in ((1, labels[changed]), (-1, last.labels[run, changed])):
+                sums[run].index_add_(0, owners, rows, alpha=sign)
+                counts[run].index_add_(0, owners, torch.ones(len(rows)).double(), alpha=sign)
+        return PassResult(sums, counts, anew.inertia, anew.labels)
+
+    monkeypatch.setattr("spt_fast.clustering.passes.assign_accumulate", correct)
+    monkeypatch.setattr("spt_fast.clustering.passes.can_correct", lambda *_: True)
+    return corrected
+
+
+def test_corrected_passes_end_where_plain_ones_end(correcting: list[bool]) -> None:
+    tokens = make_tokens(900, 12, clumps=6)
+    # The runs end at different times; the last one begins with centres that have no tokens.
+    starts = torch.stack([tokens[:9], tokens[40:49], torch.cat([tokens[:7], torch.full((2, 12), 90.0)])])
+    results = []
+    for prune in (True, False):
+        passes = TokenPasses(OneChunk(tokens), tokens.mean(0), backend="reference", prune=prune)
+        runs = Lloyd(passes, starts.clone())
+        runs.run(Until(max_iter=60))
+        results.append((runs.centers, passes.totals, runs.n_iter))
+        if prune:
+            assert sum(correcting) > len(correcting) / 2
+            correcting.clear()
+    assert not any(correcting)
+    (ours, totals, n_iter), (plain, plain_totals, plain_n_iter) = results
+    assert n_iter == plain_n_iter
+    assert len(set(n_iter)) > 1
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(totals[:3], plain_totals[:3], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("max_iter", [6, 19, 300])
+def test_passes_that_are_undone_leave_no_trace_in_those_that_correct(
+    correcting: list[bool], max_iter: int
+) -> None:
+    tokens = make_tokens(900, 12, clumps=6)
+    for centers in (tokens[:9].clone(), torch.cat([tokens[:7], torch.full((2, 12), 90.0)])):
+        each, seldom = (
+            lloyd(make_problem(tokens, backend="reference"), centers, max_iter=max_iter, look_every=every)
+            for every in (1, 4)
+        )
+        assert_same(each, seldom)
+    assert any(correcting)
+
+
+def test_every_sixteenth_pass_adds_up_all_tokens(correcting: list[bool]) -> None:
+    tokens = make_tokens(300, 5)
+    passes = TokenPasses(OneChunk(tokens), tokens.mean(0), backend="reference")
+    for step in range(40):
+        passes.assign([0], tokens[None, step : step + 5])
+    assert [index for index, one in enumerate(correcting) if not one] == [0, 16, 32]
+
+
+class TwoChunks(OneChunk):
+    """Tokens [n, D] in two chunks."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__(tokens)
+        self.chunk_rows = [1, len(tokens) - 1]
+
+    def chunks(self, wanted: Sequence[int] | None = None) -> Iterator[Tensor]:
+        chunks = self._tokens.split(self.chunk_rows)
+        return iter(chunks if wanted is None else [chunks[index] for index in wanted])
+
+
+def test_sums_of_weighted_tokens_and_of_several_chunks_are_made_anew(correcting: list[bool]) -> None:
+    tokens = make_tokens(300, 5)
+    for chunks, weights in ((OneChunk(tokens), torch.rand(300)), (TwoChunks(tokens), None)):
+        passes = TokenPasses(chunks, tokens.mean(0), weights, backend="reference")
+        for step in range(3):
+            passes.assign([0], tokens[None, step : step + 5])
+    assert len(correcting) == 3 + 2 * 3
+    assert not any(correcting)
 
 
 def assign_once(passes: PrunedPasses, tokens: Tensor, centers: Tensor) -> PassResult:

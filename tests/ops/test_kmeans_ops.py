@@ -234,6 +234,30 @@ def test_bad_arguments_are_named(change: dict[str, object], error: type[Exceptio
         assign_accumulate(**arguments)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_result_to_be_corrected_changes_nothing_and_is_not_changed(backend: str) -> None:
+    tokens, centers = torch.randn(2, 50, 6), torch.randn(2, 4, 6)
+    last = assign_accumulate(tokens, centers + 1, with_labels=True)
+    kept = [value.clone() for value in last[:4]]
+    given = assign_accumulate(tokens, centers, last=last, with_labels=True, backend=backend)
+    expected = assign_accumulate(tokens, centers, with_labels=True, backend=backend)
+    torch.testing.assert_close(given[:4], expected[:4])
+    assert all(torch.equal(a, b) for a, b in zip(last[:4], kept, strict=True))
+
+
+def test_what_cannot_be_corrected_is_named() -> None:
+    tokens, centers = torch.randn(2, 50, 6), torch.randn(2, 4, 6)
+    last = assign_accumulate(tokens, centers, with_labels=True)
+    with pytest.raises(ValueError, match="last must have labels, and takes no weights"):
+        assign_accumulate(tokens, centers, last=last._replace(labels=None))
+    with pytest.raises(ValueError, match="last must have labels, and takes no weights"):
+        assign_accumulate(tokens, centers, last=last, weights=torch.ones(2, 50))
+    with pytest.raises(ValueError, match=r"last\.labels must be \[2, 49\], got \[2, 50\]"):
+        assign_accumulate(tokens[:, 1:], centers, last=last)
+    with pytest.raises(ValueError, match=r"last\.sums must be \[2, 3, 6\], got \[2, 4, 6\]"):
+        assign_accumulate(tokens, centers[:, 1:], last=last)
+
+
 def test_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(ValueError, match="isa must be one of"):
         kmeans_native.distances(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1), None, "mmx")

@@ -14,24 +14,17 @@ namespace spt_fast {
 inline unsigned char* dynamic_shared() { return emulation::shared; }
 
 inline void take_place(const emulation::Copy& copy) {
-  std::memset(copy.target, 0, copy.padded);
+  std::memset(copy.target, 0, 16);
   std::memcpy(copy.target, copy.source, copy.bytes);
 }
 
-inline void copy_async(void* shared, const void* global, int bytes, int padded) {
-  if (reinterpret_cast<uintptr_t>(shared) % padded ||
-      reinterpret_cast<uintptr_t>(global) % padded) {
+inline void copy_async_16(void* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
     throw std::runtime_error("an asynchronous copy is not aligned");
   }
-  const emulation::Copy copy{shared, global, bytes, padded};
+  const emulation::Copy copy{shared, global, bytes};
   if (emulation::early_copies) return take_place(copy);
   emulation::fibers[emulation::current].open_group.push_back(copy);
-}
-inline void copy_async_16(void* shared, const void* global, int bytes) {
-  copy_async(shared, global, bytes, 16);
-}
-inline void copy_async_4(void* shared, const void* global, int bytes) {
-  copy_async(shared, global, bytes, 4);
 }
 
 inline void commit_copies() {
@@ -99,7 +92,7 @@ inline float widen(uint16_t bits, __half) {
 }
 
 template <typename T>
-void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   const auto shown = emulation::show(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
   const int lane = emulation::lane();
   for (int i = 0; i < 4; ++i) {
@@ -133,11 +126,16 @@ inline void multiply_tf32(float (&c)[4], const uint32_t* a, uint32_t b0, uint32_
   }
 }
 
-// To nearest, ties away from zero.
-inline uint32_t round_to_tf32(float x) {
-  const uint32_t bits = __float_as_uint(x);
-  return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
+inline uint32_t equal_halves(uint32_t a, uint32_t b) {
+  const auto equal = [&](int shift) {
+    return widen(static_cast<uint16_t>(a >> shift), __half{}) ==
+           widen(static_cast<uint16_t>(b >> shift), __half{});
+  };
+  return (equal(0) ? 0xffffu : 0u) | (equal(16) ? 0xffff0000u : 0u);
 }
+
+template <typename Piece>
+void keep_packed(Piece&) {}
 
 template <typename... Params, typename... Args>
 cudaError_t enqueue(void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,

@@ -97,7 +97,6 @@ struct Copy {
   void* target;
   const void* source;
   int bytes;
-  int padded;
 };
 
 struct Fiber {
@@ -265,6 +264,14 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
   for (int lane = 0; lane < 32; ++lane) result |= (shown[lane] ? 1u : 0u) << lane;
   return result;
 }
+template <typename T>
+unsigned __match_any_sync(unsigned, T value) {
+  const auto shown = emulation::show(value);
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane) result |= (shown[lane] == value ? 1u : 0u) << lane;
+  return result;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
