@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spt_fast.support.arguments import check_number
 
 # Measured: docs/train.md, examples/prompt_rates.py.
-PROMPT_LR_FACTOR = 100.0
+PROMPT_LR_FACTOR = 30.0
 
 
 def parameter_groups(

@@ -54,7 +54,7 @@ def test_a_step_of_adamw_turns_short_and_long_prompts_alike(make_vit):
         torch.manual_seed(0)
         tuned = PromptedViT(make_vit(embed_dim=32, depth=2), scale * start, num_classes=5)
         nn.init.normal_(tuned.head.weight)
-        optimizer = torch.optim.AdamW(tuned.parameter_groups(1e-3, weight_decay=0.0), eps=1e-20)
+        optimizer = torch.optim.AdamW(tuned.parameter_groups(3e-3, weight_decay=0.0), eps=1e-20)
         nn.functional.cross_entropy(tuned(images), labels).backward()
         optimizer.step()
         turned.append(torch.cosine_similarity(tuned.prompts.detach(), start, dim=-1))
