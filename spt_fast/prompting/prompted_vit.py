@@ -28,7 +28,7 @@ from spt_fast.prompting.engines import KeysValuesCache, choose_engine
 from spt_fast.prompting.file_format import TunedState
 from spt_fast.prompting.initial_prompts import initial_prompts
 from spt_fast.prompting.nmi import check_finite_nmi, nmi_per_image
-from spt_fast.prompting.parameter_groups import parameter_groups
+from spt_fast.prompting.parameter_groups import parameter_groups as groups_of
 from spt_fast.prompting.prompted_blocks import PromptedBlocks
 from spt_fast.support.arguments import check_bool, check_choice, check_int
 from spt_fast.support.randomness import seeded
@@ -323,11 +323,7 @@ class PromptedViT(nn.Module):
         """The parameters for an optimiser: the prompts, unless they are frozen, and the head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def parameter_groups(
-        self, lr: float, prompt_lr: float | None = None, *, weight_decay: float = 1e-4
-    ) -> list[dict[str, Any]]:
-        """The same in groups, each with its rate and weight decay: `parameter_groups.parameter_groups`."""
-        return parameter_groups(self, lr, prompt_lr, weight_decay=weight_decay)
+    parameter_groups = groups_of
 
     def train(self, mode: bool = True) -> PromptedViT:
         """Set the mode of the head and of the dropout before it; the backbone stays in evaluation mode."""
