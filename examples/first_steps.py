@@ -15,6 +15,6 @@ test = DataLoader(TensorDataset(*load_digits("test")), batch_size=100)
 model = open_model("shipped", pool="avg-with-prompts")  # 6 blocks; or "vit_base_patch16_224.mae"
 protos = spt_fast.build_prototypes(model, train)  # 20 prompts for each block, from one pass
 tuned = spt_fast.PromptedViT(model, protos, num_classes=10)  # frozen backbone; prompts and head learn
-fit(tuned, train, epochs=5, prompt_lr=1.0)
+fit(tuned, train, epochs=5)
 print(f"test accuracy {evaluate(tuned, test):.1%}")
 tuned.save("digits.safetensors")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from spt_fast.commands.options import Commands
     from spt_fast.data.cache import ImageCache
+    from spt_fast.prompting.prompted_vit import PromptedViT
     from spt_fast.prototypes.result import Prototypes
 
 
@@ -75,7 +76,11 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--epochs", type=int, default=100)
     recipe.add_argument("--warmup-epochs", type=float, help="default: a tenth of --epochs")
     recipe.add_argument("--lr", type=float, default=1e-2, help="highest, of the head (default: 0.01)")
-    recipe.add_argument("--prompt-lr", type=float, help="highest, of the prompts (default: as --lr)")
+    recipe.add_argument(
+        "--prompt-lr",
+        type=float,
+        help="highest, of the prompts (default: in proportion to --lr and the prompts' root mean square)",
+    )
     recipe.add_argument("--weight-decay", type=float, default=1e-4)
     recipe.add_argument("--head-weight-decay", type=float, help="default: as --weight-decay")
     recipe.add_argument(
@@ -163,6 +168,7 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     tuned.preprocessing = preprocessing
+    _print_rates(tuned, args)
     history = fit_and_save(
         tuned,
         train.loader,
@@ -216,6 +222,14 @@ def _prompts(args: argparse.Namespace, model: nn.Module, cache: ImageCache | Non
         depth=args.depth,
         seed=args.seed,
     )
+
+
+def _print_rates(tuned: PromptedViT, args: argparse.Namespace) -> None:
+    """Say how fast prompts and head learn: the prompts' rate may be a default that depends on them."""
+    groups = tuned.parameter_groups(args.lr, args.prompt_lr)
+    names = ("prompts" if group["name"] == "prompts" else "head" for group in groups)
+    rates = {name: f"{group['lr']:.3g}" for name, group in zip(names, groups, strict=True)}
+    print("learning rates: " + ", ".join(f"{name} {rate}" for name, rate in rates.items()))
 
 
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from spt_fast.prompting.engines import KeysValuesCache, choose_engine
 from spt_fast.prompting.file_format import TunedState
 from spt_fast.prompting.initial_prompts import initial_prompts
 from spt_fast.prompting.nmi import check_finite_nmi, nmi_per_image
+from spt_fast.prompting.parameter_groups import parameter_groups as groups_of
 from spt_fast.prompting.prompted_blocks import PromptedBlocks
 from spt_fast.support.arguments import check_bool, check_choice, check_int
 from spt_fast.support.randomness import seeded
@@ -57,7 +58,7 @@ class PromptedViT(nn.Module):
     Shallow (eq. 4-5, 11-12): block 1 takes P_0 as tokens, and each later block takes their outputs.
 
     >>> tuned = spt_fast.PromptedViT(model, protos, num_classes=200)
-    >>> optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=1e-2)
+    >>> optimizer = torch.optim.AdamW(tuned.parameter_groups(lr=1e-2))
 
     Args:
         model: a timm Vision Transformer, or a module whose `.blocks` map [B, N, D] to [B, N, D]. It must not
@@ -329,6 +330,8 @@ class PromptedViT(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters for an optimiser: the prompts, unless they are frozen, and the head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    parameter_groups = groups_of
 
     def train(self, mode: bool = True) -> PromptedViT:
         """Set the mode of the head and of the dropout before it; the backbone stays in evaluation mode."""

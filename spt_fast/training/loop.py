@@ -20,8 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from spt_fast.backbones.anatomy import unwrap
 from spt_fast.data.batches import IGNORED_LABEL
+from spt_fast.prompting.parameter_groups import parameter_groups
 from spt_fast.support.arguments import check_choice, check_int, check_number, check_seed
 from spt_fast.support.randomness import seeded
 from spt_fast.support.tables import csv_bytes
@@ -30,7 +30,7 @@ from spt_fast.training.evaluation import check_gives_logits, device_of, evaluate
 
 FINAL_LR = 1e-8
 WARMUP_SHARE = 0.1
-HISTORY_COLUMNS = ("epoch", "loss", "val_accuracy", "lr", "seconds", "kept")
+HISTORY_COLUMNS = ("epoch", "loss", "val_accuracy", "lr", "prompt_lr", "seconds", "kept")
 KEEP = ("last", "best")
 
 
@@ -47,9 +47,10 @@ class History:
         val_accuracy: accuracy in [0, 1] on the validation images after each of `val_epochs`; empty without
             `val_loader`.
         val_epochs: epochs (from 1) after which the model was evaluated.
-        lr: learning rate of the epoch's last step, the first parameter group's.
+        lr: learning rate of the epoch's last step, of everything but prompts.
         seconds: wall-clock time of the epoch's training steps; evaluation is not counted.
         keep: as `fit` was asked.
+        prompt_lr: as `lr`, of the prompts; None where no prompts learn.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -58,6 +59,7 @@ class History:
     lr: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     keep: Literal["last", "best"] = "last"
+    prompt_lr: list[float | None] = field(default_factory=list)
 
     @property
     def epochs(self) -> int:
@@ -86,15 +88,16 @@ class History:
         return "\n".join(lines)
 
     def to_csv(self) -> bytes:
-        """A row per epoch: epoch, loss, val_accuracy (empty where not evaluated), lr, seconds, kept.
+        """A row per epoch, in `HISTORY_COLUMNS`; val_accuracy is empty where nothing was evaluated.
 
         `kept` is 1 in the row of `kept_epoch` and 0 in the others.
         """
         accuracy = dict(zip(self.val_epochs, self.val_accuracy, strict=True))
+        prompt_lr = self.prompt_lr or [None] * self.epochs
         rows = [
-            (epoch, loss, accuracy.get(epoch, ""), lr, seconds, int(epoch == self.kept_epoch))
-            for epoch, (loss, lr, seconds) in enumerate(
-                zip(self.loss, self.lr, self.seconds, strict=True), start=1
+            (epoch, loss, accuracy.get(epoch, ""), *others, int(epoch == self.kept_epoch))
+            for epoch, (loss, *others) in enumerate(
+                zip(self.loss, self.lr, prompt_lr, self.seconds, strict=True), start=1
             )
         ]
         return csv_bytes(HISTORY_COLUMNS, rows)
@@ -129,8 +132,8 @@ def fit(
         val_loader: such batches, evaluated after every `val_every`-th epoch and the last.
         epochs: passes over `train_loader`, at least 1.
         lr: highest learning rate.
-        prompt_lr: highest learning rate of the parameters named `prompts`; None is `lr`. Blocks normalise
-            their input, so they see a prompt's direction only: a prompt far from zero needs longer steps.
+        prompt_lr: highest learning rate of the parameters named `prompts`; None is in proportion to `lr` and
+            to their root mean square (`prompting.parameter_groups.default_prompt_lr`).
         weight_decay: for tensors of two or more dimensions; biases and norms have none.
         head_weight_decay: the same for the head of `tuned`, its part `head`; None is `weight_decay`.
         warmup_epochs: length of the linear rise, below `epochs`; it may be a fraction. None is a tenth of
@@ -171,8 +174,7 @@ def fit(
     val_every, seed = check_int("val_every", val_every, 1), check_seed(seed)
     if warmup_epochs is None:
         warmup_epochs = WARMUP_SHARE * epochs
-    decays = (weight_decay, weight_decay if head_weight_decay is None else head_weight_decay)
-    optimizer = _adamw(tuned, lr, lr if prompt_lr is None else prompt_lr, *decays)
+    optimizer = _adamw(tuned, lr, prompt_lr, weight_decay, head_weight_decay)
     schedule = warmup_cosine(optimizer, round(warmup_epochs * steps), epochs * steps)
     device = device_of(tuned)
     history = History(keep=keep)
@@ -257,7 +259,7 @@ def _train_epoch(
 ) -> None:
     tuned.train()
     losses = _Losses(epoch)
-    rate = 0.0
+    rate, prompt_rate = _rates(optimizer)
     started = time.perf_counter()
     for step, batch in enumerate(loader):
         where = f"batch {step} of train_loader"
@@ -265,7 +267,7 @@ def _train_epoch(
         if labelled == 0:
             raise ValueError(f"{where} must hold a label other than {IGNORED_LABEL}, got none")
         loss = F.cross_entropy(logits, labels)
-        rate = optimizer.param_groups[0]["lr"]
+        rate, prompt_rate = _rates(optimizer)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -273,6 +275,7 @@ def _train_epoch(
         losses.add(loss.detach(), labelled, step + 1, rate)
     history.loss.append(losses.mean())
     history.lr.append(rate)
+    history.prompt_lr.append(prompt_rate)
     history.seconds.append(time.perf_counter() - started)
 
 
@@ -310,33 +313,32 @@ class _Losses:
 
 
 def _adamw(
-    tuned: nn.Module, lr: float, prompt_lr: float, weight_decay: float, head_weight_decay: float
+    tuned: nn.Module,
+    lr: float,
+    prompt_lr: float | None,
+    weight_decay: float,
+    head_weight_decay: float | None,
 ) -> torch.optim.AdamW:
     """AdamW over the parameters that require a gradient, in groups by rate and decay."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    of_head = _parameters_of_head(tuned)
-    if head_weight_decay != weight_decay and not of_head:
-        raise ValueError(f"head_weight_decay needs a part `head`, which {type(tuned).__name__} has not")
     for name, parameter in tuned.named_parameters():
-        if parameter.requires_grad:
-            if parameter.dtype == torch.float16:
-                raise ValueError(
-                    f"tuned must learn parameters of float32 or bfloat16, but {name} is float16, in which "
-                    "AdamW divides by zero; keep the model in float32 and give weight_dtype='bf16' instead"
-                )
-            rate = prompt_lr if name.rpartition(".")[2] == "prompts" else lr
-            decay = head_weight_decay if id(parameter) in of_head else weight_decay
-            groups.setdefault((rate, decay if parameter.ndim >= 2 else 0.0), []).append(parameter)
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(
+                f"tuned must learn parameters of float32 or bfloat16, but {name} is float16, in which "
+                "AdamW divides by zero; keep the model in float32 and give weight_dtype='bf16' instead"
+            )
+    groups = parameter_groups(
+        tuned, lr, prompt_lr, weight_decay=weight_decay, head_weight_decay=head_weight_decay
+    )
     if not groups:
         raise ValueError("tuned must have a parameter that requires a gradient, got none to train")
-    return torch.optim.AdamW(
-        [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-    )
+    return torch.optim.AdamW(groups)
 
 
-def _parameters_of_head(tuned: nn.Module) -> set[int]:
-    head = getattr(unwrap(tuned), "head", None)
-    return {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+def _rates(optimizer: torch.optim.Optimizer) -> tuple[float, float | None]:
+    """The rates of the next step: of everything but prompts, and of prompts, if they learn."""
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    prompts = rates.pop("prompts", None)
+    return next(iter(rates.values()), prompts), prompts
 
 
 def _learned(tuned: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -17,6 +18,7 @@ from spt_fast.commands import main as cli
 from spt_fast.commands import options
 from spt_fast.data import shipped
 from spt_fast.data.images import open_images, open_labelled_images
+from spt_fast.prompting.parameter_groups import PROMPT_LR_FACTOR
 from spt_fast.support.tables import read_csv
 from spt_fast.training.loop import HISTORY_COLUMNS, fit
 from spt_fast.training.run import FILE_NAMES, TUNED_NAME
@@ -281,6 +283,19 @@ def test_a_bad_recipe_is_refused_before_any_work(recipe, tmp_path, only_error, m
     name = recipe[0].strip("-").replace("-", "_")
     error = only_error(train("--data", "digits", *recipe, "--out", tmp_path), "train")
     assert f"{name} must be" in error
+
+
+def test_both_rates_are_said_and_written(folders, tmp_path, capsys):
+    base = ("--data", folders / "train", "--epochs", 1, "--warmup-epochs", 0, "--random", 2, "--lr", 0.002)
+    assert train(*base, "--out", tmp_path / "default") == 0
+    # VPT's uniform values for patches of 4 x 4 and width 128 have about this root mean square.
+    expected = PROMPT_LR_FACTOR * 0.002 * (2 / (3 * 4 * 4 + 128)) ** 0.5
+    said = re.search(r"^learning rates: head 0.002, prompts (\S+)$", capsys.readouterr().out, re.MULTILINE)
+    assert float(said[1]) == pytest.approx(expected, rel=0.1)
+    assert train(*base, "--prompt-lr", 0.5, "--freeze-prompts", "--out", tmp_path / "frozen") == 0
+    assert "learning rates: head 0.002\n" in capsys.readouterr().out
+    [(_, (prompt_lr,))] = read_csv(tmp_path / "frozen" / "train.csv", ("prompt_lr",))
+    assert prompt_lr is None
 
 
 def test_warm_up_is_a_tenth_of_the_epochs_unless_given(folders, tmp_path):

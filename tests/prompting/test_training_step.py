@@ -349,7 +349,9 @@ def work(rank):
     assert not torch.equal(alone.prompts, make_tuned().prompts)
     learn(nn.parallel.DistributedDataParallel(parallel), half)
     torch.testing.assert_close(parallel.prompts, alone.prompts, rtol=1e-4, atol=1e-6)
+    rates = [group["lr"] for group in sharded.parameter_groups(0.1)]
     shard(sharded)
+    torch.testing.assert_close([group["lr"] for group in sharded.parameter_groups(0.1)], rates)
     learn(sharded, half)
     torch.testing.assert_close(sharded.prompts.full_tensor(), alone.prompts, rtol=1e-4, atol=1e-6)
     cast_alone, cast_sharded = (make_tuned(weight_dtype="bf16") for _ in range(2))

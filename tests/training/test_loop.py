@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from spt_fast import NMITracker, PromptedViT, build_prototypes
 from spt_fast.analysis import analyse
+from spt_fast.prompting.parameter_groups import PROMPT_LR_FACTOR
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.training.evaluation import evaluate
 from spt_fast.training.loop import FINAL_LR, fit, shuffled_loader, warmup_cosine
@@ -135,6 +136,39 @@ def test_prompts_have_their_own_rate(blobs):
     assert (net.head.weight - head).abs().max() < 1e-3
 
 
+def test_prompts_have_a_rate_of_their_length_by_default(vit, make_loader):
+    start = torch.full((3, 2, 32), 0.5)
+    tuned = PromptedViT(vit, start, num_classes=4)
+    options = {"epochs": 2, "lr": 1e-3, "weight_decay": 0.0, "warmup_epochs": 1, "progress": False}
+    history = fit(tuned, make_loader(8, 4), **options)
+    # The rates that the first epoch ends with, in the second of its two steps of warm-up.
+    assert history.lr[0] == pytest.approx(1e-3 * 2 / 3)
+    assert history.prompt_lr[0] == pytest.approx(PROMPT_LR_FACTOR * 0.5 * 1e-3 * 2 / 3)
+    assert history.lr[1] == pytest.approx(FINAL_LR) == history.prompt_lr[1]
+    moved = (tuned.prompts.detach() - start).abs().max()
+    assert 0.02 < moved < 0.2
+
+    again = PromptedViT(tuned.release(), start, num_classes=4)
+    given = fit(again, make_loader(8, 4), prompt_lr=PROMPT_LR_FACTOR * 0.5 * 1e-3, **options)
+    assert given.prompt_lr == pytest.approx(history.prompt_lr)
+
+
+def test_history_has_both_rates_in_columns_of_their_own(vit, make_loader, blobs):
+    options = {"epochs": 1, "lr": 1e-3, "warmup_epochs": 0, "progress": False}
+    tuned = PromptedViT(vit, 2, num_classes=4)
+    history = fit(tuned, make_loader(4, 2), prompt_lr=0.25, **{**options, "epochs": 2})
+    header, first, _ = history.to_csv().decode().splitlines()
+    assert header == "epoch,loss,val_accuracy,lr,prompt_lr,seconds,kept"
+    assert [float(cell) for cell in first.split(",")[3:5]] == [history.lr[0], history.prompt_lr[0]]
+    without = train(make_net(), blobs, epochs=1, warmup_epochs=0)
+    assert without.prompt_lr == [None]
+    assert without.to_csv().decode().splitlines()[1].split(",")[4] == ""
+    features = PromptedViT(tuned.release(), 2, num_classes=4)
+    features.head.requires_grad_(False)
+    alone = fit(features, make_loader(4, 2), prompt_lr=0.25, **options)
+    assert alone.lr == alone.prompt_lr
+
+
 def test_last_step_runs_at_the_final_rate(blobs):
     history = train(make_net(), blobs)
     assert history.lr[-1] == pytest.approx(FINAL_LR)
@@ -161,6 +195,7 @@ def test_the_head_has_a_decay_of_its_own(blobs, name):
         "epochs": 100,
         "warmup_epochs": 10,
         "lr": lr,
+        "prompt_lr": lr,
         "weight_decay": decay,
         "head_weight_decay": head_decay,
     }
