@@ -173,13 +173,14 @@ def _prompts(args: argparse.Namespace, model: nn.Module, cache: ImageCache | Non
 
     images = options.open_images(args, model, in_classes=True, cache=cache)
     options.check_num_prompts(args.num_prompts, args.depth, model, images.num_images)
-    return build_prototypes(
-        model,
-        images,
-        num_prompts=args.num_prompts,
-        depth=args.depth,
-        seed=args.seed,
-    )
+    with options.nothing_readable_explained(images):
+        return build_prototypes(
+            model,
+            images,
+            num_prompts=args.num_prompts,
+            depth=args.depth,
+            seed=args.seed,
+        )
 
 
 def _recipe(args: argparse.Namespace) -> dict[str, Any]:
