@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -312,6 +313,14 @@ def test_labels_of_the_digits_are_places_in_the_models_classes():
     loader = open_labelled_images("digits", model, split="val", class_names=names).loader
     labels = torch.cat([labels for _, labels in loader])
     assert torch.equal(labels, 9 - shipped.load_digits("val")[1])
+
+
+def test_validation_on_an_archive_is_said_to_be_unchecked(folders, tmp_path, capsys):
+    with tarfile.open(tmp_path / "same.tar", "w") as archive:
+        archive.add(folders / "train", ".")
+    data = ("--data", folders / "train", "--val-data", tmp_path / "same.tar", "--random", 2)
+    assert train(*data, "--out", tmp_path / "out") == 0
+    assert "validation: not checked for training images" in capsys.readouterr().out
 
 
 def test_a_folder_without_a_readable_image_says_so(folders, tmp_path, only_error):
