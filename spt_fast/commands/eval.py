@@ -67,7 +67,8 @@ def _evaluate(args: argparse.Namespace, paths: Mapping[str, Path] | None = None)
             file=sys.stderr,
         )
     options.print_images(images.loader, "images")
-    found = evaluate_classes(tuned, tqdm(images.loader, unit="batch"), images.class_names)
+    with options.nothing_readable_explained(images.loader):
+        found = evaluate_classes(tuned, tqdm(images.loader, unit="batch"), images.class_names)
     print(f"accuracy {found.accuracy:.2%} of {found.num_images} images")
     missing = found.missing_classes
     print(

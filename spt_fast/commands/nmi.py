@@ -68,14 +68,15 @@ def _analyse_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
         tuned = analysis.load_prompts(args.prompts, model, allow_other_backbone=args.allow_other_backbone)
     else:
         tuned = analysis.random_prompts(args.random, model, depth=args.depth, seed=args.seed)
-    result = analysis.analyse(
-        tuned,
-        images,
-        max_images=args.max_images,
-        scale=args.scale,
-        normalize=args.normalize,
-        unbiased=not args.biased_cka,
-    )
+    with options.nothing_readable_explained(images):
+        result = analysis.analyse(
+            tuned,
+            images,
+            max_images=args.max_images,
+            scale=args.scale,
+            normalize=args.normalize,
+            unbiased=not args.biased_cka,
+        )
     print(result.table())
     print(f"{result.num_images} images")
     options.print_unreadable(images.unreadable)

@@ -6,6 +6,8 @@ import argparse
 import ast
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -347,6 +349,20 @@ def print_unreadable(*unreadable: dict[str, str], file: TextIO | None = None) ->
         print(f"left out {len(found)} images that cannot be read:", file=file)
     for name, reason in sorted(found.items()):
         print(f"  {name} ({reason})", file=file)
+
+
+@contextmanager
+def nothing_readable_explained(loader: ImageLoader) -> Iterator[None]:
+    """Where none of the images can be read, the error says so, and not that the loader is empty."""
+    try:
+        yield
+    except ValueError as error:
+        if loader.unreadable and len(loader.unreadable) == loader.num_images:
+            name, reason = next(iter(loader.unreadable.items()))
+            raise ValueError(
+                f"data: none of the {loader.num_images} images can be read, such as {name} ({reason})"
+            ) from error
+        raise
 
 
 def image_options(args: argparse.Namespace) -> dict[str, Any]:

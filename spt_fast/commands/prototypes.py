@@ -98,23 +98,24 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
     _check_num_prompts(args, model, images.num_images)
     _check_layer(args, model)
     started = time.perf_counter()
-    prototypes = build_prototypes(
-        model,
-        images,
-        num_prompts=args.num_prompts,
-        depth=args.depth,
-        strategy=args.strategy,
-        capacity=args.capacity,
-        mode=args.mode,
-        init=args.init,
-        n_init=args.n_init,
-        sampling=args.sampling,
-        position_embedding=not args.no_position_embedding,
-        last_output=args.last_output,
-        max_images=args.max_images,
-        memory_budget=args.memory_budget,
-        seed=args.seed,
-    )
+    with options.nothing_readable_explained(images):
+        prototypes = build_prototypes(
+            model,
+            images,
+            num_prompts=args.num_prompts,
+            depth=args.depth,
+            strategy=args.strategy,
+            capacity=args.capacity,
+            mode=args.mode,
+            init=args.init,
+            n_init=args.n_init,
+            sampling=args.sampling,
+            position_embedding=not args.no_position_embedding,
+            last_output=args.last_output,
+            max_images=args.max_images,
+            memory_budget=args.memory_budget,
+            seed=args.seed,
+        )
     if args.layer is not None:
         prototypes = prototypes.repeat_layer(args.layer - 1)
     if args.last_output:

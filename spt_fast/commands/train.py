@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
     from spt_fast.data.images import open_validation_images, training_split
-    from spt_fast.data.names import takes_root
+    from spt_fast.data.names import SHIPPED_IMAGES, takes_root
     from spt_fast.training.run import add_prompts_and_head, fit_and_save
 
     model = options.open_model(args, args.pool or "auto", args.norm)
@@ -151,7 +151,10 @@ def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
     options.print_images(train.loader, "training")
     if val is not None:
         options.print_images(val.loader, "validation")
-        _check_overlap(train.paths, val.paths, allow=args.allow_overlap)
+        if train.paths and val.paths:
+            _check_overlap(train.paths, val.paths, allow=args.allow_overlap)
+        elif args.data != SHIPPED_IMAGES:
+            print("validation: not checked for training images: they do not all lie in files of their own")
     for line in cache.description() if cache is not None else ():
         print(line)
     tuned = add_prompts_and_head(
@@ -215,13 +218,14 @@ def _prompts(args: argparse.Namespace, model: nn.Module, cache: ImageCache | Non
 
     images = options.open_images(args, model, in_classes=True, cache=cache)
     options.check_num_prompts(args.num_prompts, args.depth, model, images.num_images)
-    return build_prototypes(
-        model,
-        images,
-        num_prompts=args.num_prompts,
-        depth=args.depth,
-        seed=args.seed,
-    )
+    with options.nothing_readable_explained(images):
+        return build_prototypes(
+            model,
+            images,
+            num_prompts=args.num_prompts,
+            depth=args.depth,
+            seed=args.seed,
+        )
 
 
 def _print_rates(tuned: PromptedViT, args: argparse.Namespace) -> None:

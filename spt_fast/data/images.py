@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from spt_fast.data.cache import CachedLoader, ImageCache
 from spt_fast.data.channels import fit_images
 from spt_fast.data.files import list_files
+from spt_fast.data.listing import some_names
 from spt_fast.data.loading import BadImages, DecodedImages, FileImages, ImageLoader
 from spt_fast.data.names import (
     Opened,
@@ -362,7 +363,7 @@ def _renumber(dataset: Any, data: str, found: Sequence[str], class_names: Sequen
     if foreign:
         raise ValueError(
             f"data: {data} has {len(foreign)} classes that the model does not know "
-            f"({', '.join(foreign[:3])}); it knows {len(class_names)} ({', '.join(class_names[:3])}, ...)"
+            f"({some_names(foreign)}); it knows {len(class_names)} ({some_names(class_names)})"
         )
     places = [class_names.index(name) for name in found]
     if isinstance(dataset, TensorDataset):

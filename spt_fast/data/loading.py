@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import re
@@ -229,7 +230,7 @@ class ImageLoader:
         iteration = self._iterations
         _check_shared_memory(self._loader.num_workers)
         # Workers that Ctrl-C finds half started would stay.
-        with _any_number_of_workers(), _explained_worker_errors(), held():
+        with _any_number_of_workers(), _explained_worker_errors(), held(), _garbage_kept_from_workers():
             batches = iter(self._loader)
         try:
             while True:
@@ -268,6 +269,20 @@ class ImageLoader:
         if self._loader.num_workers:
             with _any_number_of_workers():
                 self._loader = self._open()
+
+
+@contextmanager
+def _garbage_kept_from_workers() -> Iterator[None]:
+    """Workers that are forked in this context never collect what the parent has at that moment.
+
+    A worker that collects the iterator of another loader, which the parent is done with, would end that
+    loader's workers: it prints tracebacks, and closes files that are now others.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

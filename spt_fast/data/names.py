@@ -178,8 +178,9 @@ def _check_options(name: str, kind: str, root: object, split: object, download: 
 
 def _list_folder(name: str, in_classes: bool, known: Sequence[str]) -> Listing:
     if not Path(name).is_dir():
+        what = f"{name} is no folder" if Path(name).exists() else f"there is no folder {name}"
         raise FileNotFoundError(
-            f"data: there is no folder {name}; give a folder of images, a list (x.txt, x.json), an archive "
+            f"data: {what}; give a folder of images, a list (x.txt, x.json), an archive "
             f"(x.tar), vtab/TASK, fgvc/SET, a timm data set such as torch/cifar10, or {SHIPPED_IMAGES!r}"
         )
     if is_task(Path(name)):

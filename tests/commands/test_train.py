@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import tarfile
 from dataclasses import replace
 
 import numpy as np
@@ -165,7 +166,8 @@ def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, only_e
         (("--val-data", "{train}"), "must name other images than those of training"),
         (("--val-data", "{train}/../train/", "--val-split", "val"), "other images than those of training"),
         (("--val-split", "val"), "val_split is for data sets with splits"),
-        (("--val-data", "{foreign}"), "1 classes that the model does not know (prime)"),
+        (("--val-data", "{foreign}"), "1 classes that the model does not know (prime); it knows 2 ("),
+        (("--data", __file__), f"data: {__file__} is no folder; give a folder of images"),
         (("--cache-budget", "lots"), "cache_budget must be a number with a unit"),
         (("--cache", "off", "--cache-budget", "1MB"), "cache_budget is without effect with cache='off'"),
         (("--epochs", "0"), "epochs must be an integer >= 1, got 0"),
@@ -376,6 +378,38 @@ def test_labels_of_the_digits_are_places_in_the_models_classes():
     assert torch.equal(labels, 9 - shipped.load_digits("val")[1])
 
 
+def test_validation_on_an_archive_is_said_to_be_unchecked(folders, tmp_path, capsys):
+    with tarfile.open(tmp_path / "same.tar", "w") as archive:
+        archive.add(folders / "train", ".")
+    data = ("--data", folders / "train", "--val-data", tmp_path / "same.tar", "--random", 2)
+    assert train(*data, "--out", tmp_path / "out") == 0
+    assert "validation: not checked for training images" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_readable_image_says_so(folders, tmp_path, only_error):
+    shutil.copytree(folders / "train", tmp_path / "train")
+    for file in (tmp_path / "train").glob("*/*"):
+        file.write_bytes(b"")
+    tuned = spt_fast.PromptedViT(shipped.load_backbone(), 2, num_classes=2)
+    tuned.class_names = CLASSES
+    tuned.save(tmp_path / "t.safetensors")
+    data = ("--data", tmp_path / "train", "--bad-images", "skip", "--workers", 0)
+    calls = {
+        "train": lambda: train(*data, "--out", tmp_path / "out"),
+        "eval": lambda: evaluate("--tuned", tmp_path / "t.safetensors", *data),
+        "prototypes": lambda: cli.main(
+            [*map(str, ("prototypes", "--model", "shipped", *data, "--out", tmp_path / "p.safetensors"))]
+        ),
+        "nmi": lambda: cli.main(
+            [*map(str, ("nmi", "--model", "shipped", "--random", 2, *data, "--out", tmp_path / "nmi"))]
+        ),
+    }
+    for command, call in calls.items():
+        said = only_error(call(), command)
+        assert "data: none of the 24 images can be read, such as " in said, command
+        assert "cannot identify image file" in said, command
+
+
 def test_bad_input_of_eval_is_one_line(folders, tmp_path, only_error):
     missing = ("--tuned", tmp_path / "no_such_file", "--data", "digits")
     assert "there is no file" in only_error(evaluate(*missing), "eval")
@@ -385,4 +419,6 @@ def test_bad_input_of_eval_is_one_line(folders, tmp_path, only_error):
     foreign = ("--tuned", tmp_path / "t.safetensors", "--data", folders / "foreign")
     assert "classes that the model does not know (prime)" in only_error(evaluate(*foreign), "eval")
     digits = ("--tuned", tmp_path / "t.safetensors", "--data", "digits")
-    assert "10 classes that the model does not know (0, 1, 2)" in only_error(evaluate(*digits), "eval")
+    assert "10 classes that the model does not know (0, 1, 2, 3, 4 and 5 more)" in only_error(
+        evaluate(*digits), "eval"
+    )

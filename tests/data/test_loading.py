@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
@@ -292,3 +293,31 @@ def test_the_order_does_not_depend_on_workers():
         orders.append([[int(batch[0]) for batch in loader] for _ in range(3)])
     assert orders[0] == orders[1]
     assert orders[0][0] != orders[0][1] != orders[0][2]
+
+
+class Collecting(TensorDataset):
+    """Its workers collect garbage, as Python may do at any time."""
+
+    def __getitem__(self, index):
+        gc.collect()
+        return super().__getitem__(index)
+
+
+class Cycle:
+    """Garbage once its name is gone, as the iterator of a loader may be; says which process collects it."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        os.write(2, f"{os.getpid()}\n".encode())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_do_not_collect_what_the_parent_is_done_with(capfd):
+    loader = ImageLoader(Collecting(torch.zeros(4)), num_images=4, num_workers=1)
+    gc.collect()
+    Cycle()
+    assert len(list(loader)) == 4
+    gc.collect()
+    assert capfd.readouterr().err == f"{os.getpid()}\n"
