@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from spt_fast import PromptedViT, build_prototypes
+from spt_fast.backbones.open import open_model
 from spt_fast.data.images import open_labelled_images
 from spt_fast.data.names import kind_of
-from spt_fast.backbones.open import open_model
 from spt_fast.training.loop import fit, shuffled_loader
 
 LR = 1e-2
