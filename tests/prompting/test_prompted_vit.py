@@ -6,6 +6,8 @@ import copy
 import gc
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -510,6 +512,23 @@ class TestTracing:
         program = torch.export.export(tuned, (make_images(3),), dynamic_shapes=({0: batch},))
         torch.testing.assert_close(program.module()(make_images(5)), tuned(make_images(5)))
         assert "prompts" in program.state_dict
+
+    def test_an_exported_file_runs_where_the_package_is_imported(
+        self,
+        make_random: MakeViT,
+        make_images: MakeImages,
+        tmp_path: Path,
+        child_environment: dict[str, str],
+    ) -> None:
+        tuned = PromptedViT(make_random(depth=2), make_prompts(2)).eval()
+        torch.export.save(torch.export.export(tuned, (make_images(3),)), tmp_path / "tuned.pt2")
+        torch.save((make_images(3), tuned(make_images(3)).detach()), tmp_path / "expected.pt")
+        code = """
+import torch, spt_fast
+images, expected = torch.load("expected.pt")
+torch.testing.assert_close(torch.export.load("tuned.pt2").module()(images), expected)
+"""
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=child_environment, check=True)
 
 
 class TestRelease:
