@@ -75,5 +75,5 @@ def test_what_does_not_fit_changes_nothing(
 def test_a_parameter_that_it_would_lose_is_named(make_tuned: MakeTuned) -> None:
     tuned = make_tuned()
     tuned.model.norm.requires_grad_(True)  # type: ignore[operator, union-attr]
-    with pytest.raises(ValueError, match="model.norm.weight"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
         tuned.learned_state_dict()
