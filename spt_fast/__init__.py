@@ -10,6 +10,7 @@ from spt_fast.support.console import is_the_command
 
 # The command line imports what a command needs: torch takes seconds, which `spt-fast --help` can do without.
 if TYPE_CHECKING or not is_the_command():
+    from spt_fast import analysis, plots, training
     from spt_fast.analysis import NMITracker, nearest_patches
     from spt_fast.clustering import KMeans, StreamingKMeans
     from spt_fast.ops.cka import cka
@@ -30,10 +31,13 @@ __all__ = [
     "PromptedViT",
     "Prototypes",
     "StreamingKMeans",
+    "analysis",
     "build_prototypes",
     "cka",
     "nearest_patches",
+    "plots",
     "prompt_attention",
     "release",
     "sigmoid_nmi",
+    "training",
 ]

@@ -8,8 +8,11 @@ import importlib
 import io
 import re
 import shlex
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -241,10 +244,12 @@ def test_the_index_lists_every_page() -> None:
     }
 
 
+def python_of(page: str) -> list[str]:
+    return [body for _, language, body in FENCE.findall((ROOT / page).read_text()) if language == "python"]
+
+
 def readme_python() -> list[str]:
-    return [
-        body for _, language, body in FENCE.findall((ROOT / "README.md").read_text()) if language == "python"
-    ]
+    return python_of("README.md")
 
 
 def test_readme_shows_the_first_example() -> None:
@@ -275,3 +280,46 @@ def test_what_readme_calls_equivalent_is(vit: VisionTransformer) -> None:
     tuned = spt_fast.PromptedViT(vit, names["prompts"].expand(3, -1, -1))
     assert tuned.engine == "kv"
     torch.testing.assert_close(tuned.model.blocks[1](names["x"]), names["y"])
+
+
+@pytest.fixture
+def own_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that docs/own-loop.md leaves behind, on few digits; Lightning's module is a plain one."""
+    splits = {split: shipped.load_digits(split) for split in ("train", "val")}
+    monkeypatch.setattr(shipped, "load_digits", lambda split: tuple(tensor[:64] for tensor in splits[split]))
+    lightning = types.SimpleNamespace(LightningModule=torch.nn.Module)
+    monkeypatch.setitem(sys.modules, "lightning", lightning)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in python_of("docs/own-loop.md"):
+        exec(block, names)
+    return names
+
+
+def test_the_own_loop_trains_resumes_and_saves(own_loop: dict[str, Any], tmp_path: Path) -> None:
+    """What the page's own assertions leave open."""
+    learned, state = own_loop["tuned"].learned_state_dict(), torch.load(tmp_path / "last.pt")
+    assert state["tuned"].keys() == state["ema"].keys() == learned.keys()
+    changes = [float((state["tuned"][name] - learned[name]).abs().max()) for name in ("prompts", "head.bias")]
+    assert min(changes) > 1e-3
+    assert own_loop["optimizer"].param_groups[0]["lr"] < 1e-6
+    saved = spt_fast.PromptedViT.from_file(tmp_path / "digits.safetensors", shipped.load_backbone())
+    assert torch.equal(saved.prompts, state["ema"]["prompts"])
+
+
+def test_the_modules_for_trainers_carry_what_learned(own_loop: dict[str, Any]) -> None:
+    tuned, tuning = own_loop["tuned"], own_loop["tuning"]
+    classifier = own_loop["Classifier"](tuned)
+    images, labels = shipped.load_digits("val")
+    optimizer = tuning.configure_optimizers()
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    assert {*map(id, parameters)} == {*map(id, tuned.trainable_parameters())}
+    assert torch.equal(tuning.training_step((images, labels), 0), classifier(images, labels)["loss"])
+    assert torch.equal(classifier(images)["logits"], tuned(images))
+    for module in (tuning, classifier):
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        assert before.keys() == tuned.learned_state_dict().keys()
+        with torch.no_grad():
+            tuned.prompts.zero_()
+        assert module.load_state_dict(before, strict=False).missing_keys == []
+        assert torch.equal(tuned.prompts, before["prompts"])

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spt_fast.backbones.anatomy import block_input_hooks, patch_size, unwrap
 from spt_fast.backbones.token_extractor import TokenExtractor
@@ -22,6 +21,7 @@ from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_bool, check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.progress import progress_bar
 
 # Called with the number of a layer and its patch tokens [B, N_e, D].
 _Measure = Callable[[int, Tensor], None]
@@ -90,7 +90,7 @@ def nearest_patches(
     source = _TokenSource(model, len(values))
     layers = [_Nearest(prompts_of_layer.to(source.device), k, one_per_image) for prompts_of_layer in values]
     first_image = 0
-    with source, tqdm(desc="nearest patches", unit=" images", disable=not progress) as bar:
+    with source, progress_bar(show=progress, desc="nearest patches", unit=" images") as bar:
         for images in image_batches(loader, max_images):
             batch = _Batch(images, first_image, source.patch_size, context)
             source.run(images, partial(_look, layers, batch))

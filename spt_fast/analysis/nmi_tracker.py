@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import warnings
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -97,6 +98,8 @@ class NMITracker:
         self._key = next(_KEYS)
         self._hooks: ExitStack | None = None  # while attached
         self._step = 0
+        self._first_step = 0  # of this attachment
+        self._calls_in_evaluation = 0  # likewise
         self._row: list[Tensor] | None = None  # of the forward now running, where it is to be recorded
         self._travelling: deque[tuple[int, OnTheWay]] = deque()
         self._steps = array("q")
@@ -120,13 +123,18 @@ class NMITracker:
             stack.enter_context(block_input_hooks(blocks, _Hook(_observe_input, order, inside)))
             stack.callback(self._tuned.register_forward_hook(_Hook(_mark, order, end)).remove)
             self._hooks = stack.pop_all()
+        self._first_step, self._calls_in_evaluation = self._step, 0
         _ATTACHED[self._key] = self
         return self
 
     def detach(self) -> None:
-        """Stop recording, remove all hooks, wait for the last values and hand them to the callback."""
+        """Stop recording, remove all hooks, wait for the last values and hand them to the callback.
+
+        Warns where the module was called in evaluation mode only, so that there is nothing to record.
+        """
         if self._hooks is not None:
             self._hooks.close()
+            self._warn_if_never_training()
         self._hooks = None
         self._row = None
         _ATTACHED.pop(self._key, None)
@@ -206,6 +214,23 @@ class NMITracker:
                 for name, value in _named(row).items():
                     writer.add_scalar(name, value, step)
 
+    def __repr__(self) -> str:
+        state = "detached" if self._hooks is None else "attached"
+        return (
+            f"NMITracker(blocks={self._num_blocks}, every={self._every}, {state}, steps={self._step}, "
+            f"recorded={len(self._steps)})"
+        )
+
+    def _warn_if_never_training(self) -> None:
+        if self._step > self._first_step or self._calls_in_evaluation == 0:
+            return
+        warnings.warn(
+            f"NMITracker recorded nothing: the module was called {self._calls_in_evaluation} times in "
+            "evaluation mode and never in training mode; call tuned.train() before training (Lightning keeps "
+            "the mode in which it finds a model)",
+            stacklevel=3,
+        )
+
     def _observe(self, layer: int, x: Tensor | None) -> None:
         if layer == _BEGIN:
             self._begin()
@@ -217,10 +242,12 @@ class NMITracker:
 
     def _begin(self) -> None:
         self._row = None
-        if self._tuned.training:
-            if self._step % self._every == 0:
-                self._row = []
-            self._step += 1
+        if not self._tuned.training:
+            self._calls_in_evaluation += 1
+            return
+        if self._step % self._every == 0:
+            self._row = []
+        self._step += 1
 
     def _end(self) -> None:
         if self._row is not None:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spt_fast.backbones.anatomy import block_input_hooks
 from spt_fast.backbones.identity import check_backbone
@@ -28,6 +27,7 @@ from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_int
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import read_kind
+from spt_fast.support.progress import progress_bar
 from spt_fast.support.randomness import seeded
 from spt_fast.support.results import png
 from spt_fast.support.tables import csv_bytes, format_table
@@ -125,7 +125,7 @@ def analyse(
     device = tuned.prompts.device
     cka, nmi = StreamingCKA(depth, depth, unbiased=unbiased), []
     measure = partial(nmi_per_image, scale=scale, normalize=normalize)
-    with torch.no_grad(), tqdm(desc="analysis", unit=" images", disable=not progress) as bar:
+    with torch.no_grad(), progress_bar(show=progress, desc="analysis", unit=" images") as bar:
         for images in image_batches(loader, max_images):
             nmi.append(_analyse_batch(tuned, images.to(device), measure, cka))
             bar.update(len(images))

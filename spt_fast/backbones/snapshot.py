@@ -71,7 +71,8 @@ class ModelSnapshot:
         vars(model).update(self._attributes)
         self._follow_move(model, now)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._grad_flags[name])
+            # Not `requires_grad_`, which a transform of torch.func refuses: garbage may be collected in one.
+            parameter.requires_grad = self._grad_flags[name]
         for name, module in model.named_modules():
             module.training = self._training[name]
 

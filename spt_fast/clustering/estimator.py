@@ -12,9 +12,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.clustering.columns import (
+    check_container,
+    check_feature_names,
+    chosen_container,
+    in_container,
+)
 from spt_fast.clustering.frame import Frame, in_frames, scales
 from spt_fast.clustering.inputs import (
     ArrayLike,
@@ -23,11 +30,12 @@ from spt_fast.clustering.inputs import (
     check_width,
     raise_non_finite,
 )
-from spt_fast.clustering.parameters import Parameters
+from spt_fast.clustering.parameters import Parameters, Self
 from spt_fast.ops.kmeans import BACKENDS, assign_accumulate, squared_distances
 from spt_fast.support.arguments import check_choice, check_int
 from spt_fast.support.errors import NotFittedError
 
+_GENERATORS = (np.random.RandomState, np.random.Generator)
 Array = Any  # a tensor, or a NumPy array where the data came as something else than a tensor
 
 
@@ -52,7 +60,6 @@ class Settings:
 
     n_clusters: int
     n_groups: int
-    seed: int
 
 
 class ClusteringEstimator(Parameters):
@@ -69,15 +76,14 @@ class ClusteringEstimator(Parameters):
     # Data [G, M, D] and centres [G, K, D] of the last fit, in its frames, until its labels are asked for.
     _unlabelled: tuple[Tensor, Tensor] | None = None
     _labels: Tensor | None = None  # [G, M]
+    _feature_names: np.ndarray | None = None  # [D], where the data came as a DataFrame
+    _drawn_seed: int | None = None  # of this fit, where `random_state` is a generator
 
     def _settings(self) -> Settings:
         """Check the arguments, which the constructor only stores (scikit-learn's convention)."""
         check_choice("backend", self.backend, self._backends)
-        return Settings(
-            check_int("n_clusters", self.n_clusters, 1),
-            check_int("n_groups", self.n_groups, 1),
-            _resolve_seed(self.seed, self.random_state),
-        )
+        _check_seeds(self.seed, self.random_state)
+        return Settings(check_int("n_clusters", self.n_clusters, 1), check_int("n_groups", self.n_groups, 1))
 
     def _result(self) -> Clustering:
         """The clustering found; NotFittedError before any data."""
@@ -86,6 +92,14 @@ class ClusteringEstimator(Parameters):
     def _frames(self) -> Sequence[Frame | None]:
         """That of each group; NotFittedError before any data."""
         raise NotImplementedError
+
+    def _seed(self) -> int:
+        """The seed; a generator as `random_state` is asked once in each fit."""
+        if not isinstance(self.random_state, _GENERATORS):
+            return next((int(value) for value in (self.seed, self.random_state) if value is not None), 0)
+        if self._drawn_seed is None:
+            self._drawn_seed = _draw_seed(self.random_state)
+        return self._drawn_seed
 
     def __sklearn_is_fitted__(self) -> bool:
         try:
@@ -130,6 +144,33 @@ class ClusteringEstimator(Parameters):
         return self._result().centers.shape[-1]
 
     @property
+    def feature_names_in_(self) -> np.ndarray:
+        """Names of the columns of the DataFrame that was fitted, [D] objects; absent for other data."""
+        if self._feature_names is None:
+            raise AttributeError("feature_names_in_: X was no DataFrame whose columns are named by strings")
+        return self._feature_names
+
+    def get_feature_names_out(self, input_features: object = None) -> np.ndarray:
+        """Names of the columns of `transform`, such as "kmeans0": [K] objects; the argument is ignored.
+
+        Raises:
+            NotFittedError: before any data.
+        """
+        prefix, count = type(self).__name__.lower(), self._result().centers.shape[1]
+        return np.array([f"{prefix}{number}" for number in range(count)], dtype=object)
+
+    def set_output(self: Self, *, transform: str | None = None) -> Self:
+        """What `transform` and `fit_transform` return: "pandas", "polars" or "default"; None changes nothing.
+
+        Raises:
+            ValueError: another word.
+        """
+        if transform is not None:
+            # scikit-learn's name: its `clone` copies it.
+            self._sklearn_output_config = {"transform": check_container(transform)}
+        return self
+
+    @property
     def labels_(self) -> Array:
         """Index of the nearest centre of each token given to `fit`, int64: [M], or [G, M].
 
@@ -153,7 +194,10 @@ class ClusteringEstimator(Parameters):
         return _like(X, self._nearest(*self._match(X)))
 
     def transform(self, X: ArrayLike) -> Array:
-        """Distances to every centre, [M, K], or [G, M, K] where n_groups > 1; in the dtype of the centres."""
+        """Distances to every centre, [M, K], or [G, M, K] where n_groups > 1; in the dtype of the centres.
+
+        A DataFrame where `set_output`, or scikit-learn's `set_config`, asks for one; one group only.
+        """
         tokens, centers = self._match(X)
         squared = squared_distances(tokens, centers, shift=centers.mean(1), backend=self._kernel())
         _refuse_non_finite(tokens, squared.sum())
@@ -161,7 +205,7 @@ class ClusteringEstimator(Parameters):
         if any(self._frames()):
             factors = scales(self._frames()).to(distances.device)[:, None, None]
             distances = (distances.double() * factors).to(self._result().centers.dtype)
-        return _like(X, distances)
+        return self._contained(_like(X, distances), X)
 
     def score(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> Array:
         """Minus the sum of squared distances of X to the nearest centres, scalar or [G]; float64.
@@ -191,11 +235,21 @@ class ClusteringEstimator(Parameters):
         """Cluster X."""
         raise NotImplementedError
 
-    def _remember(self, X: ArrayLike, tokens: Tensor) -> None:
+    def _remember(self, X: ArrayLike, names: np.ndarray | None, tokens: Tensor) -> None:
         """Note what was fitted, for the kind of the results and for `labels_`; `tokens` are in its frames."""
+        self._feature_names = names
         self._from_tensor = isinstance(X, Tensor)
         centers = in_frames(self._result().centers, self._frames())
         self._unlabelled, self._labels = (tokens, centers), None
+
+    def _contained(self, values: Array, X: ArrayLike) -> Array:
+        """`values` [M, K] in the container that was asked for."""
+        container = chosen_container(getattr(self, "_sklearn_output_config", {}))
+        if container == "default":
+            return values
+        if values.ndim != 2:
+            raise ValueError(f"n_groups must be 1 for a DataFrame, got {self.n_groups}")
+        return in_container(values, X, container, self.get_feature_names_out())
 
     def _attribute(self, value: Tensor) -> Array:
         value = value[0] if len(value) == 1 else value
@@ -217,6 +271,7 @@ class ClusteringEstimator(Parameters):
     def _match(self, X: ArrayLike) -> tuple[Tensor, Tensor]:
         """X and the centres, in the frames of the data that were fitted."""
         centers, frames = self._result().centers, self._frames()
+        check_feature_names(X, self._feature_names, type(self).__name__)
         tokens = as_groups(X, len(centers))
         check_width(tokens, centers.shape[-1], type(self).__name__)
         return in_frames(tokens, frames), in_frames(centers, frames).to(tokens.device)
@@ -265,16 +320,23 @@ def check_enough(n_tokens: int, n_clusters: int) -> None:
         )
 
 
-def _resolve_seed(seed: Any, random_state: Any) -> int:
-    """The seed that `seed` or its alias gives; 0 where neither does."""
-    for name, value in (("seed", seed), ("random_state", random_state)):
-        if value is not None:
-            check_int(name, value, 0, "or None")
-    if seed is not None and random_state is not None and seed != random_state:
+def _check_seeds(seed: Any, random_state: Any) -> None:
+    """That `seed` is an integer or None, and `random_state`, its other name, too, or a generator."""
+    is_generator = isinstance(random_state, _GENERATORS)
+    if seed is not None:
+        check_int("seed", seed, 0, "or None")
+    if random_state is not None and not is_generator:
+        check_int("random_state", random_state, 0, "or None, or a NumPy RandomState or Generator")
+    if seed is not None and random_state is not None and (is_generator or seed != random_state):
         raise ValueError(
             f"random_state is another name of seed and must equal it, got {random_state} and seed={seed}"
         )
-    return int(next((value for value in (seed, random_state) if value is not None), 0))
+
+
+def _draw_seed(generator: np.random.RandomState | np.random.Generator) -> int:
+    if isinstance(generator, np.random.Generator):
+        return int(generator.integers(2**31))
+    return int(generator.randint(2**31, dtype=np.int64))
 
 
 def _like(X: ArrayLike, value: Tensor) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spt_fast.clustering import faiss_backend
 from spt_fast.clustering.chunks import OneChunk
+from spt_fast.clustering.columns import feature_names
 from spt_fast.clustering.estimator import (
     Clustering,
     ClusteringEstimator,
@@ -26,12 +27,14 @@ from spt_fast.clustering.moments import moments
 from spt_fast.clustering.seeding import equal_parts, kmeans_plus_plus, random_tokens
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops.kmeans import BACKENDS, TOKEN_DTYPES
-from spt_fast.support.arguments import check_int, check_number
+from spt_fast.support.arguments import check_bool, check_choice, check_int, check_number
 
 SEEDING_TOKENS = 65_536
 SEEDING_TOKENS_PER_CLUSTER = 256
 # Between them, float32 holds the squares of distances with all of their digits.
 LEAST_VARIANCE, MOST_VARIANCE = 2.0**-60, 2.0**80
+AUTO_STARTS = 10  # scikit-learn's, where starts are plain draws
+ALGORITHMS = ("lloyd", "elkan")  # scikit-learn's
 INITS = ("k-means++", "random", "uniform")
 
 
@@ -48,16 +51,23 @@ class KMeans(ClusteringEstimator):
             [K, D] or [G, K, D]; or a callable that returns [K, D] for (X [M, D], n_clusters,
             random_state=numpy.random.RandomState), called for each group.
         n_init: starts; the run with the lowest inertia is kept. One where `init` leaves nothing to chance.
-        max_iter: Lloyd iterations at most.
+            "auto", as in scikit-learn: 10 for "random" and callables, else 1.
+        max_iter: Lloyd iterations at most; 0 keeps the start, and assigns the tokens to it.
         tol: stop when the squared movement of all centres falls below `tol` times the mean variance of
             the features; 0 stops only when nothing moves.
         seed: the same seed gives the same result, on any number of threads; None: 0.
-        random_state: scikit-learn's name for `seed`.
+        random_state: scikit-learn's name for `seed`; also a NumPy RandomState or Generator, from which each
+            `fit` draws a seed.
+        verbose: print a line for each start.
+        copy_x, algorithm: taken for scikit-learn's sake, without effect: X is never changed, and "lloyd" and
+            "elkan" name two ways to the same result, ours being a third.
         backend: "auto", "native" (compiled), "reference" (plain PyTorch) or "faiss", which iterates by
             faiss where that is installed: on its GPUs if it sees any, else on the CPU.
 
     Attributes:
-        cluster_centers_, counts_, inertia_, n_iter_, labels_, n_features_in_: see the base class.
+        cluster_centers_, counts_, inertia_, n_iter_, labels_, n_features_in_, feature_names_in_: see the base
+            class. Centres and distances are float32 also where X is float64, unlike scikit-learn's, but for
+            data that float32 cannot hold.
     """
 
     _backends = (*BACKENDS, "faiss")
@@ -70,11 +80,14 @@ class KMeans(ClusteringEstimator):
         *,
         n_groups: int = 1,
         init: str | ArrayLike = "k-means++",
-        n_init: int = N_INIT,
+        n_init: int | str = "auto",
         max_iter: int = MAX_ITER,
         tol: float = TOL,
         seed: int | None = None,
-        random_state: int | None = None,
+        random_state: int | np.random.RandomState | np.random.Generator | None = None,
+        verbose: int | bool = 0,
+        copy_x: bool = True,
+        algorithm: str = "lloyd",
         backend: str = "auto",
     ) -> None:
         self.n_clusters = n_clusters
@@ -85,6 +98,9 @@ class KMeans(ClusteringEstimator):
         self.tol = tol
         self.seed = seed
         self.random_state = random_state
+        self.verbose = verbose
+        self.copy_x = copy_x
+        self.algorithm = algorithm
         self.backend = backend
 
     def fit(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> KMeans:
@@ -103,26 +119,31 @@ class KMeans(ClusteringEstimator):
             ImportError: `backend` is "faiss", which is not installed.
         """
         settings = self._settings()
-        n_init, max_iter = check_int("n_init", self.n_init, 1), check_int("max_iter", self.max_iter, 1)
+        n_init, max_iter = self._number_of_starts(), check_int("max_iter", self.max_iter, 0)
         tol = check_number("tol", self.tol, 0)
+        verbose = self._check_the_rest()
+        names = feature_names(X)
         iterate = faiss_backend.lloyd if self.backend == "faiss" else lloyd
         given = as_groups(X, settings.n_groups)
         check_enough(given.shape[1], settings.n_clusters)
         weights = as_weights(sample_weight, tuple(given.shape[:2]), given.device)
         start = self._start_maker(given, settings.n_clusters, isinstance(X, Tensor))
+        self._drawn_seed = None
+        seed = self._seed()
         problems, results = [], []
         for g in range(settings.n_groups):
-            rng = np.random.default_rng([settings.seed, g])
+            rng = np.random.default_rng([seed, g])
             problem = _measure(given[g], None if weights is None else weights[g], self._kernel())
             runs = (
                 iterate(problem.tokens, centers, max_iter=max_iter, shift_tolerance=problem.variance * tol)
                 for centers in start(problem, g, n_init, rng)
             )
             problems.append(problem)
-            results.append(min(runs, key=lambda run: run.inertia))
+            shown = _printed(runs, g, problem.frame) if verbose else runs
+            results.append(min(shown, key=lambda run: run.inertia))
         self._found_frames = tuple(problem.frame for problem in problems)
         self._fitted = _collect(results, self._found_frames)
-        self._remember(X, _together([problem.tokens.tokens for problem in problems], given))
+        self._remember(X, names, _together([problem.tokens.tokens for problem in problems], given))
         warn_of_empty_clusters(self._fitted)
         return self
 
@@ -133,6 +154,21 @@ class KMeans(ClusteringEstimator):
 
     def _frames(self) -> tuple[Frame | None, ...]:
         return self._found_frames
+
+    def _number_of_starts(self) -> int:
+        if isinstance(self.n_init, str):
+            check_choice("n_init", self.n_init, ("auto",))
+            is_random = isinstance(self.init, str) and self.init == "random"
+            return AUTO_STARTS if is_random or callable(self.init) else N_INIT
+        return check_int("n_init", self.n_init, 1, "or 'auto'")
+
+    def _check_the_rest(self) -> bool:
+        """Whether to print each start; checks what else scikit-learn has arguments for."""
+        check_bool("copy_x", self.copy_x)
+        check_choice("algorithm", self.algorithm, ALGORITHMS)
+        if isinstance(self.verbose, bool):
+            return self.verbose
+        return check_int("verbose", self.verbose, 0, "or a bool") > 0
 
     def _start_maker(self, given: Tensor, n_clusters: int, from_tensor: bool) -> StartMaker:
         """The function (problem, group, n_init, rng) -> starting centres that `init` stands for.
@@ -170,6 +206,15 @@ class _Problem(NamedTuple):
 
 
 StartMaker = Callable[[_Problem, int, int, np.random.Generator], Iterator[Tensor]]
+
+
+def _printed(runs: Iterable[LloydResult], group: int, frame: Frame | None) -> Iterator[LloydResult]:
+    """The runs, each printed when it ends."""
+    scale = float(scales([frame])[0]) ** 2
+    for number, run in enumerate(runs, start=1):
+        inertia = run.inertia * scale
+        print(f"KMeans: group {group}, start {number}: {run.n_iter} iterations, inertia {inertia:.6g}")
+        yield run
 
 
 def _greedy_starts(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.clustering.columns import check_feature_names, feature_names
 from spt_fast.clustering.estimator import (
     Clustering,
     ClusteringEstimator,
@@ -32,6 +35,7 @@ from spt_fast.support.distributed import Processes
 
 DEFAULT_CAPACITY = 20_000
 CAPACITY_PER_CLUSTER = 500
+_IGNORED = ("batch_size", "max_iter", "n_init", "verbose")  # of scikit-learn's MiniBatchKMeans
 
 
 class StreamingKMeans(ClusteringEstimator):
@@ -49,12 +53,16 @@ class StreamingKMeans(ClusteringEstimator):
         n_groups: G independent problems, one per layer, that share K.
         capacity: tokens kept per group; None = max(20_000, 500 * n_clusters). Memory: up to G * capacity * D.
         seed: the same seed and the same batches give the same result, on any number of threads; None: 0.
-        random_state: scikit-learn's name for `seed`.
+        random_state: scikit-learn's name for `seed`; also a NumPy RandomState or Generator, from which each
+            stream draws a seed.
+        batch_size, max_iter, n_init, verbose: of scikit-learn's MiniBatchKMeans; taken, and ignored with a
+            warning: `fit` takes X in once, and the solve needs no restarts.
         backend: "auto", "native" (compiled) or "reference" (plain PyTorch).
 
     Attributes:
         cluster_centers_, counts_, inertia_, n_iter_: the solution for `n_clusters`; counts and
             inertia are estimates from the reservoir, exact while nothing was dropped.
+        feature_names_in_: see the base class.
         labels_: after `fit` only, of its X and the `n_clusters` of then.
         n_seen_: tokens seen by each group, int64 [G], a torch tensor always.
     """
@@ -69,7 +77,11 @@ class StreamingKMeans(ClusteringEstimator):
         n_groups: int = 1,
         capacity: int | None = None,
         seed: int | None = None,
-        random_state: int | None = None,
+        random_state: int | np.random.RandomState | np.random.Generator | None = None,
+        batch_size: int | None = None,
+        max_iter: int | None = None,
+        n_init: int | str | None = None,
+        verbose: int = 0,
         backend: str = "auto",
     ) -> None:
         self.n_clusters = n_clusters
@@ -77,6 +89,10 @@ class StreamingKMeans(ClusteringEstimator):
         self.capacity = capacity
         self.seed = seed
         self.random_state = random_state
+        self.batch_size = batch_size
+        self.max_iter = max_iter
+        self.n_init = n_init
+        self.verbose = verbose
         self.backend = backend
 
     def partial_fit(
@@ -105,6 +121,7 @@ class StreamingKMeans(ClusteringEstimator):
         """
         settings = self._settings()
         capacity = resolve_capacity(self.capacity, settings.n_clusters)
+        names = self._check_names(X)
         streams = self._streams or _no_streams(settings.n_groups)
         if len(streams) != settings.n_groups:
             raise ValueError(f"n_groups must be {len(streams)} like before, got {settings.n_groups}")
@@ -121,7 +138,7 @@ class StreamingKMeans(ClusteringEstimator):
         updates = []
         for i, (g, batch) in enumerate(zip(groups, batches, strict=True)):
             weight = None if weights is None else weights[i]
-            seeds = [settings.seed, g]
+            seeds = [self._seed(), g]
             in_place = group is not None and batch.dtype in TOKEN_DTYPES
             stream = streams[g] or TokenStream.start(batch, capacity, seeds, self.backend, in_place)
             update = stream.prepare(batch, weight)
@@ -132,7 +149,7 @@ class StreamingKMeans(ClusteringEstimator):
         for g, update in zip(groups, updates, strict=True):
             streams[g] = update.stream
             update.commit()
-        self._streams = streams
+        self._streams, self._feature_names = streams, names
         self._from_tensor = isinstance(X, Tensor)
         self._solved = self._labels = self._unlabelled = None
         return self
@@ -154,7 +171,7 @@ class StreamingKMeans(ClusteringEstimator):
         if stream is None:
             capacity = resolve_capacity(self.capacity, settings.n_clusters)
             in_place = batch.dtype in TOKEN_DTYPES
-            stream = TokenStream.start(batch, capacity, [settings.seed, group], self.backend, in_place)
+            stream = TokenStream.start(batch, capacity, [self._seed(), group], self.backend, in_place)
         check_width(batch, stream.width, type(self).__name__)
         update = stream.prepare(batch, None)
         update.commit()
@@ -170,11 +187,12 @@ class StreamingKMeans(ClusteringEstimator):
             NonFiniteError: a token is NaN or infinite; nothing was forgotten.
             ValueError, TypeError: an argument, also of the constructor, is not what it must be.
         """
-        tokens = as_groups(X, self._settings().n_groups)
+        tokens, names = as_groups(X, self._settings().n_groups), feature_names(X)
         check_enough(tokens.shape[1], self.n_clusters)
+        self._warn_of_ignored()
         fresh = type(self)(**self.get_params()).partial_fit(tokens, sample_weight=sample_weight)
-        self._streams, self._solved = fresh._streams, fresh.solve()
-        self._remember(X, in_frames(tokens, self._frames()))
+        self._streams, self._solved, self._drawn_seed = fresh._streams, fresh.solve(), fresh._drawn_seed
+        self._remember(X, names, in_frames(tokens, self._frames()))
         warn_of_empty_clusters(self._solved)
         return self
 
@@ -201,7 +219,7 @@ class StreamingKMeans(ClusteringEstimator):
         return Summary(
             groups=tuple(stream.reservoir.summary(self.backend) for stream in streams),
             totals=tuple(float(stream.total) for stream in streams),
-            seed=settings.seed,
+            seed=self._seed(),
             frames=tuple(stream.frame for stream in streams),
         )
 
@@ -231,7 +249,7 @@ class StreamingKMeans(ClusteringEstimator):
             reservoir, total = held or (empty, 0.0)
             groups.append(reservoir.merged_summary(processes, self.backend))
             totals.append(sum(processes.gather(total)))
-        return Summary(groups=tuple(groups), totals=tuple(totals), seed=settings.seed)
+        return Summary(groups=tuple(groups), totals=tuple(totals), seed=self._seed())
 
     @property
     def n_seen_(self) -> Tensor:
@@ -249,6 +267,22 @@ class StreamingKMeans(ClusteringEstimator):
 
     def _result(self) -> Clustering:
         return self.solve()
+
+    def _check_names(self, X: ArrayLike) -> np.ndarray | None:
+        """The names of the columns of all batches, that of X included."""
+        if self._streams is None:
+            return feature_names(X)
+        check_feature_names(X, self._feature_names, type(self).__name__)
+        return self._feature_names
+
+    def _warn_of_ignored(self) -> None:
+        given = [name for name in _IGNORED if getattr(self, name) not in (None, 0, "auto")]
+        if given:
+            warnings.warn(
+                f"StreamingKMeans ignores {', '.join(given)}: it takes X in once, in memory that `capacity` "
+                "bounds, and its solve needs no restarts",
+                stacklevel=3,
+            )
 
     def _frames(self) -> tuple[Frame | None, ...]:
         return tuple(None if stream is None else stream.frame for stream in self._streams or [])

@@ -46,9 +46,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace, paths: Mapping[str, Path] | None = None) -> None:
-    from tqdm import tqdm
-
     from spt_fast.data.listing import some_names
+    from spt_fast.support.progress import progress_bar
     from spt_fast.support.results import write_results
     from spt_fast.training.evaluation import evaluate_classes
 
@@ -68,7 +67,7 @@ def _evaluate(args: argparse.Namespace, paths: Mapping[str, Path] | None = None)
         )
     options.print_images(images.loader, "images")
     with options.nothing_readable_explained(images.loader):
-        found = evaluate_classes(tuned, tqdm(images.loader, unit="batch"), images.class_names)
+        found = evaluate_classes(tuned, progress_bar(images.loader, unit="batch"), images.class_names)
     print(f"accuracy {found.accuracy:.2%} of {found.num_images} images")
     missing = found.missing_classes
     print(

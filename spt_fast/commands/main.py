@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
+from spt_fast import __version__
 from spt_fast.commands import doctor, nmi, predict, prototypes, train
 from spt_fast.commands import eval as eval_command
 from spt_fast.commands.demo import command as demo
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="spt-fast", description="Self-Prompt Tuning of Vision Transformers."
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--version", action="version", version=f"spt-fast {__version__}")
     parser.set_defaults(several_processes=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:

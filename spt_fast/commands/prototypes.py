@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,10 +29,27 @@ def add(commands: Commands) -> None:
         "...)",
     )
     options.add_limit(options.add_model_and_data(parser))
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="of several lengths, p.safetensors stands for p-1.safetensors, p-5.safetensors, ...",
+    )
     parser.add_argument("--overwrite", action="store_true", help="write over FILE if it is there")
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument("--num-prompts", type=int, help="default: 20 (deep), 100 (shallow)")
+    prompts.add_argument(
+        "--num-prompts",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="one length, or several from the same pass, a file each (default: 20 deep, 100 shallow)",
+    )
+    prompts.add_argument(
+        "--with-sample",
+        action="store_true",
+        help="also write the sample of the pass, from which Python solves other lengths later",
+    )
     prompts.add_argument("--depth", choices=("deep", "shallow"), default="deep")
     prompts.add_argument("--strategy", choices=("kmeans", "mean", "max", "random"), default="kmeans")
     prompts.add_argument(
@@ -92,7 +110,10 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
         model = options.open_model(args)
         return model, options.open_images(args, model, max_images=args.max_images, processes=processes)
 
-    processes.on_rank_0(partial(check_output_path, args.out, overwrite=args.overwrite))
+    _check_options(args)
+    paths = output_paths(args.out, args.num_prompts)
+    for path in paths.values():
+        processes.on_rank_0(partial(check_output_path, path, overwrite=args.overwrite))
     model, images = processes.rank_0_first(open_both)
     processes.on_rank_0(partial(options.print_images, images, "images"))
     _check_num_prompts(args, model, images.num_images)
@@ -102,7 +123,7 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
         prototypes = build_prototypes(
             model,
             images,
-            num_prompts=args.num_prompts,
+            num_prompts=max(args.num_prompts) if args.num_prompts else None,
             depth=args.depth,
             strategy=args.strategy,
             capacity=args.capacity,
@@ -116,21 +137,49 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
             memory_budget=args.memory_budget,
             seed=args.seed,
         )
-    if args.layer is not None:
-        prototypes = prototypes.repeat_layer(args.layer - 1)
-    if args.last_output:
-        prototypes = prototypes.repeat_last_output()
     seconds = time.perf_counter() - started
     if images.preprocessing is not None:
         prototypes.metadata[PREPROCESSING] = images.preprocessing.to_json()
 
     def save_and_print() -> None:
-        prototypes.save(args.out, overwrite=args.overwrite)
-        print(f"{args.out}: {summary(prototypes, seconds)}")
+        for length, path in paths.items():
+            found = prototypes.select(length, progress=True) if len(paths) > 1 else prototypes
+            if args.layer is not None:
+                found = found.repeat_layer(args.layer - 1)
+            if args.last_output:
+                found = found.repeat_last_output()
+            found.save(path, overwrite=args.overwrite, with_sample=args.with_sample)
+            print(f"{path}: {summary(found, seconds)}")
         options.print_unreadable(*unreadable)
 
     unreadable = processes.gather(images.unreadable)
     processes.on_rank_0(save_and_print)
+
+
+def output_paths(out: Path, lengths: Sequence[int] | None) -> dict[int, Path]:
+    """The file of each length; of a single one, or of the default, it is `out` itself."""
+    if lengths is None or len(lengths) == 1:
+        return {lengths[0] if lengths else 0: out}
+    return {length: out.with_name(f"{out.stem}-{length}{out.suffix}") for length in lengths}
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse before the pass what `select` and `save` would refuse after it."""
+    from spt_fast.support.arguments import check_int
+
+    lengths = args.num_prompts or []
+    for length in lengths:
+        check_int("num_prompts", length, 1)
+    if len(set(lengths)) < len(lengths):
+        raise ValueError(f"--num-prompts must be different lengths, got {' '.join(map(str, lengths))}")
+    for option, wanted in (("several --num-prompts", len(lengths) > 1), ("--with-sample", args.with_sample)):
+        if wanted and (args.strategy != "kmeans" or args.mode != "stream"):
+            raise ValueError(
+                f"{option} must come from the sample that --strategy kmeans --mode stream makes, "
+                f"got --strategy {args.strategy} --mode {args.mode}"
+            )
+    if args.with_sample and (args.layer is not None or args.last_output):
+        raise ValueError("--with-sample must come without --layer and --last-output, which keep no sample")
 
 
 def _check_layer(args: argparse.Namespace, model: nn.Module) -> None:
@@ -151,4 +200,5 @@ def _check_num_prompts(args: argparse.Namespace, model: nn.Module, num_images: i
     where = "images"
     if args.strategy != "kmeans":
         images, where = min(images, args.batch_size), "images in a batch"
-    options.check_num_prompts(args.num_prompts, args.depth, model, images, where)
+    longest = max(args.num_prompts) if args.num_prompts else None
+    options.check_num_prompts(longest, args.depth, model, images, where)

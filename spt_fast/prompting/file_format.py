@@ -195,7 +195,7 @@ class TunedState:
     ) -> None:
         """ValueError where this state, read from `path`, cannot take the place of a model's `own`."""
         check_bool("allow_other_backbone", allow_other_backbone)
-        _check_shapes(path, self.tensors, own.tensors)
+        check_shapes(path, self.tensors, own.tensors)
         expected = {name: fact for name, fact in own.facts.items() if name not in _FACTS_THAT_MAY_DIFFER}
         check_facts(path, self.facts, expected, allow_other_backbone=allow_other_backbone)
         try:
@@ -213,12 +213,15 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     raise NonFiniteError(f"{where} holds NaN or infinity, all numbers must be finite", layer=layer)
 
 
-def _check_shapes(
+def check_shapes(
     path: str | os.PathLike[str], found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
+    """TypeError or ValueError unless the tensors of `path` can take the place of those expected."""
     if found.keys() != expected.keys():
         raise ValueError(f"{Path(path)} holds {sorted(found)}, but this model needs {sorted(expected)}")
     for name, tensor in expected.items():
+        if not isinstance(found[name], Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(found[name]).__name__}")
         if found[name].shape != tensor.shape:
             raise ValueError(
                 f"{Path(path)} holds {name} of shape {list(found[name].shape)}, "

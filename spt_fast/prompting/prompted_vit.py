@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
-from spt_fast.backbones.anatomy import block_input_hooks, get_blocks, image_dtype, num_prefix_tokens
+from spt_fast.backbones.anatomy import get_blocks, image_dtype, num_prefix_tokens
 from spt_fast.backbones.snapshot import ModelSnapshot, check_free, classifiers, replace_head
-from spt_fast.prompting.attention_maps import attention_maps_of, check_attention, choose_blocks
 from spt_fast.prompting.checks import (
     check_all_saved,
-    check_block_input,
     check_class_names,
     check_images,
     check_not_wrapped,
@@ -26,12 +24,12 @@ from spt_fast.prompting.checks import (
     check_weight_dtype,
 )
 from spt_fast.prompting.engines import KeysValuesCache, choose_engine
-from spt_fast.prompting.file_format import TunedState
+from spt_fast.prompting.file_format import TunedState, check_shapes
 from spt_fast.prompting.initial_prompts import initial_prompts
-from spt_fast.prompting.nmi import check_finite_nmi, nmi_per_image
+from spt_fast.prompting.measures import Measures
 from spt_fast.prompting.parameter_groups import parameter_groups as groups_of
 from spt_fast.prompting.prompted_blocks import PromptedBlocks
-from spt_fast.support.arguments import check_bool, check_choice, check_int
+from spt_fast.support.arguments import check_bool, check_choice
 from spt_fast.support.randomness import seeded
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     from spt_fast.prototypes.result import Prototypes
 
 
-class PromptedViT(nn.Module):
+class PromptedViT(Measures):
     """`PromptedViT(model, prompts)` takes `model` over, without a copy, until `release()` gives it back.
 
     Until then the model is frozen, stays in evaluation mode, and each of its blocks attends to learnable
@@ -201,50 +199,6 @@ class PromptedViT(nn.Module):
         found = classifiers(self.model)
         return found[0] if len(found) == 1 else nn.ModuleList(found)
 
-    @property
-    def num_prompts(self) -> int:
-        """N_p, the number of prompts per layer."""
-        return self.prompts.shape[1]
-
-    @property
-    def num_classes(self) -> int:
-        """Number of logits, where the model states it; 0 where it returns features."""
-        return self.model.num_classes  # type: ignore[return-value]
-
-    @property
-    def pretrained_cfg(self) -> dict[str, Any]:
-        """The model's own, in which `timm.data.resolve_model_data_config` finds image size and mean."""
-        return self.model.pretrained_cfg  # type: ignore[return-value]
-
-    @property
-    def prompted_blocks(self) -> nn.ModuleList | nn.Sequential:
-        """The model's blocks in their order, which run with prompts.
-
-        Raises:
-            RuntimeError: the model has been released.
-        """
-        self._check_not_released()
-        return get_blocks(self.model)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes], or features [B, D] without a head, of images [B, C, height, width].
-
-        Images of any floating-point dtype are cast to that of the model's patch embedding.
-        """
-        images = self._fitting(images)
-        return self._run(self.model, images)
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Tokens [B, N, D] after the last block and the final norm; with `pool_prompts`, [B, N + N_p, D]."""
-        images = self._fitting(images)
-        return self._run(self.model.forward_features, images)  # type: ignore[arg-type]
-
-    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits of what `forward_features` returned; with `pre_logits`, the classifier's inputs."""
-        self._check_not_released()
-        model: Any = self.model
-        return self._run(functools.partial(model.forward_head, pre_logits=pre_logits), tokens)
-
     @contextmanager
     def fixed_prompts(self) -> Iterator[None]:
         """Within `with tuned.fixed_prompts():`, keys and values of the prompts are computed once and kept.
@@ -259,73 +213,6 @@ class PromptedViT(nn.Module):
             yield
         finally:
             self._blocks.cache = outer
-
-    @torch.no_grad()
-    def layer_nmi(self, images: Tensor) -> Tensor:
-        """Sigmoid NMI (eq. 7, 8) of each block's prompts and the patch tokens entering it; [L, B].
-
-        Shallow: from block 2 on, the prompts are outputs of the block before, others for each image. Runs
-        without gradients.
-
-        Raises:
-            NonFiniteError: a prompt or a token of some block is NaN or infinite; names block and image.
-        """
-        per_layer: list[Tensor] = []
-
-        def measure(layer: int, x: Tensor) -> None:
-            per_layer.append(nmi_per_image(*self.prompts_and_tokens(layer, x)))
-
-        with block_input_hooks(self.prompted_blocks, measure):
-            self.forward(images)
-        values = torch.stack(per_layer)
-        check_finite_nmi(values)
-        return values
-
-    def attention_maps(self, images: Tensor, blocks: Iterable[int] | None = None) -> list[Tensor]:
-        """How much each token of an image attends to each token and each prompt, block by block.
-
-        Args:
-            images: [B, C, height, width].
-            blocks: numbers of blocks, from 0, or from the end, such as -1; None is all of them.
-
-        Returns:
-            For each of `blocks` the softmax weights [B, H, N, N + N_p] of its H heads. Rows and the first N
-            columns are the tokens of the image in timm's order, prefix tokens first; the last N_p columns are
-            the prompts, in a shallow model what the blocks before have made of them. Rows add up to 1.
-            Gradients flow through the weights, so that `torch.no_grad()` saves memory.
-
-        Raises:
-            TypeError: a block's attention is none that engine "kv" knows; `blocks` are no integers.
-            ValueError: there is no such block, or `images` are none that the model takes.
-        """
-        every = self.prompted_blocks
-        wanted = choose_blocks(blocks, len(every))
-        check_attention(every[index] for index in wanted)
-        return attention_maps_of(every, wanted, self._split_input, lambda: self.forward_features(images))
-
-    def prompts_and_tokens(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompts that a block attends to, and the patch tokens that enter it.
-
-        Args:
-            layer: number of the block, from 0.
-            x: [B, N, D], what enters the block: prefix tokens, patch tokens and, in a shallow model from the
-                second block on, prompts.
-
-        Returns:
-            Prompts [1, N_p, D], in their own dtype and the same for each image; or, where x holds them,
-            [B, N_p, D]. Patch tokens [B, N_e, D]. All are views, through which gradients flow.
-
-        Raises:
-            TypeError, ValueError: there is no such block, or `x` is no such tensor.
-        """
-        if check_int("layer", layer, 0) >= self._num_blocks:
-            raise ValueError(f"layer must be below {self._num_blocks}, the number of blocks, got {layer}")
-        num_prompts = self.num_prompts if self.depth == "shallow" and layer > 0 else 0
-        num_patches = check_block_input(x, self.prompts.shape[2], self._num_prefix_tokens, num_prompts)
-        tokens = x[:, self._num_prefix_tokens :]
-        if self.depth == "deep" or layer == 0:
-            return self.prompts[layer : layer + 1], tokens
-        return tokens[:, num_patches:], tokens[:, :num_patches]
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters for an optimiser: the prompts, unless they are frozen, and the head."""
@@ -371,6 +258,36 @@ class PromptedViT(nn.Module):
         self._check_not_released()
         self._take_state(path, TunedState.read(path), allow_other_backbone=allow_other_backbone)
 
+    def learned_state_dict(self) -> dict[str, Tensor]:
+        """Prompts and head, by the names that they have in the file of `save`; no copies, detached.
+
+        What `state_dict()` holds beside them is the frozen backbone. For trainers that keep checkpoints of
+        whatever a module's `state_dict()` returns: docs/own-loop.md.
+
+        Raises:
+            ValueError: a parameter beside prompts and head learns.
+        """
+        self._check_not_released()
+        tensors = self._state().tensors
+        check_all_saved(self, tensors.values())
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def load_learned_state_dict(self, state: Mapping[str, Tensor]) -> _IncompatibleKeys:
+        """Take the values that `learned_state_dict` gave; errors leave everything as it was.
+
+        Returns:
+            What `load_state_dict` returns: no missing and no unexpected keys.
+
+        Raises:
+            TypeError: a value is no tensor.
+            ValueError: names or shapes are not those of this module.
+        """
+        self._check_not_released()
+        own = self._state().tensors
+        check_shapes("state", state, own)
+        _copy(state, own)
+        return _IncompatibleKeys([], [])
+
     def release(self) -> nn.Module:
         """Give the model back as it was: head, grad flags, training modes, weights, forward of each block.
 
@@ -388,13 +305,6 @@ class PromptedViT(nn.Module):
     def extra_repr(self) -> str:
         layers, num_prompts, width = self.prompts.shape
         return f"prompts=[{layers}, {num_prompts}, {width}], depth={self.depth!r}, engine={self.engine!r}"
-
-    def _split_input(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompts [N_p, D] or [B, N_p, D] that a block attends to, and all tokens of the image in `x`."""
-        if self.depth == "deep" or layer == 0:
-            return self.prompts[layer], x
-        count = x.shape[1] - self.num_prompts
-        return x[:, count:], x[:, :count]
 
     def _state(self) -> TunedState:
         return TunedState.of(
@@ -414,9 +324,7 @@ class PromptedViT(nn.Module):
         own = self._state()
         state.check_place_of_norm(path, self.model)
         state.check_fits(path, own, allow_other_backbone=allow_other_backbone)
-        with torch.no_grad():
-            for name, tensor in own.tensors.items():
-                tensor.copy_(state.tensors[name])
+        _copy(state.tensors, own.tensors)
         self.class_names, self.preprocessing = state.class_names, state.preprocessing
 
     def _take_over(self, blocks: nn.ModuleList | nn.Sequential, num_classes: int | None) -> None:
@@ -448,3 +356,9 @@ class PromptedViT(nn.Module):
         self._check_not_released()
         check_images(images, self.model)
         return images.to(image_dtype(self.model) if self.weight_dtype is None else torch.float32)
+
+
+def _copy(values: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in to.items():
+            tensor.copy_(values[name])

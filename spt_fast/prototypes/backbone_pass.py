@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spt_fast.backbones.anatomy import unwrap
 from spt_fast.backbones.snapshot import check_free
@@ -22,6 +21,7 @@ from spt_fast.prototypes.result import Prototypes, from_layers
 from spt_fast.prototypes.side_stream import SideStream
 from spt_fast.support.distributed import Processes
 from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.progress import progress_bar
 from spt_fast.support.waiting import OnTheWay
 
 _NO_BATCH = "loader must give at least one batch of images, got none"
@@ -215,7 +215,7 @@ class BackbonePass:
         if self._max_images == 0:
             return
         first_image = 0
-        with tqdm(desc="prototypes", unit=" images", disable=not self.progress) as bar:
+        with progress_bar(show=self.progress, desc="prototypes", unit=" images") as bar:
             for images in image_batches(self._loader, self._max_images):
                 if first_image == 0:
                     bar.total = _estimate_total(self._length, len(images), self._max_images)

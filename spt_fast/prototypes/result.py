@@ -14,6 +14,7 @@ from spt_fast.clustering.summary import Summary
 from spt_fast.support.arguments import check_bool, check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import check_metadata, read_safetensors, write_safetensors
+from spt_fast.support.progress import progress_bar
 
 _FILE_KIND = "prototypes"
 _LAST = "last_output."
@@ -260,7 +261,7 @@ class Prototypes:
 
 def layer_bar(layers: int, progress: bool) -> tqdm[Any]:
     """A bar of the layers that are solved."""
-    return tqdm(total=layers, desc="clustering", unit=" layers", disable=not progress)
+    return progress_bar(show=progress, total=layers, desc="clustering", unit=" layers")
 
 
 def from_layers(

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
 from spt_fast.data.batches import IGNORED_LABEL
 from spt_fast.prompting.parameter_groups import parameter_groups
 from spt_fast.support.arguments import check_choice, check_int, check_number, check_seed
+from spt_fast.support.progress import progress_bar
 from spt_fast.support.randomness import seeded
 from spt_fast.support.tables import csv_bytes
 from spt_fast.support.waiting import OnTheWay
@@ -179,7 +179,7 @@ def fit(
     device = device_of(tuned)
     history = History(keep=keep)
     best: dict[str, Tensor] = {}
-    with seeded(seed, device), tqdm(total=epochs, unit="epoch", disable=not progress) as bar:
+    with seeded(seed, device), progress_bar(show=progress, total=epochs, unit="epoch") as bar:
         for epoch in range(1, epochs + 1):
             _train_epoch(tuned, train_loader, optimizer, schedule, device, epoch, history)
             if val_loader is not None and (epoch % val_every == 0 or epoch == epochs):

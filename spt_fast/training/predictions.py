@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spt_fast.data.batches import labelled_batch
 from spt_fast.data.images import ImageFiles
 from spt_fast.data.listing import printable
 from spt_fast.support.arguments import check_choice, check_int
 from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.progress import progress_bar
 from spt_fast.training.evaluation import check_gives_logits, inference, logits_of, names_of_logits
 
 FORMATS = ("csv", "jsonl")
@@ -82,7 +82,7 @@ def write_predictions(predictions: Iterable[Prediction], format: str, top_k: int
 
 def _predictions(tuned: nn.Module, files: ImageFiles, top_k: int, progress: bool) -> Iterator[Prediction]:
     names: tuple[str, ...] = ()
-    for index, batch in enumerate(tqdm(files.loader, unit="batch", disable=not progress)):
+    for index, batch in enumerate(progress_bar(files.loader, show=progress, unit="batch")):
         images, places = labelled_batch(batch, f"batch {index} of files")
         with inference(tuned):
             logits = logits_of(tuned, images).double().cpu()

@@ -355,3 +355,31 @@ def work(rank):
         else:
             raise AssertionError("different numbers of steps were averaged")
 """
+
+
+def test_a_model_left_in_evaluation_mode_is_a_warning(tuned: PromptedViT, make_images: MakeImages) -> None:
+    tracker = NMITracker(tuned.eval()).attach()
+    train_step(tuned, tuned.prompts, make_images())
+    tuned(make_images())
+    with pytest.warns(UserWarning, match="called 2 times in evaluation mode.*tuned.train()"):
+        tracker.detach()
+    assert tracker.history().steps == []
+
+
+@pytest.mark.parametrize("modes", [[], [True], [False, True, False]])
+def test_no_warning_where_there_was_a_step_or_no_call(
+    modes: list[bool], tuned: PromptedViT, make_images: MakeImages, recwarn: pytest.WarningsRecorder
+) -> None:
+    with NMITracker(tuned):
+        for mode in modes:
+            tuned.train(mode)(make_images())
+    assert not recwarn.list
+
+
+def test_repr_says_what_was_recorded(tuned: PromptedViT, make_images: MakeImages) -> None:
+    tracker = NMITracker(tuned, every=2)
+    assert repr(tracker) == "NMITracker(blocks=3, every=2, detached, steps=0, recorded=0)"
+    with tracker:
+        for _ in range(3):
+            tuned(make_images())
+        assert repr(tracker) == "NMITracker(blocks=3, every=2, attached, steps=3, recorded=2)"

@@ -327,9 +327,9 @@ def test_tokens_too_large_to_square_are_refused() -> None:
             "must equal it, got 2 and seed=1",
         ),
         (
-            lambda: KMeans(2, random_state=np.random.RandomState(0)).fit(blobs(9)),
+            lambda: KMeans(2, random_state=torch.Generator()).fit(blobs(9)),
             TypeError,
-            r"random_state must be an integer >= 0 or None, got RandomState",
+            r"random_state must be an integer >= 0 or None, or a NumPy RandomState or Generator, got <torch",
         ),
         (
             lambda: KMeans(2, tol="small").fit(blobs(9)),
@@ -337,9 +337,9 @@ def test_tokens_too_large_to_square_are_refused() -> None:
             "tol must be a finite number >= 0, got 'small'",
         ),
         (
-            lambda: KMeans(2, n_init="auto").fit(blobs(9)),
+            lambda: KMeans(2, n_init=2.5).fit(blobs(9)),
             TypeError,
-            "n_init must be an integer >= 1, got 'auto'",
+            "n_init must be an integer >= 1 or 'auto', got 2.5",
         ),
         (
             lambda: KMeans(2, init=torch.full((2, 8), torch.nan)).fit(blobs(9)),

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import spt_fast
 from spt_fast.commands import main as cli
 from spt_fast.commands import options
 from spt_fast.commands.demo import compare
@@ -30,6 +31,13 @@ def test_every_command_has_help(command, capsys):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert f"usage: spt-fast {command} " in capsys.readouterr().out
+
+
+def test_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"spt-fast {spt_fast.__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["bake"], ["prototypes", "--depth", "medium"]])

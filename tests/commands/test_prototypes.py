@@ -66,6 +66,47 @@ def test_options_reach_the_file(options, facts, tmp_path):
     assert built.num_images == 12 or built.metadata["strategy"] != "kmeans"
 
 
+def test_several_lengths_come_from_one_pass(tmp_path, capsys):
+    base = ("--max-images", 12, "--batch-size", 6)
+    assert of_digits(tmp_path / "p.safetensors", "--num-prompts", 1, 6, 3, *base) == 0
+    printed = capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {f"p-{n}.safetensors" for n in (1, 3, 6)}
+    built = {n: Prototypes.load(tmp_path / f"p-{n}.safetensors") for n in (1, 3, 6)}
+    for length, found in built.items():
+        assert found.prompts.shape[:2] == (6, length)
+        assert f"p-{length}.safetensors: 6 x {length} prompts" in printed
+        assert found.metadata == built[1].metadata
+    assert of_digits(tmp_path / "alone.safetensors", "--num-prompts", 6, *base) == 0
+    alone = Prototypes.load(tmp_path / "alone.safetensors")
+    assert torch.equal(alone.prompts, built[6].prompts)
+    assert alone.metadata == built[6].metadata
+
+
+def test_every_file_of_several_lengths_is_checked_first(tmp_path, only_error):
+    (tmp_path / "p-5").write_text("mine")
+    code = of_digits(tmp_path / "p", "--num-prompts", 1, 5, "--max-images", 8)
+    assert "p-5 exists already" in only_error(code, "prototypes")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"p-5": "mine"}
+
+
+@pytest.mark.parametrize("option", [("--layer", 2), ("--last-output",)], ids=str)
+def test_several_lengths_of_one_layer(option, tmp_path):
+    assert of_digits(tmp_path / "p", "--num-prompts", 2, 4, "--max-images", 8, *option) == 0
+    for length in (2, 4):
+        prompts = Prototypes.load(tmp_path / f"p-{length}").prompts
+        assert prompts.shape[:2] == (6, length)
+        assert torch.equal(prompts, prompts[:1].expand_as(prompts))
+
+
+def test_a_file_with_the_sample_gives_other_lengths(tmp_path):
+    base = ("--num-prompts", 2, "--max-images", 8)
+    assert of_digits(tmp_path / "with", *base, "--with-sample") == 0
+    assert of_digits(tmp_path / "without", *base) == 0
+    assert Prototypes.load(tmp_path / "with").select(5).prompts.shape[:2] == (6, 5)
+    with pytest.raises(ValueError, match="save with with_sample=True"):
+        Prototypes.load(tmp_path / "without").select(5)
+
+
 def test_memory_budget_of_exact_mode_changes_no_result(tmp_path):
     """Without any memory for tokens, all of them go through the temporary file."""
     base = ("--mode", "exact", "--num-prompts", 2, "--max-images", 4)
@@ -152,6 +193,13 @@ def test_damaged_checkpoint_is_refused(tmp_path, only_error):
         ({"--max-images": "0"}, "max_images must be"),
         ({"--layer": "7"}, "--layer must be a block with prompts, 1 to 6, got 7"),
         ({"--max-images": "1", "--num-prompts": "65"}, "64 per layer"),
+        ({"--max-images": "1", "--num-prompts": "2 65"}, "64 per layer"),
+        ({"--num-prompts": "0 5"}, "num_prompts must be an integer >= 1, got 0"),
+        ({"--num-prompts": "5 3 5"}, "--num-prompts must be different lengths, got 5 3 5"),
+        ({"--num-prompts": "1 5", "--mode": "exact"}, "several --num-prompts must come from the sample"),
+        ({"--num-prompts": "1 5", "--strategy": "mean"}, "got --strategy mean --mode stream"),
+        ({"--with-sample": "", "--mode": "exact"}, "--with-sample must come from the sample"),
+        ({"--with-sample": "", "--layer": "1"}, "--with-sample must come without --layer"),
         ({"--mode": "exact", "--memory-budget": "lots"}, "memory_budget must be a number with a unit"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -159,7 +207,7 @@ def test_damaged_checkpoint_is_refused(tmp_path, only_error):
 def test_bad_input_is_one_line_and_exit_code_2(changes, expected, tmp_path, only_error):
     (tmp_path / "taken.txt").write_text("mine")
     options = {"--model": "shipped", "--data": "digits", "--out": "{tmp}/p.safetensors"} | changes
-    arguments = [part for pair in options.items() for part in pair]
+    arguments = [part for option, values in options.items() for part in (option, *values.split())]
     code = prototypes(*(part.replace("{tmp}", str(tmp_path)) for part in arguments))
     assert expected in only_error(code, "prototypes")
     assert [path.name for path in tmp_path.iterdir()] == ["taken.txt"]

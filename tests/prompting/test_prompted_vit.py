@@ -6,6 +6,8 @@ import copy
 import gc
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -511,6 +513,23 @@ class TestTracing:
         torch.testing.assert_close(program.module()(make_images(5)), tuned(make_images(5)))
         assert "prompts" in program.state_dict
 
+    def test_an_exported_file_runs_where_the_package_is_imported(
+        self,
+        make_random: MakeViT,
+        make_images: MakeImages,
+        tmp_path: Path,
+        child_environment: dict[str, str],
+    ) -> None:
+        tuned = PromptedViT(make_random(depth=2), make_prompts(2)).eval()
+        torch.export.save(torch.export.export(tuned, (make_images(3),)), tmp_path / "tuned.pt2")
+        torch.save((make_images(3), tuned(make_images(3)).detach()), tmp_path / "expected.pt")
+        code = """
+import torch, spt_fast
+images, expected = torch.load("expected.pt")
+torch.testing.assert_close(torch.export.load("tuned.pt2").module()(images), expected)
+"""
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=child_environment, check=True)
+
 
 class TestRelease:
     @pytest.mark.parametrize("num_classes", [None, 5, 9])
@@ -566,6 +585,21 @@ class TestRelease:
         with pytest.raises(ValueError, match="model already belongs to a PromptedViT"):
             PromptedViT(tuned.model, make_prompts())
         PromptedViT(tuned.release(), make_prompts())
+
+    def test_the_model_is_free_also_where_garbage_is_collected_in_a_transform(
+        self, make_random: MakeViT
+    ) -> None:
+        model = make_random()
+        flags = {name: each.requires_grad for name, each in model.named_parameters()}
+        holder = [PromptedViT(model, make_prompts(), engine="kv")]
+
+        def drop(x: Tensor) -> Tensor:
+            holder.clear()
+            return x * x
+
+        torch.func.grad(drop)(torch.ones(()))
+        assert {name: each.requires_grad for name, each in model.named_parameters()} == flags
+        PromptedViT(model, make_prompts())
 
     @pytest.mark.parametrize("engine", ["kv", "concat"])
     def test_the_model_is_free_when_nothing_refers_to_its_owner(

@@ -720,8 +720,13 @@ class TestWaiting:
 
 class TestBar:
     def test_shows_images_per_second(
-        self, vit: VisionTransformer, loader: Loader, capsys: pytest.CaptureFixture[str]
+        self,
+        vit: VisionTransformer,
+        loader: Loader,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setenv("TQDM_DISABLE", "")
         build(vit, loader, progress=True)
         shown = capsys.readouterr().err
         assert "40/40" in shown

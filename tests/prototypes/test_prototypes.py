@@ -84,7 +84,10 @@ class TestSelect:
         assert first.select(6) is protos
         assert protos.select(3) is first is first.select(6).select(3)
 
-    def test_bar(self, protos: Prototypes, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_bar(
+        self, protos: Prototypes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TQDM_DISABLE", "")
         protos.select(17, progress=True)
         assert "3/3" in capsys.readouterr().err
         protos.select(18)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from spt_fast.commands.demo.budget import LEARNING_RATES, METHODS, Budget, Rates, Task
 from spt_fast.commands.demo.report import FILE_NAMES, DemoReport
 from spt_fast.commands.demo.run import run_method
 from spt_fast.data.shipped import DIGITS_SPLITS, backbone_facts
+from spt_fast.support.progress import progress_bar
 from spt_fast.support.results import matplotlib_missing, result_folder, write_results
 
 
@@ -60,7 +59,8 @@ def _run_all(
     started = time.perf_counter()
     report = DemoReport(budget, backbone_facts())
     task = task or Task.load()
-    bar = tqdm(total=len(budget.seeds) * len(METHODS) * budget.epochs, unit="epoch", disable=not progress)
+    epochs = len(budget.seeds) * len(METHODS) * budget.epochs
+    bar = progress_bar(show=progress, total=epochs, unit="epoch")
     with bar:
         for seed in budget.seeds:
             for method in METHODS:
