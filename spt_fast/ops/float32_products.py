@@ -7,6 +7,9 @@ error bounds, so they multiply with `full_product`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,10 +26,17 @@ def full_product(a: Tensor, b: Tensor) -> Tensor:
     Where PyTorch may round float32, the product is made in float64. No setting is changed, because settings
     belong to the whole process and other threads would notice.
     """
-    with torch.autocast(a.device.type, enabled=False):
+    with _without_autocast(a.device.type):
         if a.dtype == torch.float32 and rounds_float32(a.device):
             return (a.double() @ b.double()).float()
         return a @ b
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    # Meta tensors, and devices of few users, know no autocast.
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def rounds_float32(device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from spt_fast.ops.cases import Outcome, check_case
 
 CPU = torch.device("cpu")
 CPU_OPS = {
-    "assign_accumulate": 5 * 3,
+    "assign_accumulate": 6 * 3,
     "squared_distances": 3,
     "Lloyd's algorithm": 3,
     "prompt_attention": 2 * 3,

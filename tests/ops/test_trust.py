@@ -88,10 +88,11 @@ def planted_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
 def planted(planted_apart: Plant, monkeypatch: pytest.MonkeyPatch) -> Plant:
     """The same, checked in this process."""
 
+    # Loaded anew: each test has a file of its own.
+    sys.modules.pop("planted_proofs", None)
+    proofs = importlib.import_module("planted_proofs")
+
     def check_here(kernel: trust.Kernel, device: torch.device, _: trust.Gpu, dtype: torch.dtype) -> str:
-        # Loaded anew: each test has a file of its own.
-        sys.modules.pop("planted_proofs", None)
-        proofs = importlib.import_module("planted_proofs")
         return getattr(proofs, kernel.proof.partition(":")[2])(device, dtype)
 
     monkeypatch.setattr(trust, "check_apart", check_here)
