@@ -6,6 +6,7 @@ Limits: those of `accuracy`. Two runs have to give the same bits, except where P
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,6 +23,12 @@ from spt_fast.ops.trust import UndecidedError
 
 # What serves CUDA tensors where the kernels cannot. PyTorch orders the sums there, and not always alike.
 _FALLBACKS = ("reference", "joined", "portable")
+# What the message of a check says where the machine is at fault and not the kernel: memory is short, a folder
+# cannot be written to, or Triton finds no C compiler or no headers of Python.
+_MACHINES_FAULT = re.compile(
+    r"(OutOfMemory|Memory|OS|Permission|FileNotFound|CalledProcess|Import|ModuleNotFound)Error:"
+    r"|.*(out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|Failed to find C compiler)"
+)
 
 Inputs = Sequence[Any]
 Backend = Callable[[torch.device, torch.dtype], tuple[str, str]]
@@ -129,13 +136,13 @@ def _first_fault(cases: Iterable[Case], device: torch.device, dtype: torch.dtype
     """What is wrong with the first case that is wrong, or ""; others might fail because of it.
 
     Raises:
-        UndecidedError: the kernel did not run, or the device has no memory left.
+        UndecidedError: the kernel did not run, or something failed that is not the kernel's.
     """
     for case in cases:
         outcome = check_case(case, device, dtype)
         if outcome.fallback:
             raise UndecidedError(outcome.fallback)
-        if outcome.message.startswith(torch.OutOfMemoryError.__name__):
+        if _MACHINES_FAULT.match(outcome.message):
             raise UndecidedError(outcome.message)
         if not outcome.ok:
             return f"{case.op}: {outcome.fault()}"
