@@ -94,10 +94,12 @@ def assigned_deviations(
     centers: Tensor,
     shift: Tensor | None,
     weights: Tensor | None,
+    before: Sequence[Tensor] = (),
 ) -> dict[str, Deviation]:
     """`given` (as `PassResult`) beside float64; all on the CPU.
 
     Labels and distances are held to the rounding band, the rest to the sums that belong to our own labels.
+    Sums that were corrected pass after pass keep the errors of all: `before` has the labels of those passes.
     """
     sums, counts, inertia, labels, distances = given
     assert sums is not None
@@ -108,21 +110,26 @@ def assigned_deviations(
     flat = tokens.reshape(groups, -1, width)
     exact = distances_reference(flat.double(), centers.double())
     band = rounding_band(flat, centers, shift)
+    lengths = sum(_members(of_pass, centers.shape[1]).mT @ flat.double().abs() for of_pass in before)
     index = labels.long()[:, :, None]
     chosen, chosen_band = exact.gather(2, index)[:, :, 0], band.gather(2, index)[:, :, 0]
     ones = torch.ones(flat.shape[:2], dtype=torch.float64)
     weights = ones if weights is None else weights.double()
-    members = torch.nn.functional.one_hot(labels.long(), centers.shape[1]).double() * weights[:, :, None]
+    members = _members(labels, centers.shape[1]) * weights[:, :, None]
+    lengths = lengths + members.mT @ flat.double().abs()
     found = {"labels": deviation(chosen, exact.amin(2), 2 * band.amax(2))}
     if distances is not None:
         found["distances"] = deviation(distances, chosen, chosen_band)
     return found | {
         "counts": deviation(counts, members.sum(1), COUNT_SHARE * members.sum(1) + _TINY),
-        "sums": deviation(
-            sums, members.mT @ flat.double(), SUM_SHARE * (members.mT @ flat.double().abs()) + _TINY
-        ),
+        "sums": deviation(sums, members.mT @ flat.double(), SUM_SHARE * lengths + _TINY),
         "inertia": deviation(inertia, (weights * chosen).sum(1), (weights * chosen_band).sum(1)),
     }
+
+
+def _members(labels: Tensor, num_centers: int) -> Tensor:
+    """Which centre has which token: ones and zeros [G, M, K], float64."""
+    return torch.nn.functional.one_hot(labels.long(), num_centers).double()
 
 
 def lloyd_problem(dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -56,8 +56,9 @@ def assign_accumulate(
 
     `last`, the result of a pass over the same tokens to other centres, with labels and without weights, may
     save time: on CUDA, where tokens would be read twice, its sums are corrected by those that change to
-    another centre. Each such pass may add an error of 1e-6 of the sum of |x| over these tokens. `last` itself
-    stays as it is.
+    another centre. Each such pass may add an error of 1e-6 of the sum of |x| over these tokens, and the
+    errors of `last` remain, also those of tokens that leave: a centre without tokens has sums near zero.
+    `last` itself stays as it is.
 
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not allowed.

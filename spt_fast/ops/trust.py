@@ -34,6 +34,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # Seconds. Long enough for imports from a slow disk, and for Triton to compile on a busy machine.
 START_TIMEOUT, KERNEL_TIMEOUT = 300.0, 120.0
 _POLL = 0.05
+# What ends a process from outside: the system where memory is short, or a scheduler.
+_SENT_BY_OTHERS = {"SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU"}
 # Without the package's own `__init__`, whose imports take longer than torch's.
 _CHILD = """
 import json, sys, types
@@ -259,7 +261,7 @@ def check_apart(kernel: Kernel, device: torch.device, gpu: Gpu, dtype: torch.dty
     """What another process finds wrong with the kernel, or ""; it may crash or hang there.
 
     Raises:
-        UndecidedError: it got no further than the kernel.
+        UndecidedError: it did not get to the kernel, or was ended from outside.
         OSError: it cannot be started.
     """
     if getattr(sys, "frozen", False) or not sys.executable:
@@ -288,7 +290,7 @@ def check_apart(kernel: Kernel, device: torch.device, gpu: Gpu, dtype: torch.dty
             how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         last = (read_cached(errors) or "").strip().splitlines()[-1:]
         how = ": ".join([how, *last])
-        if not lines:
+        if not lines or (code is not None and code < 0 and signal.Signals(-code).name in _SENT_BY_OTHERS):
             raise UndecidedError(f"the process that checks it {how}")
         return f"the process that ran it {how}"
 

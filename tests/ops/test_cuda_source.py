@@ -281,9 +281,9 @@ def run_emulated_distances(library, tokens, centers, shift=None):
     return distances
 
 
-def assert_matches_reference(given, tokens, centers, shift, weights):
+def assert_matches_reference(given, tokens, centers, shift, weights, before=()):
     """`given` against float64: labels and distances within the rounding band, the rest by our own labels."""
-    found = assigned_deviations(given, tokens, centers, shift, weights)
+    found = assigned_deviations(given, tokens, centers, shift, weights, before)
     assert all(deviation.ok for deviation in found.values()), found
     # Labels are the reference's where nothing is close, which is nearly everywhere.
     flat = tokens.reshape(len(tokens), -1, tokens.shape[-1]).double()
@@ -398,11 +398,26 @@ def test_emulated_cuda_corrects_integers_exactly(emulated, rows, num_centers, wi
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 def test_emulated_cuda_corrects_pass_after_pass(emulated, dtype):
     tokens, centers, shift, _ = make_problem(2, 3, 50, 1, 63, 40, dtype, False)
-    given = run_emulated(emulated, tokens, centers, shift)
+    given, before = run_emulated(emulated, tokens, centers, shift), []
     for _ in range(15):
+        before.append(given[3])
         centers = torch.where((given[1] > 0)[..., None], given[0] / given[1][..., None], centers).float()
         given = run_emulated(emulated, tokens, centers, shift, last=given)
-    assert_matches_reference(given, tokens, centers, shift, None)
+    assert_matches_reference(given, tokens, centers, shift, None, before)
+
+
+def test_emulated_cuda_keeps_the_errors_of_tokens_that_have_left(emulated):
+    """A centre that keeps the least of its tokens has sums as good as those of all that it had."""
+    tokens, centers = torch.full((1, 1, 4, 8), 1000.0), torch.full((1, 40, 8), 1e6)
+    tokens[0, 0, 0] = 1e-3
+    centers[0, 0], away = 500.0, centers.clone()
+    away[0, 0], away[0, 1] = 0.0, 1000.0
+    last = run_emulated(emulated, tokens, centers)
+    given = run_emulated(emulated, tokens, away, last=last)
+    assert given[1][0, :2].tolist() == [1, 3]
+    shift = mean_center(away)
+    assert assigned_deviations(given, tokens, away, shift, None, [last[3]])["sums"].ok
+    assert not assigned_deviations(given, tokens, away, shift, None)["sums"].ok
 
 
 def test_emulated_cuda_corrects_without_weights_and_with_labels_only(emulated):
@@ -663,11 +678,12 @@ def test_cuda_corrects_pass_after_pass_at_full_size(dtype, width, num_centers):
     problem = make_problem(2, 64, 197, 1, width, num_centers, dtype, False, device="cuda")
     tokens, centers, shift, _ = problem
     arguments = {"shift": shift, "with_labels": True, "with_distances": True, "backend": "native"}
-    given = assign_accumulate(tokens, centers, **arguments)
+    given, before = assign_accumulate(tokens, centers, **arguments), []
     for _ in range(15):
+        before.append(given.labels.cpu())
         centers = torch.where((given[1] > 0)[..., None], given[0] / given[1][..., None], centers).float()
         last, given = given, assign_accumulate(tokens, centers, last=given, **arguments)
-    assert_matches_reference(on_cpu(given), *on_cpu((tokens, centers, shift, None)))
+    assert_matches_reference(on_cpu(given), *on_cpu((tokens, centers, shift, None)), before)
     again = assign_accumulate(tokens, centers, last=last, **arguments)
     assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import subprocess
 import sys
 import threading
 import warnings
@@ -56,6 +57,10 @@ def crashes(*args):
     _ran(*args)
     print("Fatal: out of luck", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
+
+def is_killed(*args):
+    _ran(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 def hangs(*args):
     _ran(*args)
@@ -185,6 +190,13 @@ def test_a_check_that_cannot_start_is_not_held_against_the_kernel(
     forget(monkeypatch)
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     assert "could not be checked" in trust.why_not(planted_apart("right"), CPU, torch.float32)
+    assert trust.kept_verdicts() == []
+
+
+def test_a_check_that_others_end_is_not_held_against_the_kernel(planted_apart: Plant) -> None:
+    """As the system does where memory is short."""
+    found = trust.why_not(planted_apart("is_killed"), CPU, torch.float32)
+    assert "could not be checked in float32 on cpu: the process that checks it was ended by signal 9" in found
     assert trust.kept_verdicts() == []
 
 
@@ -413,6 +425,25 @@ def test_a_proof_whose_kernel_does_not_run_decides_nothing(monkeypatch: pytest.M
         cases, "check_case", lambda *_: outcome._replace(fallback="", message="OutOfMemoryError: 2 GiB")
     )
     with pytest.raises(trust.UndecidedError, match="2 GiB"):
+        cases.prove_nmi(CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+        PermissionError(13, "Permission denied", "/root/.triton"),
+    ],
+)
+def test_a_proof_that_the_machine_prevents_decides_nothing(monkeypatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(nmi, "sigmoid_nmi", fail)
+    with pytest.raises(trust.UndecidedError, match=type(error).__name__):
         cases.prove_nmi(CPU, torch.float32)
 
 
