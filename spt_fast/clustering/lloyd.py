@@ -57,7 +57,7 @@ class Lloyd:
     """Runs of Lloyd's algorithm from R starts, a step of all of them at a time.
 
     `run` may be called again with another end: it goes on from where the runs are, and ends exactly where a
-    single call with the later end would have.
+    single call with the later end would have (on CUDA, with several starts, to the rounding of the sums).
 
     With a `relaxation` in (1, 2) each step goes that much further than to the mean, which never raises the
     inertia either and needs fewer iterations in the long tail.

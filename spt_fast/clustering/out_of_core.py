@@ -29,7 +29,7 @@ class OutOfCoreKMeans:
     That changes no label, and holds what `PrunedPasses` holds for each restart.
 
     `run` stops at a tolerance; a later `run` with a smaller one goes on from there and ends exactly where a
-    single run with the smaller one would have.
+    single run with the smaller one would have (on CUDA, with several starts, to the rounding of the sums).
 
     With several processes each holds a share of the tokens. Sums, counts and inertia are added up over all of
     them in every iteration; the result is the same on each. Starting centres are drawn by position, rank

@@ -32,7 +32,7 @@ from spt_fast.support.versions import version_facts
 VARIABLE = "SPT_FAST_VERIFY"  # "0": no check, every kernel is trusted
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Seconds. Long enough for imports from a slow disk, and for Triton to compile on a busy machine.
-START_TIMEOUT, KERNEL_TIMEOUT = 300.0, 120.0
+START_TIMEOUT, KERNEL_TIMEOUT = 300.0, 300.0
 _POLL = 0.05
 # What ends a process from outside: the system where memory is short, or a scheduler.
 _SENT_BY_OTHERS = {"SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGXCPU"}
@@ -280,7 +280,10 @@ def check_apart(kernel: Kernel, device: torch.device, gpu: Gpu, dtype: torch.dty
         code = _run([sys.executable, "-c", _CHILD, json.dumps(request)], report, errors)
         lines = (read_cached(report) or "").splitlines()
         if len(lines) == 2:
-            result: dict[str, str] = json.loads(lines[1])
+            try:
+                result: dict[str, str] = json.loads(lines[1])
+            except ValueError as error:
+                raise UndecidedError(f"its report is damaged: {one_line(error)}") from error
             if "undecided" in result:
                 raise UndecidedError(result["undecided"])
             return result["wrong"]
