@@ -69,7 +69,12 @@ def set_pooling(model: nn.Module, pooling: Pooling) -> None:
     found = getattr(model, "global_pool", None)
     wanted = "token" if pooling.pool == "token" else "avg"
     if pooling.is_named and found != wanted:
-        raise ValueError(f"pool={pooling.pool!r} needs a model with global_pool={wanted!r}, got {found!r}")
+        why = (
+            ": it has no class token" if getattr(model, "cls_token", 0) is None and wanted == "token" else ""
+        )
+        raise ValueError(
+            f"pool={pooling.pool!r} needs a model with global_pool={wanted!r}, got {found!r}{why}"
+        )
     norm, after_pooling = getattr(model, "norm", None), getattr(model, "fc_norm", None)
     if pooling.is_named and wanted == "avg" and not norm_follows_average(model):
         if after_pooling is None:

@@ -157,7 +157,8 @@ class KMeans(ClusteringEstimator):
 
     def _number_of_starts(self) -> int:
         if isinstance(self.n_init, str):
-            check_choice("n_init", self.n_init, ("auto",))
+            if self.n_init != "auto":
+                raise ValueError(f"n_init must be an integer >= 1 or 'auto', got {self.n_init!r}")
             is_random = isinstance(self.init, str) and self.init == "random"
             return AUTO_STARTS if is_random or callable(self.init) else N_INIT
         return check_int("n_init", self.n_init, 1, "or 'auto'")

@@ -99,7 +99,7 @@ class TunedState:
         if prompts.ndim != 3:
             raise ValueError(f"prompts must be [L or 1, N_p, D], got {list(prompts.shape)}")
         for name, tensor in self.tensors.items():
-            _check_finite(name, tensor)
+            check_finite(name, tensor)
         check_choice("prompt_depth", self.facts["prompt_depth"], ("deep", "shallow"))
         check_choice("pool_prompts", self.facts["pool_prompts"], ("True", "False"))
         check_choice("norm", self.facts.get("norm", "own"), NORMS)
@@ -119,7 +119,7 @@ class TunedState:
         """
         check_bool("overwrite", overwrite)
         for name, tensor in self.tensors.items():
-            _check_finite(name, tensor)
+            check_finite(name, tensor)
         write_safetensors(path, self.tensors, self.facts, kind=TUNED_KIND, overwrite=overwrite)
 
     @property
@@ -204,7 +204,7 @@ class TunedState:
             raise _not_valid(path, error) from error
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor) -> None:
     good = tensor.isfinite()
     if bool(good.all()):
         return
@@ -213,12 +213,20 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     raise NonFiniteError(f"{where} holds NaN or infinity, all numbers must be finite", layer=layer)
 
 
+def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    extra, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
+    shown = [*extra[:3], f"{len(extra) - 3} more"] if len(extra) > 4 else extra
+    parts = [f"lacks {', '.join(missing)}"] * bool(missing)
+    parts += [f"holds {', '.join(shown)}, which no prompts and head of this model have"] * bool(extra)
+    return " and ".join(parts) + f"; this model needs {sorted(expected)}"
+
+
 def check_shapes(
     path: str | os.PathLike[str], found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
     """TypeError or ValueError unless the tensors of `path` can take the place of those expected."""
     if found.keys() != expected.keys():
-        raise ValueError(f"{Path(path)} holds {sorted(found)}, but this model needs {sorted(expected)}")
+        raise ValueError(f"{Path(path)} {_difference(found, expected)}")
     for name, tensor in expected.items():
         if not isinstance(found[name], Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(found[name]).__name__}")

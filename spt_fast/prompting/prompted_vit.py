@@ -24,7 +24,7 @@ from spt_fast.prompting.checks import (
     check_weight_dtype,
 )
 from spt_fast.prompting.engines import KeysValuesCache, choose_engine
-from spt_fast.prompting.file_format import TunedState, check_shapes
+from spt_fast.prompting.file_format import TunedState, check_finite, check_shapes
 from spt_fast.prompting.initial_prompts import initial_prompts
 from spt_fast.prompting.measures import Measures
 from spt_fast.prompting.parameter_groups import parameter_groups as groups_of
@@ -279,12 +279,19 @@ class PromptedViT(Measures):
             What `load_state_dict` returns: no missing and no unexpected keys.
 
         Raises:
-            TypeError: a value is no tensor.
+            TypeError: no mapping, or a value is no tensor.
             ValueError: names or shapes are not those of this module.
+            NonFiniteError: a value is NaN or infinite, which `load` refuses too.
         """
         self._check_not_released()
         own = self._state().tensors
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"state must be a dict of tensors, as learned_state_dict gives, got {type(state).__name__}"
+            )
         check_shapes("state", state, own)
+        for name, tensor in state.items():
+            check_finite(name, tensor)
         _copy(state, own)
         return _IncompatibleKeys([], [])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def concatenate(prototypes: Sequence[Prototypes]) -> Prototypes:
 
     Raises:
         TypeError: no sequence of `Prototypes`.
-        ValueError: none, or sets of different layers, width or backbone.
+        ValueError: none, or sets of different layers, width, backbone or `position_embedding`.
     """
     sets = _check(prototypes)
     last = [each.last_output for each in sets]
@@ -32,7 +32,7 @@ def concatenate(prototypes: Sequence[Prototypes]) -> Prototypes:
         torch.stack([each.inertia for each in sets]).sum(0),
         num_images=sum(each.num_images for each in sets),
         num_tokens=sum(each.num_tokens for each in sets),
-        metadata=_common_metadata(sets),
+        metadata={**_common_metadata(sets), "concatenated": "True"},
         last_output=None if None in last else concatenate([each for each in last if each is not None]),
     )
 
@@ -56,8 +56,8 @@ def merge(
 
     Raises:
         TypeError: no sequence of `Prototypes`.
-        ValueError: none, sets of different layers, width or backbone, or one without a sample; more prompts
-            than the samples can give.
+        ValueError: none, sets of different layers, width, backbone or `position_embedding`, or one without a
+            sample; more prompts than the samples can give.
     """
     sets = _check(prototypes)
     summaries = []
@@ -91,6 +91,8 @@ def merge(
 
 
 def _check(prototypes: Sequence[Prototypes]) -> list[Prototypes]:
+    if isinstance(prototypes, Prototypes) or not isinstance(prototypes, Iterable):
+        raise TypeError(f"prototypes must be a list of Prototypes, got {type(prototypes).__name__}")
     sets = list(prototypes)
     for index, each in enumerate(sets):
         if not isinstance(each, Prototypes):
@@ -102,6 +104,12 @@ def _check(prototypes: Sequence[Prototypes]) -> list[Prototypes]:
         raise ValueError(f"prototypes must be of one number of layers and one width, got (L, D) = {shapes}")
     for index, each in enumerate(sets[1:], start=1):
         check_facts(f"prototypes[{index}]", each.metadata, backbone_facts(sets[0].metadata))
+    embedded = [each.metadata.get("position_embedding", "True") for each in sets]
+    if len(set(embedded)) > 1:
+        raise ValueError(
+            "prototypes must all be of tokens with position embedding or all without, "
+            f"got position_embedding = {', '.join(embedded)}"
+        )
     return sets
 
 

@@ -252,6 +252,10 @@ class Prototypes:
             return (
                 "which a repeated layer does not keep: call select before repeat_layer or repeat_last_output"
             )
+        if "concatenated" in self.metadata:
+            return (
+                "which a concatenation does not keep: select from each set before concatenate, or merge them"
+            )
         if strategy != "kmeans":
             return f"and strategy={strategy!r} makes none: build again with the new num_prompts"
         if mode != "stream":

@@ -66,7 +66,7 @@ def test_what_a_stream_ignores_of_mini_batch_kmeans_it_names(rows: np.ndarray) -
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"n_init": "all"}, ValueError, "n_init must be one of 'auto', got 'all'"),
+        ({"n_init": "all"}, ValueError, "n_init must be an integer >= 1 or 'auto', got 'all'"),
         ({"n_init": 0}, ValueError, "n_init must be an integer >= 1 or 'auto', got 0"),
         ({"algorithm": "full"}, ValueError, "algorithm must be one of 'lloyd', 'elkan', got 'full'"),
         ({"copy_x": 1}, TypeError, "copy_x must be True or False"),

@@ -13,6 +13,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from spt_fast import PromptedViT
+from spt_fast.support.errors import NonFiniteError
 
 MakeTuned = Callable[..., PromptedViT]
 
@@ -52,8 +53,14 @@ def test_another_one_takes_it(model_class: type[VisionTransformer], make_tuned: 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda state: state.pop("head.bias"), ValueError, r"state holds \['head.weight', 'prompts'\], but"),
-        (lambda state: state.update(x=torch.ones(1)), ValueError, "but this model needs"),
+        (lambda state: state.pop("head.bias"), ValueError, r"state lacks head\.bias; this model"),
+        (lambda state: state.update(x=torch.ones(1)), ValueError, "state holds x, which no prompts and head"),
+        (
+            lambda state: state.update({f"model.{number}": torch.ones(1) for number in range(9)}),
+            ValueError,
+            r"state holds model\.0, model\.1, model\.2, 6 more, which",
+        ),
+        (lambda state: state["prompts"][1, 0, 0].fill_(torch.nan), NonFiniteError, r"prompts\[1\] holds NaN"),
         (lambda state: state.update({"head.bias": torch.ones(4)}), ValueError, r"head.bias of shape \[4\]"),
         (lambda state: state.update({"head.bias": 1.0}), TypeError, "head.bias must be a tensor, got float"),
     ],
@@ -70,6 +77,13 @@ def test_what_does_not_fit_changes_nothing(
     with pytest.raises(error, match=message):
         tuned.load_learned_state_dict(state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.learned_state_dict().items())
+
+
+def test_a_path_is_no_state(make_tuned: MakeTuned) -> None:
+    with pytest.raises(
+        TypeError, match="state must be a dict of tensors, as learned_state_dict gives, got str"
+    ):
+        make_tuned().load_learned_state_dict("last.pt")  # type: ignore[arg-type]
 
 
 def test_a_parameter_that_it_would_lose_is_named(make_tuned: MakeTuned) -> None:

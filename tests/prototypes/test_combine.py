@@ -186,3 +186,31 @@ class TestSampleInFile:
         write_safetensors(tmp_path / "p", kept, metadata, kind="prototypes", overwrite=True)
         with pytest.raises(ValueError, match="does not hold valid prototypes"):
             Prototypes.load(tmp_path / "p")
+
+
+@pytest.mark.parametrize("combine", [merge, concatenate])
+def test_tokens_with_and_without_position_embedding_do_not_mix(
+    combine: Callable[..., Prototypes], vit: VisionTransformer, loaders: list[Loader], sets: list[Prototypes]
+) -> None:
+    without = build(vit, loaders[1], position_embedding=False, last_output=True)
+    assert combine([without, without]).metadata["position_embedding"] == "False"
+    with pytest.raises(ValueError, match=r"got position_embedding = True, False"):
+        combine([sets[0], without])
+
+
+@pytest.mark.parametrize("combine", [merge, concatenate])
+def test_sets_come_in_a_list(combine: Callable[..., Prototypes], sets: list[Prototypes]) -> None:
+    with pytest.raises(TypeError, match="prototypes must be a list of Prototypes, got Prototypes"):
+        combine(sets[0])
+
+
+def test_a_concatenation_says_why_it_has_no_sample(sets: list[Prototypes], tmp_path: Path) -> None:
+    both = concatenate(sets)
+    reason = "which a concatenation does not keep: select from each set before concatenate"
+    with pytest.raises(ValueError, match=reason):
+        both.select(3)
+    with pytest.raises(ValueError, match=reason):
+        both.save(tmp_path / "both.safetensors", with_sample=True)
+    both.save(tmp_path / "both.safetensors")
+    with pytest.raises(ValueError, match=reason):
+        Prototypes.load(tmp_path / "both.safetensors").select(3)
