@@ -22,7 +22,8 @@ import timm
 import torch
 from PIL import Image
 
-from benchmarks.bench_prompted_step import build, interleaved_medians, make_images, step_of
+from benchmarks.bench_prompted_step import build, make_images, step_of
+from benchmarks.timing import alternate, medians
 from spt_fast.data.cache import ImageCache
 from spt_fast.data.images import open_labelled_images
 
@@ -144,8 +145,8 @@ def report(options: argparse.Namespace, folder: Path) -> None:
             name: functools.partial(fed_epoch, model, loader, options.device) for name, loader in fed.items()
         }
         counts |= dict.fromkeys(fed, options.images)
-    medians = interleaved_medians(steps, options.rounds)
-    speeds = {name: counts[name] / seconds for name, seconds in medians.items()}
+    timed = medians(alternate(steps, options.rounds, device=options.device))
+    speeds = {name: counts[name] / seconds for name, seconds in timed.items()}
     for name, speed in speeds.items():
         print(f"{name:42s} {speed:10.1f} images/s   {speed / speeds[bare]:8.2f} x {bare}", flush=True)
 
