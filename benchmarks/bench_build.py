@@ -31,6 +31,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import synchronise
 from spt_fast import build_prototypes
 from spt_fast.backbones.anatomy import num_prefix_tokens
 
@@ -57,10 +58,10 @@ class Interleaved:
             start = time.perf_counter()
             with torch.no_grad():
                 self.bare(batch)
-            _synchronise(batch)
+            synchronise(batch.device)
             middle = time.perf_counter()
             yield batch
-            _synchronise(batch)
+            synchronise(batch.device)
             self.finished = time.perf_counter()
             self.bare_seconds.append(middle - start)
             self.pass_seconds.append(self.finished - middle)
@@ -181,17 +182,12 @@ def test_build_prototypes(benchmark: Any, side: str) -> None:
         with torch.no_grad():
             for batch in batches:
                 model(batch)
-        _synchronise(images)
+        synchronise(images.device)
 
     def build() -> None:
         build_prototypes(model, batches, num_prompts=NUM_PROMPTS, progress=False)
 
     benchmark.pedantic({"bare": bare, "build": build}[side], rounds=3, warmup_rounds=1)
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from benchmarks.bench_prompted_step import build, make_images, step_of
-from benchmarks.timing import alternate, medians
+from benchmarks.timing import alternate, finished, medians
 from spt_fast.data.cache import ImageCache
 from spt_fast.data.images import open_labelled_images
 
@@ -85,7 +85,6 @@ def read(loader: Any) -> None:
     """One epoch of images, nothing done with them."""
     for _ in loader:
         pass
-    _synchronise()
 
 
 def fed_epoch(model: Any, loader: Any, device: str) -> None:
@@ -99,11 +98,6 @@ def check_same_batches(folder: Path, device: str) -> None:
     loaders = [make_loader(reader, folder, device) for reader in ("kept", "decoded, 0 workers")]
     for (found, _), (expected, _) in zip(*loaders, strict=True):
         assert torch.equal(found.cpu(), expected)
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +114,7 @@ def test_reading(benchmark: Any, folder: Path, reader: str) -> None:
     if reader == "kept":
         check_same_batches(folder, device)
     loader = make_loader(reader, folder, device)
-    benchmark.pedantic(read, args=(loader,), rounds=3, warmup_rounds=1)
+    benchmark.pedantic(finished(functools.partial(read, loader), device), rounds=3, warmup_rounds=1)
 
 
 def report(options: argparse.Namespace, folder: Path) -> None:

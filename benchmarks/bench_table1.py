@@ -39,6 +39,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import synchronise
 from spt_fast import build_prototypes
 from spt_fast.backbones.token_extractor import TokenExtractor
 from spt_fast.clustering.lloyd import MAX_ITER
@@ -137,10 +138,10 @@ def time_building(
 
     def timed(work: Any) -> float:
         loader.seconds = 0.0
-        _synchronise(device)
+        synchronise(device)
         start = time.perf_counter()
         work()
-        _synchronise(device)
+        synchronise(device)
         return time.perf_counter() - start - loader.seconds
 
     def bare_pass() -> None:
@@ -196,11 +197,6 @@ def compare_pruning(share: float, tier: str, budget: int, options: argparse.Name
         f"{seconds['plain'] / seconds['pruned']:8.2f}",
         flush=True,
     )
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:

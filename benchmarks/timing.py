@@ -81,10 +81,15 @@ def finished(run: Callable[[], object], device: torch.device | str) -> Callable[
 
     def wait() -> None:
         run()
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise(device)
 
     return wait
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait until the device has done what was launched on it; nothing to wait for on a CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Rotating:

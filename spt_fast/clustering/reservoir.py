@@ -12,6 +12,7 @@ from spt_fast.support.distributed import Processes
 from spt_fast.support.waiting import send
 
 FIRST_ROWS = 32_768  # Room from the start; more is made as tokens come, for they may be few.
+ROUGH_CENTERS = 16  # from which importance is measured
 
 
 class PriorityReservoir:
@@ -151,6 +152,26 @@ class PriorityReservoir:
         self._keys[slots] = keys[rows]
         self._importance[slots] = importance[rows]
         self._weights[slots] = weights[rows]
+
+
+def merged_over_ranks(
+    reservoir: PriorityReservoir | None,
+    capacity: int,
+    device: torch.device,
+    processes: Processes,
+    backend: str = "auto",
+) -> WeightedTokens | None:
+    """`merged_summary` where a rank has no reservoir (None) because it saw nothing; None where no rank did.
+
+    Such a rank puts what it gets on `device`.
+    """
+    layouts = processes.gather(None if reservoir is None else (reservoir.width, reservoir.dtype))
+    layout = next((layout for layout in layouts if layout is not None), None)
+    if layout is None:
+        return None
+    if reservoir is None:
+        reservoir = PriorityReservoir(capacity, *layout, device, torch.Generator())
+    return reservoir.merged_summary(processes, backend)
 
 
 def importance(squared: Tensor, sum_of_squared: Tensor, total: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spt_fast.clustering.lloyd import LloydResult, lloyd
-from spt_fast.clustering.reservoir import PriorityReservoir, importance
+from spt_fast.clustering.reservoir import ROUGH_CENTERS, PriorityReservoir, importance
 from spt_fast.clustering.seeding import kmeans_plus_plus, several_starts
 from spt_fast.clustering.swaps import improve_by_swaps
 from spt_fast.clustering.weighted import WeightedTokens
@@ -16,7 +16,6 @@ from spt_fast.clustering.weighted import WeightedTokens
 # because it needs many passes, and only has to find the right region: the last Lloyd finds the rest.
 SEARCH_TOKENS = 4_000
 SEARCH_TOKENS_PER_CLUSTER = 80
-ROUGH_CENTERS = 16
 ROUGH_TOKENS = 1_024
 SWAP_ROUNDS = 20
 SWAPS_PER_ROUND = 2

@@ -26,7 +26,7 @@ from spt_fast.clustering.inputs import (
     check_width,
     raise_non_finite,
 )
-from spt_fast.clustering.reservoir import PriorityReservoir
+from spt_fast.clustering.reservoir import merged_over_ranks
 from spt_fast.clustering.summary import Summary
 from spt_fast.clustering.token_stream import TokenStream
 from spt_fast.ops.kmeans import TOKEN_DTYPES
@@ -236,19 +236,16 @@ class StreamingKMeans(ClusteringEstimator):
         settings = self._settings()
         capacity = resolve_capacity(self.capacity, settings.n_clusters)
         streams = self._streams or _no_streams(settings.n_groups)
-        mine = [None if stream is None else (stream.reservoir, float(stream.total)) for stream in streams]
         if any(frame is not None for rank in processes.gather(self._frames()) for frame in rank):
             raise ValueError("tokens must be such that float32 can square their distances on every rank")
-        layouts = processes.gather([None if m is None else (m[0].width, m[0].dtype) for m in mine])
         groups, totals = [], []
-        for g, held in enumerate(mine):
-            layout = next((rank[g] for rank in layouts if rank[g] is not None), None)
-            if layout is None:
+        for stream in streams:
+            reservoir = None if stream is None else stream.reservoir
+            merged = merged_over_ranks(reservoir, capacity, device, processes, self.backend)
+            if merged is None:
                 raise not_fitted(self, "partial_fit")
-            empty = PriorityReservoir(capacity, *layout, device, torch.Generator())
-            reservoir, total = held or (empty, 0.0)
-            groups.append(reservoir.merged_summary(processes, self.backend))
-            totals.append(sum(processes.gather(total)))
+            groups.append(merged)
+            totals.append(sum(processes.gather(0.0 if stream is None else float(stream.total))))
         return Summary(groups=tuple(groups), totals=tuple(totals), seed=self._seed())
 
     @property

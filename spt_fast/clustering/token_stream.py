@@ -14,13 +14,12 @@ from torch import Tensor
 from spt_fast.clustering.frame import Frame, find_frame, in_frame
 from spt_fast.clustering.inputs import raise_non_finite
 from spt_fast.clustering.lloyd import lloyd
-from spt_fast.clustering.reservoir import PriorityReservoir, importance, take_rows
+from spt_fast.clustering.reservoir import ROUGH_CENTERS, PriorityReservoir, importance, take_rows
 from spt_fast.clustering.seeding import kmeans_plus_plus
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops.kmeans import TOKEN_DTYPES, PassResult, assign_accumulate
 from spt_fast.support.waiting import first_true
 
-ROUGH_CENTERS = 16
 ROUGH_TOKENS = 2_048  # of the first batch, from which the rough centres start
 ROUGH_ITERATIONS = 5
 

@@ -230,7 +230,7 @@ def open_files(
     dataset = FileImages(listing)
     # The first line is of groups, which say nothing here.
     description = (f"{len(dataset)} images", *listing.description()[1:])
-    opened = Opened(dataset, "folder", description, None, listing.paths)
+    opened = Opened(dataset, "folder", "files", description, None, listing.paths)
     transform = _transformed(opened, model, resize, mean_std, tuned)
     batch_size, workers = check_int("batch_size", batch_size, 1), check_int("workers", workers, 0)
     if len(dataset) <= batch_size:
@@ -344,7 +344,7 @@ def _loader(
     }
     if cache is None or not isinstance(dataset, DecodedImages) or not cache.works_with(workers):
         return ImageLoader(dataset, **options)
-    return CachedLoader(cache.wrap(dataset, opened.description[0].partition(": ")[0]), cache, **options)
+    return CachedLoader(cache.wrap(dataset, opened.title), cache, **options)
 
 
 def _class_names(opened: Opened, data: str) -> tuple[str, ...]:

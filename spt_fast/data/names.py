@@ -50,13 +50,15 @@ class Opened:
         dataset: torch's, of (image, label). Images are PIL's in RGB where it has no `transform`; the digits
             are normalised tensors.
         kind: "folder", "list", "tar", "vtab", "fgvc", "timm" or "digits".
-        description: lines that say what is read: name and split, images, classes, and what is left out.
+        title: name and split.
+        description: lines that say what is read: title, images, classes, and what is left out.
         class_names: of the labels 0, 1, ...; None where the source does not name them.
         paths: of the images where each is a file; empty for other sources.
     """
 
     dataset: Any
     kind: str
+    title: str
     description: tuple[str, ...]
     class_names: tuple[str, ...] | None
     paths: tuple[Path, ...] = ()
@@ -102,7 +104,8 @@ def open_data(
     if kind == "digits":
         images, labels = load_digits(str(split))
         dataset = TensorDataset(images, labels)
-        return Opened(dataset, kind, (_counted(name, split, labels.tolist()),), DIGITS_CLASSES)
+        title = f"{name}, split {split}"
+        return Opened(dataset, kind, title, (_counted(title, labels.tolist()),), DIGITS_CLASSES)
     if kind == "timm":
         return _open_timm(name, root, str(split), download)
     if kind == "tar":
@@ -217,6 +220,7 @@ def _of_files(dataset: FileImages, name: str, kind: str, split: str | None) -> O
     return Opened(
         dataset,
         kind,
+        title,
         tuple(f"{title}: {line}" for line in listing.description()),
         listing.group_names if listing.classes else None,
         () if isinstance(dataset, TarImages) else listing.paths,
@@ -225,13 +229,14 @@ def _of_files(dataset: FileImages, name: str, kind: str, split: str | None) -> O
 
 def _open_timm(name: str, root: str | Path | None, split: str, download: bool) -> Opened:
     dataset = _create_dataset(name, root, split, download)
+    title = f"{name}, split {split}"
     if isinstance(dataset, IterableDataset):
-        return Opened(dataset, "timm", (f"{name}, split {split}: number of images not known",), None)
+        return Opened(dataset, "timm", title, (f"{title}: number of images not known",), None)
     images = NamedImages(dataset, name)
     labels = images.labels()
-    line = f"{name}, split {split}: {len(images)} images" if labels is None else _counted(name, split, labels)
+    line = f"{title}: {len(images)} images" if labels is None else _counted(title, labels)
     names = images.class_names()
-    return Opened(images, "timm", (line,), tuple(map(str, names)) if names else None)
+    return Opened(images, "timm", title, (line,), tuple(map(str, names)) if names else None)
 
 
 def _create_dataset(name: str, root: str | Path | None, split: str, download: bool) -> Any:
@@ -255,7 +260,5 @@ def _create_dataset(name: str, root: str | Path | None, split: str, download: bo
         ) from error
 
 
-def _counted(name: str, split: str | None, labels: Sequence[int]) -> str:
-    return (
-        f"{name}, split {split}: {len(labels)} images of {len(set(labels))} classes, {spread(labels)} in each"
-    )
+def _counted(title: str, labels: Sequence[int]) -> str:
+    return f"{title}: {len(labels)} images of {len(set(labels))} classes, {spread(labels)} in each"

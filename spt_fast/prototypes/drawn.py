@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spt_fast.clustering.reservoir import PriorityReservoir
+from spt_fast.clustering.reservoir import PriorityReservoir, merged_over_ranks
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.prototypes.pooling import windows_of_images
 from spt_fast.support.distributed import Processes
@@ -71,8 +71,7 @@ class DrawnFromAll:
     def _merged(
         self, reservoir: PriorityReservoir | None, capacity: int, processes: Processes
     ) -> WeightedTokens:
-        widths = processes.gather(None if reservoir is None else reservoir.width)
-        if reservoir is None:
-            width = next(width for width in widths if width is not None)
-            reservoir = PriorityReservoir(capacity, width, torch.float32, self._device, self._generator)
-        return reservoir.merged_summary(processes)
+        merged = merged_over_ranks(reservoir, capacity, self._device, processes)
+        # A pass without images has been refused before.
+        assert merged is not None
+        return merged

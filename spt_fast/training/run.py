@@ -138,16 +138,16 @@ def fit_and_save(
         OSError: one of the files cannot be written, which is found before training.
         TypeError, ValueError, FloatingPointError: as `fit`.
     """
-
     for path in paths.values():
         check_output_path(path, overwrite=overwrite)
-    written: set[str] = set()
+    model_is_ours = overwrite
 
     def save(epoch: int, history: History) -> None:
         # After the first time the files there are this run's own.
+        nonlocal model_is_ours
         if history.kept_epoch == epoch:
-            tuned.save(paths[TUNED_NAME], overwrite=overwrite or TUNED_NAME in written)
-            written.add(TUNED_NAME)
+            tuned.save(paths[TUNED_NAME], overwrite=model_is_ours)
+            model_is_ours = True
         write_results(paths, {HISTORY_NAME: history.to_csv()}, overwrite=overwrite or epoch > 1)
 
     history = fit(tuned, train_loader, val_loader, on_epoch=save, **recipe)
