@@ -20,6 +20,7 @@ if TYPE_CHECKING or not is_the_command():
     from spt_fast.prompting.release import release
     from spt_fast.prototypes import Prototypes, build_prototypes
     from spt_fast.support.errors import NonFiniteError, NotFittedError
+    from spt_fast.training.recipe import Recipe
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "NotFittedError",
     "PromptedViT",
     "Prototypes",
+    "Recipe",
     "StreamingKMeans",
     "analysis",
     "build_prototypes",

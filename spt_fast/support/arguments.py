@@ -33,20 +33,27 @@ def check_int(name: str, value: Any, minimum: int, otherwise: str = "") -> int:
 
 
 def check_number(
-    name: str, value: Any, minimum: float | None = None, *, above: float | None = None, otherwise: str = ""
+    name: str,
+    value: Any,
+    minimum: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    otherwise: str = "",
 ) -> float:
-    """`value` as a finite float of at least `minimum`, or greater than `above`.
+    """`value` as a finite float of at least `minimum`, greater than `above`, and less than `below`.
 
     Raises:
         TypeError: not a number.
         ValueError: NaN, infinite or out of range.
     """
-    bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", minimum), (">", above)) if bound is not None]
-    allowed = " ".join(["a finite number", *bounds, otherwise]).rstrip()
+    signs = ((">=", minimum), (">", above), ("<", below))
+    bounds = " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None)
+    allowed = " ".join(part for part in ("a finite number", bounds, otherwise) if part)
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
     too_small = (minimum is not None and value < minimum) or (above is not None and value <= above)
-    if not math.isfinite(value) or too_small:
+    if not math.isfinite(value) or too_small or (below is not None and value >= below):
         raise ValueError(f"{name} must be {allowed}, got {value}")
     return float(value)
 

@@ -1,0 +1,146 @@
+"""A model of timm as a recipe tunes it: with its prompts, and with a new head for named classes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from spt_fast.backbones.identity import check_backbone
+from spt_fast.backbones.pooling import stated_pooling
+from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.prototypes.options import DEFAULT_NUM_PROMPTS
+from spt_fast.prototypes.result import Prototypes
+from spt_fast.support.randomness import seeded
+from spt_fast.training.recipe import Recipe
+
+# VPT's: the classes start with this probability each.
+_PRIOR = 0.01
+
+
+def build(
+    model: nn.Module,
+    recipe: Recipe,
+    prompts: Prototypes | Tensor | str | os.PathLike[str] | None = None,
+    *,
+    class_names: Sequence[str],
+    allow_other_backbone: bool = False,
+) -> PromptedViT:
+    """`model` with the prompts of `recipe.method` and a new head for `class_names`, drawn by `recipe.seed`.
+
+    The caller's random state is not touched.
+
+    Args:
+        model: taken over, as `PromptedViT` does; opened with the pooling and norm of the recipe, where it
+            states them.
+        prompts: what SPT's prompts start from: `Prototypes`, a file of `Prototypes.save`, or a tensor. VPT
+            draws its prompts, and "linear" has none.
+        class_names: of the labels 0, 1, ... in this order.
+        allow_other_backbone: as in `PromptedViT`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError, ValueError: `prompts` are missing, or given to a method that takes none, or are not as
+            many as the recipe says; the model was opened in another form; or as `PromptedViT`.
+    """
+    start = _start(model, recipe, prompts, allow_other_backbone)
+    pool_prompts = _pool_prompts(model, recipe)
+    with seeded(recipe.seed):
+        tuned = PromptedViT(
+            model,
+            start,
+            depth=recipe.depth,
+            num_classes=len(class_names),
+            freeze_prompts=recipe.freeze_prompts,
+            pool_prompts=pool_prompts,
+            prompt_dropout=recipe.prompt_dropout,
+            weight_dtype=recipe.weight_dtype,
+            allow_other_backbone=allow_other_backbone,
+        )
+        try:
+            start_head(tuned.head, recipe.head_init, recipe.head_std)
+        except BaseException:
+            tuned.release()
+            raise
+    tuned.class_names = tuple(class_names)
+    return tuned
+
+
+def start_head(
+    head: nn.Module,
+    init: Literal["timm", "trunc_normal", "kaiming"] = "trunc_normal",
+    std: float | None = None,
+) -> None:
+    """Draw the weights of a new head, from torch's global generator.
+
+    Args:
+        head: a linear layer, or a module that holds some.
+        init: "timm" leaves them as timm's new head has them; "trunc_normal" draws from a truncated normal
+            distribution, with zero bias, as the paper's released code does; "kaiming" from a normal one of
+            deviation sqrt(2 / classes), with bias -log(99), as VPT does.
+        std: of "trunc_normal"; None is 0.02, as in the released code, which has 0.01 for MoCo-v3.
+
+    Raises:
+        ValueError: no such start, `std` is not above 0 or without effect, or no layer to draw.
+    """
+    Recipe(head_init=init, head_std=std)
+    if init == "timm":
+        return
+    layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
+    if not layers:
+        raise ValueError(f"head_init={init!r} needs a linear head, got {type(head).__name__}")
+    for layer in layers:
+        if init == "trunc_normal":
+            nn.init.trunc_normal_(layer.weight, std=0.02 if std is None else std)
+        else:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+        if layer.bias is not None:
+            nn.init.constant_(layer.bias, 0.0 if init == "trunc_normal" else -math.log(1 / _PRIOR - 1))
+
+
+def _start(
+    model: nn.Module,
+    recipe: Recipe,
+    prompts: Prototypes | Tensor | str | os.PathLike[str] | None,
+    allow_other_backbone: bool,
+) -> Prototypes | Tensor | int:
+    method = recipe.method or "spt-deep"
+    if not recipe.needs_prototypes:
+        if prompts is not None:
+            has = "draws its prompts" if recipe.has_prompts else "has no prompts"
+            raise ValueError(f"prompts must be None for method={method!r}, which {has}, got {prompts!r:.60}")
+        return (recipe.num_prompts or DEFAULT_NUM_PROMPTS[recipe.depth]) if recipe.has_prompts else 0
+    if isinstance(prompts, str | os.PathLike):
+        path = Path(prompts)
+        prompts = Prototypes.load(path)
+        check_backbone(path, prompts.metadata, model, allow_other_backbone=allow_other_backbone)
+    if prompts is None:
+        raise ValueError(f"prompts must be Prototypes or a file of them for method={method!r}, got None")
+    values = getattr(prompts, "prompts", prompts)
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"prompts must be Prototypes, a file of them or a tensor, got {type(prompts).__name__}"
+        )
+    if recipe.num_prompts is not None and values.ndim == 3 and values.shape[1] != recipe.num_prompts:
+        raise ValueError(
+            f"num_prompts of the recipe is {recipe.num_prompts}, but prompts are {values.shape[1]} per block"
+        )
+    return prompts
+
+
+def _pool_prompts(model: nn.Module, recipe: Recipe) -> bool | None:
+    """As `PromptedViT` takes it; ValueError where `model` was opened in another form than the recipe's."""
+    stated = stated_pooling(model)
+    found = {"pool": getattr(model, "global_pool", None), "norm": "own" if stated is None else stated.norm}
+    wanted = {"pool": recipe.pool and ("token" if recipe.pool == "token" else "avg"), "norm": recipe.norm}
+    for name, want in wanted.items():
+        if want is not None and want != found[name]:
+            raise ValueError(
+                f"{name}={getattr(recipe, name)!r} of the recipe needs a model that was opened so, as "
+                f"open_model(..., {name}={getattr(recipe, name)!r}) does, got {found[name]!r}"
+            )
+    return None if recipe.pool is None else recipe.pool == "avg-with-prompts"

@@ -1,0 +1,421 @@
+"""How a model is tuned: the options of `spt-fast train` and the keys of a YAML file, in one dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+GROUPS = ("model", "images", "optimisation", "choice")
+# The images of a step for which `lr_scale: batch` leaves rates as they are, as in VPT.
+SCALE_BATCH = 256
+# What only prompts have; a method without any refuses values of these.
+_OF_PROMPTS = ("num_prompts", "prompt_lr", "prompt_dropout", "freeze_prompts")
+
+
+def _field(group: str, default: Any, help: str, **bounds: float) -> Any:
+    """A field with the help of its option; `bounds` are those of `support.arguments.check_number`."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, "bounds": bounds})
+
+
+_model, _images, _optimisation, _choice = (partial(_field, group) for group in GROUPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is tuned; on which model, images and device it is, and where it goes, are no part of it.
+
+    The defaults are the paper's (Sec. 4.1), and where it is silent those of docs/recipes.md, which describes
+    every field; so does `spt-fast train --help`. None is "not stated": the value is found from the rest.
+
+    >>> recipe = spt_fast.Recipe(epochs=20, ema=0.999)
+    >>> recipe = spt_fast.Recipe.named("paper-fgvc", lr=5e-2)
+    >>> recipe = spt_fast.Recipe.from_yaml("recipe.yaml").replace(seed=1)
+
+    Raises:
+        TypeError: a value is of the wrong type.
+        ValueError: a value is out of range, or two contradict each other.
+    """
+
+    method: Literal["spt-deep", "spt-shallow", "vpt-deep", "vpt-shallow", "linear"] | None = _model(
+        None, "what is learned beside the head (unset: spt-deep)"
+    )
+    num_prompts: int | None = _model(None, "prompts per block (unset: 20 deep, 100 shallow)", minimum=1)
+    freeze_prompts: bool = _model(False, "learn the head only (Table 4a)")
+    prompt_dropout: float = _model(
+        0.0, "share of the prompts' elements that a step drops", minimum=0, below=1
+    )
+    pool: Literal["token", "avg", "avg-with-prompts"] | None = _model(
+        None,
+        "what the head gets: the class token, or the average of patches, or of patches and prompts "
+        "(unset: avg-with-prompts for MAE's weights, else timm's own)",
+    )
+    norm: Literal["own", "new"] | None = _model(
+        None, "the final norm: that of the weights, or a new one, frozen too (unset: own)"
+    )
+    head_init: Literal["timm", "trunc_normal", "kaiming"] = _model(
+        "timm", "start of the head: timm's, the released code's (truncated normal), or VPT's"
+    )
+    head_std: float | None = _model(None, "of trunc_normal (unset: 0.02; the code's MoCo: 0.01)", above=0)
+    head_norm: Literal["none", "batch"] = _model(
+        "none", "batch: a batch norm without weights before the head, as in MAE's linear probe"
+    )
+    # float16 would need its gradients scaled.
+    weight_dtype: Literal["bf16"] | None = _model(
+        None, "run the frozen backbone in it (unset: as its weights are)"
+    )
+
+    batch_size: int = _images(32, "images of a batch, over all processes together", minimum=1)
+    augment: Literal["resized-crop", "crop", "none"] | None = _images(
+        None,
+        "training images: random resized crops (timm), or random crops after resize, both with flips "
+        "(unset: resized-crop; none on VTAB and the digits)",
+    )
+    resize: Literal["model", "fgvc", "vtab", "short"] | None = _images(
+        None,
+        "timm's for the model; short side 256, centre 224; straight to the square; short side, centre "
+        "(unset: as the prompts were made, or as fits the data)",
+    )
+    mean_std: Literal["model", "imagenet"] | None = _images(
+        None, "of pixels (unset: as the prompts were made, else the model's)"
+    )
+    drop_last: bool = _images(False, "leave out a last training batch that is not full")
+    balance: Literal["none", "loss", "sampler"] = _images(
+        "none",
+        "of unequal classes: weights of the loss, or drawing images so that classes come equally often",
+    )
+
+    epochs: int = _optimisation(100, "passes over the training images", minimum=1)
+    warmup_epochs: float | None = _optimisation(
+        None,
+        "linear rise of the rates, below epochs; may be a fraction (unset: a tenth of epochs)",
+        minimum=0,
+    )
+    optimizer: str = _optimisation("adamw", "a name of timm.optim.list_optimizers()")
+    momentum: float = _optimisation(0.9, "of optimizers that have one, such as sgd", minimum=0, below=1)
+    lr: float = _optimisation(1e-2, "highest learning rate, of everything but prompts", above=0)
+    lr_scale: Literal["none", "batch"] = _optimisation(
+        "none", f"batch: lr and prompt_lr times the images of a step / {SCALE_BATCH}"
+    )
+    prompt_lr: float | None = _optimisation(
+        None,
+        "highest rate of the prompts (unset: 30 lr times the prompts' root mean square; lr with sgd and kin)",
+        above=0,
+    )
+    min_lr: float = _optimisation(1e-8, "rate of the last step, where the schedule is cosine", minimum=0)
+    schedule: Literal["cosine", "constant"] = _optimisation("cosine", "rates after the warm-up")
+    weight_decay: float = _optimisation(1e-4, "of prompts and head; biases and norms have none", minimum=0)
+    head_weight_decay: float | None = _optimisation(None, "of the head (unset: weight_decay)", minimum=0)
+    ema: float | None = _optimisation(
+        None, "decay of averaged weights, evaluated beside the plain ones (unset: none)", above=0, below=1
+    )
+    drop_path: float = _optimisation(
+        0.0, "stochastic depth of the last block; it grows linearly", minimum=0, below=1
+    )
+    label_smoothing: float = _optimisation(0.0, "of the training loss", minimum=0, below=1)
+    mixup: float = _optimisation(0.0, "alpha of mixup; 0 is none", minimum=0)
+    cutmix: float = _optimisation(0.0, "alpha of cutmix; 0 is none", minimum=0)
+    clip_grad: float | None = _optimisation(
+        None, "largest norm of the gradient (unset: not clipped)", above=0
+    )
+    accumulate: int = _optimisation(1, "batches of a step", minimum=1)
+    amp: Literal["auto", "off", "bf16", "fp16"] = _optimisation(
+        "auto", "autocast; auto is bf16 on CUDA, else off"
+    )
+    compile: bool = _optimisation(False, "run the model through torch.compile")
+    channels_last: bool = _optimisation(False, "memory format of images and weights")
+
+    keep: Literal["last", "best"] = _choice("last", "weights of the last epoch, or of the best by validation")
+    patience: int | None = _choice(
+        None, "stop after so many validations in a row without a better one (unset: never)", minimum=1
+    )
+    val_every: int = _choice(1, "validate after every so many epochs, and after the last", minimum=1)
+    seed: int = _choice(0, "of everything that is drawn")
+
+    def __post_init__(self) -> None:
+        for option in options():
+            checked = option.check(getattr(self, option.name))
+            object.__setattr__(self, option.name, checked)
+        self._check_method()
+        self._check_head()
+        self._check_rates()
+        self._check_loss()
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], **changes: Any) -> Recipe:
+        """The recipe of a YAML file, whose keys are fields; fields that it leaves out have their defaults.
+
+        Args:
+            changes: fields that win over the file's.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TypeError: `changes` has a name that is no field.
+            ValueError: the file is no YAML, has a key that is no field or comes twice, or a value is wrong.
+        """
+        from spt_fast.support.files import check_input_path
+        from spt_fast.support.yaml_text import read_yaml
+
+        check_input_path(path, argument="recipe")
+        source = os.fspath(path)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is no valid YAML: it is not UTF-8") from error
+        return cls._of(read_yaml(text, source), source, changes)
+
+    @classmethod
+    def named(cls, name: str, **changes: Any) -> Recipe:
+        """A recipe that ships with the package, one of `names()`; `changes` as in `from_yaml`.
+
+        Raises:
+            TypeError: `changes` has a name that is no field.
+            ValueError: there is no such recipe, or a value is wrong.
+        """
+        shipped = _shipped()
+        if name not in shipped:
+            raise ValueError(f"recipe must be one of Recipe.names(), got {name!r}{nearest(name, shipped)}")
+        return cls._of(shipped[name], f"recipe {name}", changes)
+
+    @staticmethod
+    def names() -> tuple[str, ...]:
+        """The names that `named` takes, in alphabetical order; FAMILY/TASK where values differ by task."""
+        return tuple(_shipped())
+
+    @classmethod
+    def _of(cls, values: Mapping[str, Any], source: str, changes: Mapping[str, Any]) -> Recipe:
+        check_names(changes)
+        for name in values:
+            if name not in _names():
+                raise ValueError(f"{source}: {name!r} is no field of a recipe{nearest(name, _names())}")
+        try:
+            return cls(**{**values, **changes})
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{source}: {error}") from error
+
+    def replace(self, **changes: Any) -> Recipe:
+        """The same recipe with other values of these fields; errors as `Recipe`.
+
+        Raises:
+            TypeError: a name is no field.
+        """
+        check_names(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_yaml(self) -> str:
+        """All fields with their values, as `from_yaml` reads them."""
+        from spt_fast.support.yaml_text import write_yaml
+
+        return write_yaml(dataclasses.asdict(self))
+
+    def differences(self, other: Recipe) -> list[str]:
+        """A line for each field in which `other` differs, such as "lr: 0.01 here, 0.05 there"."""
+        return [
+            f"{name}: {here} here, {there} there"
+            for name in _names()
+            if (here := getattr(self, name)) != (there := getattr(other, name))
+        ]
+
+    @property
+    def depth(self) -> Literal["deep", "shallow"]:
+        """Where the prompts of `method` go in; "deep" where there are none."""
+        return "shallow" if (self.method or "").endswith("-shallow") else "deep"
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether `method` has prompts."""
+        return self.method != "linear"
+
+    @property
+    def needs_prototypes(self) -> bool:
+        """Whether the prompts of `method` start from prototypes, and not from random values."""
+        return self.method is None or self.method.startswith("spt-")
+
+    @property
+    def warmup(self) -> float:
+        """`warmup_epochs`, or a tenth of `epochs` where it is not stated."""
+        return 0.1 * self.epochs if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, scaled as `lr_scale` says."""
+        return self.lr * self._scale
+
+    @property
+    def peak_prompt_lr(self) -> float | None:
+        """`prompt_lr`, scaled likewise; None where it depends on the prompts."""
+        if self.prompt_lr is None:
+            return None if self._turns_by_rate else self.peak_lr
+        return self.prompt_lr * self._scale
+
+    @property
+    def _scale(self) -> float:
+        return self.batch_size * self.accumulate / SCALE_BATCH if self.lr_scale == "batch" else 1.0
+
+    @property
+    def _turns_by_rate(self) -> bool:
+        """Whether the length of a step is about the rate, whatever the gradient (docs/train.md)."""
+        return not re.search("sgd|momentum|nesterov", self.optimizer)
+
+    def _check_method(self) -> None:
+        if self.has_prompts:
+            return
+        defaults = {option.name: option.default for option in options()}
+        for name in _OF_PROMPTS:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(
+                    f"{name} is for prompts, which method={self.method!r} does not have, got {value!r}"
+                )
+
+    def _check_head(self) -> None:
+        if self.head_std is not None and self.head_init != "trunc_normal":
+            raise ValueError(
+                f"head_std is for head_init='trunc_normal', got {self.head_std} with {self.head_init!r}"
+            )
+
+    def _check_rates(self) -> None:
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be below epochs ({self.epochs}), got {self.warmup_epochs:g}"
+            )
+        if self.schedule == "constant":
+            return
+        for name, rate in (("lr", self.peak_lr), ("prompt_lr", self.peak_prompt_lr)):
+            if rate is not None and rate <= self.min_lr:
+                scaled = f" after lr_scale={self.lr_scale!r}" if self.lr_scale != "none" else ""
+                raise ValueError(f"{name} must be above min_lr ({self.min_lr:g}), got {rate:g}{scaled}")
+
+    def _check_loss(self) -> None:
+        mixed = next((name for name in ("mixup", "cutmix") if getattr(self, name)), None)
+        if mixed and self.balance == "loss":
+            raise ValueError(
+                f"{mixed} mixes classes, which balance='loss' would weigh one by one: "
+                "take balance='sampler', or one of the two"
+            )
+        if self.amp == "fp16" and self.weight_dtype is not None:
+            raise ValueError(f"amp='fp16' and weight_dtype={self.weight_dtype!r} contradict each other")
+
+
+class Option(NamedTuple):
+    """A field of `Recipe` as an option sees it.
+
+    Attributes:
+        kind: bool, int, float or str.
+        choices: the words that a str may be; empty where any may.
+        optional: whether None is allowed.
+        bounds: of a number: as in `support.arguments.check_number`.
+    """
+
+    name: str
+    group: str
+    help: str
+    default: Any
+    kind: type
+    choices: tuple[str, ...]
+    optional: bool
+    bounds: Mapping[str, Any]
+
+    def check(self, value: Any) -> Any:
+        """`value` in the type of the field; TypeError or ValueError where it is none of its values."""
+        from spt_fast.support.arguments import (
+            check_bool,
+            check_choice,
+            check_int,
+            check_number,
+            check_seed,
+        )
+
+        if value is None and self.optional:
+            return None
+        if self.name == "seed":
+            return check_seed(value)
+        if self.name == "optimizer":
+            return _check_optimizer(value)
+        if self.choices:
+            return check_choice(self.name, value, self.choices)
+        if self.kind is bool:
+            return check_bool(self.name, value)
+        if self.kind is int:
+            return check_int(self.name, value, int(self.bounds["minimum"]))
+        return check_number(self.name, value, **self.bounds)
+
+
+@cache
+def options() -> tuple[Option, ...]:
+    """The fields of `Recipe`, in their order."""
+    hints = get_type_hints(Recipe)
+    return tuple(_option(field, hints[field.name]) for field in dataclasses.fields(Recipe))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the names that are like `name`; where none is, all of few names."""
+    known = list(names)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close += [each for each in known if name and each.startswith(name) and each not in close][:3]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def check_names(names: Iterable[str]) -> None:
+    """TypeError unless each is a field of `Recipe`."""
+    for name in names:
+        if name not in _names():
+            raise TypeError(f"{name!r} is no field of a recipe{nearest(name, _names())}")
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    return tuple(option.name for option in options())
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
+    kinds = [kind for kind in (get_args(hint) if _is_union(hint) else (hint,)) if kind is not type(None)]
+    (kind,) = kinds
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    return Option(
+        field.name,
+        field.metadata["group"],
+        field.metadata["help"],
+        field.default,
+        str if choices else kind,
+        choices,
+        _is_union(hint),
+        field.metadata["bounds"],
+    )
+
+
+def _is_union(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
+def _check_optimizer(value: Any) -> str:
+    from timm.optim import list_optimizers  # type: ignore[attr-defined]
+
+    known = [str(name) for name in list_optimizers()]
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(
+            "optimizer must be a name of timm.optim.list_optimizers(), "
+            f"got {value!r}{nearest(str(value), known)}"
+        )
+    return value
+
+
+@cache
+def _shipped() -> Mapping[str, Mapping[str, Any]]:
+    """The values of the recipes in recipes/, by name; a file with `tasks` has one for each of them."""
+    from spt_fast.support.yaml_text import read_yaml
+
+    found: dict[str, Mapping[str, Any]] = {}
+    for file in (Path(__file__).parent / "recipes").glob("*.yaml"):
+        values = read_yaml(file.read_text(encoding="utf-8"), file.name)
+        tasks = values.pop("tasks", None)
+        if tasks is None:
+            found[file.stem] = values
+        else:
+            found.update({f"{file.stem}/{task}": {**values, **own} for task, own in tasks.items()})
+    return dict(sorted(found.items()))
