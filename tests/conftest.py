@@ -99,6 +99,7 @@ def make_vit() -> Callable[..., VisionTransformer]:
 MAY_WAIT = {
     ("support/waiting.py", "read"): "the numbers of a step or batch before, after the next one was queued",
     ("data/batches.py", "count_labels"): "labels are on the host still",
+    ("data/batches.py", "count_given"): "labels are on the host still",
     ("data/batches.py", "_check_pixels"): "images are on the host still",
     ("prompting/parameter_groups.py", "default_prompt_lr"): "once, before the first step",
     ("training/evaluation.py", "evaluate"): "labels and predictions are on the host",

@@ -5,6 +5,7 @@ Limits: the generators of Python, NumPy, torch on the CPU and torch on one CUDA 
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,14 +25,25 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=cuda):
-            random.seed(seed)
-            # NumPy's takes 32 bits.
-            np.random.seed(seed % 2**32)
-            torch.default_generator.manual_seed(seed)
-            for each in cuda:
-                with torch.cuda.device(each):
-                    torch.cuda.manual_seed(seed)
+            reseed(seed, device)
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def reseed(seed: int, device: torch.device | None = None) -> None:
+    """Let all global generators start from `seed`; for use within `seeded`, which gives them back."""
+    random.seed(seed)
+    # NumPy's takes 32 bits.
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed of 63 bits that depends on all of `numbers`, such as a seed, an epoch and a step."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
