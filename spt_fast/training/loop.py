@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, TensorDataset
 
 from spt_fast.data.batches import IGNORED_LABEL
+from spt_fast.data.loading import shuffled_loader as shuffled_loader
 from spt_fast.prompting.parameter_groups import parameter_groups
 from spt_fast.support.arguments import check_choice, check_int, check_number, check_seed
 from spt_fast.support.progress import progress_bar
@@ -219,15 +219,6 @@ def check_recipe(
         check_number("head_weight_decay", head_weight_decay, 0)
     if warmup_epochs is not None and check_number("warmup_epochs", warmup_epochs, 0) >= epochs:
         raise ValueError(f"warmup_epochs must be below epochs ({epochs}), got {warmup_epochs}")
-
-
-def shuffled_loader(
-    images: Tensor, labels: Tensor, *, batch_size: int, seed: int
-) -> DataLoader[tuple[Tensor, ...]]:
-    """A loader over tensors in memory, in an order that is new in each epoch and depends on `seed` alone."""
-    batch_size = check_int("batch_size", batch_size, 1)
-    generator = torch.Generator().manual_seed(check_seed(seed))
-    return DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True, generator=generator)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LRScheduler:
