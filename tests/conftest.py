@@ -103,6 +103,7 @@ MAY_WAIT = {
     ("data/batches.py", "_check_pixels"): "images are on the host still",
     ("prompting/parameter_groups.py", "default_prompt_lr"): "once, before the first step",
     ("training/evaluation.py", "evaluate"): "labels and predictions are on the host",
+    ("training/evaluation.py", "evaluate_classes"): "labels and predictions are on the host",
     ("clustering/token_stream.py", "start"): "once for each group, before its first batch",
     ("ops/cka.py", "_check_finite"): "one look at all tensors of an update, which may take in none of them",
     ("torch/optim/adam.py", "_multi_tensor_adam"): "AdamW counts its steps on the host",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from timm.layers import drop_path
+from timm.layers import drop_path  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import get_blocks, unwrap
@@ -60,4 +60,4 @@ class _DropPath(nn.Module):
         self._rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        return drop_path(x, self._rate, self._tuned[0].training)
+        return drop_path(x, self._rate, self._tuned[0].training)  # type: ignore[no-any-return]

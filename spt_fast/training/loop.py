@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from spt_fast.data.batches import IGNORED_LABEL, count_given, count_labels, labelled_batch
 from spt_fast.data.loading import shuffled_loader as shuffled_loader
 from spt_fast.data.prefetch import ahead
 from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.progress import progress_bar
-from spt_fast.support.randomness import derived_seed, reseed, seeded
-from spt_fast.support.waiting import move
+from spt_fast.support.randomness import seed_all, seed_of, seeded
 from spt_fast.training.drop_path import stochastic_depth
 from spt_fast.training.evaluation import (
     Evaluation,
     check_gives_logits,
     device_of,
     evaluate_classes,
-    logits_of,
 )
 from spt_fast.training.history import History
 from spt_fast.training.learned import Average, learned, take_back
@@ -33,6 +30,7 @@ from spt_fast.training.objective import Objective
 from spt_fast.training.optimizer import LearningRates, create_optimizer
 from spt_fast.training.recipe import Recipe
 from spt_fast.training.sources import Source, find_source
+from spt_fast.training.step import Stepper, channels_last
 
 
 class Batches(Iterable[Any], Sized, Protocol):
@@ -120,10 +118,9 @@ class Trainer:
         self._batches = _count_batches(train_loader)
         self._steps = -(-self._batches // self.recipe.accumulate)
         self._device = device_of(tuned)
-        self._amp = _amp_dtype(self.recipe, self._device)
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._amp is torch.float16)
-        self._objective = _objective(self.recipe, tuned, train_loader, class_counts)
         self.optimizer = create_optimizer(tuned, self.recipe)
+        objective = _objective(self.recipe, tuned, class_counts)
+        self._stepper = Stepper(self.optimizer, self.recipe, objective, self._device, processes)
         self._rates = LearningRates(self.optimizer, self.recipe, self._steps)
         self.average = None if self.recipe.ema is None else Average(tuned, self.recipe.ema)
         self.history = History(keep=self.recipe.keep)
@@ -202,7 +199,7 @@ class Trainer:
             "learned": learned(self.tuned),
             "optimizer": self.optimizer.state_dict(),
             "average": {} if self.average is None else self.average.values(),
-            "scaler": self._scaler.state_dict(),
+            "scaler": self._stepper.scaler.state_dict(),
             "history": {name: list(value) for name, value in history.items()},
             "best": self._best,
             "running": {"loss": total, "images": count, "seconds": self._seconds},
@@ -220,7 +217,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load(state["average"])
-        self._scaler.load_state_dict(state["scaler"])
+        self._stepper.scaler.load_state_dict(state["scaler"])
         self.history = History(keep=self.recipe.keep, **state["history"])
         self.epoch, self.step = state["epoch"], state["step"]
         self._best = state["best"]
@@ -239,9 +236,8 @@ class Trainer:
         with ExitStack() as stack:
             stack.enter_context(seeded(recipe.seed, self._device))
             stack.enter_context(stochastic_depth(self.tuned, recipe.drop_path))
-            if recipe.channels_last:
-                stack.enter_context(_channels_last(self.tuned))
-            with self._autocast():
+            stack.enter_context(channels_last(self.tuned, recipe.channels_last))
+            with self._stepper.autocast():
                 source = find_source(
                     self.tuned, self._train_loader, self._val_loader, recipe, self._processes
                 )
@@ -251,12 +247,11 @@ class Trainer:
         self.tuned.train()
         source.module.train()
         started = time.perf_counter() - self._seconds
-        batches = None
+        batches = self._begin_epoch(source)
         while True:
             # Of the epoch and the step alone: a run that goes on in another process draws the same numbers.
-            reseed(self._seed_of_step(), self._device)
-            if batches is None:
-                batches = self._begin_epoch(source)
+            if self.step:
+                seed_all(self._seed_of_step(self.step), self._device)
             group = list(islice(batches, self.recipe.accumulate))
             if not group:
                 break
@@ -273,6 +268,8 @@ class Trainer:
         self.history.seconds.append(time.perf_counter() - started)
 
     def _begin_epoch(self, source: Source) -> Iterator[Any]:
+        # As at the first step, also where that has been done: a loader may draw its order from these numbers.
+        seed_all(self._seed_of_step(0), self._device)
         for generator, state in zip(self._orders, self._order_states, strict=True):
             generator.set_state(state)
         skip = self.step * self.recipe.accumulate
@@ -286,63 +283,11 @@ class Trainer:
             self._best = learned(self.tuned)
 
     def _take_step(self, module: nn.Module, group: Sequence[Any]) -> None:
-        """One step of the optimiser over one batch, or over several that count as one."""
-        first = self.step * self.recipe.accumulate
-        shares = [
-            self._share(batch, f"batch {first + index} of train_loader") for index, batch in enumerate(group)
-        ]
-        count = sum(count_given(labels) for _, labels, _ in shares)
-        scale = self._scale(count, f"batch {first} of train_loader")
         self._rates.set(self.epoch * self._steps + self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self._device)
-        for index, (images, labels, where) in enumerate(shares):
-            synchronise = nullcontext() if index == len(shares) - 1 else _no_sync(module)
-            with synchronise:
-                with self._autocast():
-                    loss = self._loss(module, images, labels, where)
-                self._scaler.scale(loss * scale).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        self._optimise()
+        loss, count = self._stepper.take(module, group, self.step * self.recipe.accumulate)
         if self.average is not None:
             self.average.update()
-        self._losses.add(total, count, self.step + 1, self._rates.rates()[0])
-
-    def _share(self, batch: Any, where: str) -> tuple[Tensor, Tensor, str]:
-        """Images and labels of a batch; of an empty share, images that count nowhere stand in."""
-        alone = self._processes.size == 1
-        images, labels = labelled_batch(batch, where, may_be_empty=not alone)
-        if len(images) == 0:
-            # Two, so that a batch norm before the head can run.
-            images, labels = images.new_zeros(2, *images.shape[1:]), labels.new_full((2,), IGNORED_LABEL)
-        if self.recipe.channels_last and images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, labels, where
-
-    def _scale(self, count: int, where: str) -> float | Tensor:
-        """What makes of the sum of losses here a share of the mean over all processes' images."""
-        if self._processes.size == 1:
-            if count == 0:
-                raise ValueError(f"{where} must hold a label other than {IGNORED_LABEL}, got none")
-            return 1 / count
-        # The backward pass takes the mean of the processes.
-        everywhere = self._processes.sum(torch.tensor([float(count)], device=self._device))
-        return self._processes.size / everywhere.clamp(min=1)[0]
-
-    def _loss(self, module: nn.Module, images: Tensor, labels: Tensor, where: str) -> Tensor:
-        """The sum of the losses of a batch."""
-        inputs, targets = self._objective.prepare(move(images, self._device), labels)
-        logits = logits_of(module, inputs)
-        count_labels(labels, logits.shape[1], where)
-        return self._objective.loss(logits, move(targets, self._device))
-
-    def _optimise(self) -> None:
-        if self.recipe.clip_grad is not None:
-            self._scaler.unscale_(self.optimizer)
-            parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.recipe.clip_grad)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        self._losses.add(loss, count, self.step + 1, self._rates.rates()[0])
 
     def _validate(self, source: Source) -> None:
         epoch = self.epoch + 1
@@ -358,19 +303,14 @@ class Trainer:
     def _evaluate(self, source: Source) -> Evaluation:
         names = getattr(self.tuned, "class_names", None)
         assert source.validation is not None
-        with self._autocast():
+        with self._stepper.autocast():
             return evaluate_classes(source.evaluated, source.validation, names, processes=self._processes)
 
     def _losses_of(self, epoch: int, total: float = 0.0, count: int = 0) -> Losses:
         return Losses(epoch, total=total, count=count, processes=self._processes)
 
-    def _seed_of_step(self) -> int:
-        return derived_seed(self.recipe.seed, self.epoch, self.step, self._processes.rank)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._amp is None:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=self._amp)
+    def _seed_of_step(self, step: int) -> int:
+        return seed_of(self.recipe.seed, self.epoch, step, self._processes.rank)
 
     def _bar(self) -> Any:
         done = self.epoch * self._batches + self.step * self.recipe.accumulate
@@ -379,9 +319,7 @@ class Trainer:
         return progress_bar(show=show, total=total, initial=done, unit="batch", desc="train")
 
 
-def _objective(
-    recipe: Recipe, tuned: nn.Module, train_loader: Any, class_counts: Sequence[int] | None
-) -> Objective:
+def _objective(recipe: Recipe, tuned: nn.Module, class_counts: Sequence[int] | None) -> Objective:
     counts = class_counts if recipe.balance == "loss" else None
     if recipe.balance == "loss" and counts is None:
         raise ValueError("balance='loss' needs class_counts, the number of training images of each class")
@@ -392,17 +330,6 @@ def _objective(
         num_classes=getattr(tuned, "num_classes", None),
         class_counts=counts,
     )
-
-
-def _amp_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
-    """The dtype in which products are computed, where it is another than that of the weights."""
-    if recipe.amp == "fp16":
-        if device.type != "cuda":
-            raise ValueError(f"amp='fp16' needs a CUDA device, got {device}; take 'bf16' or 'off'")
-        return torch.float16
-    if recipe.amp == "bf16" or (recipe.amp == "auto" and device.type == "cuda"):
-        return torch.bfloat16
-    return None
 
 
 def _check_loaders(train_loader: Any, val_loader: Any, recipe: Recipe) -> None:
@@ -442,20 +369,6 @@ def _generators(loader: Any) -> list[torch.Generator]:
     holders = (loader, sampler, getattr(loader, "batch_sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
-
-
-def _no_sync(module: nn.Module) -> AbstractContextManager[Any]:
-    """Without the exchange of gradients between processes, which the last of several batches does."""
-    return module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) else nullcontext()
-
-
-@contextmanager
-def _channels_last(tuned: nn.Module) -> Iterator[None]:
-    tuned.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    try:
-        yield
-    finally:
-        tuned.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _last_values(history: History) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.data import Mixup
+from timm.data import Mixup  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,7 +37,7 @@ class Objective:
         if mixup > 0 or cutmix > 0:
             if num_classes is None:
                 raise ValueError("mixup and cutmix need a model that states num_classes")
-            self._mix = Mixup(
+            self._mix = Mixup(  # type: ignore[no-untyped-call]
                 mixup_alpha=mixup,
                 cutmix_alpha=cutmix,
                 label_smoothing=label_smoothing,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -58,9 +57,7 @@ def _keeps_features(tuned: nn.Module, train_loader: Any, recipe: Recipe) -> bool
     return not images_change and fits_memory(tuned, train_loader) and trains_head_only(tuned)
 
 
-def _of_features(
-    tuned: nn.Module, features: Features, train_loader: Any, val_loader: Iterable[Any] | None
-) -> Source:
+def _of_features(tuned: nn.Module, features: Features, train_loader: Any, val_loader: Any) -> Source:
     head = HeadOnly(tuned)
 
     def batches(epoch: int, skip: int) -> Iterator[Any]:
@@ -76,12 +73,15 @@ def _of_features(
 
 
 def _batches_of(loader: Any, epoch: int, skip: int) -> Iterator[Any]:
-    """The batches of an epoch from one of them on; of other loaders than ours, the first ones are read too."""
+    """The batches of an epoch from one of them on; other loaders than ours read those before it too."""
     if hasattr(loader, "index_batches"):
         loader.set_epoch(epoch, skip)
         return iter(loader)
     sampler = getattr(loader, "sampler", None)
     for each in (loader, sampler):
-        if hasattr(each, "set_epoch"):
+        if each is not None and hasattr(each, "set_epoch"):
             each.set_epoch(epoch)
-    return islice(loader, skip, None)
+    batches: Iterator[Any] = iter(loader)
+    for _ in range(skip):
+        next(batches, None)
+    return batches
