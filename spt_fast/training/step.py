@@ -57,10 +57,7 @@ class Stepper:
         Raises:
             TypeError, ValueError: as `training.fit`.
         """
-        shares = [
-            self._share(batch, f"batch {first + index} of train_loader")
-            for index, batch in enumerate(batches)
-        ]
+        shares = [self._share(batch, first + index) for index, batch in enumerate(batches)]
         count = sum(count_given(share.labels) for share in shares)
         scale = self._scale(count, shares[0].where)
         self._optimizer.zero_grad(set_to_none=True)
