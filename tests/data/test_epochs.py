@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from spt_fast.data import shipped
 from spt_fast.data.cache import ImageCache
+from spt_fast.data.datasets import FileImages
 from spt_fast.data.images import LabelledImages, open_images, open_labelled_images
 from spt_fast.data.loading import ImageLoader, shuffled_loader
 from spt_fast.data.prefetch import ahead
@@ -288,12 +289,26 @@ def test_balanced_draws_have_every_class_as_often(opened):
     assert all(abs(drawn[label] - 1300) < 177 for label in range(3))
 
 
-def test_balance_wants_training_and_labels(opened, backbone):
+def test_an_image_that_is_drawn_again_is_cropped_otherwise(opened):
+    loader, again = (opened(balance="sampler", workers=each).loader for each in (0, 2))
+    indices = list(chain(*loader.index_batches()))
+    loader.set_epoch(1)
+    batches = list(loader)
+    assert_same_bits(list(again), batches)
+    crops = torch.cat([images for images, _ in batches])
+    assert len(set(indices)) < len(indices) == len(crops.flatten(1).unique(dim=0))
+
+
+def test_balance_wants_training_and_labels(opened, monkeypatch):
     with pytest.raises(ValueError, match="balance is for training images, got 'sampler'"):
         opened(training=False, balance="sampler")
     with pytest.raises(ValueError, match="balance must be one of 'none', 'loss', 'sampler', got 'all'"):
         opened(balance="all")
     assert_same_bits(list(opened(balance="loss").loader), list(opened().loader))
+    monkeypatch.setattr(FileImages, "labels", lambda self: None)
+    with pytest.raises(ValueError, match=r"balance='sampler' needs the labels of all images, but .*photos"):
+        opened(balance="sampler")
+    assert opened().labels is None
 
 
 @pytest.mark.parametrize(
