@@ -354,11 +354,11 @@ def options() -> tuple[Option, ...]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean ...?" with the names that are like `name`; where none is, all of few names."""
+    """ "; did you mean ... or ...?" with up to three names that `name` begins or is like; else empty."""
     known = list(names)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    close += [each for each in known if name and each.startswith(name) and each not in close][:3]
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    close = [each for each in known if name and each.startswith(name)]
+    close += difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join([*dict.fromkeys(close)][:3])}?" if close else ""
 
 
 def check_names(names: Iterable[str]) -> None:
