@@ -24,7 +24,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--recipe",
         metavar="NAME-OR-FILE",
-        help=f"a YAML file of these options' names and values, or one of {', '.join(_families(Recipe.names()))}",
+        help="YAML file with the names of the options below as keys, or one of "
+        + ", ".join(_families(Recipe.names())),
     )
     for group in GROUPS:
         arguments = parser.add_argument_group(f"recipe: {group}")
@@ -44,6 +45,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     from spt_fast.training.recipe import Recipe, options
 
     given = {option.name: vars(args)[option.name] for option in options() if option.name in args}
+    given = {name: None if value == UNSET else value for name, value in given.items()}
     if args.recipe is None:
         return Recipe(**given)
     if args.recipe not in Recipe.names() and _is_file(args.recipe):
@@ -68,9 +70,7 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
     if option.kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
     elif option.choices:
-        settings["choices"] = [*option.choices, *([None] if option.optional else [])]
-        settings["metavar"] = f"{{{','.join([*option.choices, *([UNSET] if option.optional else [])])}}}"
-        settings["type"] = _or_unset(str) if option.optional else str
+        settings["choices"] = [*option.choices, *([UNSET] if option.optional else [])]
     else:
         settings["metavar"] = {int: "N", float: "X", str: "NAME"}[option.kind]
         settings["type"] = _or_unset(option.kind) if option.optional else option.kind
@@ -89,7 +89,7 @@ def _help(option: Option) -> str:
 
 def _or_unset(kind: type) -> Any:
     def parse(text: str) -> Any:
-        return None if text == UNSET else kind(text)
+        return text if text == UNSET else kind(text)
 
     # argparse names it where a value is wrong.
     parse.__name__ = kind.__name__
