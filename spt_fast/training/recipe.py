@@ -354,11 +354,11 @@ def options() -> tuple[Option, ...]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean ... or ...?" with up to three names that `name` begins or is like; else empty."""
+    """ "; did you mean ... or ...?" with up to three names that `name` begins, or else is like."""
     known = list(names)
-    close = [each for each in known if name and each.startswith(name)]
-    close += difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join([*dict.fromkeys(close)][:3])}?" if close else ""
+    close = [each for each in known if name and each.startswith(name)][:3]
+    close = close or difflib.get_close_matches(name, known)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def check_names(names: Iterable[str]) -> None:
