@@ -145,8 +145,8 @@ def test_fields_that_a_file_leaves_out_have_their_defaults_and_changes_win(tmp_p
         ("epoch: 3", "{}: 'epoch' is no field of a recipe; did you mean epochs?"),
         ("warmup: 3", "{}: 'warmup' is no field of a recipe; did you mean warmup_epochs?"),
         (
-            "weightdecay: 0",
-            "{}: 'weightdecay' is no field of a recipe; did you mean weight_decay or head_weight_decay or weight_dtype?",
+            "momentm: 0",
+            "{}: 'momentm' is no field of a recipe; did you mean momentum?",
         ),
         ("zzz: 3", "{}: 'zzz' is no field of a recipe"),
         ("lr: fast", "{}: lr must be a finite number > 0, got 'fast'"),
