@@ -152,7 +152,7 @@ def test_a_head_without_linear_layers_is_refused() -> None:
 def test_a_batch_norm_before_the_head(
     make_vit: Callable[..., nn.Module], make_images: Callable[..., Tensor], tmp_path: Path
 ) -> None:
-    """MAE's linear probe: while training, features have mean 0 and variance 1 in a batch; saved as a head is."""
+    """MAE's linear probe: features of a batch have mean 0 and variance 1 while training; it is saved."""
     recipe = Recipe(method="linear", head_norm="batch", head_init="trunc_normal", head_std=0.1)
     tuned = build(make_vit(), recipe, class_names="abc")
     assert sum(each.numel() for each in tuned.trainable_parameters()) == 33 * 3
