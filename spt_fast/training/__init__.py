@@ -1,4 +1,4 @@
-"""Training of prompts and heads: the loop, its schedule, what is kept of a run, and what comes out."""
+"""Training of prompts and heads: the recipe, the loop, what is kept of a run, and what comes out."""
 
 from typing import TYPE_CHECKING
 
@@ -8,8 +8,9 @@ from spt_fast.support.console import is_the_command
 if TYPE_CHECKING or not is_the_command():
     from spt_fast.training.build import build
     from spt_fast.training.evaluation import Evaluation, evaluate, evaluate_classes
-    from spt_fast.training.loop import History, fit, warmup_cosine
-    from spt_fast.training.optimizer import LearningRates, create_optimizer
+    from spt_fast.training.history import History
+    from spt_fast.training.loop import Trainer, fit
+    from spt_fast.training.optimizer import LearningRates, create_optimizer, warmup_cosine
     from spt_fast.training.predictions import Prediction, predict
     from spt_fast.training.recipe import Recipe
 
@@ -19,6 +20,7 @@ __all__ = [
     "LearningRates",
     "Prediction",
     "Recipe",
+    "Trainer",
     "build",
     "create_optimizer",
     "evaluate",

@@ -16,7 +16,8 @@ from spt_fast.support.arguments import check_choice, check_number, check_seed
 from spt_fast.support.files import check_output_path
 from spt_fast.support.randomness import seeded
 from spt_fast.support.results import png, write_results
-from spt_fast.training.loop import Batches, History, fit
+from spt_fast.training.history import History
+from spt_fast.training.loop import Batches, fit
 
 if TYPE_CHECKING:
     import torch

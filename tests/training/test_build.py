@@ -174,7 +174,7 @@ def test_a_batch_norm_before_the_head(
         model = make_vit()
         model.reset_classifier(own_head)
         again = PromptedViT.from_file(tmp_path / "tuned.safetensors", model)
-        assert torch.equal(again(images), logits)
+        assert torch.equal(again.eval()(images), logits)
     model = tuned.release()
     assert isinstance(model.head, nn.Linear)
     plain = PromptedViT(model, 0, num_classes=3)
