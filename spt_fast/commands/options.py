@@ -24,8 +24,14 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
-def add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) -> argparse._ArgumentGroup:
-    """Options that name a model and images; returns the group of those about images."""
+def add_model_and_data(
+    parser: argparse.ArgumentParser, batch_size: int | None = 64
+) -> argparse._ArgumentGroup:
+    """Options that name a model and images; returns the group of those about images.
+
+    Args:
+        batch_size: by default; None leaves out the options about images that a recipe has.
+    """
     add_model(parser)
     parser.add_argument(
         "--data",
@@ -91,10 +97,11 @@ def add_pooling(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def add_reading(images: argparse._ArgumentGroup, batch_size: int = 64) -> None:
-    """Options that say how images are read, wherever they lie."""
-    add_preprocessing(images)
-    images.add_argument("--batch-size", type=int, default=batch_size)
+def add_reading(images: argparse._ArgumentGroup, batch_size: int | None = 64) -> None:
+    """Options that say how images are read, wherever they lie; `batch_size` as in `add_model_and_data`."""
+    if batch_size is not None:
+        add_preprocessing(images)
+        images.add_argument("--batch-size", type=int, default=batch_size)
     images.add_argument("--workers", type=int, default=4)
     images.add_argument(
         "--bad-images",

@@ -354,10 +354,10 @@ def options() -> tuple[Option, ...]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean ...?" with the names that are like `name`; where none is, all of few names."""
+    """ "; did you mean ... or ...?" with up to three names that `name` begins, or else is like."""
     known = list(names)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    close += [each for each in known if name and each.startswith(name) and each not in close][:3]
+    close = [each for each in known if name and each.startswith(name)][:3]
+    close = close or difflib.get_close_matches(name, known)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
