@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import block_input_hooks, get_blocks
-from spt_fast.prompting.attention_maps import attention_maps_of, check_attention, choose_blocks
-from spt_fast.prompting.checks import check_block_input
+from spt_fast.prompting.attention_maps import attention_maps_of, check_attention
+from spt_fast.prompting.checks import check_block_input, check_layers
 from spt_fast.prompting.nmi import check_finite_nmi, nmi_per_image
 from spt_fast.prompting.timm_methods import TimmMethods
 from spt_fast.support.arguments import check_int
@@ -75,7 +75,7 @@ class Measures(TimmMethods):
             ValueError: there is no such block, or `images` are none that the model takes.
         """
         every = self.prompted_blocks
-        wanted = choose_blocks(blocks, len(every))
+        wanted = check_layers("blocks", blocks, len(every))
         check_attention(every[index] for index in wanted)
         return attention_maps_of(every, wanted, self._split_input, lambda: self.forward_features(images))
 
