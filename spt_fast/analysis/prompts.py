@@ -114,11 +114,13 @@ def analyse(
         unbiased: False for the biased form of `cka`.
 
     Raises:
-        TypeError: the loader holds something else than images.
+        TypeError: `tuned` is no `PromptedViT`, or the loader holds something else than images.
         ValueError: the loader is empty; fewer than 4 channels; no prompts.
         NonFiniteError: a token is NaN or infinite; names the image in its batch and the layer.
     """
     max_images = None if max_images is None else check_int("max_images", max_images, 1, "or None")
+    if not isinstance(tuned, PromptedViT):
+        raise TypeError(f"tuned must be a PromptedViT, got {type(tuned).__name__}")
     if tuned.num_prompts == 0:
         raise ValueError("tuned must have at least one prompt per block, got none")
     depth = len(tuned.prompted_blocks)

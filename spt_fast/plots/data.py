@@ -284,3 +284,6 @@ def _check_mapping(name: str, value: Any, what: str) -> None:
         raise TypeError(f"{name} must be a CSV file or map {what}, got {type(value).__name__}")
     if not value:
         raise ValueError(f"{name} must hold at least one entry, got none")
+    strange = [key for key in value if not isinstance(key, str)]
+    if strange:
+        raise TypeError(f"{name} must map {what} by names, which are strings, got {strange[0]!r}")

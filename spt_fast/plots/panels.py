@@ -47,7 +47,9 @@ class Panels:
         return axes is self.axes[0] or (place is not None and place.is_first_col())
 
     def add_title(self, title: str) -> None:
-        """Above the figure; above the Axes where the caller gave one."""
+        """Above the figure; above the Axes where the caller gave one; TypeError where it is no text."""
+        if not isinstance(title, str):
+            raise TypeError(f"title must be a string, got {title!r}")
         if not title:
             return
         if not self.own and len(self.axes) == 1:
@@ -127,7 +129,7 @@ def _check_matplotlib() -> None:
 def _given_axes(count: int, ax: Any) -> list[Axes]:
     from matplotlib.axes import Axes
 
-    given = [ax] if isinstance(ax, Axes) else list(np.ravel(ax))
+    given = [ax] if isinstance(ax, Axes) else list(np.asarray(ax, dtype=object).flat)
     wanted = "one Axes" if count == 1 else f"{count} Axes, one for each panel"
     strange = [type(one).__name__ for one in given if not isinstance(one, Axes)]
     if strange:

@@ -278,6 +278,13 @@ def test_demo_figure_of_nothing_is_refused():
         (plots.construction_time, {"a": ([10], [1])}, ValueError, r"above 0 and at most 1, got \[10.0\]"),
         (plots.construction_time, {"a": ([1], [0])}, ValueError, "seconds of 'a' must be above 0, got 0"),
         (plots.construction_time, {"a": 3}, TypeError, r"times\['a'\] must be a pair \(shares"),
+        (
+            plots.nmi_per_layer,
+            {1: [0.1, 0.2]},
+            TypeError,
+            "runs must map .* by names, which are strings, got 1",
+        ),
+        (plots.training_curves, None, TypeError, "path must be the name of a file, .* got None"),
     ],
 )
 def test_values_that_cannot_be_drawn_are_named(draw, given, error, message):
