@@ -171,12 +171,12 @@ def count_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
-def layer_ticks(layers: Sequence[int]) -> list[int]:
-    """Those of `layers` that get a tick: all, or the first and every 4th (8th, ...) where there are many."""
+def block_ticks(blocks: Sequence[int]) -> list[int]:
+    """Those of `blocks` that get a tick: all, or the first and every 4th (8th, ...) where there are many."""
     step = 1
-    while len(layers) > step * _MOST_TICKS:
+    while len(blocks) > step * _MOST_TICKS:
         step = max(4, 2 * step)
-    return [layer for layer in layers if layer == layers[0] or layer % step == 0]
+    return [block for block in blocks if block == blocks[0] or block % step == 0]
 
 
 def inches_of(axes: Axes) -> tuple[float, float]:

@@ -18,8 +18,8 @@ from spt_fast.prompting.engines import (
     unknown_attention,
 )
 
-# Called with the number of a block and its input x; returns the prompts that it attends to, [N_p, D] or
-# [B, N_p, D], and the tokens of the image, [B, N, D].
+# Called with a layer, from 0, and the input x of its block; returns the prompts that it attends to,
+# [N_p, D] or [B, N_p, D], and the tokens of the image, [B, N, D].
 Split = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 

@@ -84,7 +84,7 @@ class TimmMethods(nn.Module):
 
         Args:
             x: images [B, C, height, width].
-            indices: numbers of blocks, from 0, or from the end; an int is that many last ones, None all.
+            indices: layers, from 0, or from the end; an int is that many last ones, None all.
             return_prefix_tokens: also class and register tokens, [B, N_prefix, D], beside each.
             norm: pass each through the final norm.
             stop_early: leave out the blocks after the last one asked for.
@@ -98,7 +98,7 @@ class TimmMethods(nn.Module):
         Raises:
             TypeError: the model has no such method, or not all of these arguments; `indices` are no integers,
                 or another argument has the wrong type.
-            ValueError: there is no such block, or no such format.
+            ValueError: there is no such layer, or no such format.
         """
         images = self._fitting(x)
         method = self._timms("forward_intermediates")
