@@ -198,7 +198,7 @@ def _check_num_prompts(args: argparse.Namespace, model: nn.Module, num_images: i
         return
     images = num_images if args.max_images is None else min(num_images, args.max_images)
     where = "images"
-    if args.strategy != "kmeans":
+    if args.strategy != "kmeans" and args.sampling == "batch":
         images, where = min(images, args.batch_size), "images in a batch"
     longest = max(args.num_prompts) if args.num_prompts else None
     options.check_num_prompts(longest, args.depth, model, images, where)

@@ -173,6 +173,14 @@ def test_damaged_checkpoint_is_refused(tmp_path, only_error):
             "at most the number of patch tokens, 640 per layer (10 images in a batch with 64 patches each)",
         ),
         (
+            {"--num-prompts": "700", "--strategy": "random", "--sampling": "all", "--max-images": "10"},
+            "at most the number of patch tokens, 640 per layer (10 images with 64 patches each)",
+        ),
+        (
+            {"--num-prompts": "66", "--strategy": "mean", "--sampling": "all", "--max-images": "10"},
+            "num_prompts must be at most 65 for windows of single images, which have 64 patch tokens, got 66",
+        ),
+        (
             {"--num-prompts": "700", "--max-images": "10"},
             "at most the number of patch tokens, 640 per layer (10 images with 64 patches each)",
         ),
@@ -212,6 +220,15 @@ def test_bad_input_is_one_line_and_exit_code_2(changes, expected, tmp_path, only
     assert expected in only_error(code, "prototypes")
     assert [path.name for path in tmp_path.iterdir()] == ["taken.txt"]
     assert (tmp_path / "taken.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("strategy", "length"), [("random", 400), ("mean", 65)])
+def test_prompts_from_all_images_may_be_more_than_a_batch_has(strategy, length, tmp_path):
+    """A batch of five images has 320 tokens; one of one image has 64."""
+    batch = "5" if strategy == "random" else "1"
+    options = ("--strategy", strategy, "--sampling", "all", "--num-prompts", length, "--batch-size", batch)
+    assert of_digits(tmp_path / "p.safetensors", *options, "--max-images", "10") == 0
+    assert Prototypes.load(tmp_path / "p.safetensors").prompts.shape[1] == length
 
 
 def test_weights_that_cannot_be_fetched_name_the_ways_out(tmp_path, only_error, monkeypatch):
