@@ -108,6 +108,11 @@ class ImageLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
+    @property
+    def is_balanced(self) -> bool:
+        """Whether images are drawn by weights, so that all classes come equally often."""
+        return self._order is not None and self._order.weights is not None
+
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Make the next pass that of `epoch`, counted from 1, from its batch `skip` on.
 
