@@ -170,7 +170,7 @@ class NMITracker:
     def to_csv(
         self, path: str | os.PathLike[str], *, run: str | None = None, overwrite: bool = False
     ) -> None:
-        """Write one line per step and block (from 1): step,layer,nmi, and `run` in a fourth column if given.
+        """Write one line per step and block (from 1): step,block,nmi, and `run` in a fourth column if given.
 
         A collective like `history`, with its errors; process 0 writes. An error there is raised by all.
 
@@ -188,11 +188,11 @@ class NMITracker:
             return
         label = [] if run is None else [run]
         rows = [
-            (step, layer, f"{value:.9g}", *label)
+            (step, block, f"{value:.9g}", *label)
             for step, row in zip(steps, values.tolist(), strict=True)
-            for layer, value in enumerate(row, start=1)
+            for block, value in enumerate(row, start=1)
         ]
-        header = ["step", "layer", "nmi", *(["run"] if label else [])]
+        header = ["step", "block", "nmi", *(["run"] if label else [])]
         write_bytes(path, csv_bytes(header, rows), overwrite=overwrite)
 
     def to_tensorboard(self, writer: Any) -> None:
@@ -302,7 +302,7 @@ def _mark(order: Tensor, where: Tensor, *_: object) -> None:
 
 
 def _named(row: list[float]) -> dict[str, float]:
-    named = {f"nmi/block_{layer}": value for layer, value in enumerate(row, start=1)}
+    named = {f"nmi/block_{block}": value for block, value in enumerate(row, start=1)}
     return {**named, "nmi/mean": sum(row) / len(row)}
 
 

@@ -264,12 +264,14 @@ def open_tuned(args: argparse.Namespace) -> PromptedViT:
     from spt_fast.prompting.prompted_vit import PromptedViT
 
     pool, norm = args.pool, args.norm
-    stated = TunedState.read(args.tuned).stated_pooling
+    state = TunedState.read(args.tuned)
+    stated = state.stated_pooling
     if stated is not None and stated.is_named and not _pools_by_option(args):
         pool, norm = pool or stated.pool, norm or stated.norm
     elif stated is not None:
         norm = norm or stated.norm
-    return PromptedViT.from_file(
+    return PromptedViT.from_state(
+        state,
         args.tuned,
         open_model(args, pool, norm),
         weight_dtype=args.weight_dtype,
@@ -308,9 +310,15 @@ def open_labelled(args: argparse.Namespace, model: nn.Module, **use: Any) -> Lab
 
 def made_with(args: argparse.Namespace, path: Path | None) -> Preprocessing | None:
     """What was done to the images that a file of prompts was made with; says so where now it is another."""
-    from spt_fast.data.transforms import choose, recorded
+    from spt_fast.data.transforms import recorded
 
-    made = None if path is None else recorded(path)
+    return None if path is None else compared_with(args, path, recorded(path))
+
+
+def compared_with(args: argparse.Namespace, path: Path, made: Preprocessing | None) -> Preprocessing | None:
+    """`made`, what `path` says was done to its images; says so where now it is another."""
+    from spt_fast.data.transforms import choose
+
     if made is not None and (asked := choose("", args.resize, args.mean_std, made)) != made:
         print(
             f"spt-fast {args.command}: warning: {path} was made with {made}, not with {asked} as now",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spt_fast.plots.data import Values
-from spt_fast.plots.panels import Panels, inches_of, layer_ticks, set_title
+from spt_fast.plots.panels import Panels, block_ticks, inches_of, set_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ def _draw_map(axes: Axes, values: Values, limits: tuple[float, float]) -> None:
         corner = (column - 0.46, row - 0.46)
         width = 1.8 if size <= 12 else 0.9
         axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=_FRAME, linewidth=width))
-    ticks = layer_ticks(range(1, size + 1))
+    ticks = block_ticks(range(1, size + 1))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks([tick - 1 for tick in ticks], [str(tick) for tick in ticks])
     axes.tick_params(labelsize="small" if size > 6 else "medium")

@@ -52,7 +52,16 @@ class TunedState:
         class_names: Sequence[str] | None,
         preprocessing: Preprocessing | None,
     ) -> TunedState:
-        """The state of prompts and head on `model`; the tensors are theirs, not copies."""
+        """The state of prompts and head on `model`; the tensors are theirs, not copies.
+
+        Raises:
+            TypeError: `preprocessing` is something else.
+        """
+        if not isinstance(preprocessing, Preprocessing | None):
+            raise TypeError(
+                f"preprocessing must be a Preprocessing of spt_fast.data.transforms or None, "
+                f"got {preprocessing!r}"
+            )
         of_head = {f"head.{name}": value for name, value in head.state_dict(keep_vars=True).items()}
         facts = {
             **describe(model),

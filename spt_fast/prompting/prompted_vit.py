@@ -175,7 +175,27 @@ class PromptedViT(Measures):
             FileNotFoundError: there is no such file.
             TypeError, ValueError: as the constructor and `load`; the model is then left as it was.
         """
-        state = TunedState.read(path)
+        return cls.from_state(
+            TunedState.read(path),
+            path,
+            model,
+            engine=engine,
+            weight_dtype=weight_dtype,
+            allow_other_backbone=allow_other_backbone,
+        )
+
+    @classmethod
+    def from_state(
+        cls,
+        state: TunedState,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        engine: Literal["auto", "kv", "concat"] = "auto",
+        weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
+        allow_other_backbone: bool = False,
+    ) -> PromptedViT:
+        """`from_file` of a file that has been read: `state` is what it held, `path` its name for errors."""
         state.check_pooling(path, model)
         # The file replaces the new head's values; drawing them must leave the caller's random state alone.
         with seeded(0):

@@ -396,6 +396,8 @@ def _is_union(hint: Any) -> bool:
 def _check_optimizer(value: Any) -> str:
     from timm.optim import list_optimizers  # type: ignore[attr-defined]
 
+    if value == "adahessian":
+        raise ValueError("optimizer must be one without second derivatives, got 'adahessian'")
     known = [str(name) for name in list_optimizers()]
     if not isinstance(value, str) or value not in known:
         raise ValueError(

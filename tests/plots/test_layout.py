@@ -212,7 +212,7 @@ class TestStepsAndEpochs:
         for column in ("step", "epoch"):
             files[column] = tmp_path / f"{column}.csv"
             rows = [(10 * i, 1, 0.1) for i in range(3)]
-            files[column].write_bytes(csv_bytes((column, "layer", "nmi"), rows))
+            files[column].write_bytes(csv_bytes((column, "block", "nmi"), rows))
             assert plots.nmi_over_epochs(files[column]).axes[0].get_xlabel() == column
         with pytest.raises(ValueError, match=r"steps_per_epoch must be given.*by epoch and others by step"):
             plots.nmi_over_epochs({"": files})

@@ -76,6 +76,11 @@ def test_a_recipe_is_frozen_and_holds_plain_values() -> None:
             "radam or nadam?",
         ),
         (
+            {"optimizer": "adahessian"},
+            ValueError,
+            "optimizer must be one without second derivatives, got 'adahessian'",
+        ),
+        (
             {"method": "linear", "prompt_lr": 0.1},
             ValueError,
             "prompt_lr is for prompts, which method='linear' does not have, got 0.1",
