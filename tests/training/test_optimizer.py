@@ -100,6 +100,13 @@ def test_what_cannot_be_trained_is_refused(vit: nn.Module) -> None:
         create_optimizer(tuned, Recipe())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it may be there")
+def test_an_optimizer_that_is_missing_is_named(vit: nn.Module) -> None:
+    recipe = Recipe(optimizer="fusedadam")
+    with pytest.raises(ValueError, match=r"^optimizer='fusedadam' cannot be had here: .*APEX"):
+        create_optimizer(PromptedViT(vit, 3, num_classes=5), recipe)
+
+
 def test_the_default_is_adamw_and_momentum_is_vpts_sgd(vit: nn.Module) -> None:
     tuned = PromptedViT(vit, 3, num_classes=5)
     assert type(create_optimizer(tuned, Recipe())) is torch.optim.AdamW
