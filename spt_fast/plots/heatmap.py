@@ -35,11 +35,8 @@ def draw_maps(panels: Panels, maps: Mapping[str, Values], limits: tuple[float, f
     least = min(values.min() for values in maps.values())
     largest = max(values.max() for values in maps.values())
     low, high = limits or (min(0.0, least), max(1.0, largest))
-    fontsize = min(map(_number_size, panels.axes, maps.values()))
     for axes, (name, values) in zip(panels.axes, maps.items(), strict=True):
         _draw_map(axes, values, (low, high))
-        if fontsize >= _SMALLEST_NUMBER:
-            _number_cells(axes, values, fontsize, dark_below=(low + high) / 2)
         axes.set_xlabel("tokens entering block")
         if panels.starts_row(axes):
             axes.set_ylabel("prompts of block")
@@ -50,6 +47,12 @@ def draw_maps(panels: Panels, maps: Mapping[str, Values], limits: tuple[float, f
     panels.axes[0].figure.colorbar(
         panels.axes[0].images[-1], ax=panels.axes, label="linear CKA", shrink=0.9, extend=extend
     )
+    # Labels, a title and the bar of colours have taken their room then.
+    panels.figure.draw_without_rendering()
+    fontsize = min(map(_number_size, panels.axes, maps.values()))
+    if fontsize >= _SMALLEST_NUMBER:
+        for axes, values in zip(panels.axes, maps.values(), strict=True):
+            _number_cells(axes, values, fontsize, dark_below=(low + high) / 2)
 
 
 def _draw_map(axes: Axes, values: Values, limits: tuple[float, float]) -> None:

@@ -172,7 +172,7 @@ def test_large_heatmap_has_no_numbers_and_few_ticks(size, ticks):
 
 
 def test_numbers_are_in_all_cells_or_in_none():
-    positive, negative = np.full((16, 16), 0.5), np.full((16, 16), -0.5)
+    positive, negative = np.full((17, 17), 0.5), np.full((17, 17), -0.5)
     assert all(axes.texts for axes in plots.cka_heatmap({"a": positive, "b": positive}).axes[:2])
     assert not any(axes.texts for axes in plots.cka_heatmap({"a": positive, "b": negative}).axes)
 
