@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from spt_fast.backbones.identity import check_backbone
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.plots import training_curves
-from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_choice, check_number, check_seed
 from spt_fast.support.files import check_output_path
