@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from spt_fast.methods.base import TunedViT
     from spt_fast.methods.file_format import TunedState
 
-# What every method has, and what only the prompts start from.
+# What every method has, what every method of prompts has, and what only the prompts start from.
 _COMMON = ("num_classes", "head_norm", "weight_dtype")
+_OF_PROMPTS: Mapping[str, Any] = {
+    "engine": "auto",
+    "pool_prompts": None,
+    "prompt_dropout": 0.0,
+    "allow_other_backbone": False,
+}
 _START = "prompts"
 
 
@@ -52,6 +58,7 @@ METHODS: Mapping[str, Method] = {
     "spt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "prototypes", 100),
     "vpt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "random", 20),
     "vpt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "random", 100),
+    "gate-vpt": Method("gate_vpt", "GateVPT", prompts="any", num_prompts=100),
     "linear": Method("own_weights", "LinearProbe"),
     "bias": Method("own_weights", "Bias"),
     "partial": Method("own_weights", "Partial"),
@@ -91,7 +98,12 @@ def options(name: str) -> Mapping[str, Any]:
     left_out = {"model", _START, *_COMMON, *method.fixed}
     keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {
-        each.name: each.default for each in parameters if each.name not in left_out and each.kind in keywords
+        **{
+            each.name: each.default
+            for each in parameters
+            if each.name not in left_out and each.kind in keywords
+        },
+        **({} if method.prompts is None else _OF_PROMPTS),
     }
 
 

@@ -1,0 +1,66 @@
+"""What the methods share that are prompts with one more idea: their file, and prompts that are computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from spt_fast.methods.base import Common
+from spt_fast.methods.file_format import TunedState
+from spt_fast.methods.prompted_vit import PromptedViT
+from spt_fast.prompting.prompted_blocks import PromptedBlocks
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class PromptUse(Common, total=False):
+    """Arguments that every method of prompts has; see `PromptedViT`."""
+
+    pool_prompts: bool | None
+    engine: Literal["auto", "kv", "concat"]
+    prompt_dropout: float
+    allow_other_backbone: bool
+
+
+class PromptVariant(PromptedViT):
+    """Base of these methods. `prompts` are what the blocks take; the file has the options of the method."""
+
+    # Where the file has what the prompts start from.
+    _start = "prompts"
+
+    def _method_facts(self) -> dict[str, str]:
+        return {"method": self.method, "pool_prompts": str(self.pool_prompts)}
+
+    @classmethod
+    def _built_as(cls, state: TunedState, model: nn.Module, **common: Any) -> Self:
+        if cls._start not in state.tensors:
+            raise ValueError(
+                f"a file of {state.method!r} must hold {cls._start}, got {sorted(state.tensors)}"
+            )
+        start = state.tensors[cls._start]
+        return cls(model, start, pool_prompts=state.pool_prompts, **state.options, **common)
+
+
+class ComputedPrompts(PromptVariant):
+    """Base of methods whose prompts a module `source` computes, without inputs, from what it learns."""
+
+    source: nn.Module
+    _start = "source.prompts"
+
+    def _make_source(self, values: Tensor) -> nn.Module:
+        """`values` [L or 1, N_p, D] are what the prompts start from."""
+        raise NotImplementedError
+
+    @property
+    def prompts(self) -> Tensor:  # type: ignore[override]
+        """[L or 1, N_p, D], as blocks take them, at least float32; computed anew each time."""
+        found: Tensor = self.source()
+        return found
+
+    def _learn(self, values: Tensor, *, frozen: bool) -> None:
+        self.source = self._make_source(values)
+
+    def _make_blocks(self, **how: Any) -> PromptedBlocks:
+        return PromptedBlocks(self._parameters, source=self.source, **how)
