@@ -39,8 +39,13 @@ class PromptVariant(PromptedViT):
             raise ValueError(
                 f"a file of {state.method!r} must hold {cls._start}, got {sorted(state.tensors)}"
             )
-        start = state.tensors[cls._start]
+        start = cls._start_of(state)
         return cls(model, start, pool_prompts=state.pool_prompts, **state.options, **common)
+
+    @classmethod
+    def _start_of(cls, state: TunedState) -> Tensor:
+        """Prompts [L or 1, N_p, D] from which an object is built that then takes what the file holds."""
+        return state.tensors[cls._start]
 
 
 class ComputedPrompts(PromptVariant):

@@ -1,4 +1,4 @@
-"""Methods that are prompts with one more idea: each equals its textbook form, and does what all methods do."""
+"""Methods that are prompts with one more idea: each is its textbook form, and does what all methods do."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ import pytest
 import timm
 import torch
 from timm.models.beit import Beit
-from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 import spt_fast
 from spt_fast import PromptedViT
-from spt_fast.methods.registry import load_tuned, options, tune
+from spt_fast.methods.registry import METHODS, load_tuned, options, tune
 from spt_fast.training import fit
 
+FLAVOURS: dict[str, dict[str, Any]] = {
+    "class-token": {},
+    "registers-no-class": {"class_token": False, "reg_tokens": 3, "global_pool": "avg"},
+    "pre-norm": {"pre_norm": True},
+    "attention-pool": {"global_pool": "map", "class_token": False},
+    "norms": {"qk_norm": True, "init_values": 0.3},
+}
 MakeViT = Callable[..., VisionTransformer]
 MakeImages = Callable[..., Tensor]
 DEPTH, WIDTH, HEADS, NUM_PROMPTS = 3, 32, 2, 5
@@ -77,6 +84,42 @@ def gate_vpt(tuned: Any, blocks: Any, x: Tensor) -> Tensor:
     return x[:, :count]
 
 
+def plain_deep(tuned: Any, blocks: Any, x: Tensor, prompts: Tensor) -> Tensor:
+    count = x.shape[1]
+    for i, block in enumerate(blocks):
+        x = with_prompts(x, prompts[i])
+        x = mlp(block, x + block.ls1(attention(block.attn, block.norm1(x))))[:, :count]
+    return x
+
+
+def vfpt(tuned: Any, blocks: Any, x: Tensor) -> Tensor:
+    learned = tuned.source.prompts
+    count = int(tuned.options["fraction"] * learned.shape[1])
+
+    def dft(n: int) -> Tensor:
+        angle = -2 * torch.pi * torch.outer(torch.arange(n), torch.arange(n)).double() / n
+        return torch.complex(angle.cos(), angle.sin())
+
+    before = learned[:, :count].to(torch.complex128)
+    transformed = (dft(count) @ before @ dft(WIDTH)).real
+    return plain_deep(tuned, blocks, x, torch.cat([transformed, learned[:, count:]], dim=1))
+
+
+def bpt(tuned: Any, blocks: Any, x: Tensor) -> Tensor:
+    source = tuned.source
+    right = [*source.fixed, *source.right]
+    prompts = [source.left[i] @ right[i] for i in range(DEPTH)]
+    return plain_deep(tuned, blocks, x, torch.stack(prompts))
+
+
+def cvpt(tuned: Any, blocks: Any, x: Tensor) -> Tensor:
+    for i, block in enumerate(blocks):
+        x = x + block.ls1(attention(block.attn, block.norm1(x)))
+        prompts = block.norm1(torch.stack([tuned.prompts[i]] * len(x)))
+        x = mlp(block, x + block.ls1(attention(block.attn, block.norm1(x), prompts)))
+    return x
+
+
 class Case(NamedTuple):
     """A method to test.
 
@@ -93,8 +136,10 @@ class Case(NamedTuple):
 
 CASES = {
     "gate-vpt": Case(gate_vpt, {"gate": 0.3}, lambda d, L, n: n * d + 2 * L - 1),
+    "vfpt": Case(vfpt, {"fraction": 0.6}, lambda d, L, n: n * d * L),
+    "cvpt": Case(cvpt, {}, lambda d, L, n: n * d * L),
+    "bpt": Case(bpt, {"rank": 3, "learned_bases": 2}, lambda d, L, n: L * n * 50 + 4 * 50 * d),
 }
-# The paper's method has them in two forms.
 FORMS = {name: (name, case.options) for name, case in CASES.items()}
 each_method = pytest.mark.parametrize("name", list(CASES))
 each_form = pytest.mark.parametrize("form", list(FORMS))
@@ -126,13 +171,10 @@ def logits_of_textbook(tuned: Any, plain: Any, textbook: Callable[..., Tensor], 
 
 
 @each_form
-@pytest.mark.parametrize("extra", [{}, {"qk_norm": True, "init_values": 0.3}], ids=["plain", "norms"])
-def test_equals_the_textbook(
-    form: str, extra: dict[str, Any], flavour: dict[str, Any], make_random: MakeViT, images: Tensor
-) -> None:
-    if extra and flavour:
-        pytest.skip("once is enough")
-    model, given = make_random(**flavour, **extra).double(), images.double()
+@pytest.mark.parametrize("flavour", list(FLAVOURS))
+def test_equals_the_textbook(form: str, flavour: str, make_random: MakeViT, images: Tensor) -> None:
+    given = images.double()
+    model = make_random(**FLAVOURS[flavour]).double()
     plain = copy.deepcopy(model)
     tuned = build(model, form)
     found = tuned(given)
@@ -224,11 +266,14 @@ def test_autocast_in_bfloat16(form: str, make_random: MakeViT, images: Tensor) -
     assert torch.equal(narrow(images), half)
 
 
-@each_form
-@pytest.mark.parametrize("engine", ["auto", "concat"])
+# CVPT's prompts are no tokens, and GateVPT's always are.
+OF_TWO_ENGINES = [form for form in FORMS if form not in ("cvpt", "gate-vpt")]
+
+
+@pytest.mark.parametrize(
+    ("form", "engine"), [*((form, "auto") for form in FORMS), *((form, "concat") for form in OF_TWO_ENGINES)]
+)
 def test_gradient_checkpointing(form: str, engine: str, make_random: MakeViT, images: Tensor) -> None:
-    if engine not in engines(form):
-        pytest.skip("has one engine")
     tuned = build(make_random(), form, engine=engine)
     plain = gradients(tuned, tuned(images))
     tuned.model.set_grad_checkpointing()
@@ -236,14 +281,8 @@ def test_gradient_checkpointing(form: str, engine: str, make_random: MakeViT, im
     assert all(torch.equal(plain[name], saved[name]) for name in plain)
 
 
-def engines(form: str) -> tuple[str, ...]:
-    return ("auto", "concat")
-
-
-@each_form
+@pytest.mark.parametrize("form", OF_TWO_ENGINES)
 def test_both_engines_agree(form: str, make_random: MakeViT, images: Tensor) -> None:
-    if build(make_random(), form).engine != "kv" or "concat" not in engines(form):
-        pytest.skip("has one engine")
     of_kv, of_concat = (build(make_random().double(), form, engine=each) for each in ("kv", "concat"))
     one, other = (tuned(images.double()) for tuned in (of_kv, of_concat))
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
@@ -278,19 +317,19 @@ def test_fixed_prompts_change_nothing(form: str, make_random: MakeViT, images: T
 
 
 @each_method
-def test_twenty_steps_lower_the_loss(name: str, make_vit: MakeViT, make_loader: Any) -> None:
-    tuned = tune(make_vit(), name, prompts=4, num_classes=4)
-    start = {key: each.clone() for key, each in tuned.learned_state_dict().items()}
-    history = fit(tuned, make_loader(32), epochs=5, lr=1e-2, warmup_epochs=0, progress=False)
-    losses = history.loss
-    assert losses[-1] < 0.9 * losses[0]
-    assert all((start[key] != each).any() for key, each in tuned.learned_state_dict().items())
+def test_twenty_steps_lower_the_loss(name: str, make_random: MakeViT, make_loader: Any) -> None:
+    tuned = tune(make_random(), name, prompts=4, num_classes=4)
+    start = [each.detach().clone() for each in tuned.trainable_parameters()]
+    losses = fit(tuned, make_loader(32), epochs=5, lr=1e-2, warmup_epochs=0, progress=False).loss
+    assert losses[-1] < 0.8 * losses[0]
+    moved = tuned.trainable_parameters()
+    assert all((old != new).any() for old, new in zip(start, moved, strict=True))
 
 
 @each_method
 def test_starts_from_prototypes(name: str, make_vit: MakeViT, make_loader: Any, images: Tensor) -> None:
     model = make_vit().eval()
-    depth = options(name).get("depth", "shallow")
+    depth = options(name).get("depth", METHODS[name].depth)
     prototypes = spt_fast.build_prototypes(model, make_loader(16), num_prompts=6, depth=depth, progress=False)
     tuned: Any = tune(model, name, prompts=prototypes)
     assert tuned.prompts.shape == prototypes.prompts.shape
@@ -298,26 +337,44 @@ def test_starts_from_prototypes(name: str, make_vit: MakeViT, make_loader: Any, 
     assert tuned.layer_nmi(images).shape == (DEPTH, 3)
 
 
+class Counted(nn.Module):
+    """A block that ties a layer to the number of its tokens, so that prompts would be too many."""
+
+    def __init__(self, dim: int, *_: Any, **__: Any) -> None:
+        super().__init__()
+        self.norm1, self.mlp_tokens = nn.LayerNorm(dim), nn.Linear(17, 17)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp_tokens(self.norm1(x).mT).mT  # type: ignore[no-any-return]
+
+
+REFUSED: dict[str, tuple[type[nn.Module], ...]] = {
+    "gate-vpt": (Counted, ParallelScalingBlock),
+    "cvpt": (Counted, ParallelScalingBlock, ResPostBlock),
+}
+
+
 @each_method
 def test_what_it_cannot_take_is_refused(name: str, make_vit: MakeViT, images: Tensor) -> None:
-    foreign = make_vit(block_fn=ParallelScalingBlock).eval()
-    before = fingerprint(foreign, images)
-    for model in (
-        foreign,
-        Beit(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5),
-    ):
-        if name in TAKES.get(type(model).__name__, ()):
-            continue
-        with pytest.raises(TypeError, match=r"model cannot (take prompts|be tuned)"):
+    for block in REFUSED.get(name, (Counted,)):
+        model = make_vit(block_fn=block).eval()
+        before = fingerprint(model, images)
+        with pytest.raises(
+            TypeError, match=r"model cannot (take prompts|be tuned by '[a-z0-9-]*': block 1): "
+        ):
             tune(model, name, prompts=3)
-    if name not in TAKES["VisionTransformer"]:
-        assert_same(fingerprint(foreign, images), before)
+        assert_same(fingerprint(model, images), before)
     for wrong in ("3", 2.5, True):
         with pytest.raises(TypeError, match="prompts must be"):
             tune(make_vit(), name, prompts=wrong)
 
 
-TAKES: dict[str, tuple[str, ...]] = {"VisionTransformer": (), "Beit": ()}
+@pytest.mark.parametrize("name", ["gate-vpt", "cvpt"])
+def test_beit_is_refused_where_prompts_have_no_place(name: str) -> None:
+    model = Beit(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+    with pytest.raises(TypeError, match=f"model cannot be tuned by '{name}': block 1: .*Block|has no q_norm"):
+        tune(model, name, prompts=3)
+    tune(model, "linear").release()
 
 
 class TestGateVPT:
@@ -374,3 +431,98 @@ class TestGateVPT:
             tune(make_vit(), "gate-vpt", gate=gate)
         with pytest.raises(ValueError, match="'kv' is not exact here"):
             tune(make_vit(), "gate-vpt", engine="kv")
+
+
+class TestVFPT:
+    @pytest.mark.parametrize(("fraction", "transformed"), [(0, 0), (0.39, 1), (0.5, 2), (1, 5)])
+    def test_the_fraction_is_rounded_down(
+        self, fraction: float, transformed: int, make_random: MakeViT, images: Tensor
+    ) -> None:
+        tuned: Any = tune(make_random(), "vfpt", prompts=NUM_PROMPTS, fraction=fraction)
+        same = (tuned.prompts == tuned.source.prompts).all(dim=-1)
+        assert same.tolist() == [[i >= transformed for i in range(NUM_PROMPTS)]] * DEPTH
+        vpt = PromptedViT(make_random(), tuned.prompts.detach())
+        torch.testing.assert_close(tuned(images), vpt(images))
+
+    def test_shallow(self, make_random: MakeViT, images: Tensor) -> None:
+        tuned: Any = tune(make_random(), "vfpt", prompts=NUM_PROMPTS, depth="shallow")
+        vpt = PromptedViT(make_random(), tuned.prompts.detach(), depth="shallow")
+        torch.testing.assert_close(tuned(images), vpt(images))
+
+    @pytest.mark.parametrize(
+        "given", [{"fraction": 1.1}, {"fraction": -0.1}, {"fraction": "1"}, {"depth": "x"}]
+    )
+    def test_bad_options_are_refused(self, given: dict[str, Any], make_vit: MakeViT) -> None:
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(given))} must be"):
+            tune(make_vit(), "vfpt", **given)
+
+
+class TestBPT:
+    def test_starts_from_the_nearest_prompts_of_its_rank(self, make_random: MakeViT) -> None:
+        given = torch.randn(DEPTH, 7, WIDTH)
+        tuned: Any = tune(make_random(), "bpt", prompts=given)
+        torch.testing.assert_close(tuned.prompts, given, rtol=1e-4, atol=1e-5)
+        tuned = tune(make_random(), "bpt", prompts=given, rank=3)
+        rest = torch.linalg.svdvals(given)[:, 3:].square().sum(-1)
+        torch.testing.assert_close((tuned.prompts - given).square().sum((1, 2)), rest, rtol=1e-4, atol=1e-5)
+
+    def test_ranks_and_bases_of_the_released_code(self, make_vit: MakeViT) -> None:
+        def shapes(**given: Any) -> list[list[int]]:
+            source = tune(make_vit(embed_dim=96, depth=6), "bpt", **given).source  # type: ignore[union-attr]
+            return [list(each.shape) for each in (source.left, source.right, source.fixed)]
+
+        assert shapes() == [[6, 50, 50], [4, 50, 96], [2, 50, 96]]
+        assert shapes(depth="shallow", prompts=100) == [[1, 100, 75], [1, 75, 96], [0, 75, 96]]
+        assert shapes(rank=2, learned_bases=9) == [[6, 50, 2], [6, 2, 96], [0, 2, 96]]
+
+    def test_shallow(self, make_random: MakeViT, images: Tensor) -> None:
+        tuned: Any = tune(make_random(), "bpt", prompts=NUM_PROMPTS, depth="shallow")
+        vpt = PromptedViT(make_random(), tuned.prompts.detach(), depth="shallow")
+        torch.testing.assert_close(tuned(images), vpt(images))
+
+    @pytest.mark.parametrize("given", [{"rank": 6}, {"rank": 0}, {"rank": 2.5}, {"learned_bases": 0}])
+    def test_bad_options_are_refused(self, given: dict[str, Any], make_vit: MakeViT) -> None:
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(given))} must be"):
+            tune(make_vit(), "bpt", prompts=5, **given)
+
+    def test_reentrant_checkpointing(self, make_random: MakeViT, images: Tensor, monkeypatch: Any) -> None:
+        tuned = build(make_random(), "bpt")
+        plain = gradients(tuned, tuned(images))
+        tuned.model.set_grad_checkpointing()
+        monkeypatch.setattr("timm.models._manipulate.use_reentrant_ckpt", lambda: True)
+        tuned(images.requires_grad_()).square().sum().backward()
+        images.requires_grad_(False)
+        named = dict(tuned.named_parameters())
+        for name, gradient in plain.items():
+            torch.testing.assert_close(named[name].grad, gradient)
+
+
+class TestCVPT:
+    def test_prompts_that_are_alike_count_once(self, make_random: MakeViT, images: Tensor) -> None:
+        """All prompts alike give their value to every token, whatever it asks for."""
+        prompt = torch.randn(DEPTH, 1, WIDTH)
+        one, many = (tune(make_random(), "cvpt", prompts=prompt.repeat(1, n, 1)) for n in (1, 9))
+        torch.testing.assert_close(one(images), many(images))
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"prompts": 0}, "prompts must be at least one"),
+            ({"engine": "concat"}, "engine must be 'auto' or 'kv'"),
+            ({"prompt_dropout": 0.1}, "prompt_dropout must be 0"),
+            ({"pool_prompts": True}, "pool_prompts must be False"),
+        ],
+    )
+    def test_what_needs_tokens_is_refused(
+        self, given: dict[str, Any], message: str, make_vit: MakeViT
+    ) -> None:
+        model = make_vit(global_pool="avg")
+        with pytest.raises(ValueError, match=message):
+            tune(model, "cvpt", **given)
+        tune(model, "linear").release()
+
+    def test_has_no_attention_maps(self, make_vit: MakeViT, images: Tensor) -> None:
+        tuned: Any = tune(make_vit(), "cvpt", prompts=2)
+        assert "cross-attention" in tuned.engine_reason
+        with pytest.raises(TypeError, match="attention_maps needs prompts in self-attention"):
+            tuned.attention_maps(images)
