@@ -61,6 +61,7 @@ METHODS: Mapping[str, Method] = {
     "vpt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "random", 20),
     "vpt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "random", 100, "shallow"),
     "gate-vpt": Method("gate_vpt", "GateVPT", prompts="any", num_prompts=100, depth="shallow"),
+    "e2vpt": Method("e2vpt", "E2VPT", prompts="any", num_prompts=10),
     "vfpt": Method("vfpt", "VFPT", prompts="any", num_prompts=20),
     "cvpt": Method("cvpt", "CVPT", prompts="any", num_prompts=20),
     "bpt": Method("bpt", "BPT", prompts="any", num_prompts=50),

@@ -67,8 +67,7 @@ class PromptedBlocks:
         last = len(blocks := list(blocks)) - 1
         for index, block in enumerate(blocks):
             original = block.forward
-            # Pooling needs outputs at the positions of prompts, so the last block then takes them as tokens.
-            if self._engine == "concat" or (self._pool_prompts and index == last):
+            if self._has_tokens(index, last + 1):
                 run = functools.partial(self._run_with_tokens, index, index == last, block, original)
                 snapshot.replace_forward(block, run)
                 continue
@@ -76,6 +75,11 @@ class PromptedBlocks:
             for number, (norm, attention) in enumerate(kv_attentions(block)):
                 attend_here = functools.partial(self._attend, index, number, norm, attention)
                 snapshot.replace_forward(attention, attend_here)
+
+    def _has_tokens(self, index: int, depth: int) -> bool:
+        """Whether a block, of `depth`, takes prompts as tokens."""
+        # Pooling needs outputs at the positions of prompts, so the last block then takes them as tokens.
+        return self._engine == "concat" or (self._pool_prompts and index == depth - 1)
 
     def _run_with_kv(
         self, block: nn.Module, original: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any

@@ -13,7 +13,12 @@ import pytest
 import timm
 import torch
 from timm.models.beit import Beit
-from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import (
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+    ResPostBlock,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 
 import spt_fast
@@ -84,6 +89,17 @@ def gate_vpt(tuned: Any, blocks: Any, x: Tensor) -> Tensor:
     return x[:, :count]
 
 
+def e2vpt(tuned: Any, blocks: Any, x: Tensor) -> Tensor:
+    count = x.shape[1]
+    for i, block in enumerate(blocks):
+        keys = tuned.kv_prompts[i, 0]
+        values = keys if tuned.options["share"] else tuned.kv_prompts[i, 1]
+        x = with_prompts(x, tuned.source.prompts[i])
+        x = x + block.ls1(attention(block.attn, block.norm1(x), keys=keys, values=values))
+        x = mlp(block, x)[:, :count]
+    return x
+
+
 def plain_deep(tuned: Any, blocks: Any, x: Tensor, prompts: Tensor) -> Tensor:
     count = x.shape[1]
     for i, block in enumerate(blocks):
@@ -136,11 +152,15 @@ class Case(NamedTuple):
 
 CASES = {
     "gate-vpt": Case(gate_vpt, {"gate": 0.3}, lambda d, L, n: n * d + 2 * L - 1),
+    "e2vpt": Case(e2vpt, {"num_kv": 3}, lambda d, L, n: L * d * (n + 5)),
     "vfpt": Case(vfpt, {"fraction": 0.6}, lambda d, L, n: n * d * L),
     "cvpt": Case(cvpt, {}, lambda d, L, n: n * d * L),
     "bpt": Case(bpt, {"rank": 3, "learned_bases": 2}, lambda d, L, n: L * n * 50 + 4 * 50 * d),
 }
-FORMS = {name: (name, case.options) for name, case in CASES.items()}
+FORMS = {
+    **{name: (name, case.options) for name, case in CASES.items()},
+    "e2vpt-apart": ("e2vpt", {"num_kv": 3, "share": False}),
+}
 each_method = pytest.mark.parametrize("name", list(CASES))
 each_form = pytest.mark.parametrize("form", list(FORMS))
 
@@ -350,6 +370,7 @@ class Counted(nn.Module):
 
 REFUSED: dict[str, tuple[type[nn.Module], ...]] = {
     "gate-vpt": (Counted, ParallelScalingBlock),
+    "e2vpt": (Counted, ParallelScalingBlock, ParallelThingsBlock),
     "cvpt": (Counted, ParallelScalingBlock, ResPostBlock),
 }
 
@@ -431,6 +452,48 @@ class TestGateVPT:
             tune(make_vit(), "gate-vpt", gate=gate)
         with pytest.raises(ValueError, match="'kv' is not exact here"):
             tune(make_vit(), "gate-vpt", engine="kv")
+
+
+class TestE2VPT:
+    def test_serves_other_blocks_that_the_engine_knows(self, make_random: MakeViT, images: Tensor) -> None:
+        for model in (
+            make_random(block_fn=ResPostBlock),
+            Beit(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5).eval(),
+        ):
+            tuned: Any = tune(model, "e2vpt", prompts=2)
+            assert tuned.engine == "kv"
+            found = tuned(images)
+            with torch.no_grad():
+                tuned.kv_prompts.fill_(0)
+            assert found.isfinite().all()
+            assert not torch.allclose(tuned(images), found)
+
+    def test_pools_with_prompts(self, make_random: MakeViT, images: Tensor) -> None:
+        of_kv, of_concat = (
+            build(make_random(global_pool="avg"), "e2vpt", pool_prompts=True, engine=engine)
+            for engine in ("kv", "concat")
+        )
+        torch.testing.assert_close(of_kv(images), of_concat(images))
+        assert of_kv.forward_features(images).shape == (3, 17 + NUM_PROMPTS, WIDTH)
+
+    def test_starts_as_the_released_code(self, make_random: MakeViT) -> None:
+        tuned: Any = tune(make_random(), "e2vpt")
+        assert tuned.prompts.shape == (DEPTH, 10, WIDTH)
+        assert tuned.kv_prompts.shape == (DEPTH, 1, HEADS, 5, WIDTH // HEADS)
+        bound = (6 / (5 * WIDTH // HEADS)) ** 0.5
+        assert 0.95 * bound < tuned.kv_prompts.abs().max() <= bound
+        apart: Any = tune(make_random(), "e2vpt", share=False)
+        assert apart.num_trainable(head=False) == DEPTH * WIDTH * (10 + 2 * 5)
+
+    @pytest.mark.parametrize("given", [{"num_kv": 0}, {"num_kv": 1.5}, {"share": 1}])
+    def test_bad_options_are_refused(self, given: dict[str, Any], make_vit: MakeViT) -> None:
+        with pytest.raises((TypeError, ValueError), match=f"{next(iter(given))} must be"):
+            tune(make_vit(), "e2vpt", **given)
+
+    def test_has_no_attention_maps(self, make_vit: MakeViT, images: Tensor) -> None:
+        tuned: Any = tune(make_vit(), "e2vpt", prompts=2)
+        with pytest.raises(TypeError, match="attention_maps needs prompts that are tokens"):
+            tuned.attention_maps(images)
 
 
 class TestVFPT:
