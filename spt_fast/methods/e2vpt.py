@@ -7,6 +7,7 @@ projection and norm of the keys. S = T is one tensor, unless `share` is False.
 Source: Han et al., "E2VPT: An Effective and Efficient Approach for Visual Prompt Tuning", ICCV 2023. Its
 released code has 5 to 32 prompts, M = 5, and S = T, drawn uniformly from +-sqrt(6 / (M d)); 10 prompts are
 our default. Learned numbers: L D (N_p + M), or L D (N_p + 2 M) where S and T are apart; 138,240 for ViT-B.
+Its second stage, pruning, is `spt_fast/methods/e2vpt_pruning.py`.
 """
 
 from __future__ import annotations
