@@ -39,7 +39,7 @@ def check_output_path(path: str | os.PathLike[str], *, overwrite: bool = False) 
         ValueError: `path` names a device, a pipe or a socket.
         OSError: the folder or the disk is read-only or full, the name is too long, or the like.
     """
-    target = _check_name_is_free(path, overwrite)
+    target = check_name_is_free(path, overwrite)
     with _explained(target), held(), _temporary_file(target.parent) as (file, _):
         file.write(bytes(_TRIAL_BYTES))
         file.flush()
@@ -47,8 +47,8 @@ def check_output_path(path: str | os.PathLike[str], *, overwrite: bool = False) 
     return target
 
 
-def _check_name_is_free(path: str | os.PathLike[str], overwrite: bool) -> Path:
-    """`path`, unless what is there already, or is missing, forbids it; errors as `check_output_path`."""
+def check_name_is_free(path: str | os.PathLike[str], overwrite: bool) -> Path:
+    """`path`, unless what is there already, or is missing, forbids it: `check_output_path` without the try."""
     target = Path(path)
     with _explained(target), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         target.lstat()
@@ -86,7 +86,7 @@ def write_safetensors(
         metadata: strings only; the keys "kind" and "format_version" are set here.
         kind: what the file holds, checked again by `read_safetensors`.
     """
-    _check_name_is_free(path, overwrite)
+    check_name_is_free(path, overwrite)
     # Copies, because safetensors refuses tensors that share memory.
     stored = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -194,9 +194,11 @@ def _check_header(source: Path, metadata: Mapping[str, str], kind: str) -> None:
         )
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> None:
+def write_bytes(
+    path: str | os.PathLike[str], content: bytes | memoryview, *, overwrite: bool = False
+) -> None:
     """Write `content` to `path`, completely or not at all, as `write_safetensors` does; same errors."""
-    target = _check_name_is_free(path, overwrite)
+    target = check_name_is_free(path, overwrite)
     with _explained(target), held(), _temporary_file(target.parent) as (file, temporary):
         file.write(content)
         file.flush()
