@@ -99,9 +99,11 @@ def make_vit() -> Callable[..., VisionTransformer]:
 MAY_WAIT = {
     ("support/waiting.py", "read"): "the numbers of a step or batch before, after the next one was queued",
     ("data/batches.py", "count_labels"): "labels are on the host still",
+    ("data/batches.py", "count_given"): "labels are on the host still",
     ("data/batches.py", "_check_pixels"): "images are on the host still",
     ("prompting/parameter_groups.py", "default_prompt_lr"): "once, before the first step",
     ("training/evaluation.py", "evaluate"): "labels and predictions are on the host",
+    ("training/evaluation.py", "evaluate_classes"): "labels and predictions are on the host",
     ("clustering/token_stream.py", "start"): "once for each group, before its first batch",
     ("ops/cka.py", "_check_finite"): "one look at all tensors of an update, which may take in none of them",
     ("torch/optim/adam.py", "_multi_tensor_adam"): "AdamW counts its steps on the host",

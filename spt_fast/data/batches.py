@@ -60,11 +60,16 @@ def images_of(batch: object, argument: str = "batch") -> Tensor:
     return images
 
 
-def labelled_batch(batch: object, argument: str = "batch") -> tuple[Tensor, Tensor]:
+def labelled_batch(
+    batch: object, argument: str = "batch", *, may_be_empty: bool = False
+) -> tuple[Tensor, Tensor]:
     """Images, or other inputs [B, ...] of a floating-point dtype, and labels [B] int64 in a loader's batch.
 
     A batch is a tuple or list that begins with the two, or a mapping with "pixel_values", "image" or "images"
     and "labels" or "label". Labels may be of any integer dtype; IGNORED_LABEL stands for none.
+
+    Args:
+        may_be_empty: allow B = 0, as for the share that a process has of a short batch.
 
     Raises:
         TypeError: no such batch, or another dtype.
@@ -77,7 +82,7 @@ def labelled_batch(batch: object, argument: str = "batch") -> tuple[Tensor, Tens
             f"dict with 'pixel_values', 'image' or 'images' and 'labels' or 'label'; got {_describe(batch)}"
         )
     _check_floating(images, argument)
-    if images.ndim < 2 or 0 in images.shape:
+    if images.ndim < 2 or 0 in images.shape[may_be_empty:]:
         raise ValueError(
             f"{argument} must hold images [B, ...], at least one, got shape {list(images.shape)}"
         )
@@ -90,10 +95,16 @@ def labelled_batch(batch: object, argument: str = "batch") -> tuple[Tensor, Tens
     return images, labels.long()
 
 
-def count_labels(labels: Tensor, num_classes: int, argument: str = "batch") -> int:
-    """How many of the labels [B] are not IGNORED_LABEL, once all others are found to be classes.
+def count_given(labels: Tensor) -> int:
+    """How many of the labels [B] are not IGNORED_LABEL.
 
     On a CUDA device this waits for it: call it before the labels are copied there.
+    """
+    return int((labels != IGNORED_LABEL).sum())
+
+
+def count_labels(labels: Tensor, num_classes: int, argument: str = "batch") -> int:
+    """`count_given`, once all labels that are given are found to be classes; it waits likewise.
 
     Raises:
         ValueError: a label is neither in 0 ... num_classes - 1 nor IGNORED_LABEL.

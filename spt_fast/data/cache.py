@@ -21,7 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spt_fast.data.loading import DecodedImages, ImageLoader, Unreadable, collate_readable
+from spt_fast.data.datasets import DecodedImages, Unreadable
+from spt_fast.data.loading import ImageLoader
+from spt_fast.data.reading import collate_readable
+from spt_fast.data.transforms import split_transform
 from spt_fast.support.arguments import check_choice, parse_bytes
 from spt_fast.support.memory import free_memory, mebibytes
 
@@ -32,20 +35,6 @@ _SHARE, _SHARE_OF_AUTO = 0.5, 0.25
 _CHANNELS = {"L": 1, "RGB": 3}
 _UNKNOWN, _UNREADABLE = -1, -2
 _RECORD = np.dtype([("offset", "i8"), ("label", "i8"), ("height", "i4"), ("width", "i4"), ("channels", "i4")])
-
-
-def split_transform(transform: Any) -> tuple[list[Any], list[Any]]:
-    """The steps of a transform, as those that begin it and are the same every time, and all others.
-
-    Steps of unknown classes, which may be random, and those that do not give a PIL image are of the others.
-    """
-    from timm.data.transforms import CenterCropOrPad
-    from torchvision import transforms
-
-    fixed_classes = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, CenterCropOrPad)
-    steps = list(transform.transforms) if type(transform) is transforms.Compose else [transform]
-    count = next((at for at, step in enumerate(steps) if type(step) not in fixed_classes), len(steps))
-    return steps[:count], steps[count:]
 
 
 class ImageCache:
@@ -156,6 +145,22 @@ class CachedImages(DecodedImages):
         """As the data set calls it."""
         return self._dataset.name(index)
 
+    def labels(self) -> list[int] | None:
+        """As the data set knows them."""
+        return self._dataset.labels()
+
+    def portable_names(self) -> list[str]:
+        """As the data set gives them."""
+        return self._dataset.portable_names()
+
+    def is_random(self) -> bool:
+        """Whether the whole transform of the data set is."""
+        return self._dataset.is_random()
+
+    def blank(self) -> Any:
+        """As the whole transform of the data set makes it."""
+        return self._dataset.blank()
+
     def load(self, index: int) -> Unreadable | tuple[Any, Any]:
         """The image after the fixed steps, as it is kept or from its file, and its label."""
         found = self.kept.get(index)
@@ -206,11 +211,8 @@ class CachedLoader(ImageLoader):
         if self._source is None:
             yield from super().__iter__()
             return
-        batches: Any = self._loader.batch_sampler
-        for numbers in batches:
-            batch = self._checked(*self._source.batch(numbers))
-            if batch is not None:
-                yield batch
+        for numbers in self.index_batches():
+            yield from self._checked(*self._source.batch(numbers))
 
 
 class _Source:
@@ -228,7 +230,7 @@ class _Source:
 
     def batch(self, numbers: Sequence[int]) -> tuple[Any, list[Unreadable]]:
         """Images and labels, or None where no image is readable, and what is unreadable."""
-        if not all(self._kept.holds(number) for number in numbers):
+        if not numbers or not all(self._kept.holds(number) for number in numbers):
             return collate_readable([self._dataset[number] for number in numbers])
         labels = [self._kept.label(number) for number in numbers]
         if self._dataset.target_transform is not None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
 from spt_fast.data.cache import CachedLoader, ImageCache
 from spt_fast.data.channels import fit_images
+from spt_fast.data.datasets import DecodedImages, FileImages
 from spt_fast.data.files import list_files
+from spt_fast.data.identity import fingerprint_of, labels_of
 from spt_fast.data.listing import some_names
-from spt_fast.data.loading import BadImages, DecodedImages, FileImages, ImageLoader
+from spt_fast.data.loading import BadImages, ImageLoader
 from spt_fast.data.names import (
     Opened,
     Use,
@@ -27,8 +31,11 @@ from spt_fast.data.names import (
     takes_root,
 )
 from spt_fast.data.transforms import Preprocessing, channels_of, choose, default_augment, papers_rows
-from spt_fast.support.arguments import check_bool, check_int, check_seed
+from spt_fast.support.arguments import check_bool, check_choice, check_int, check_seed
 from spt_fast.support.distributed import ALONE, Processes
+
+Balance = Literal["none", "loss", "sampler"]
+BALANCES = ("none", "loss", "sampler")
 
 
 def open_images(
@@ -85,7 +92,7 @@ def open_images(
     )
     transform = _transformed(opened, model, resize, mean_std, tuned)
     order = _order(opened.dataset, seed, max_images, processes)
-    return _loader(opened, transform, batch_size, workers, seed, bad_images, cache, sampler=order)
+    return _loader(opened, transform, batch_size, workers, seed, bad_images, cache, **order)
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,19 @@ class LabelledImages:
     num_images: int
     class_names: tuple[str, ...]
     paths: tuple[Path, ...] = ()
+
+    @cached_property
+    def labels(self) -> tuple[int, ...] | None:
+        """Of all images, in the order of the data set; None where only reading the images would tell."""
+        return labels_of(self.loader.dataset)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for the same images, by their names, labels and classes, wherever they lie; 16 hex digits.
+
+        Pixels are not looked at. Images in memory are known by their labels and shapes.
+        """
+        return fingerprint_of(self.loader.dataset, self.class_names)
 
 
 def open_labelled_images(
@@ -125,27 +145,37 @@ def open_labelled_images(
     use: Use | None = None,
     class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
+    processes: Processes = ALONE,
+    balance: Balance = "none",
     cache: ImageCache | None = None,
 ) -> LabelledImages:
     """Images with labels, in the size of `model`.
 
     A folder has one class for each folder directly in it that holds images, in `listing.name_order`.
 
+    Several processes share the images. With `training` each of them has its share of every batch, so that
+    together they read what one would. Shares differ by at most one image; a process that has none of a short
+    last batch gets images [0, C, H, W]. Without `training` each image is read by one process, and processes
+    may have different numbers of batches.
+
     Args:
         data, root, split, download, bad_images, resize, mean_std, tuned, cache: as in `open_images`.
         augment: with `training` only: "resized-crop", "crop" or "none", as in `Preprocessing.transform`; None
             is random resized crops and flips (Sec. 4.1, FGVC), and nothing on VTAB. The digits have none.
+        batch_size: of all processes together.
         drop_last: with `training` only: leave out a last batch that is smaller than the others, as the
             paper's released code does; others are left out in each epoch.
         training: True gives every epoch in a new order, which depends on `seed` alone, and augments images.
-            False gives the order of the data set. Crops and flips come from the global generators of Python
-            and torch: those of the workers, which `seed` decides, or, without workers, those of this process,
-            which `fit` seeds.
+            False gives the order of the data set. Order, crops and flips are those of `ImageLoader`: `seed`,
+            epoch and image decide them, and `workers` and `processes` do not.
         use: what `split` is where it is None: the one to "train" on (None with `training`), to "val"idate
             with, or to "test" with (None without).
         class_names: classes of the model; a label is then the place of its class in them. None takes the
             classes of the data.
         num_classes: size of the model's head, if the data must have as many classes.
+        processes: those that share the images.
+        balance: with `training` only: "sampler" draws as many images as there are for each epoch, with
+            replacement, and every class as often as every other; "none" and "loss" read each image once.
 
     Raises:
         FileNotFoundError: `data` is neither a folder nor the name of a data set, or files are missing.
@@ -160,6 +190,8 @@ def open_labelled_images(
         raise ValueError(f"augment is for training images, got {augment!r}")
     if check_bool("drop_last", drop_last) and not training:
         raise ValueError("drop_last is for training images, got True")
+    if check_choice("balance", balance, BALANCES) != "none" and not training:
+        raise ValueError(f"balance is for training images, got {balance!r}")
     use = use or ("train" if training else "test")
     opened = open_data(
         data,
@@ -181,7 +213,15 @@ def open_labelled_images(
         raise ValueError(
             f"data: {data} has {len(found)} classes, but the head of the model is for {num_classes}"
         )
-    order = {"shuffle": training, "drop_last": drop_last}
+    order = {
+        "processes": processes,
+        "in_step": training,
+        "shuffle": training,
+        "drop_last": drop_last,
+        "weights": _balanced(opened.dataset, data) if balance == "sampler" else None,
+    }
+    if not training:
+        batch_size = -(-check_int("batch_size", batch_size, 1) // processes.size)
     loader = _loader(opened, transform, batch_size, workers, seed, bad_images, cache, **order)
     if drop_last and len(loader) == 0:
         count = len(opened.dataset)
@@ -373,10 +413,21 @@ def _renumber(dataset: Any, data: str, found: Sequence[str], class_names: Sequen
         dataset.target_transform = places.__getitem__
 
 
-def _order(dataset: Any, seed: int, max_images: int | None, processes: Processes) -> list[int] | None:
-    """The images of this process, in order; None for a data set that timm divides among the processes."""
+def _balanced(dataset: Any, data: str) -> Tensor:
+    """For each image 1 / (images of its class)."""
+    labels = labels_of(dataset)
+    if labels is None:
+        raise ValueError(
+            f"balance='sampler' needs the labels of all images, but {data} gives them only with the images"
+        )
+    counts = Counter(labels)
+    return torch.tensor([1 / counts[label] for label in labels], dtype=torch.float64)
+
+
+def _order(dataset: Any, seed: int, max_images: int | None, processes: Processes) -> dict[str, list[int]]:
+    """The images of this process, in order; nothing for a data set that timm divides among the processes."""
     if isinstance(dataset, IterableDataset):
-        return None
+        return {}
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
     share = processes.share_of(len(order))
-    return order[share.start : share.stop]
+    return {"images": order[share.start : share.stop]}

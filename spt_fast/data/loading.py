@@ -1,28 +1,27 @@
-"""Images read from files, batch by batch: what cannot be read is an error that names it, or left out."""
+"""Images read batch by batch: what cannot be read is an error that names it, or left out."""
 
 from __future__ import annotations
 
+import copy
 import gc
-import io
 import os
 import re
-import tarfile
 import traceback
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from spt_fast.data.decode import open_image, to_rgb
-from spt_fast.data.listing import Listing, printable
+from spt_fast.data.datasets import Unreadable
+from spt_fast.data.order import Order
+from spt_fast.data.reading import BatchReader, collate_readable, empty_batch
 from spt_fast.data.transforms import Preprocessing
-from spt_fast.support.arguments import check_choice
+from spt_fast.support.arguments import check_choice, check_int, check_seed
 from spt_fast.support.errors import first_line
 from spt_fast.support.interrupts import held
 
@@ -36,143 +35,12 @@ _SHARED_MEMORY = "/dev/shm"
 _BYTES_OF_A_WORKER = 1 << 17
 
 
-class Unreadable(NamedTuple):
-    """What a data set gives in place of an image that cannot be read."""
-
-    name: str
-    reason: str
-
-
-class DecodedImages(Dataset[Any]):
-    """A data set of (image, label), in which an `Unreadable` takes the place of what cannot be read."""
-
-    transform: Callable[[Any], Any]
-    target_transform: Callable[[int], int] | None = None
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def name(self, index: int) -> str:
-        """What an error calls this image."""
-        raise NotImplementedError
-
-    def read(self, index: int) -> tuple[Any, Any]:
-        """An image, decoded, and its label."""
-        raise NotImplementedError
-
-    def identity(self) -> Hashable:
-        """Equal for data sets whose images, with their labels in the files, are the same at each index."""
-        return self
-
-    def load(self, index: int) -> Unreadable | tuple[Any, Any]:
-        """An image and its label as `read` gives them, or what stands for an image that cannot be read."""
-        try:
-            return self.read(index)
-        except MemoryError:
-            raise
-        except Exception as error:
-            # Decoders raise errors of many classes for damaged files.
-            return Unreadable(printable(self.name(index)), printable(first_line(error)))
-
-    def __getitem__(self, index: int) -> Any:
-        loaded = self.load(index)
-        if isinstance(loaded, Unreadable):
-            return loaded
-        label: Any
-        image, label = loaded
-        if self.target_transform is not None:
-            label = self.target_transform(label)
-        return self.transformed(self.transform, image, index), label
-
-    def transformed(self, transform: Callable[[Any], Any], image: Any, index: int) -> Any:
-        """`transform` of an image; a RuntimeError that names the image where that fails."""
-        try:
-            return transform(image)
-        except Exception as error:
-            name = printable(self.name(index))
-            raise RuntimeError(f"{name} cannot be transformed ({first_line(error)})") from error
-
-
-class FileImages(DecodedImages):
-    """The images of a folder or a list; labels are places in `listing.group_names`."""
-
-    def __init__(self, listing: Listing) -> None:
-        self.listing = listing
-
-    def __len__(self) -> int:
-        return len(self.listing.paths)
-
-    def name(self, index: int) -> str:
-        """Its path."""
-        return str(self.listing.paths[index])
-
-    def identity(self) -> Hashable:
-        """The paths and their labels."""
-        return self.listing.paths, self.listing.groups
-
-    def read(self, index: int) -> tuple[Any, Any]:
-        """Decoded by `open_image`."""
-        return open_image(str(self.listing.paths[index])), self.listing.groups[index]
-
-
-class TarImages(FileImages):
-    """The images of a tar archive; `members` says where each of them lies."""
-
-    def __init__(self, path: Path, listing: Listing, members: Sequence[tarfile.TarInfo]) -> None:
-        super().__init__(listing)
-        self._path = path
-        self._members = members
-
-    def identity(self) -> Hashable:
-        """The archive, and the paths and labels in it."""
-        return self._path, super().identity()
-
-    def read(self, index: int) -> tuple[Any, Any]:
-        """Decoded by `open_image`."""
-        # Opened anew, because processes that read in turns cannot share one position in a file.
-        with tarfile.open(self._path, "r:") as archive:
-            file = archive.extractfile(self._members[index])
-            assert file is not None
-            return open_image(io.BytesIO(file.read())), self.listing.groups[index]
-
-
-class NamedImages(DecodedImages):
-    """A timm data set read by index, without timm's habit of giving another image for a damaged one."""
-
-    def __init__(self, dataset: Any, data: str) -> None:
-        self._dataset = dataset
-        self._data = data
-        # timm's own data sets open files by a reader, torchvision's by a loader or in their own way.
-        self._reader = getattr(dataset, "reader", None)
-        if hasattr(dataset, "loader"):
-            dataset.loader = open_image
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def class_names(self) -> Sequence[str] | None:
-        """In the order of their labels, where the data set names them."""
-        numbers = getattr(self._reader, "class_to_idx", None)
-        return sorted(numbers, key=numbers.get) if numbers else getattr(self._dataset, "classes", None)
-
-    def labels(self) -> list[int] | None:
-        """Of all images, where the data set knows them without reading the images."""
-        found = getattr(self._dataset, "targets", getattr(self._dataset, "labels", None))
-        return None if found is None else [int(label) for label in found]
-
-    def name(self, index: int) -> str:
-        """Its number, and the name of the data set."""
-        return f"image {index} (counted from 0) of {self._data}"
-
-    def read(self, index: int) -> tuple[Any, Any]:
-        """Decoded by `open_image` where the data set hands out files, else made RGB."""
-        source, label, *_ = self._dataset[index] if self._reader is None else self._reader[index]
-        image = to_rgb(source) if isinstance(source, Image.Image) else _open_and_close(source)
-        return image, -1 if label is None else label
-
-
 class ImageLoader:
     """Batches [images [B, C, H, W], labels [B]] of a data set; it has a length where the data set has one.
+
+    Seed and epoch alone decide the order of a pass; seed, epoch and image how it is cropped and flipped.
+    Workers, processes and earlier passes have no influence. The k-th pass is that of epoch k, unless
+    `set_epoch` says otherwise. Images of a data set that can only be iterated come as it gives them.
 
     An image that cannot be read ends the iteration with a ValueError that names it. With
     `bad_images="skip"` its batch comes without it, or not at all where nothing else is left of it. An error
@@ -180,11 +48,19 @@ class ImageLoader:
 
     Workers start with the first iteration and serve all of them, so only one iteration goes on at a time.
 
+    Args:
+        order: fields of `order.Order` besides these.
+
     Attributes:
+        dataset: what is read.
         num_images: in all batches together, unreadable ones included; None where nobody knows.
         description: lines that say what is read.
         preprocessing: what is done to the images; None where nothing is.
         unreadable: {name: reason} of what was skipped so far, in any pass.
+        is_random: whether an image may be another in another pass, as with random crops.
+        every_batch: whether a batch without any readable image for this process comes as images [0, C, H, W]
+            and labels [0], so that a pass has `len(loader)` batches, or not at all. True where several
+            processes share each batch.
     """
 
     def __init__(
@@ -196,38 +72,72 @@ class ImageLoader:
         preprocessing: Preprocessing | None = None,
         bad_images: str = "error",
         num_workers: int = 0,
-        shuffle: bool = False,
+        batch_size: int = 1,
         seed: int = 0,
-        **options: Any,
+        pin_memory: bool = False,
+        **order: Any,
     ) -> None:
+        self.dataset = dataset
         self.num_images = num_images
         self.description = tuple(description)
         self.preprocessing = preprocessing
         self.unreadable: dict[str, str] = {}
         self._skip = check_choice("bad_images", bad_images, BAD_IMAGES) == "skip"
         self._iterations = 0
-        if shuffle:
-            # A generator of its own: torch draws from that of the loader once, or for every pass, or not at
-            # all, as workers persist, and the order is not to depend on that.
-            options["sampler"] = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
-        self._open = partial(
+        self._next = (1, 0)
+        self._new_loader = partial(
             DataLoader,
-            dataset,
-            collate_fn=collate_readable,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(seed),
-            **options,
         )
-        with _any_number_of_workers():
-            self._loader: DataLoader[Any] = self._open()
+        self._order: Order | None = None
+        self.every_batch = False
+        if isinstance(dataset, IterableDataset):
+            self.is_random = True
+            self._open = partial(
+                self._new_loader, dataset, batch_size=batch_size, collate_fn=collate_readable
+            )
+            self._loader = self._opened()
+        else:
+            self._reader = BatchReader(dataset, seed)
+            self.is_random = self._reader.is_random
+            self._read_in(Order(len(dataset), batch_size, seed, **order))
 
     def __len__(self) -> int:
         return len(self._loader)
 
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Make the next pass that of `epoch`, counted from 1, from its batch `skip` on.
+
+        Raises:
+            TypeError: a number is not an integer, or the data set can only be iterated.
+            ValueError: `epoch` is below 1, or `skip` is not in 0 ... len(loader).
+        """
+        self._known_order()
+        epoch, skip = check_int("epoch", epoch, 1), check_int("skip", skip, 0)
+        if skip > len(self):
+            raise ValueError(f"skip must be at most {len(self)}, the number of batches, got {skip}")
+        self._next = epoch, skip
+
+    def index_batches(self) -> Iterator[list[int]]:
+        """The indices in `dataset` of each batch of the next pass, which counts as done; nothing is read."""
+        return self._known_order().batches(*self._begin())
+
+    def in_order(self) -> ImageLoader:
+        """The same data set with the same transform: each image once, in its order, all in each process."""
+        loader = copy.copy(self)
+        loader._iterations = 0
+        loader._next = (1, 0)
+        loader._read_in(self._known_order().each_once())
+        return loader
+
     def __iter__(self) -> Iterator[Any]:
         self._iterations += 1
         iteration = self._iterations
+        if self._order is not None:
+            self._sampler.start(*self._begin())
         _check_shared_memory(self._loader.num_workers)
         # Workers that Ctrl-C finds half started would stay.
         with _any_number_of_workers(), _explained_worker_errors(), held(), _garbage_kept_from_workers():
@@ -240,15 +150,14 @@ class ImageLoader:
                     found = next(batches, None)
                 if found is None:
                     return
-                if (batch := self._checked(*found)) is not None:
-                    yield batch
+                yield from self._checked(*found)
         except Exception as error:
             del batches
             self._end_workers(error)
             raise
 
-    def _checked(self, batch: Any, unreadable: Sequence[Unreadable]) -> Any:
-        """`batch`, once what is unreadable in it is noted, or is an error."""
+    def _checked(self, batch: Any, unreadable: Sequence[Unreadable]) -> Iterator[Any]:
+        """`batch`, unless it is None, once what is unreadable in it is noted, or is an error."""
         if unreadable and not self._skip:
             name, reason = unreadable[0]
             raise ValueError(
@@ -256,7 +165,35 @@ class ImageLoader:
                 "out (bad_images='skip', --bad-images skip)"
             )
         self.unreadable.update(unreadable)
-        return batch
+        if batch is not None:
+            yield batch
+        elif self.every_batch:
+            yield empty_batch(self.dataset)
+
+    def _read_in(self, order: Order) -> None:
+        """Read the data set in this order from now on."""
+        self._order = order
+        self.every_batch = order.in_step and order.processes.size > 1
+        self._sampler = _Asked(order)
+        self._open = partial(
+            self._new_loader, self._reader, batch_sampler=self._sampler, collate_fn=_as_it_is
+        )
+        self._loader = self._opened()
+
+    def _opened(self) -> DataLoader[Any]:
+        with _any_number_of_workers():
+            return self._open()
+
+    def _known_order(self) -> Order:
+        if self._order is None:
+            raise TypeError("loader must be of a data set that is read by index, which has epochs")
+        return self._order
+
+    def _begin(self) -> tuple[int, int]:
+        """The epoch of the next pass and its first batch, which is then begun."""
+        begun = self._next
+        self._next = begun[0] + 1, 0
+        return begun
 
     def _end_workers(self, error: BaseException | None) -> None:
         """End them after an error, which must not keep their iterator in its frames.
@@ -267,8 +204,42 @@ class ImageLoader:
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__
         if self._loader.num_workers:
-            with _any_number_of_workers():
-                self._loader = self._open()
+            self._loader = self._opened()
+
+
+def shuffled_loader(images: Tensor, labels: Tensor, *, batch_size: int, seed: int) -> ImageLoader:
+    """A loader over tensors in memory, in an order that is new in each epoch and depends on `seed` alone."""
+    dataset = TensorDataset(images, labels)
+    return ImageLoader(
+        dataset,
+        num_images=len(dataset),
+        batch_size=check_int("batch_size", batch_size, 1),
+        seed=check_seed(seed),
+        shuffle=True,
+    )
+
+
+class _Asked:
+    """What a DataLoader asks a `BatchReader` for in a pass: (epoch, indices) for each batch."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._start = (1, 0)
+
+    def start(self, epoch: int, skip: int) -> None:
+        """Make the next pass that of `epoch`, from its batch `skip` on."""
+        self._start = epoch, skip
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        epoch, skip = self._start
+        return ((epoch, indices) for indices in self._order.batches(epoch, skip))
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 @contextmanager
@@ -324,21 +295,6 @@ def _shared_memory_is_full(reason: str) -> RuntimeError:
         f"workers find too little shared memory ({_SHARED_MEMORY}) for their batches: read the images "
         f"without workers (workers=0, --workers 0), or in smaller batches ({reason})"
     )
-
-
-def collate_readable(items: list[Any]) -> tuple[Any, list[Unreadable]]:
-    """A batch of what is readable, None where nothing is, and what is unreadable."""
-    unreadable = [item for item in items if isinstance(item, Unreadable)]
-    readable = [item for item in items if not isinstance(item, Unreadable)]
-    return default_collate(readable) if readable else None, unreadable
-
-
-def _open_and_close(source: str | Path | BinaryIO) -> Image.Image:
-    try:
-        return open_image(source)
-    finally:
-        if not isinstance(source, str | Path):
-            source.close()
 
 
 @contextmanager

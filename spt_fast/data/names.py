@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from torch.utils.data import IterableDataset, TensorDataset
 
+from spt_fast.data.datasets import FileImages, NamedImages, TarImages
 from spt_fast.data.fgvc import open_fgvc
 from spt_fast.data.folder import list_folder, list_tar
 from spt_fast.data.listing import Listing, printable, some_names, spread
 from spt_fast.data.lists import LIST_SUFFIXES, open_list
-from spt_fast.data.loading import FileImages, NamedImages, TarImages
 from spt_fast.data.shipped import DIGITS_CLASSES, load_digits
 from spt_fast.data.vtab import is_task, open_vtab
 from spt_fast.support.errors import first_line

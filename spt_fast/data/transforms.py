@@ -127,6 +127,32 @@ class Preprocessing:
         return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
 
+def split_transform(transform: Any) -> tuple[list[Any], list[Any]]:
+    """The steps of a transform, as those that begin it and are the same every time, and all others.
+
+    Steps of unknown classes, which may be random, and those that do not give a PIL image are of the others.
+    """
+    from timm.data.transforms import CenterCropOrPad
+    from torchvision import transforms
+
+    fixed_classes = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, CenterCropOrPad)
+    steps = list(transform.transforms) if type(transform) is transforms.Compose else [transform]
+    count = next((at for at, step in enumerate(steps) if type(step) not in fixed_classes), len(steps))
+    return steps[:count], steps[count:]
+
+
+def is_random(transform: Any) -> bool:
+    """Whether a transform has steps that are not known to do the same every time."""
+    from timm.data.transforms import MaybePILToTensor, MaybeToTensor
+    from torchvision import transforms
+
+    fixed_classes = (
+        *(transforms.ToTensor, transforms.PILToTensor, MaybeToTensor, MaybePILToTensor),
+        *(transforms.ConvertImageDtype, transforms.Normalize),
+    )
+    return any(type(step) not in fixed_classes for step in split_transform(transform)[1])
+
+
 def choose(
     benchmark: str,
     resize: str | None = None,

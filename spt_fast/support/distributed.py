@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from spt_fast.support.errors import NonFiniteError
 
@@ -62,6 +63,14 @@ class Processes:
                     dist.broadcast(theirs.view(torch.uint8), group=self._group, group_src=rank)
             everyone.append(theirs.to(rows.device))
         return torch.cat(everyone)
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """`module`, whose backward then averages gradients over all ranks; alone, it is left as it is."""
+        if self._group is None:
+            return module
+        device = next(module.parameters()).device
+        ids = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, process_group=self._group)
 
     def work_of(self, count: int) -> range:
         """Which of the items 0 to `count` - 1 this rank does in `split_work`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from spt_fast.backbones.anatomy import unwrap
 from spt_fast.backbones.snapshot import has_head
 from spt_fast.data.batches import IGNORED_LABEL, count_labels, labelled_batch
 from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.tables import csv_bytes
 from spt_fast.support.waiting import OnTheWay, move
@@ -36,9 +37,13 @@ def evaluate(tuned: nn.Module, loader: Iterable[Any]) -> float:
         NonFiniteError: a logit is NaN; `image` is counted from 0 over the loader.
     """
     right = total = 0
+    seen = 0
     for labels, predicted, _ in _labels_and_predictions(tuned, loader):
         right += int((labels == predicted).sum())
         total += int((labels != IGNORED_LABEL).sum())
+        seen += len(labels)
+    if total == 0:
+        raise _nothing_to_count(seen)
     return right / total
 
 
@@ -110,28 +115,50 @@ class Evaluation:
             ),
         }
 
+    def state(self) -> dict[str, Any]:
+        """Strings, numbers and lists from which `of_state` makes the same again."""
+        return {"class_names": list(self.class_names), "counts": [[*p, n] for p, n in self.counts.items()]}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Evaluation:
+        """What `state` gave."""
+        counts = {(label, predicted): count for label, predicted, count in state["counts"]}
+        return cls(tuple(state["class_names"]), counts)
+
     def _right(self) -> list[int]:
         return [self.counts.get((label, label), 0) for label in range(len(self.class_names))]
 
 
 def evaluate_classes(
-    tuned: nn.Module, loader: Iterable[Any], class_names: Sequence[str] | None = None
+    tuned: nn.Module,
+    loader: Iterable[Any],
+    class_names: Sequence[str] | None = None,
+    *,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """Which images of a loader are taken for which class; images and errors as in `evaluate`.
 
     Args:
         class_names: one for each logit; None takes `tuned.class_names`, or else the labels as text.
+        processes: those that evaluate together, each with a loader over its own share of the images, of which
+            some may be empty; all of them get the whole.
 
     Raises:
         ValueError: also where the number of names is not that of the logits.
     """
     counts: Counter[tuple[int, int]] = Counter()
     names: tuple[str, ...] | None = None
-    for labels, predicted, width in _labels_and_predictions(tuned, loader):
-        names = names or names_of_logits(tuned, width, class_names)
-        counts.update(zip(labels.tolist(), predicted.tolist(), strict=True))
-    assert names is not None
-    return Evaluation(names, {pair: count for pair, count in counts.items() if pair[0] != IGNORED_LABEL})
+    with processes.together():
+        for labels, predicted, width in _labels_and_predictions(tuned, loader):
+            names = names or names_of_logits(tuned, width, class_names)
+            counts.update(zip(labels.tolist(), predicted.tolist(), strict=True))
+    shares = processes.gather((counts, names))
+    counts = sum((share for share, _ in shares), Counter())
+    names = next((found for _, found in shares if found is not None), None)
+    found = {pair: count for pair, count in counts.items() if pair[0] != IGNORED_LABEL}
+    if names is None or not found:
+        raise _nothing_to_count(counts.total())
+    return Evaluation(names, found)
 
 
 def names_of_logits(
@@ -202,7 +229,7 @@ def _labels_and_predictions(tuned: nn.Module, loader: Iterable[Any]) -> Iterator
     Each batch is read while the device is at the next one.
     """
     check_gives_logits(tuned)
-    seen = total = 0
+    seen = 0
     unread: deque[tuple[int, Tensor, OnTheWay, int]] = deque()
 
     def read_next() -> tuple[Tensor, Tensor, int]:
@@ -218,24 +245,25 @@ def _labels_and_predictions(tuned: nn.Module, loader: Iterable[Any]) -> Iterator
     with inference(tuned):
         for index, batch in enumerate(loader):
             where = f"batch {index} of loader"
-            logits, labels, count = forward(tuned, batch, torch.device("cpu"), where)
+            logits, labels, _ = forward(tuned, batch, torch.device("cpu"), where)
             # In one transfer: -1 stands for NaN.
             largest = logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
             unread.append((seen, labels, OnTheWay(largest), logits.shape[1]))
             seen += len(labels)
-            total += count
             if len(unread) > 1:
                 yield read_next()
         while unread:
             yield read_next()
-    if total == 0:
-        kind = f"labels other than {IGNORED_LABEL}" if seen else "images"
-        raise ValueError(f"loader must give at least one image with a label, got no {kind}")
+
+
+def _nothing_to_count(seen: int) -> ValueError:
+    kind = f"labels other than {IGNORED_LABEL}" if seen else "images"
+    return ValueError(f"loader must give at least one image with a label, got no {kind}")
 
 
 def _input_dtype(tuned: nn.Module) -> torch.dtype:
     """That of the first floating-point parameter or buffer; float32 where `weight_dtype` autocasts."""
-    if getattr(tuned, "weight_dtype", None) is not None:
+    if getattr(unwrap(tuned), "weight_dtype", None) is not None:
         return torch.float32
     return next((tensor.dtype for tensor in _tensors(tuned) if tensor.is_floating_point()), torch.float32)
 

@@ -1,360 +1,351 @@
-"""Train the parameters of a model that require a gradient: AdamW, linear warm-up, cosine (paper, Sec. 4.1).
-
-For one process and a classification task; mixed precision and several processes are up to the caller.
-"""
+"""Train the parameters of a model that require a gradient, on images and labels, as a recipe says."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, TensorDataset
 
-from spt_fast.data.batches import IGNORED_LABEL
-from spt_fast.prompting.parameter_groups import parameter_groups
-from spt_fast.support.arguments import check_choice, check_int, check_number, check_seed
+from spt_fast.data.loading import shuffled_loader as shuffled_loader
+from spt_fast.data.prefetch import ahead
+from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.progress import progress_bar
-from spt_fast.support.randomness import seeded
-from spt_fast.support.tables import csv_bytes
-from spt_fast.support.waiting import OnTheWay
-from spt_fast.training.evaluation import check_gives_logits, device_of, evaluate, forward
-
-FINAL_LR = 1e-8
-WARMUP_SHARE = 0.1
-HISTORY_COLUMNS = ("epoch", "loss", "val_accuracy", "lr", "prompt_lr", "seconds", "kept")
-KEEP = ("last", "best")
+from spt_fast.support.randomness import seed_all, seed_of, seeded
+from spt_fast.training.drop_path import stochastic_depth
+from spt_fast.training.evaluation import (
+    Evaluation,
+    check_gives_logits,
+    device_of,
+    evaluate_classes,
+)
+from spt_fast.training.history import History
+from spt_fast.training.learned import Average, learned, take_back
+from spt_fast.training.losses import Losses
+from spt_fast.training.objective import Objective
+from spt_fast.training.optimizer import LearningRates, create_optimizer
+from spt_fast.training.recipe import Recipe
+from spt_fast.training.sources import Source, find_source
+from spt_fast.training.step import Stepper, channels_last
 
 
 class Batches(Iterable[Any], Sized, Protocol):
     """A loader, as `labelled_batch` reads its batches, that is iterated once per epoch and has a length."""
 
 
-@dataclass
-class History:
-    """Loss, accuracy, rate and time of a run of `fit`, one entry per epoch or per evaluation.
-
-    Attributes:
-        loss: mean training loss (cross entropy) over the images of the epoch.
-        val_accuracy: accuracy in [0, 1] on the validation images after each of `val_epochs`; empty without
-            `val_loader`.
-        val_epochs: epochs (from 1) after which the model was evaluated.
-        lr: learning rate of the epoch's last step, of everything but prompts.
-        seconds: wall-clock time of the epoch's training steps; evaluation is not counted.
-        keep: as `fit` was asked.
-        prompt_lr: as `lr`, of the prompts; None where no prompts learn.
-    """
-
-    loss: list[float] = field(default_factory=list)
-    val_accuracy: list[float] = field(default_factory=list)
-    val_epochs: list[int] = field(default_factory=list)
-    lr: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    keep: Literal["last", "best"] = "last"
-    prompt_lr: list[float | None] = field(default_factory=list)
-
-    @property
-    def epochs(self) -> int:
-        """The number of epochs so far."""
-        return len(self.loss)
-
-    @property
-    def kept_epoch(self) -> int | None:
-        """The epoch, from 1, whose weights are kept: the last, or the first of the best by validation."""
-        if self.keep == "last":
-            return self.epochs or None
-        return self.val_epochs[self.val_accuracy.index(max(self.val_accuracy))] if self.val_epochs else None
-
-    @property
-    def train_seconds(self) -> float:
-        """The time of all training steps."""
-        return sum(self.seconds)
-
-    def summary(self) -> str:
-        """Epochs, time and last loss in one line, and accuracy on validation images in another, if any."""
-        lines = [f"{self.epochs} epochs in {self.train_seconds:.1f} s, loss {self.loss[-1]:.4g}"]
-        if self.val_accuracy:
-            lines.append(f"validation accuracy {self.val_accuracy[-1]:.2%}")
-        if self.keep == "best" and self.val_accuracy:
-            lines.append(f"kept epoch {self.kept_epoch}, best by validation: {max(self.val_accuracy):.2%}")
-        return "\n".join(lines)
-
-    def to_csv(self) -> bytes:
-        """A row per epoch, in `HISTORY_COLUMNS`; val_accuracy is empty where nothing was evaluated.
-
-        `kept` is 1 in the row of `kept_epoch` and 0 in the others.
-        """
-        accuracy = dict(zip(self.val_epochs, self.val_accuracy, strict=True))
-        prompt_lr = self.prompt_lr or [None] * self.epochs
-        rows = [
-            (epoch, loss, accuracy.get(epoch, ""), *others, int(epoch == self.kept_epoch))
-            for epoch, (loss, *others) in enumerate(
-                zip(self.loss, self.lr, prompt_lr, self.seconds, strict=True), start=1
-            )
-        ]
-        return csv_bytes(HISTORY_COLUMNS, rows)
-
-
 def fit(
     tuned: nn.Module,
     train_loader: Batches,
     val_loader: Iterable[Any] | None = None,
+    recipe: Recipe | None = None,
     *,
-    epochs: int = 100,
-    lr: float = 1e-2,
-    prompt_lr: float | None = None,
-    weight_decay: float = 1e-4,
-    head_weight_decay: float | None = None,
-    warmup_epochs: float | None = None,
-    seed: int = 0,
-    val_every: int = 1,
-    keep: Literal["last", "best"] = "last",
     progress: bool = True,
     on_epoch: Callable[[int, History], None] | None = None,
+    **fields: Any,
 ) -> History:
-    """Train every parameter of `tuned` that requires a gradient, in place.
+    """Train every parameter of `tuned` that requires a gradient, in place; nothing is written.
 
-    AdamW; the learning rate rises linearly over `warmup_epochs`, then falls as a cosine to 1e-8 at the last
-    step. The paper trains for 100 epochs, 10 of them warm-up, with batches of 32 (Sec. 4.1).
+    >>> fit(tuned, train_loader, val_loader, epochs=20, lr=1e-2)
 
     Args:
         tuned: maps images to logits, e.g. a `PromptedViT`; trained on the device its parameters are on.
         train_loader: batches of images [B, ...] and labels [B], as `data.batches.labelled_batch` reads them,
             with a length; it decides the order of the images. Images with the label -100 count nowhere.
         val_loader: such batches, evaluated after every `val_every`-th epoch and the last.
-        epochs: passes over `train_loader`, at least 1.
-        lr: highest learning rate.
-        prompt_lr: highest learning rate of the parameters named `prompts`; None is in proportion to `lr` and
-            to their root mean square (`prompting.parameter_groups.default_prompt_lr`).
-        weight_decay: for tensors of two or more dimensions; biases and norms have none.
-        head_weight_decay: the same for the head of `tuned`, its part `head`; None is `weight_decay`.
-        warmup_epochs: length of the linear rise, below `epochs`; it may be a fraction. None is a tenth of
-            `epochs`.
-        seed: of the random numbers that the model's forward pass draws, as for dropout, and of those that
-            transforms of images draw in this process. The global random states of Python, NumPy and torch
-            are restored at the end. For the order of the images see `shuffled_loader`.
-        keep: the weights that `tuned` has at the end: of the "last" epoch, or of the "best" by accuracy on
-            `val_loader`, the first of equals. The paper's released code takes the best on its test images,
-            which `fit` never sees.
+        recipe: how to train; None is `Recipe()`, the paper's (Sec. 4.1) where nothing else is said there.
+        progress: show a bar on stderr.
         on_epoch: called as `on_epoch(epoch, history)` after every epoch, from 1; it may raise to stop.
+        fields: of `Recipe`, instead of those of `recipe`.
+
+    The seed of the recipe decides the random numbers that the model's forward pass draws, as for dropout, and
+    those that transforms of images draw in this process. The global random states of Python, NumPy and torch
+    are restored at the end. The weights at the end are those that the recipe keeps; the paper's released code
+    takes the best on its test images, which `fit` never sees.
 
     Raises:
         TypeError: `train_loader` has no length, `val_loader` is an iterator, which can be read only once, a
             batch holds something else, or an argument is of the wrong type.
-        ValueError: an argument is out of range, a loader or a batch is empty, labels have another shape or
-            are no classes of the model, no parameter requires a gradient, or one that does is float16.
+        ValueError: a field is unknown or out of range, a loader or a batch is empty, labels have another
+            shape or are no classes of the model, no parameter requires a gradient, or one that does is
+            float16.
         FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate. It is raised
-            after that step or the next one, so that no step waits for its loss; the model has taken them.
+            some steps later, so that no step waits for its loss; the model has taken them.
     """
-    check_gives_logits(tuned)
-    steps = _count_batches(train_loader)
+    recipe = (recipe or Recipe()).replace(**fields)
+    return Trainer(tuned, train_loader, val_loader, recipe, progress=progress).run(on_epoch=on_epoch)
+
+
+class Trainer:
+    """A run of training that can be stopped after any step and gone on with, also in another process.
+
+    Args:
+        tuned, train_loader, val_loader, recipe, progress: as in `fit`.
+        processes: those that train together: each has a loader of its own share of every batch, of which some
+            may be empty, and of the validation images.
+        class_counts: images of each class, for `balance="loss"`.
+
+    Attributes:
+        history: what the run has seen so far.
+        epoch: how many epochs are finished.
+        step: how many steps of the next epoch are.
+        evaluation: of the last validation, or None.
+        average: the moving average of what learns, or None.
+
+    Raises:
+        TypeError, ValueError: as `fit`.
+    """
+
+    def __init__(
+        self,
+        tuned: nn.Module,
+        train_loader: Batches,
+        val_loader: Iterable[Any] | None = None,
+        recipe: Recipe | None = None,
+        *,
+        processes: Processes = ALONE,
+        progress: bool = True,
+        class_counts: Sequence[int] | None = None,
+    ) -> None:
+        self.tuned, self.recipe = tuned, recipe or Recipe()
+        check_gives_logits(tuned)
+        _check_loaders(train_loader, val_loader, self.recipe)
+        self._train_loader, self._val_loader = train_loader, val_loader
+        self._processes, self._progress = processes, progress
+        self._batches = _count_batches(train_loader)
+        self._steps = -(-self._batches // self.recipe.accumulate)
+        self._device = device_of(tuned)
+        self.optimizer = create_optimizer(tuned, self.recipe)
+        objective = _objective(self.recipe, tuned, class_counts)
+        self._stepper = Stepper(self.optimizer, self.recipe, objective, self._device, processes)
+        self._rates = LearningRates(self.optimizer, self.recipe, self._steps)
+        self.average = None if self.recipe.ema is None else Average(tuned, self.recipe.ema)
+        self.history = History(keep=self.recipe.keep)
+        self.evaluation: Evaluation | None = None
+        self.epoch = self.step = 0
+        self._best: dict[str, Tensor] = {}
+        self._losses = Losses(1, processes=processes)
+        self._seconds = 0.0
+        self._orders = _generators(train_loader)
+        self._order_states = [generator.get_state() for generator in self._orders]
+
+    def run(
+        self,
+        *,
+        on_epoch: Callable[[int, History], None] | None = None,
+        on_step: Callable[[Trainer], None] | None = None,
+    ) -> History:
+        """Train up to the last epoch, from wherever the run is; then put the kept weights into `tuned`.
+
+        Args:
+            on_epoch: as in `fit`.
+            on_step: called after every step but the last of an epoch; `state_dict` may be taken then.
+
+        Raises:
+            As `fit`.
+        """
+        if not self.is_done:
+            with self._prepared() as source, self._bar() as bar:
+                while not self.is_done:
+                    self._train_epoch(source, bar, on_step)
+                    self._validate(source)
+                    self._end_epoch()
+                    bar.set_postfix(_last_values(self.history))
+                    if on_epoch is not None:
+                        on_epoch(self.epoch, self.history)
+        self.finish()
+        return self.history
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs are done, or validation has not improved for `patience` epochs."""
+        patience, seen = self.recipe.patience, self.history.val_accuracy
+        if patience is not None and seen:
+            best = self.history.val_epochs[seen.index(max(seen))]
+            if self.epoch - best >= patience:
+                return True
+        return self.epoch >= self.recipe.epochs
+
+    def finish(self) -> None:
+        """Give `tuned` the weights that the recipe keeps of the epochs so far."""
+        if self._best and self.history.kept_epoch != self.epoch:
+            take_back(self.tuned, self._best)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context, `tuned` has the moving average of its weights.
+
+        Raises:
+            ValueError: the recipe has no `ema`.
+        """
+        if self.average is None:
+            raise ValueError("the recipe has no ema, so there is no moving average")
+        with self.average.in_place():
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a `Trainer` of the same arguments needs to go on from here; waits for the device.
+
+        Tensors, numbers, strings, lists and dicts: `torch.load` reads them with `weights_only=True`.
+        """
+        total, count = self._losses.totals()
+        history = {name: value for name, value in vars(self.history).items() if name != "keep"}
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "learned": learned(self.tuned),
+            "optimizer": self.optimizer.state_dict(),
+            "average": {} if self.average is None else self.average.values(),
+            "scaler": self._stepper.scaler.state_dict(),
+            "history": {name: list(value) for name, value in history.items()},
+            "best": self._best,
+            "running": {"loss": total, "images": count, "seconds": self._seconds},
+            "orders": list(self._order_states),
+            "evaluation": None if self.evaluation is None else self.evaluation.state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken.
+
+        Raises:
+            KeyError, ValueError: the state is that of another model or recipe.
+        """
+        take_back(self.tuned, state["learned"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load(state["average"])
+        self._stepper.scaler.load_state_dict(state["scaler"])
+        self.history = History(keep=self.recipe.keep, **state["history"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self._best = state["best"]
+        running = state["running"]
+        self._losses = self._losses_of(self.epoch + 1, running["loss"], running["images"])
+        self._seconds = running["seconds"]
+        self._order_states = state["orders"]
+        for generator, of_order in zip(self._orders, self._order_states, strict=True):
+            generator.set_state(of_order)
+        self.evaluation = None if state["evaluation"] is None else Evaluation.of_state(state["evaluation"])
+
+    @contextmanager
+    def _prepared(self) -> Iterator[Source]:
+        """What a step needs, for the time of training."""
+        recipe = self.recipe
+        with ExitStack() as stack:
+            stack.enter_context(seeded(recipe.seed, self._device))
+            stack.enter_context(stochastic_depth(self.tuned, recipe.drop_path))
+            stack.enter_context(channels_last(self.tuned, recipe.channels_last))
+            with self._stepper.autocast():
+                source = find_source(
+                    self.tuned, self._train_loader, self._val_loader, recipe, self._processes
+                )
+            yield source
+
+    def _train_epoch(self, source: Source, bar: Any, on_step: Callable[[Trainer], None] | None) -> None:
+        self.tuned.train()
+        source.module.train()
+        started = time.perf_counter() - self._seconds
+        batches = self._begin_epoch(source)
+        while True:
+            # Of the epoch and the step alone: a run that goes on in another process draws the same numbers.
+            if self.step:
+                seed_all(self._seed_of_step(self.step), self._device)
+            group = list(islice(batches, self.recipe.accumulate))
+            if not group:
+                break
+            self._take_step(source.module, group)
+            self.step += 1
+            self._seconds = time.perf_counter() - started
+            bar.update(len(group))
+            if on_step is not None and self.step < self._steps:
+                on_step(self)
+        self.history.loss.append(self._losses.mean())
+        rate, prompt_rate = self._rates.rates()
+        self.history.lr.append(rate)
+        self.history.prompt_lr.append(prompt_rate)
+        self.history.seconds.append(time.perf_counter() - started)
+
+    def _begin_epoch(self, source: Source) -> Iterator[Any]:
+        # As at the first step, also where that has been done: a loader may draw its order from these numbers.
+        seed_all(self._seed_of_step(0), self._device)
+        for generator, state in zip(self._orders, self._order_states, strict=True):
+            generator.set_state(state)
+        skip = self.step * self.recipe.accumulate
+        return ahead(source.batches(self.epoch + 1, skip), self._device)
+
+    def _end_epoch(self) -> None:
+        self.epoch, self.step, self._seconds = self.epoch + 1, 0, 0.0
+        self._losses = self._losses_of(self.epoch + 1)
+        self._order_states = [generator.get_state() for generator in self._orders]
+        if self.recipe.keep == "best" and self.history.kept_epoch == self.epoch:
+            self._best = learned(self.tuned)
+
+    def _take_step(self, module: nn.Module, group: Sequence[Any]) -> None:
+        self._rates.set(self.epoch * self._steps + self.step)
+        loss, count = self._stepper.take(module, group, self.step * self.recipe.accumulate)
+        if self.average is not None:
+            self.average.update()
+        self._losses.add(loss, count, self.step + 1, self._rates.rates()[0])
+
+    def _validate(self, source: Source) -> None:
+        epoch = self.epoch + 1
+        if source.validation is None or (epoch % self.recipe.val_every and epoch < self.recipe.epochs):
+            return
+        self.evaluation = self._evaluate(source)
+        self.history.val_accuracy.append(self.evaluation.accuracy)
+        self.history.val_epochs.append(epoch)
+        if self.average is not None:
+            with self.average.in_place():
+                self.history.ema_accuracy.append(self._evaluate(source).accuracy)
+
+    def _evaluate(self, source: Source) -> Evaluation:
+        names = getattr(self.tuned, "class_names", None)
+        assert source.validation is not None
+        with self._stepper.autocast():
+            return evaluate_classes(source.evaluated, source.validation, names, processes=self._processes)
+
+    def _losses_of(self, epoch: int, total: float = 0.0, count: int = 0) -> Losses:
+        return Losses(epoch, total=total, count=count, processes=self._processes)
+
+    def _seed_of_step(self, step: int) -> int:
+        return seed_of(self.recipe.seed, self.epoch, step, self._processes.rank)
+
+    def _bar(self) -> Any:
+        done = self.epoch * self._batches + self.step * self.recipe.accumulate
+        show = self._progress and self._processes.rank == 0
+        total = self.recipe.epochs * self._batches
+        return progress_bar(show=show, total=total, initial=done, unit="batch", desc="train")
+
+
+def _objective(recipe: Recipe, tuned: nn.Module, class_counts: Sequence[int] | None) -> Objective:
+    counts = class_counts if recipe.balance == "loss" else None
+    if recipe.balance == "loss" and counts is None:
+        raise ValueError("balance='loss' needs class_counts, the number of training images of each class")
+    return Objective(
+        label_smoothing=recipe.label_smoothing,
+        mixup=recipe.mixup,
+        cutmix=recipe.cutmix,
+        num_classes=getattr(tuned, "num_classes", None),
+        class_counts=counts,
+    )
+
+
+def _check_loaders(train_loader: Any, val_loader: Any, recipe: Recipe) -> None:
     if isinstance(val_loader, Iterator):
         raise TypeError(
             "val_loader must start anew after each epoch, as a list or a DataLoader does, "
             f"got {type(val_loader).__name__}"
         )
-    check_recipe(
-        epochs=epochs,
-        lr=lr,
-        prompt_lr=prompt_lr,
-        weight_decay=weight_decay,
-        head_weight_decay=head_weight_decay,
-        warmup_epochs=warmup_epochs,
-    )
-    if check_choice("keep", keep, KEEP) == "best" and val_loader is None:
-        raise ValueError("keep='best' is chosen by validation images, but there is no val_loader")
-    val_every, seed = check_int("val_every", val_every, 1), check_seed(seed)
-    if warmup_epochs is None:
-        warmup_epochs = WARMUP_SHARE * epochs
-    optimizer = _adamw(tuned, lr, prompt_lr, weight_decay, head_weight_decay)
-    schedule = warmup_cosine(optimizer, round(warmup_epochs * steps), epochs * steps)
-    device = device_of(tuned)
-    history = History(keep=keep)
-    best: dict[str, Tensor] = {}
-    with seeded(seed, device), progress_bar(show=progress, total=epochs, unit="epoch") as bar:
-        for epoch in range(1, epochs + 1):
-            _train_epoch(tuned, train_loader, optimizer, schedule, device, epoch, history)
-            if val_loader is not None and (epoch % val_every == 0 or epoch == epochs):
-                history.val_accuracy.append(evaluate(tuned, val_loader))
-                history.val_epochs.append(epoch)
-                if keep == "best" and history.kept_epoch == epoch:
-                    best = _learned(tuned)
-            bar.set_postfix(_last_values(history))
-            bar.update()
-            if on_epoch is not None:
-                on_epoch(epoch, history)
-    if best:
-        _take_back(tuned, best)
-    return history
-
-
-def check_recipe(
-    *,
-    epochs: int,
-    lr: float,
-    prompt_lr: float | None = None,
-    weight_decay: float,
-    head_weight_decay: float | None = None,
-    warmup_epochs: float | None = None,
-) -> None:
-    """Check these arguments of `fit`, for callers that have long work to do before they call it.
-
-    Raises:
-        TypeError: `epochs` is not an integer, or another argument is not a number.
-        ValueError: an argument is out of range.
-    """
-    check_int("epochs", epochs, 1)
-    for name, rate in (("lr", lr), ("prompt_lr", lr if prompt_lr is None else prompt_lr)):
-        check_number(name, rate, above=FINAL_LR)
-    check_number("weight_decay", weight_decay, 0)
-    if head_weight_decay is not None:
-        check_number("head_weight_decay", head_weight_decay, 0)
-    if warmup_epochs is not None and check_number("warmup_epochs", warmup_epochs, 0) >= epochs:
-        raise ValueError(f"warmup_epochs must be below epochs ({epochs}), got {warmup_epochs}")
-
-
-def shuffled_loader(
-    images: Tensor, labels: Tensor, *, batch_size: int, seed: int
-) -> DataLoader[tuple[Tensor, ...]]:
-    """A loader over tensors in memory, in an order that is new in each epoch and depends on `seed` alone."""
-    batch_size = check_int("batch_size", batch_size, 1)
-    generator = torch.Generator().manual_seed(check_seed(seed))
-    return DataLoader(TensorDataset(images, labels), batch_size=batch_size, shuffle=True, generator=generator)
-
-
-def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LRScheduler:
-    """Each group's rate from peak / (warmup_steps + 1) linearly to its peak, then as a cosine to 1e-8.
-
-    The peak is the rate that the group has now; 1e-8 is reached at the last step. Call `scheduler.step()`
-    after every optimiser step.
-    """
-
-    def factor(peak: float, step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        floor = FINAL_LR / peak
-        share = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
-
-    factors: list[Callable[[int], float]] = [partial(factor, group["lr"]) for group in optimizer.param_groups]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-
-
-def _train_epoch(
-    tuned: nn.Module,
-    loader: Batches,
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
-    device: torch.device,
-    epoch: int,
-    history: History,
-) -> None:
-    tuned.train()
-    losses = _Losses(epoch)
-    rate, prompt_rate = _rates(optimizer)
-    started = time.perf_counter()
-    for step, batch in enumerate(loader):
-        where = f"batch {step} of train_loader"
-        logits, labels, labelled = forward(tuned, batch, device, where)
-        if labelled == 0:
-            raise ValueError(f"{where} must hold a label other than {IGNORED_LABEL}, got none")
-        loss = F.cross_entropy(logits, labels)
-        rate, prompt_rate = _rates(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        losses.add(loss.detach(), labelled, step + 1, rate)
-    history.loss.append(losses.mean())
-    history.lr.append(rate)
-    history.prompt_lr.append(prompt_rate)
-    history.seconds.append(time.perf_counter() - started)
-
-
-class _Losses:
-    """The losses of an epoch, each read while the device is at the next step."""
-
-    def __init__(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._total, self._count = 0.0, 0
-        self._unread: deque[tuple[OnTheWay, int, int, float]] = deque()
-
-    def add(self, loss: Tensor, labelled: int, step: int, rate: float) -> None:
-        """Take the loss of a step, a mean over `labelled` images, and look at that of the step before."""
-        self._unread.append((OnTheWay(loss), labelled, step, rate))
-        if len(self._unread) > 1:
-            self._read_next()
-
-    def mean(self) -> float:
-        """The mean over all images, once all losses are read."""
-        while self._unread:
-            self._read_next()
-        if self._count == 0:
-            raise ValueError("train_loader must give at least one image, got none")
-        return self._total / self._count
-
-    def _read_next(self) -> None:
-        sent, labelled, step, rate = self._unread.popleft()
-        loss = sent.read()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"loss is {loss} at epoch {self._epoch}, step {step}, learning rate {rate:.2g}; lower lr"
-            )
-        self._total += loss * labelled
-        self._count += labelled
-
-
-def _adamw(
-    tuned: nn.Module,
-    lr: float,
-    prompt_lr: float | None,
-    weight_decay: float,
-    head_weight_decay: float | None,
-) -> torch.optim.AdamW:
-    """AdamW over the parameters that require a gradient, in groups by rate and decay."""
-    for name, parameter in tuned.named_parameters():
-        if parameter.requires_grad and parameter.dtype == torch.float16:
-            raise ValueError(
-                f"tuned must learn parameters of float32 or bfloat16, but {name} is float16, in which "
-                "AdamW divides by zero; keep the model in float32 and give weight_dtype='bf16' instead"
-            )
-    groups = parameter_groups(
-        tuned, lr, prompt_lr, weight_decay=weight_decay, head_weight_decay=head_weight_decay
-    )
-    if not groups:
-        raise ValueError("tuned must have a parameter that requires a gradient, got none to train")
-    return torch.optim.AdamW(groups)
-
-
-def _rates(optimizer: torch.optim.Optimizer) -> tuple[float, float | None]:
-    """The rates of the next step: of everything but prompts, and of prompts, if they learn."""
-    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-    prompts = rates.pop("prompts", None)
-    return next(iter(rates.values()), prompts), prompts
-
-
-def _learned(tuned: nn.Module) -> dict[str, Tensor]:
-    """Copies of what training changes: parameters that require a gradient, and buffers."""
-    return {name: tensor.detach().clone() for name, tensor in _changing(tuned)}
-
-
-def _take_back(tuned: nn.Module, learned: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in _changing(tuned):
-            tensor.copy_(learned[name])
-
-
-def _changing(tuned: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from ((name, each) for name, each in tuned.named_parameters() if each.requires_grad)
-    yield from tuned.named_buffers()
+    for name, value in (("keep", recipe.keep == "best"), ("patience", recipe.patience is not None)):
+        if value and val_loader is None:
+            shown = f"{name}={getattr(recipe, name)!r}"
+            raise ValueError(f"{shown} is chosen by validation images, but there is no val_loader")
+    if recipe.balance == "sampler" and getattr(train_loader, "balance", "none") != "sampler":
+        raise ValueError(
+            "balance='sampler' is for the loader of data.images.open_labelled_images, which draws the images"
+        )
 
 
 def _count_batches(train_loader: Batches) -> int:
@@ -368,6 +359,16 @@ def _count_batches(train_loader: Batches) -> int:
     if batches == 0:
         raise ValueError("train_loader must give at least one batch, got none")
     return batches
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The generators that decide the order of a DataLoader of the user's own, each of them once."""
+    if hasattr(loader, "set_epoch"):
+        return []
+    sampler = getattr(loader, "sampler", None)
+    holders = (loader, sampler, getattr(loader, "batch_sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
 def _last_values(history: History) -> dict[str, str]:

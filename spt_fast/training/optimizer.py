@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from spt_fast.prompting.parameter_groups import parameter_groups
 from spt_fast.support.arguments import check_int
 from spt_fast.training.recipe import Recipe
+
+# Of the recipe's default, and of `warmup_cosine`.
+FINAL_LR = 1e-8
 
 
 def create_optimizer(tuned: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -86,6 +92,20 @@ class LearningRates:
         if self._recipe.schedule == "constant":
             return peak * min(1.0, (step + 1) / (self._warmup + 1))
         return peak * cosine_factor(step, self._warmup, self._total, floor=self._recipe.min_lr / peak)
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LRScheduler:
+    """Each group's rate from peak / (warmup_steps + 1) linearly to its peak, then as a cosine to 1e-8.
+
+    For your own loop: the peak is the rate that the group has now; 1e-8 is reached at the last step. Call
+    `scheduler.step()` after every optimiser step.
+    """
+
+    def factor(peak: float, step: int) -> float:
+        return cosine_factor(step, warmup_steps, total_steps, floor=FINAL_LR / peak)
+
+    factors: list[Callable[[int], float]] = [partial(factor, group["lr"]) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
 
 def cosine_factor(step: int, warmup_steps: int, total_steps: int, floor: float) -> float:

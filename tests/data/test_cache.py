@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
+from spt_fast.data import datasets, loading, shipped
 from spt_fast.data import images as images_module
-from spt_fast.data import loading, shipped
 from spt_fast.data.cache import ImageCache, split_transform
 from spt_fast.data.folder import list_folder
 from spt_fast.data.images import open_images, open_labelled_images, open_validation_images
@@ -52,8 +52,8 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         opened.append(path)
         return original(path)
 
-    original = loading.open_image
-    monkeypatch.setattr(loading, "open_image", note)
+    original = datasets.open_image
+    monkeypatch.setattr(datasets, "open_image", note)
     return opened
 
 
@@ -170,7 +170,7 @@ def test_unreadable_images_are_skipped_or_an_error_in_every_epoch(workers, folde
 def test_other_colours_and_bytes_come_back_as_they_were():
     """Grey images are kept in one channel; every byte goes through the table as through the transform."""
 
-    class Grey(loading.DecodedImages):
+    class Grey(datasets.DecodedImages):
         transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.3], [0.7])])
 
         def __len__(self) -> int:
@@ -190,7 +190,7 @@ def test_an_image_that_cannot_be_transformed_is_named(folder):
     def fail(image: Image.Image) -> Image.Image:
         raise ValueError("too thin")
 
-    dataset = loading.FileImages(list_folder(folder, classes=True))
+    dataset = datasets.FileImages(list_folder(folder, classes=True))
     for step, reason in ((fail, "too thin"), (transforms.Resize((0, 0)), "height and width must be > 0")):
         dataset.transform = transforms.Compose([transforms.Resize((8, 8)), step])
         for each in (dataset, ImageCache().wrap(dataset, "images")):

@@ -15,8 +15,9 @@ from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
 from spt_fast.data import shipped
+from spt_fast.data.datasets import NamedImages
 from spt_fast.data.images import open_images, open_labelled_images
-from spt_fast.data.loading import ImageLoader, NamedImages
+from spt_fast.data.loading import ImageLoader
 from spt_fast.data.overlap import find_overlap
 
 

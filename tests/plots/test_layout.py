@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from spt_fast import plots
 from spt_fast.support.tables import csv_bytes
-from spt_fast.training.loop import History
+from spt_fast.training.history import History
 
 VALUES = np.linspace(0.1, 0.4, 12).reshape(2, 3, 2)  # two seeds, three steps, two layers
 LENGTHS = ([5, 10], [0.7, 0.8])

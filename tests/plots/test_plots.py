@@ -11,7 +11,7 @@ import torch
 
 from spt_fast import plots
 from spt_fast.support.tables import csv_bytes, format_table, read_csv
-from spt_fast.training.loop import History
+from spt_fast.training.history import History
 
 EPOCHS = np.arange(4)
 

@@ -28,17 +28,21 @@ import torch.distributed as dist
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.distributed.launcher import LaunchConfig, elastic_launch
+from torch.utils.data import TensorDataset
 
 from spt_fast.analysis.nmi_tracker import NMITracker
 from spt_fast.clustering import StreamingKMeans
 from spt_fast.clustering.out_of_core import OutOfCoreKMeans
 from spt_fast.clustering.reservoir import PriorityReservoir
 from spt_fast.commands import main as cli
+from spt_fast.data.loading import ImageLoader
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.prototypes.build import build_prototypes
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.prototypes.token_store import TokenStore
 from spt_fast.support.distributed import Processes, find_processes
+from spt_fast.training import Trainer
+from spt_fast.training.recipe import Recipe
 
 TIMEOUT = timedelta(minutes=5)  # waited for only where a test fails
 SHORT = timedelta(seconds=3)  # where a rank stays silent on purpose
@@ -318,6 +322,48 @@ def nmi_file_is_there_already(folder: Path) -> Any:
     tracker = NMITracker(PromptedViT(make_vit(), 2, num_classes=0))
     (folder / "nmi.csv").touch()
     return _caught(lambda: tracker.to_csv(folder / "nmi.csv"))
+
+
+def train(**options: Any) -> dict[str, Any]:
+    """25 images in batches of 7, of which the last has 4: three ranks, and then five, share them."""
+    processes = find_processes(None)
+    images = TensorDataset(torch.cat(make_batches())[:25], torch.arange(25) % 5)
+    share = {"num_images": 25, "seed": 3, "processes": processes}
+    train = ImageLoader(images, batch_size=7, shuffle=True, in_step=True, **share)
+    val = ImageLoader(images, batch_size=4, **share)
+    tuned = PromptedViT(make_vit(), torch.full((2, 3, 32), 0.3), num_classes=5)
+    recipe = Recipe(epochs=3, lr=1e-2, ema=0.8, **options)
+    trainer = Trainer(tuned, train, val, recipe, processes=processes, progress=False)
+    history = trainer.run()
+    assert trainer.evaluation is not None
+    return {
+        "loss": history.loss,
+        "val_accuracy": history.val_accuracy,
+        "ema_accuracy": history.ema_accuracy,
+        "counts": trainer.evaluation.counts,
+        **tuned.learned_state_dict(),
+    }
+
+
+@scenario(1, 2, 3, 5)
+def training(_: Path) -> Any:
+    return train()
+
+
+@scenario(1, 2)
+def training_in_parts(_: Path) -> Any:
+    return train(accumulate=3, clip_grad=0.5, label_smoothing=0.1)
+
+
+@scenario(2)
+def training_with_a_nan_on_one_rank(_: Path) -> Any:
+    images = torch.cat(make_batches())[:12].clone()
+    images[5] = torch.nan
+    dataset = TensorDataset(images, torch.arange(12) % 5)
+    processes = find_processes(None)
+    loader = ImageLoader(dataset, num_images=12, batch_size=4, processes=processes, in_step=True)
+    tuned = PromptedViT(make_vit(), torch.full((2, 3, 32), 0.3), num_classes=5)
+    return _caught(Trainer(tuned, loader, recipe=Recipe(epochs=1), processes=processes, progress=False).run)
 
 
 @scenario(3)

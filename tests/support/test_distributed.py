@@ -243,6 +243,34 @@ def test_what_keeps_process_0_from_writing_stops_all(outcomes: Outcomes) -> None
     assert other == ("OSError", f"rank 0: {own[1]}")
 
 
+@pytest.mark.parametrize(
+    ("scenario", "alone"),
+    [
+        ("training_2", "training_1"),
+        ("training_3", "training_1"),
+        ("training_5", "training_1"),
+        ("training_in_parts_2", "training_in_parts_1"),
+    ],
+)
+def test_training_has_the_curve_of_one_process(outcomes: Outcomes, scenario: str, alone: str) -> None:
+    """Also where ranks have different numbers of images of a batch, or none of the last."""
+    ours, expected = outcomes.same(scenario), outcomes.same(alone)
+    assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert ours["loss"][-1] < ours["loss"][0]
+    assert sum(ours["counts"].values()) == 25
+    for key in ("prompts", "head.weight", "head.bias"):
+        torch.testing.assert_close(ours[key], expected[key], rtol=1e-3, atol=1e-4)
+    for key in ("val_accuracy", "ema_accuracy"):
+        assert ours[key] == pytest.approx(expected[key], abs=1 / 25)
+
+
+def test_a_loss_that_is_nan_on_one_rank_is_the_same_error_on_all(outcomes: Outcomes) -> None:
+    first, second = outcomes.of("training_with_a_nan_on_one_rank")
+    assert first == second
+    assert first[0] == "FloatingPointError"
+    assert "loss is nan at epoch 1, step 2" in first[1]
+
+
 def test_a_group_may_be_part_of_the_processes(outcomes: Outcomes) -> None:
     first, outside, third = outcomes.of("part_of_the_processes")
     assert_same(first, third)

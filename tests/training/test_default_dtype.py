@@ -15,7 +15,7 @@ from torch import Tensor
 from spt_fast import KMeans, NMITracker, PromptedViT, StreamingKMeans, build_prototypes
 from spt_fast.analysis import analyse
 from spt_fast.data.shipped import load_digits
-from spt_fast.training.loop import evaluate, fit
+from spt_fast.training import evaluate, fit
 
 Loader = list[tuple[Tensor, Tensor]]
 

@@ -19,8 +19,9 @@ from spt_fast import NMITracker, PromptedViT, build_prototypes
 from spt_fast.analysis import analyse
 from spt_fast.prompting.parameter_groups import PROMPT_LR_FACTOR
 from spt_fast.support.errors import NonFiniteError
-from spt_fast.training.evaluation import evaluate
-from spt_fast.training.loop import FINAL_LR, fit, shuffled_loader, warmup_cosine
+from spt_fast.training.evaluation import Evaluation, evaluate
+from spt_fast.training.loop import fit, shuffled_loader
+from spt_fast.training.optimizer import FINAL_LR, warmup_cosine
 from spt_fast.training.recipes import PUBLISHED
 
 
@@ -158,11 +159,11 @@ def test_history_has_both_rates_in_columns_of_their_own(vit, make_loader, blobs)
     tuned = PromptedViT(vit, 2, num_classes=4)
     history = fit(tuned, make_loader(4, 2), prompt_lr=0.25, **{**options, "epochs": 2})
     header, first, _ = history.to_csv().decode().splitlines()
-    assert header == "epoch,loss,val_accuracy,lr,prompt_lr,seconds,kept"
-    assert [float(cell) for cell in first.split(",")[3:5]] == [history.lr[0], history.prompt_lr[0]]
+    assert header == "epoch,loss,val_accuracy,ema_accuracy,lr,prompt_lr,seconds,kept"
+    assert [float(cell) for cell in first.split(",")[4:6]] == [history.lr[0], history.prompt_lr[0]]
     without = train(make_net(), blobs, epochs=1, warmup_epochs=0)
     assert without.prompt_lr == [None]
-    assert without.to_csv().decode().splitlines()[1].split(",")[4] == ""
+    assert without.to_csv().decode().splitlines()[1].split(",")[5] == ""
     features = PromptedViT(tuned.release(), 2, num_classes=4)
     features.head.requires_grad_(False)
     alone = fit(features, make_loader(4, 2), prompt_lr=0.25, **options)
@@ -231,11 +232,17 @@ def test_a_decay_of_the_head_wants_a_head(blobs):
         train(make_net(), blobs, head_weight_decay=0.5)
 
 
+def given_accuracy(monkeypatch: pytest.MonkeyPatch, accuracy: list[float]) -> None:
+    """Let validation find these accuracies, in steps of a tenth, one after the other."""
+    counts = [{(0, 0): round(10 * share), (0, 1): round(10 - 10 * share)} for share in accuracy]
+    found = iter([Evaluation(("a", "b"), each) for each in counts])
+    monkeypatch.setattr("spt_fast.training.loop.evaluate_classes", lambda *_, **__: next(found))
+
+
 def test_the_best_epoch_by_validation_is_kept(blobs, monkeypatch):
     """Every epoch's weights written down, and accuracies that rise and fall; the first best is left."""
     accuracy = [0.2, 0.6, 0.4, 0.6, 0.5]
-    given = iter(accuracy)
-    monkeypatch.setattr("spt_fast.training.loop.evaluate", lambda *_: next(given))
+    given_accuracy(monkeypatch, accuracy)
     weights, kept = [], []
 
     def note(epoch, history):
@@ -252,6 +259,16 @@ def test_the_best_epoch_by_validation_is_kept(blobs, monkeypatch):
     rows = history.to_csv().decode().splitlines()
     assert [row.rpartition(",")[2] for row in rows] == ["kept", "0", "1", "0", "0", "0"]
     assert "kept epoch 2, best by validation: 60.00%" in history.summary()
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(1, 3), (2, 6), (3, 7), (5, 9), (6, 9)])
+def test_patience_ends_training_without_a_better_epoch(blobs, monkeypatch, patience, epochs):
+    given_accuracy(monkeypatch, [0.2, 0.6, 0.4, 0.7, 0.7, 0.5, 0.6, 0.1, 0.1])
+    loader = shuffled_loader(*blobs, batch_size=8, seed=0)
+    history = train(make_net(), blobs, val_loader=loader, epochs=9, patience=patience)
+    assert history.epochs == epochs
+    with pytest.raises(ValueError, match="patience=2 is chosen by validation images, but there is no val"):
+        train(make_net(), blobs, patience=2)
 
 
 def test_the_best_epoch_wants_validation_images(blobs):
@@ -315,7 +332,7 @@ def test_bad_numbers_are_named(blobs, options, name):
     [
         ({"epochs": 2.5}, "epochs must be an integer >= 1, got 2.5"),
         ({"val_every": 1.0}, "val_every must be an integer >= 1, got 1.0"),
-        ({"lr": "0.1"}, "lr must be a finite number > 1e-08, got '0.1'"),
+        ({"lr": "0.1"}, "lr must be a finite number > 0, got '0.1'"),
         ({"warmup_epochs": True}, "warmup_epochs must be a finite number >= 0, got True"),
         ({"seed": 1.5}, "seed must be an integer >= 0, got 1.5"),
     ],

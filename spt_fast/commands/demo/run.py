@@ -24,7 +24,7 @@ from spt_fast.training.loop import fit, shuffled_loader
 
 if TYPE_CHECKING:
     from spt_fast.prototypes.result import Prototypes
-    from spt_fast.training.loop import History
+    from spt_fast.training.history import History
 
 _EVALUATION_BATCH = 100
 

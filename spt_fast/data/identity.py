@@ -1,0 +1,32 @@
+"""What is known of a data set of labelled images without reading them: labels, and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import TensorDataset
+
+from spt_fast.data.datasets import DecodedImages
+
+
+def labels_of(dataset: Any) -> tuple[int, ...] | None:
+    """The labels of all images as batches have them; None where they are not known without the images."""
+    if isinstance(dataset, TensorDataset):
+        return tuple(dataset.tensors[1].tolist())
+    labels = dataset.labels() if isinstance(dataset, DecodedImages) else None
+    if labels is None or dataset.target_transform is None:
+        return None if labels is None else tuple(labels)
+    return tuple(map(dataset.target_transform, labels))
+
+
+def fingerprint_of(dataset: Any, class_names: Sequence[str]) -> str:
+    """16 hex digits of the names, the labels and the classes of the images."""
+    if isinstance(dataset, TensorDataset):
+        names = [str(list(dataset.tensors[0].shape))]
+    else:
+        names = dataset.portable_names()
+    text = json.dumps([names, labels_of(dataset), list(class_names)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
