@@ -24,6 +24,7 @@ _KIND_KEY = "kind"
 _VERSION_KEY = "format_version"
 # More than a file system keeps beside a file's name: it needs room on the disk.
 _TRIAL_BYTES = 1 << 16
+_TEMPORARY = (".spt_fast.", ".part")
 
 
 def check_output_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -211,11 +212,18 @@ def write_bytes(
         _flush_folder(target.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes were writing into `folder`; nobody else may be writing there now."""
+    for path in folder.glob("*".join(_TEMPORARY)):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def _temporary_file(folder: Path) -> Iterator[tuple[BinaryIO, str]]:
     """A new file in `folder` and its name, which is gone at the end, if it has not got another by then."""
     # The name does not begin with that of the target, which may be as long as names can be.
-    handle, name = tempfile.mkstemp(prefix=".spt_fast.", suffix=".part", dir=folder)
+    prefix, suffix = _TEMPORARY
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file, name

@@ -118,4 +118,3 @@ def _load(source: Path) -> Any:
         # Readers of zip files and pickles raise errors of many classes for damaged ones.
         raise ValueError(f"{source} is truncated or no checkpoint ({first_line(error)})") from error
     raise ValueError(f"{source} is damaged: the checksum of {damaged} is another one")
-

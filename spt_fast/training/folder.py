@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spt_fast.support.arguments import check_bool
 from spt_fast.support.distributed import ALONE, Processes
-from spt_fast.support.files import write_bytes
+from spt_fast.support.files import remove_leftovers, write_bytes
 from spt_fast.support.locks import folder_lock
 from spt_fast.support.results import result_folder
 from spt_fast.training.checkpoint import CHECKPOINT_NAME, Checkpoint
@@ -157,6 +157,7 @@ def _opened(folder: Path, resume: bool, overwrite: bool) -> Iterator[Checkpoint 
     # Without a checkpoint, what a run starts from may be there: its process ended before its first step.
     names = FILE_NAMES if overwrite or holds_run() or not resume else (CHECKPOINT_NAME, *RESULT_NAMES)
     with result_folder(folder, names, overwrite=overwrite or holds_run()), folder_lock(folder):
+        remove_leftovers(folder)
         # Once more, now that no other run can begin one.
         yield Checkpoint.read(path) if holds_run() and resume else None
 

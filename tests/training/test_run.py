@@ -111,10 +111,83 @@ def kill_at(moment):
 """
 
 
-def run_script(script: str, place: Path, environment: dict[str, str]) -> Any:
+_OUTCOMES = r"""
+assert in_a_fork(lambda: run("unbroken")) == 0
+draw = random.Random(SEED)
+kills = []
+
+def killed_and_resumed(name, attempt):
+    kills.append(0)
+    while (code := in_a_fork(attempt)) != 0:
+        draw.random()
+        assert code == -9, code
+        kills[-1] += 1
+        assert kills[-1] < 100
+
+for trial in range(5):
+    def attempt():
+        kill_at(draw.randint(1, 90))
+        goes_on = os.path.exists(f"killed-{trial}/checkpoint.pt")
+        run(f"killed-{trial}", seed=99 if goes_on else 0, resume=True)
+    killed_and_resumed(trial, attempt)
+
+def at_any_time():
+    if kills[-1] < 4:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.05, 0.4))
+    run("killed-5", resume=True)
+killed_and_resumed(5, at_any_time)
+
+def full():
+    # The checkpoint of the second epoch is written with room for the small files only.
+    import spt_fast.training.checkpoint as checkpoint
+    write = checkpoint.Checkpoint.write
+    def limited(self, path):
+        if self.trainer["epoch"] == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10000, resource.RLIM_INFINITY))
+        write(self, path)
+    checkpoint.Checkpoint.write = limited
+    try:
+        run("full")
+    except OSError as error:
+        with open("said", "w") as file:
+            file.write(str(error))
+
+assert in_a_fork(full) == 0
+assert in_a_fork(lambda: run("full", resume=True)) == 0
+
+def with_a_worker():
+    # A worker that outlives the run, as those of a DataLoader do for some seconds.
+    from spt_fast.training.folder import run_folder
+    with run_folder("locked"):
+        worker = os.fork()
+        if worker == 0:
+            import time
+            time.sleep(20)
+            os._exit(0)
+        with open("worker", "w") as file:
+            file.write(str(worker))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+assert in_a_fork(with_a_worker) == -9
+assert in_a_fork(lambda: run("locked", resume=True)) == 0
+os.kill(int(open("worker").read()), signal.SIGKILL)
+print(json.dumps({"kills": kills, "said": open("said").read()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of the runs that were killed, and what was found there."""
+    place = tmp_path_factory.mktemp("runs")
+    # Other moments every time; what fails is printed.
+    seed = int.from_bytes(os.urandom(3), "big")
+    print(f"seed {seed}")
     done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT + script],
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", _SCRIPT + _OUTCOMES.replace("SEED", str(seed))],
+        env={**child_environment, "OMP_NUM_THREADS": "1"},
         cwd=place,
         capture_output=True,
         text=True,
@@ -122,7 +195,7 @@ def run_script(script: str, place: Path, environment: dict[str, str]) -> Any:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return place, json.loads(done.stdout.splitlines()[-1])
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -145,81 +218,36 @@ def content(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_runs_that_are_killed_and_resumed_end_as_one_that_is_not(
-    tmp_path: Path, child_environment: dict[str, str]
-) -> None:
+def test_runs_that_are_killed_and_resumed_end_as_one_that_is_not(outcomes: tuple[Path, Any]) -> None:
     """Killed at random moments, several times, also between two files and in the middle of one."""
-    script = """
-assert in_a_fork(lambda: run("unbroken")) == 0
-draw = random.Random(SEED)
-kills = []
-for trial in range(5):
-    kills.append(0)
-    def attempt():
-        kill_at(draw.randint(1, 90))
-        run(f"killed-{trial}", seed=1 + trial + kills[-1], resume=True)
-    while (code := in_a_fork(attempt)) != 0:
-        draw.random()
-        assert code == -9, code
-        kills[-1] += 1
-        assert kills[-1] < 100
-# At random times, whatever happens then.
-kills.append(0)
-def attempt():
-    signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.05, 0.4))
-    run("killed-5", resume=True)
-signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-while (code := in_a_fork(attempt)) != 0:
-    draw.random()
-    assert code == -9, code
-    kills[-1] += 1
-    if kills[-1] == 4:
-        assert in_a_fork(lambda: run("killed-5", resume=True)) == 0
-        break
-print(json.dumps(kills))
-"""
-    seed = int.from_bytes(os.urandom(3), "big")
-    print(f"SEED = {seed}")
-    kills = run_script(script.replace("SEED", str(seed)), tmp_path, child_environment)
-    assert sum(kills[:5]) > 5, kills
-    expected = content(tmp_path / "unbroken")
+    place, found = outcomes
+    assert sum(found["kills"]) > 5, found
+    expected = content(place / "unbroken")
     names = {"tuned.safetensors", "ema.safetensors", "classes.csv", "confusion.csv", "nmi.csv", "test.csv"}
     assert names < expected.keys()
-    assert len(read_csv(tmp_path / "unbroken" / "train.csv", ("epoch",))) == 3
-    for trial in range(len(kills)):
-        found = content(tmp_path / f"killed-{trial}")
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert found[name] == value, (trial, name)
+    assert len(expected["train.csv"]) == 1 + 3
+    for trial in range(len(found["kills"])):
+        assert_same(content(place / f"killed-{trial}"), expected)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(
-    tmp_path: Path, child_environment: dict[str, str]
-) -> None:
-    script = """
-assert in_a_fork(lambda: run("unbroken")) == 0
-def full():
-    # The checkpoint of the second epoch is written with room for the small files only.
-    import spt_fast.training.checkpoint as checkpoint
-    write = checkpoint.Checkpoint.write
-    def limited(self, path):
-        if self.trainer["epoch"] == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10000, resource.RLIM_INFINITY))
-        write(self, path)
-    checkpoint.Checkpoint.write = limited
-    try:
-        run("full")
-    except OSError as error:
-        open("said", "w").write(str(error))
-        raise SystemExit(3)
-assert in_a_fork(full) == 1
-assert in_a_fork(lambda: run("full", resume=True)) == 0
-print(json.dumps(open("said").read()))
-"""
-    said = run_script(script, tmp_path, child_environment)
-    assert said.startswith("cannot write full/checkpoint.pt: File too large; full holds the run up to ")
-    assert said.endswith("epoch 1, step 2 of epoch 2; go on from there with resume=True (--resume)")
-    assert content(tmp_path / "full") == content(tmp_path / "unbroken")
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_to_go_on(outcomes: tuple[Path, Any]) -> None:
+    place, found = outcomes
+    assert found["said"].startswith(
+        "cannot write full/checkpoint.pt: File too large; full holds the run up to "
+    )
+    assert found["said"].endswith("epoch 1, step 2 of epoch 2; go on from there with resume=True (--resume)")
+    assert_same(content(place / "full"), content(place / "unbroken"))
+
+
+def test_a_killed_run_leaves_no_lock_even_if_its_workers_live(outcomes: tuple[Path, Any]) -> None:
+    place, _ = outcomes
+    assert_same(content(place / "locked"), content(place / "unbroken"))
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == value, name
 
 
 def test_the_files_of_a_run(make_tuned: Any, loader: Loader, tmp_path: Path) -> None:
@@ -250,7 +278,11 @@ def test_the_files_of_a_run(make_tuned: Any, loader: Loader, tmp_path: Path) -> 
 
     about = yaml.safe_load(run.paths["run.yaml"].read_text())
     assert Recipe(**about["recipe"]) == recipe
-    assert (about["data"], about["batches"], about["trainable_parameters"]) == ("waves", 5, 3 * 2 * 32 + 4 * 33)
+    assert (about["data"], about["batches"], about["trainable_parameters"]) == (
+        "waves",
+        5,
+        3 * 2 * 32 + 4 * 33,
+    )
     assert about["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert str(tmp_path) not in run.paths["run.yaml"].read_text()
 
@@ -295,7 +327,11 @@ def test_another_recipe_data_or_model_is_refused(make_tuned: Any, loader: Loader
             facts={"data": "noise"},
             resume=True,
         )
-    for line in ("lr: 0.01 in the folder, 0.5 now", "data: waves in the folder, noise now", "batches: 5 in the"):
+    for line in (
+        "lr: 0.01 in the folder, 0.5 now",
+        "data: waves in the folder, noise now",
+        "batches: 5 in the",
+    ):
         assert line in str(raised.value)
     assert "backbone_fingerprint: " in str(raised.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -316,7 +352,9 @@ def test_results_are_neither_lost_nor_mixed(make_tuned: Any, loader: Loader, tmp
         train(make_tuned(), loader, recipe=QUICK, out=tmp_path, resume=True)
 
 
-def test_a_run_that_fails_before_a_step_leaves_nothing(make_tuned: Any, loader: Loader, tmp_path: Path) -> None:
+def test_a_run_that_fails_before_a_step_leaves_nothing(
+    make_tuned: Any, loader: Loader, tmp_path: Path
+) -> None:
     wrong = [(images, labels + 7) for images, labels in loader]
     with pytest.raises(ValueError, match="label"):
         train(make_tuned(), wrong, recipe=QUICK, out=tmp_path / "a" / "b")
@@ -351,40 +389,12 @@ def test_a_loss_that_is_nan_leaves_the_last_good_epoch(
 
 
 def test_two_runs_in_one_folder_are_refused(make_tuned: Any, loader: Loader, tmp_path: Path) -> None:
-    child = os.fork()
-    with run_folder(tmp_path) as _:
-        if child == 0:
-            os._exit(0)
-        with pytest.raises(ValueError, match=rf"{tmp_path} is in use: another run \(process {os.getpid()}\)"):
-            train(make_tuned(), loader, recipe=QUICK, out=tmp_path, resume=True)
-    os.waitpid(child, 0)
+    with (
+        run_folder(tmp_path),
+        pytest.raises(ValueError, match=rf"{tmp_path} is in use: another run \(process {os.getpid()}\)"),
+    ):
+        train(make_tuned(), loader, recipe=QUICK, out=tmp_path, resume=True)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_run_leaves_no_lock_even_if_its_workers_live(tmp_path: Path) -> None:
-    ready, done = os.pipe()
-    run = os.fork()
-    if run == 0:
-        with run_folder(tmp_path):
-            worker = os.fork()
-            if worker == 0:
-                import time
-
-                os.close(ready)
-                os.write(done, f"{os.getpid()}\n".encode())
-                time.sleep(60)
-                os._exit(0)
-            os.waitpid(worker, 0)
-    worker = int(os.read(ready, 20))
-    os.kill(run, 9)
-    os.waitpid(run, 0)
-    try:
-        with run_folder(tmp_path, resume=True) as folder:
-            assert folder.checkpoint is None
-    finally:
-        os.kill(worker, 9)
-        os.close(ready)
-        os.close(done)
 
 
 def test_a_folder_that_cannot_be_written_into_is_found_before_training(
