@@ -111,10 +111,12 @@ def test_versions_agree():
         assert spt_fast.__version__ == importlib.metadata.version("spt_fast")
 
 
-def test_package_is_typed_and_ships_its_assets():
+@pytest.mark.parametrize("folder", ["assets", "training/recipes"])
+def test_package_is_typed_and_ships_its_files(folder):
     assert (PACKAGE / "py.typed").is_file()
-    source = {path.name for path in (ROOT / "spt_fast" / "assets").iterdir()}
-    assert source == {path.name for path in (PACKAGE / "assets").iterdir()}
+    source = {path.name for path in (ROOT / "spt_fast" / folder).iterdir()}
+    assert source
+    assert source == {path.name for path in (PACKAGE / folder).iterdir()}
 
 
 def test_setup_script_imports_no_torch():

@@ -23,7 +23,7 @@ from spt_fast.support.arguments import check_bool, check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.progress import progress_bar
 
-# Called with the number of a layer and its patch tokens [B, N_e, D].
+# Called with a layer, from 0, and its patch tokens [B, N_e, D].
 _Measure = Callable[[int, Tensor], None]
 
 
@@ -201,7 +201,7 @@ class _Nearest:
         if rows * columns != tokens.shape[1]:
             raise ValueError(
                 f"patch tokens must be a grid of patches, {rows} x {columns} of these images, "
-                f"got {tokens.shape[1]} in layer {layer}"
+                f"got {tokens.shape[1]} that enter block {layer + 1}"
             )
         squared = self._distances(layer, tokens, batch)  # [N_p, B, N_e]
         if self._one_per_image:

@@ -44,14 +44,14 @@ class NMIHistory(NamedTuple):
     values: Tensor  # [S, L] float32, on the CPU: mean over the images
 
     def to_csv(self, run: str | None = None) -> bytes:
-        """One line per step and block (from 1): step,layer,nmi, and `run` in a fourth column if given."""
+        """One line per step and block (from 1): step,block,nmi, and `run` in a fourth column if given."""
         label = [] if run is None else [run]
         rows = [
-            (step, layer, f"{value:.9g}", *label)
+            (step, block, f"{value:.9g}", *label)
             for step, row in zip(self.steps, self.values.tolist(), strict=True)
-            for layer, value in enumerate(row, start=1)
+            for block, value in enumerate(row, start=1)
         ]
-        return csv_bytes(["step", "layer", "nmi", *(["run"] if label else [])], rows)
+        return csv_bytes(["step", "block", "nmi", *(["run"] if label else [])], rows)
 
 
 class NMITracker:
@@ -331,7 +331,7 @@ def _mark(order: Tensor, where: Tensor, *_: object) -> None:
 
 
 def _named(row: list[float]) -> dict[str, float]:
-    named = {f"nmi/block_{layer}": value for layer, value in enumerate(row, start=1)}
+    named = {f"nmi/block_{block}": value for block, value in enumerate(row, start=1)}
     return {**named, "nmi/mean": sum(row) / len(row)}
 
 

@@ -1,4 +1,4 @@
-"""What prompts share with patch tokens, layer by layer: NMI (eq. 7, 8) and CKA (App. B.4) over a loader.
+"""What prompts share with patch tokens, block by block: NMI (eq. 7, 8) and CKA (App. B.4) over a loader.
 
 One pass for deep prompts, two per batch for shallow ones; memory is that of one batch.
 """
@@ -33,8 +33,8 @@ from spt_fast.support.results import png
 from spt_fast.support.tables import csv_bytes, format_table
 
 FILE_NAMES = ("nmi.csv", "cka.csv", "nmi.png")
-NMI_COLUMNS = ("step", "layer", "nmi")
-CKA_COLUMNS = ("prompt_layer", "token_layer", "cka")
+NMI_COLUMNS = ("step", "block", "nmi")
+CKA_COLUMNS = ("prompt_block", "token_block", "cka")
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Analysis:
         return contents
 
     def nmi_csv(self) -> bytes:
-        """Mean over images in the columns step, layer, nmi, with step 0."""
+        """Mean over images in the columns step, block, nmi, with step 0."""
         means = self.nmi.mean(dim=0).tolist()
-        return csv_bytes(NMI_COLUMNS, [(0, layer, value) for layer, value in enumerate(means, start=1)])
+        return csv_bytes(NMI_COLUMNS, [(0, block, value) for block, value in enumerate(means, start=1)])
 
     def cka_csv(self) -> bytes:
-        """The map in the columns prompt_layer, token_layer, cka."""
+        """The map in the columns prompt_block, token_block, cka."""
         rows = [
             (row, column, value)
             for row, values in enumerate(self.cka.tolist(), start=1)
@@ -101,7 +101,7 @@ def analyse(
     unbiased: bool = True,
     progress: bool = True,
 ) -> Analysis:
-    """NMI per layer and CKA between layers, over the images of `loader`.
+    """NMI per block and CKA between blocks, over the images of `loader`.
 
     CKA takes the D channels as examples, and prompts or patch tokens as features. So it compares sets of
     different sizes, by how their values vary together over the channels. Each image is a minibatch.
@@ -114,11 +114,13 @@ def analyse(
         unbiased: False for the biased form of `cka`.
 
     Raises:
-        TypeError: the loader holds something else than images.
+        TypeError: `tuned` is no `PromptedViT`, or the loader holds something else than images.
         ValueError: the loader is empty; fewer than 4 channels; no prompts.
         NonFiniteError: a token is NaN or infinite; names the image in its batch and the layer.
     """
     max_images = None if max_images is None else check_int("max_images", max_images, 1, "or None")
+    if not isinstance(tuned, PromptedViT):
+        raise TypeError(f"tuned must be a PromptedViT, got {type(tuned).__name__}")
     if tuned.num_prompts == 0:
         raise ValueError("tuned must have at least one prompt per block, got none")
     depth = len(tuned.prompted_blocks)

@@ -15,6 +15,7 @@ from torch import nn
 
 from spt_fast.backbones.anatomy import get_blocks
 
+HEAD_NORMS = ("none", "batch")
 _CAST_MODULES = (nn.Linear, nn.Conv2d)
 
 
@@ -139,13 +140,15 @@ def has_head(model: nn.Module) -> bool:
     return getattr(model, "num_classes", None) != 0
 
 
-def replace_head(model: nn.Module, num_classes: int | None) -> None:
+def replace_head(model: nn.Module, num_classes: int | None, norm: str = "none") -> None:
     """Give `model` a trainable head, a new one of timm's or a copy of its own; its own is never trained.
 
-    With `num_classes=0` timm takes the head away.
+    With `num_classes=0` timm takes the head away. With `norm="batch"` a batch norm without weights comes
+    before it, as in MAE's linear probe.
 
     Raises:
         TypeError: a child of the model holds head and blocks, so that a copy would run blocks of its own.
+        ValueError: a batch norm for a head that is no linear layer.
     """
     _copy_head(model)
     if num_classes is not None:
@@ -155,6 +158,21 @@ def replace_head(model: nn.Module, num_classes: int | None) -> None:
             # Older timm makes the new head in float32 on the CPU.
             classifier.to(*placement(model))
         classifier.requires_grad_(True)
+    if norm == "batch":
+        _put_batch_norm_before_head(model)
+
+
+def _put_batch_norm_before_head(model: nn.Module) -> None:
+    for classifier in classifiers(model):
+        if not isinstance(classifier, nn.Linear):
+            raise ValueError(f"head_norm='batch' needs a linear head, got {type(classifier).__name__}")
+        # The epsilon of MAE's code. Running means need more digits than bfloat16 has.
+        dtype = torch.promote_types(classifier.weight.dtype, torch.float32)
+        norm = nn.BatchNorm1d(classifier.in_features, affine=False, eps=1e-6)
+        norm.to(classifier.weight.device, dtype)
+        path = next(path for path, module in model.named_modules() if module is classifier)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Sequential(norm, classifier))
 
 
 def _copy_head(model: nn.Module) -> None:

@@ -70,6 +70,7 @@ class Lloyd:
         self.n_iter = [0 for _ in starts]
         self._shift = [math.inf for _ in starts]  # squared movement in the last iteration
         self._inertia = [math.inf for _ in starts]  # before the last iteration
+        self._has_relocated = False  # whether a centre was without tokens in the last iteration looked at
         steps.assign(self._runs, starts)
 
     def run(self, until: Until) -> None:
@@ -82,11 +83,15 @@ class Lloyd:
         """The same for a single run on a device, read back from it only every `look_every` iterations.
 
         The iterations in between are made in any case, and undone from the first that ends the run, or in
-        which a centre is without tokens. The result is that of looking at each, where passes over the same
-        tokens and centres give the same bits.
+        which a centre is without tokens; the next one is then looked at too, because such centres come in a
+        row. The result is that of looking at each, where passes over the same tokens and centres give the
+        same bits.
         """
         stalled: set[int] = set()
         while runs := self._unfinished(stalled, until):
+            if self._has_relocated:
+                stalled |= self._iterate(runs, until)
+                continue
             number = min(look_every, until.max_iter - self.n_iter[0])
             steps = [self._step_blindly(passes) for _ in range(number)]
             for index, (inertia, least_count, shift) in enumerate(_look_at(steps)):
@@ -128,6 +133,7 @@ class Lloyd:
         """One iteration of these runs; those that gain too little by it stay and are returned."""
         before = take_runs(self.centers, runs)
         step = self._steps.step(runs, before)
+        self._has_relocated = any(step.relocated)
         stalled: set[int] = set()
         moved = []
         facts = zip(runs, step.inertia, step.movement, strict=True)

@@ -55,7 +55,7 @@ def _evaluate(args: argparse.Namespace, paths: Mapping[str, Path] | None = None)
     images = options.open_labelled(
         args,
         tuned.model,
-        tuned=options.made_with(args, args.tuned),
+        tuned=options.compared_with(args, args.tuned, tuned.preprocessing),
         class_names=tuned.class_names,
         num_classes=getattr(tuned.model, "num_classes", None),
     )

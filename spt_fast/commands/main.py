@@ -7,10 +7,12 @@ Exit codes: 0 done, 1 `doctor --check` found something wrong, 2 bad input (one l
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from typing import Any
 
 from spt_fast import __version__
 from spt_fast.commands import doctor, nmi, predict, prototypes, train
@@ -52,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; `run` of its result is the function of the command that was named."""
-    parser = argparse.ArgumentParser(
-        prog="spt-fast", description="Self-Prompt Tuning of Vision Transformers."
-    )
+    parser = _Parser(prog="spt-fast", description="Self-Prompt Tuning of Vision Transformers.")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     parser.add_argument("--version", action="version", version=f"spt-fast {__version__}")
     parser.set_defaults(several_processes=False)
@@ -62,6 +62,20 @@ def build_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add(commands)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses an option that its command does not have with the names of those that are like it."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, others = super().parse_known_args(args, namespace)
+        for word in others:
+            name = word.partition("=")[0]
+            if name.startswith("--"):
+                close = difflib.get_close_matches(name, [*self._option_string_actions], cutoff=0.7)
+                hint = f"; did you mean {' or '.join(close)}?" if close else ""
+                self.error(f"unrecognized arguments: {' '.join(others)}{hint}")
+        return known, others
 
 
 def _import_libraries() -> None:

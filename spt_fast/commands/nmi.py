@@ -1,4 +1,4 @@
-"""`spt-fast nmi`: what prompts share with patch tokens, layer by layer."""
+"""`spt-fast nmi`: what prompts share with patch tokens, block by block."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def add(commands: Commands) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser(
         "nmi",
-        help="what prompts share with patch tokens, layer by layer",
-        description="NMI (eq. 7, 8) and CKA (App. B.4) of prompts and patch tokens per layer: prints a "
+        help="what prompts share with patch tokens, block by block",
+        description="NMI (eq. 7, 8) and CKA (App. B.4) of prompts and patch tokens per block: prints a "
         "table, writes nmi.csv, cka.csv and nmi.png.",
         epilog="example: spt-fast nmi --model shipped --data digits --random 20 --out folder",
     )

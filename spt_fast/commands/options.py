@@ -24,8 +24,14 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
-def add_model_and_data(parser: argparse.ArgumentParser, batch_size: int = 64) -> argparse._ArgumentGroup:
-    """Options that name a model and images; returns the group of those about images."""
+def add_model_and_data(
+    parser: argparse.ArgumentParser, batch_size: int | None = 64
+) -> argparse._ArgumentGroup:
+    """Options that name a model and images; returns the group of those about images.
+
+    Args:
+        batch_size: by default; None leaves out the options about images that a recipe has.
+    """
     add_model(parser)
     parser.add_argument(
         "--data",
@@ -91,10 +97,11 @@ def add_pooling(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def add_reading(images: argparse._ArgumentGroup, batch_size: int = 64) -> None:
-    """Options that say how images are read, wherever they lie."""
-    add_preprocessing(images)
-    images.add_argument("--batch-size", type=int, default=batch_size)
+def add_reading(images: argparse._ArgumentGroup, batch_size: int | None = 64) -> None:
+    """Options that say how images are read, wherever they lie; `batch_size` as in `add_model_and_data`."""
+    if batch_size is not None:
+        add_preprocessing(images)
+        images.add_argument("--batch-size", type=int, default=batch_size)
     images.add_argument("--workers", type=int, default=4)
     images.add_argument(
         "--bad-images",
@@ -257,12 +264,14 @@ def open_tuned(args: argparse.Namespace) -> PromptedViT:
     from spt_fast.prompting.prompted_vit import PromptedViT
 
     pool, norm = args.pool, args.norm
-    stated = TunedState.read(args.tuned).stated_pooling
+    state = TunedState.read(args.tuned)
+    stated = state.stated_pooling
     if stated is not None and stated.is_named and not _pools_by_option(args):
         pool, norm = pool or stated.pool, norm or stated.norm
     elif stated is not None:
         norm = norm or stated.norm
-    return PromptedViT.from_file(
+    return PromptedViT.from_state(
+        state,
         args.tuned,
         open_model(args, pool, norm),
         weight_dtype=args.weight_dtype,
@@ -301,9 +310,15 @@ def open_labelled(args: argparse.Namespace, model: nn.Module, **use: Any) -> Lab
 
 def made_with(args: argparse.Namespace, path: Path | None) -> Preprocessing | None:
     """What was done to the images that a file of prompts was made with; says so where now it is another."""
-    from spt_fast.data.transforms import choose, recorded
+    from spt_fast.data.transforms import recorded
 
-    made = None if path is None else recorded(path)
+    return None if path is None else compared_with(args, path, recorded(path))
+
+
+def compared_with(args: argparse.Namespace, path: Path, made: Preprocessing | None) -> Preprocessing | None:
+    """`made`, what `path` says was done to its images; says so where now it is another."""
+    from spt_fast.data.transforms import choose
+
     if made is not None and (asked := choose("", args.resize, args.mean_std, made)) != made:
         print(
             f"spt-fast {args.command}: warning: {path} was made with {made}, not with {asked} as now",

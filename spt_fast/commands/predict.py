@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.overwrite:
         raise ValueError("overwrite is for a file, but out is standard output")
     tuned = options.open_tuned(args)
-    made = options.made_with(args, args.tuned)
+    made = options.compared_with(args, args.tuned, tuned.preprocessing)
     files = open_files(args.data, tuned.model, tuned=made, **options.reading_options(args))
     say = partial(print, file=sys.stderr)
     if tuned.class_names is None:

@@ -80,7 +80,7 @@ def add(commands: Commands) -> None:
     )
     repeated = prompts.add_mutually_exclusive_group()
     repeated.add_argument(
-        "--layer", type=int, metavar="BLOCK", help="prompts of this block, from 1, for all (Table S2)"
+        "--block", type=int, metavar="N", help="prompts of block N, from 1, for all (Table S2)"
     )
     repeated.add_argument(
         "--last-output", action="store_true", help="prompts of the last block's output for all (Table S2)"
@@ -117,7 +117,7 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
     model, images = processes.rank_0_first(open_both)
     processes.on_rank_0(partial(options.print_images, images, "images"))
     _check_num_prompts(args, model, images.num_images)
-    _check_layer(args, model)
+    _check_block(args, model)
     started = time.perf_counter()
     with options.nothing_readable_explained(images):
         prototypes = build_prototypes(
@@ -144,8 +144,8 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
     def save_and_print() -> None:
         for length, path in paths.items():
             found = prototypes.select(length, progress=True) if len(paths) > 1 else prototypes
-            if args.layer is not None:
-                found = found.repeat_layer(args.layer - 1)
+            if args.block is not None:
+                found = found.repeat_layer(args.block - 1)
             if args.last_output:
                 found = found.repeat_last_output()
             found.save(path, overwrite=args.overwrite, with_sample=args.with_sample)
@@ -178,19 +178,19 @@ def _check_options(args: argparse.Namespace) -> None:
                 f"{option} must come from the sample that --strategy kmeans --mode stream makes, "
                 f"got --strategy {args.strategy} --mode {args.mode}"
             )
-    if args.with_sample and (args.layer is not None or args.last_output):
-        raise ValueError("--with-sample must come without --layer and --last-output, which keep no sample")
+    if args.with_sample and (args.block is not None or args.last_output):
+        raise ValueError("--with-sample must come without --block and --last-output, which keep no sample")
 
 
-def _check_layer(args: argparse.Namespace, model: nn.Module) -> None:
+def _check_block(args: argparse.Namespace, model: nn.Module) -> None:
     """Refuse before the pass what `repeat_layer` would refuse after it."""
-    if args.layer is None:
+    if args.block is None:
         return
     from spt_fast.backbones.anatomy import get_blocks
 
     last = len(get_blocks(model)) if args.depth == "deep" else 1
-    if not 1 <= args.layer <= last:
-        raise ValueError(f"--layer must be a block with prompts, 1 to {last}, got {args.layer}")
+    if not 1 <= args.block <= last:
+        raise ValueError(f"--block must be a block with prompts, 1 to {last}, got {args.block}")
 
 
 def _check_num_prompts(args: argparse.Namespace, model: nn.Module, num_images: int | None) -> None:
@@ -198,7 +198,7 @@ def _check_num_prompts(args: argparse.Namespace, model: nn.Module, num_images: i
         return
     images = num_images if args.max_images is None else min(num_images, args.max_images)
     where = "images"
-    if args.strategy != "kmeans":
+    if args.strategy != "kmeans" and args.sampling == "batch":
         images, where = min(images, args.batch_size), "images in a batch"
     longest = max(args.num_prompts) if args.num_prompts else None
     options.check_num_prompts(longest, args.depth, model, images, where)

@@ -1,8 +1,8 @@
 """Decoded images that are kept from one epoch to the next, as bytes, in memory that all workers share.
 
 A transform is a fixed stage, the same in every epoch, and a random rest. What is kept is the image after the
-fixed stage; the rest runs where and when it would run without a cache, so that the random numbers, and with
-them all results, are the same. Where nothing is random, batches are read from what is kept, without workers.
+fixed stage; the rest runs where it would run without a cache, with the same random numbers, so that all
+results are the same. Where nothing is random, batches are read from what is kept, without workers.
 
 Limits: one machine. Workers must be forks of this process.
 """

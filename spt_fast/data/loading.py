@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spt_fast.data.datasets import Unreadable
 from spt_fast.data.order import Order
-from spt_fast.data.reading import BatchReader, collate_readable, empty_batch
+from spt_fast.data.reading import Asked, BatchReader, collate_readable, empty_batch
 from spt_fast.data.transforms import Preprocessing
 from spt_fast.support.arguments import check_choice, check_int, check_seed
 from spt_fast.support.errors import first_line
@@ -108,6 +108,11 @@ class ImageLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
+    @property
+    def is_balanced(self) -> bool:
+        """Whether images are drawn by weights, so that all classes come equally often."""
+        return self._order is not None and self._order.weights is not None
+
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Make the next pass that of `epoch`, counted from 1, from its batch `skip` on.
 
@@ -174,7 +179,7 @@ class ImageLoader:
         """Read the data set in this order from now on."""
         self._order = order
         self.every_batch = order.in_step and order.processes.size > 1
-        self._sampler = _Asked(order)
+        self._sampler = _Pass(order)
         self._open = partial(
             self._new_loader, self._reader, batch_sampler=self._sampler, collate_fn=_as_it_is
         )
@@ -213,14 +218,14 @@ def shuffled_loader(images: Tensor, labels: Tensor, *, batch_size: int, seed: in
     return ImageLoader(
         dataset,
         num_images=len(dataset),
-        batch_size=check_int("batch_size", batch_size, 1),
+        batch_size=batch_size,
         seed=check_seed(seed),
         shuffle=True,
     )
 
 
-class _Asked:
-    """What a DataLoader asks a `BatchReader` for in a pass: (epoch, indices) for each batch."""
+class _Pass:
+    """What a DataLoader asks a `BatchReader` for in a pass."""
 
     def __init__(self, order: Order) -> None:
         self._order = order
@@ -230,9 +235,10 @@ class _Asked:
         """Make the next pass that of `epoch`, from its batch `skip` on."""
         self._start = epoch, skip
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+    def __iter__(self) -> Iterator[Asked]:
         epoch, skip = self._start
-        return ((epoch, indices) for indices in self._order.batches(epoch, skip))
+        batches = zip(self._order.batches(epoch, skip), self._order.draws(skip), strict=True)
+        return (Asked(epoch, indices, draws) for indices, draws in batches)
 
     def __len__(self) -> int:
         return len(self._order)

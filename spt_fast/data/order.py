@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -47,12 +48,17 @@ class Order:
         check_int("batch_size", self.batch_size, 1)
 
     def __len__(self) -> int:
-        return len(self._spans())
+        return len(self._spans)
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[list[int]]:
         """The images of each batch of this process, from batch `skip` on."""
         order = self._order(epoch)
-        return (order[span.start : span.stop].tolist() for span in self._spans()[skip:])
+        return (order[span.start : span.stop].tolist() for span in self._spans[skip:])
+
+    def draws(self, skip: int = 0) -> Iterator[Sequence[int]]:
+        """Numbers that tell the draws of one image in an epoch apart, for each image of `batches`."""
+        repeated = self.weights is not None
+        return (span if repeated else [0] * len(span) for span in self._spans[skip:])
 
     def each_once(self) -> Order:
         """All images in the order of the data set, for each process."""
@@ -67,6 +73,7 @@ class Order:
             return torch.randperm(self.count, generator=generator)
         return torch.arange(self.count) if self.images is None else torch.tensor(self.images)
 
+    @cached_property
     def _spans(self) -> list[range]:
         """The places in `_order` of each batch of this process."""
         total = self.count if self.images is None else len(self.images)

@@ -31,7 +31,7 @@ def ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         used = torch.cuda.current_stream(device)
         used.wait_stream(stream)
         # The memory of a copy may be given to others once the stream that uses it is done with it.
-        _map(batch[0], partial(Tensor.record_stream, s=used))
+        _map(batch[0], partial(_note_use, stream=used))
         following = next(coming, None)
         yield batch[0]
         batch = following
@@ -48,6 +48,10 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type == "cpu":
         return send(tensor, device)
     return tensor.to(device, non_blocking=True)
+
+
+def _note_use(tensor: Tensor, stream: torch.cuda.Stream) -> None:
+    tensor.record_stream(stream)
 
 
 def _map(batch: Any, change: Callable[[Tensor], Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,15 +11,24 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from spt_fast.data.datasets import DecodedImages, Unreadable
 from spt_fast.support.randomness import seed_all, seed_of, seeded
+from spt_fast.support.waiting import send
 
 Readable = tuple[Any, list[Unreadable]]
 
 
-class BatchReader(Dataset[Any]):
-    """Reads the batches of a data set, which a DataLoader asks for as (epoch, indices).
+class Asked(NamedTuple):
+    """A batch to read; where an epoch has an image more than once, `draws` tells the times apart."""
 
-    The global generators start from (seed, epoch, index) for each image, so that it depends on nothing else
-    how chance transforms it. Around a batch they stay as they are.
+    epoch: int
+    indices: Sequence[int]
+    draws: Sequence[int]
+
+
+class BatchReader(Dataset[Any]):
+    """Reads batches of a data set.
+
+    The global generators start from (seed, epoch, index, draw) for each image, so that nothing else decides
+    how it is cropped and flipped. Around a batch they stay as they are.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -32,18 +41,19 @@ class BatchReader(Dataset[Any]):
     def __getitem__(self, index: Any) -> Any:
         raise TypeError("images are read in batches")
 
-    def __getitems__(self, asked: tuple[int, Sequence[int]]) -> Readable:
+    def __getitems__(self, asked: Asked) -> Readable:
         """A batch of what is readable, None where nothing is, and what is unreadable."""
-        epoch, indices = asked
+        epoch, indices, draws = asked
         if type(self._dataset) is TensorDataset:
             return _rows(self._dataset, indices), []
         if not self.is_random:
             return collate_readable([self._dataset[index] for index in indices])
         with seeded(self._seed):
-            return collate_readable([self._seeded_item(epoch, index) for index in indices])
+            items = [self._seeded_item(epoch, *image) for image in zip(indices, draws, strict=True)]
+        return collate_readable(items)
 
-    def _seeded_item(self, epoch: int, index: int) -> Any:
-        seed_all(seed_of(self._seed, epoch, index))
+    def _seeded_item(self, epoch: int, index: int, draw: int) -> Any:
+        seed_all(seed_of(self._seed, epoch, index, draw))
         return self._dataset[index]
 
 
@@ -73,4 +83,4 @@ def empty_batch(dataset: Any) -> list[Tensor]:
 
 def _rows(dataset: TensorDataset, indices: Sequence[int]) -> list[Tensor] | None:
     at = torch.tensor(indices)
-    return [values[at.to(values.device)] for values in dataset.tensors] if len(indices) else None
+    return [values[send(at, values.device)] for values in dataset.tensors] if len(indices) else None

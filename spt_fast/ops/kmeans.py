@@ -58,11 +58,12 @@ def assign_accumulate(
     save time: on CUDA, where tokens would be read twice, its sums are corrected by those that change to
     another centre. Each such pass may add an error of 1e-6 of the sum of |x| over these tokens, and the
     errors of `last` remain, also those of tokens that leave: a centre without tokens has sums near zero.
-    `last` itself stays as it is.
+    `last` itself stays as it is. Labels of it that are no centres are refused on the CPU; on CUDA, which
+    would have to be waited for, they count as the nearest that are.
 
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not allowed.
-        ValueError: a shape or device does not fit, or `backend` cannot serve these tensors.
+        ValueError: a shape or device does not fit, or `backend` cannot serve these tensors; labels of `last`.
     """
     view, shift, weights = _check(tokens, centers, shift, weights)
     known = None if last is None else _check_last(last, view, centers, weights)
@@ -249,11 +250,17 @@ def _check_last(
         raise ValueError("last must have labels, and takes no weights")
     shape, device = centers.shape, view.device
     labels = (shape[0], view.shape[1] * view.shape[2])
-    return (
+    known = (
         check_tensor("last.sums", last.sums, shape, dtype=torch.float64, device=device).contiguous(),
         check_tensor("last.counts", last.counts, shape[:2], dtype=torch.float64, device=device).contiguous(),
         check_tensor("last.labels", last.labels, labels, dtype=torch.int32, device=device).contiguous(),
     )
+    if device.type == "cpu":
+        low, high = (int(extreme) for extreme in known[2].aminmax())
+        if low < 0 or high >= shape[1]:
+            wrong = low if low < 0 else high
+            raise ValueError(f"last.labels must be from 0 to {shape[1] - 1}, got {wrong}")
+    return known
 
 
 def _check_tokens(tokens: Tensor) -> Tensor:

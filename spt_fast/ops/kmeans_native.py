@@ -80,7 +80,9 @@ def assign_accumulate(
         if with_labels:
             labels = torch.empty(groups, rows, dtype=torch.int32, device=device)
     else:
-        sums, counts, labels = (tensor.clone() for tensor in last)
+        sums, counts = (tensor.clone() for tensor in last[:2])
+        # The kernels index by them.
+        labels = last[2].clamp(0, num_centers - 1)
     inertia = torch.empty(groups, dtype=torch.float64, device=device)
     distances = torch.empty(groups, rows, dtype=torch.float32, device=device) if with_distances else None
     args = module.AssignArgs(

@@ -26,13 +26,13 @@ class NmiCurve:
 
     Attributes:
         steps: [S] ascending.
-        layers: [L] block numbers.
+        blocks: [L] their numbers, from 1.
         values: [R, S, L], one row per seed.
         by_epoch: whether a step is an epoch.
     """
 
     steps: Values
-    layers: list[int]
+    blocks: list[int]
     values: Values
     by_epoch: bool = False
 
@@ -59,25 +59,25 @@ def nmi_curves(source: Any, steps_per_epoch: Any = None) -> dict[str, dict[str, 
     return curves
 
 
-def nmi_of_layers(source: Any) -> dict[str, tuple[list[int], Values]]:
-    """Run to (layers, values [R, L]); of a CSV file, the last step."""
+def nmi_of_blocks(source: Any) -> dict[str, tuple[list[int], Values]]:
+    """Run to (blocks, values [R, L]); of a CSV file, the last step."""
     if isinstance(source, (str, os.PathLike)):
         tasks = _read_nmi(source)
         return {
-            ", ".join(name for name in (task, run) if name): (curve.layers, curve.values[:, -1])
+            ", ".join(name for name in (task, run) if name): (curve.blocks, curve.values[:, -1])
             for task, runs in tasks.items()
             for run, curve in runs.items()
         }
     _check_mapping("runs", source, "names to values")
-    layers: dict[str, tuple[list[int], Values]] = {}
+    blocks: dict[str, tuple[list[int], Values]] = {}
     for name, values in source.items():
         if isinstance(values, (str, os.PathLike)):
-            (found,) = _one_run(f"runs[{name!r}]", nmi_of_layers(values)).values()
-            layers[name] = found
+            (found,) = _one_run(f"runs[{name!r}]", nmi_of_blocks(values)).values()
+            blocks[name] = found
         else:
             array = check_array(f"runs[{name!r}]", values, "[L] or [R, L]", (1, 2))
-            layers[name] = list(range(1, array.shape[-1] + 1)), np.atleast_2d(array)
-    return layers
+            blocks[name] = list(range(1, array.shape[-1] + 1)), np.atleast_2d(array)
+    return blocks
 
 
 def cka_maps(source: Any) -> dict[str, Values]:
@@ -181,14 +181,14 @@ def _by_epoch(curves: dict[str, dict[str, NmiCurve]], steps_per_epoch: Any) -> d
 def _read_nmi(path: PathLike) -> dict[str, dict[str, NmiCurve]]:
     columns = csv_columns(path)
     moment = "epoch" if "epoch" in columns and "step" not in columns else "step"
-    rows = read_csv(path, (moment, "layer", "nmi"), ("task", "run", "seed"))
+    rows = read_csv(path, (moment, "block", "nmi"), ("task", "run", "seed"))
     grouped: dict[str, dict[str, dict[str, dict[tuple[float, float], float]]]] = {}
     for (task, run, seed), numbers in rows:
-        step, layer, nmi = _no_blank(path, numbers)
+        step, block, nmi = _no_blank(path, numbers)
         cells = grouped.setdefault(task, {}).setdefault(run, {}).setdefault(seed, {})
-        if (step, layer) in cells:
-            raise ValueError(f"{path} holds {moment} {step:g}, layer {layer:g} twice")
-        cells[step, layer] = nmi
+        if (step, block) in cells:
+            raise ValueError(f"{path} holds {moment} {step:g}, block {block:g} twice")
+        cells[step, block] = nmi
     return {
         task: {run: _curve_of_cells(path, moment, list(seeds.values())) for run, seeds in runs.items()}
         for task, runs in grouped.items()
@@ -196,15 +196,15 @@ def _read_nmi(path: PathLike) -> dict[str, dict[str, NmiCurve]]:
 
 
 def _curve_of_cells(path: PathLike, moment: str, seeds: list[dict[tuple[float, float], float]]) -> NmiCurve:
-    steps, layers = (sorted({key[place] for cells in seeds for key in cells}) for place in (0, 1))
+    steps, blocks = (sorted({key[place] for cells in seeds for key in cells}) for place in (0, 1))
     try:
-        values = [[[cells[step, layer] for layer in layers] for step in steps] for cells in seeds]
+        values = [[[cells[step, block] for block in blocks] for step in steps] for cells in seeds]
     except KeyError as error:
-        step, layer = error.args[0]
-        raise ValueError(f"{path} lacks {moment} {step:g}, layer {layer:g}") from None
+        step, block = error.args[0]
+        raise ValueError(f"{path} lacks {moment} {step:g}, block {block:g}") from None
     return NmiCurve(
         np.array(steps),
-        [int(layer) for layer in layers],
+        [int(block) for block in blocks],
         check_array(f"column nmi of {path}", values, "[R, S, L]", (3,)),
         by_epoch=moment == "epoch",
     )
@@ -212,15 +212,15 @@ def _curve_of_cells(path: PathLike, moment: str, seeds: list[dict[tuple[float, f
 
 def _cka_map(name: str, value: Any) -> Values:
     if isinstance(value, (str, os.PathLike)):
-        rows = read_csv(value, ("prompt_layer", "token_layer", "cka"))
+        rows = read_csv(value, ("prompt_block", "token_block", "cka"))
         cells = {}
         for _, numbers in rows:
             row, column, cka = _no_blank(value, numbers)
             cells[row, column] = cka
-        layers = sorted({layer for key in cells for layer in key})
-        if len(cells) != len(layers) ** 2 or len(cells) != len(rows):
-            raise ValueError(f"{value} must hold each pair of its {len(layers)} layers once")
-        value = [[cells[row, column] for column in layers] for row in layers]
+        blocks = sorted({block for key in cells for block in key})
+        if len(cells) != len(blocks) ** 2 or len(cells) != len(rows):
+            raise ValueError(f"{value} must hold each pair of its {len(blocks)} blocks once")
+        value = [[cells[row, column] for column in blocks] for row in blocks]
     array = check_array(name, value, "[L, L]", (2,))
     if array.shape[0] != array.shape[1]:
         raise ValueError(f"{name} must have shape [L, L], got {array.shape}")
@@ -284,3 +284,6 @@ def _check_mapping(name: str, value: Any, what: str) -> None:
         raise TypeError(f"{name} must be a CSV file or map {what}, got {type(value).__name__}")
     if not value:
         raise ValueError(f"{name} must hold at least one entry, got none")
+    strange = [key for key in value if not isinstance(key, str)]
+    if strange:
+        raise TypeError(f"{name} must map {what} by names, which are strings, got {strange[0]!r}")

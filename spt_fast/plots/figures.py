@@ -1,4 +1,4 @@
-"""The figures of the paper: NMI over training and per layer, CKA between layers, accuracy, construction time.
+"""The figures of the paper: NMI over training and per block, CKA between blocks, accuracy, construction time.
 
 Each takes arrays or CSV files and returns a matplotlib Figure; `figure.savefig(path)` writes it.
 """
@@ -15,10 +15,10 @@ from spt_fast.plots.heatmap import draw_maps
 from spt_fast.plots.lines import NMI_LABEL, Style, draw_line, finish, styles
 from spt_fast.plots.panels import (
     Panels,
+    block_ticks,
     check_limits,
     count_ticks,
     inches_of,
-    layer_ticks,
     limit_from_zero,
     open_panels,
     points,
@@ -46,12 +46,12 @@ def nmi_over_epochs(
     title: str = "",
     ax: Any = None,
 ) -> Figure:
-    """NMI while prompts are tuned (Fig. 2): a panel per task, a line per run, the mean over layers.
+    """NMI while prompts are tuned (Fig. 2): a panel per task, a line per run, the mean over blocks.
 
     A band shows the range over seeds where there are several. All panels have the same y-axis.
 
     Args:
-        tasks: maps each task to its runs, and each run to a CSV file with the columns step, layer, nmi, as
+        tasks: maps each task to its runs, and each run to a CSV file with the columns step, block, nmi, as
             `NMITracker` writes it, or to a pair (steps [S], values [S, L] or, with seeds, [R, S, L]), as
             `NMITracker.history` returns it; or one CSV file that also has columns task, run and seed, or some
             of them. A file with a column epoch in place of step, as the demo writes it, is by epoch.
@@ -72,7 +72,7 @@ def nmi_over_epochs(
     limits = check_limits("ylim", ylim)
     runs = [(task, name, curve) for task, named in curves.items() for name, curve in named.items()]
     by_epoch = runs[0][2].by_epoch
-    averaged = all(len(curve.layers) > 1 for _, _, curve in runs)
+    averaged = all(len(curve.blocks) > 1 for _, _, curve in runs)
     width, height = (2.4, 2.3) if len(curves) > 1 else (4.6, 3.0)
     panels = open_panels(len(curves), ax, width=width, height=height, sharey=True)
     looks = styles(list(dict.fromkeys(name for _, name, _ in runs)))
@@ -97,7 +97,7 @@ def nmi_per_layer(
     title: str = "",
     ax: Any = None,
 ) -> Figure:
-    """NMI of each layer's prompts and patch tokens; a line per run, a band for its range over rows.
+    """NMI of each block's prompts and patch tokens; a line per run, a band for its range over rows.
 
     Args:
         runs: maps names to arrays [L] or [R, L] or to CSV files as in `nmi_over_epochs`; or one CSV file.
@@ -108,24 +108,24 @@ def nmi_per_layer(
     Returns, Raises:
         As `nmi_over_epochs`.
     """
-    layers, limits = data.nmi_of_layers(runs), check_limits("ylim", ylim)
+    blocks, limits = data.nmi_of_blocks(runs), check_limits("ylim", ylim)
     panels = open_panels(1, ax, width=4.6, height=3.2)
-    _draw_layers(panels.axes[0], layers, rows, limits)
+    _draw_blocks(panels.axes[0], blocks, rows, limits)
     return finish(panels, title)
 
 
 def cka_heatmap(
     maps: Any, *, limits: Sequence[float] | None = None, title: str = "", ax: Any = None
 ) -> Figure:
-    """CKA of the prompts of each layer (rows) and the patch tokens of each (columns), Fig. S4.
+    """CKA of the prompts of each block (rows) and the patch tokens of each (columns), Fig. S4.
 
     The largest value of a row has a frame where it exceeds all others of the row by more than 0.03, which
     chance and another machine do not bring about (`spt_fast.plots.heatmap.CLEAR`). Where the frame is off the
-    diagonal, the prompts resemble the tokens of another layer more than those of their own. Cells hold their
+    diagonal, the prompts resemble the tokens of another block more than those of their own. Cells hold their
     values where these can be read.
 
     Args:
-        maps: an array [L, L] or a CSV file with the columns prompt_layer, token_layer, cka, as
+        maps: an array [L, L] or a CSV file with the columns prompt_block, token_block, cka, as
             `spt-fast nmi` writes it; or a mapping of names to such, drawn side by side.
         limits: values at both ends of the colours, for all maps; None is (0, 1), or from the least value
             where that is negative.
@@ -158,11 +158,11 @@ def analysis_figure(
     Args:
         ax: Axes for NMI, and one for each map; None makes a new figure.
     """
-    layers, values = data.nmi_of_layers(nmi), data.cka_maps(cka)
+    blocks, values = data.nmi_of_blocks(nmi), data.cka_maps(cka)
     heights, ends = check_limits("ylim", ylim), check_limits("limits", limits)
     panels = open_panels(1 + len(values), ax, width=4.5, height=3.8)
     left, *rest = panels.axes
-    _draw_layers(left, layers, rows, heights)
+    _draw_blocks(left, blocks, rows, heights)
     set_title(left, "NMI of prompts and patch tokens")
     finish(Panels([left], panels.own), "")
     draw_maps(Panels(rest, panels.own), {name or "CKA": value for name, value in values.items()}, ends)
@@ -251,16 +251,16 @@ def construction_time(
     return finish(panels, title, crowded=True)
 
 
-def _draw_layers(
+def _draw_blocks(
     axes: Axes,
     runs: Mapping[str, tuple[list[int], Values]],
     rows: str,
     limits: tuple[float, float] | None,
 ) -> None:
     looks = styles(list(runs))
-    for name, (layers, values) in runs.items():
-        draw_line(axes, layers, values, looks[name], rows=rows, label=name, markevery=1)
-    axes.set_xticks(layer_ticks(max((layers for layers, _ in runs.values()), key=len)))
+    for name, (blocks, values) in runs.items():
+        draw_line(axes, blocks, values, looks[name], rows=rows, label=name, markevery=1)
+    axes.set_xticks(block_ticks(max((blocks for blocks, _ in runs.values()), key=len)))
     axes.set_xlabel("block")
     axes.set_ylabel(NMI_LABEL)
     limit_from_zero([axes], limits)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spt_fast.plots.data import Values
-from spt_fast.plots.panels import Panels, inches_of, layer_ticks, set_title
+from spt_fast.plots.panels import Panels, block_ticks, inches_of, set_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,11 +35,8 @@ def draw_maps(panels: Panels, maps: Mapping[str, Values], limits: tuple[float, f
     least = min(values.min() for values in maps.values())
     largest = max(values.max() for values in maps.values())
     low, high = limits or (min(0.0, least), max(1.0, largest))
-    fontsize = min(map(_number_size, panels.axes, maps.values()))
     for axes, (name, values) in zip(panels.axes, maps.items(), strict=True):
         _draw_map(axes, values, (low, high))
-        if fontsize >= _SMALLEST_NUMBER:
-            _number_cells(axes, values, fontsize, dark_below=(low + high) / 2)
         axes.set_xlabel("tokens entering block")
         if panels.starts_row(axes):
             axes.set_ylabel("prompts of block")
@@ -50,6 +47,12 @@ def draw_maps(panels: Panels, maps: Mapping[str, Values], limits: tuple[float, f
     panels.axes[0].figure.colorbar(
         panels.axes[0].images[-1], ax=panels.axes, label="linear CKA", shrink=0.9, extend=extend
     )
+    # Labels, a title and the bar of colours have taken their room then.
+    panels.figure.draw_without_rendering()
+    fontsize = min(map(_number_size, panels.axes, maps.values()))
+    if fontsize >= _SMALLEST_NUMBER:
+        for axes, values in zip(panels.axes, maps.values(), strict=True):
+            _number_cells(axes, values, fontsize, dark_below=(low + high) / 2)
 
 
 def _draw_map(axes: Axes, values: Values, limits: tuple[float, float]) -> None:
@@ -62,7 +65,7 @@ def _draw_map(axes: Axes, values: Values, limits: tuple[float, float]) -> None:
         corner = (column - 0.46, row - 0.46)
         width = 1.8 if size <= 12 else 0.9
         axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor=_FRAME, linewidth=width))
-    ticks = layer_ticks(range(1, size + 1))
+    ticks = block_ticks(range(1, size + 1))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks([tick - 1 for tick in ticks], [str(tick) for tick in ticks])
     axes.tick_params(labelsize="small" if size > 6 else "medium")

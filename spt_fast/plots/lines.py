@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spt_fast.plots.data import Values
@@ -114,7 +114,8 @@ def finish(panels: Panels, title: str = "", *, crowded: bool = False) -> Figure:
 def add_legend(panels: Panels, *, crowded: bool = False) -> None:
     """One legend for all panels: names of lines, and what bands span.
 
-    Inside, where there is one panel, not `crowded`, and the legend is small against it; beneath otherwise.
+    Inside, where there is one panel, not `crowded`, and room for the legend beside the lines; beneath
+    otherwise.
     """
     handles = _handles(panels.axes)
     if not handles:
@@ -124,9 +125,7 @@ def add_legend(panels: Panels, *, crowded: bool = False) -> None:
         columns, texts = _columns(labels, figure.get_figwidth())
         _make_room(panels, columns, texts)
         figure.legend(handles.values(), texts, loc="outside lower center", ncols=columns, **_LEGEND)
-    elif not crowded and _fits_inside(axes, labels):
-        axes.legend(handles.values(), labels, loc="best", framealpha=0.7, **_LEGEND)
-    else:
+    elif crowded or not _fits_inside(axes, labels) or not _add_inside(axes, handles):
         right = axes.get_window_extent().x1 / figure.dpi
         columns, texts = _columns(labels, min(right, 1.25 * inches_of(axes)[0]))
         _make_room(panels, columns, texts)
@@ -153,6 +152,18 @@ def _fits_inside(axes: Axes, labels: list[str]) -> bool:
     width, height = inches_of(axes)
     wide, tall = _entry_width(labels) / width, len(labels) * _LINE_HEIGHT * _size() / height
     return wide <= _WIDEST_INSIDE and tall <= _TALLEST_INSIDE and wide * tall <= _LARGEST_INSIDE
+
+
+def _add_inside(axes: Axes, handles: Mapping[str, Any]) -> bool:
+    """Whether there was a place for a legend that hides no line."""
+    legend = axes.legend(handles.values(), list(handles), loc="best", framealpha=0.7, **_LEGEND)
+    axes.figure.figure.draw_without_rendering()
+    box = legend.get_window_extent()
+    paths = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
+    if any(path.intersects_bbox(box, filled=False) for path in paths):
+        legend.remove()
+        return False
+    return True
 
 
 def _columns(labels: list[str], inches: float) -> tuple[int, list[str]]:

@@ -47,7 +47,9 @@ class Panels:
         return axes is self.axes[0] or (place is not None and place.is_first_col())
 
     def add_title(self, title: str) -> None:
-        """Above the figure; above the Axes where the caller gave one."""
+        """Above the figure; above the Axes where the caller gave one; TypeError where it is no text."""
+        if not isinstance(title, str):
+            raise TypeError(f"title must be a string, got {title!r}")
         if not title:
             return
         if not self.own and len(self.axes) == 1:
@@ -127,7 +129,7 @@ def _check_matplotlib() -> None:
 def _given_axes(count: int, ax: Any) -> list[Axes]:
     from matplotlib.axes import Axes
 
-    given = [ax] if isinstance(ax, Axes) else list(np.ravel(ax))
+    given = [ax] if isinstance(ax, Axes) else list(np.asarray(ax, dtype=object).flat)
     wanted = "one Axes" if count == 1 else f"{count} Axes, one for each panel"
     strange = [type(one).__name__ for one in given if not isinstance(one, Axes)]
     if strange:
@@ -169,12 +171,12 @@ def count_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
-def layer_ticks(layers: Sequence[int]) -> list[int]:
-    """Those of `layers` that get a tick: all, or the first and every 4th (8th, ...) where there are many."""
+def block_ticks(blocks: Sequence[int]) -> list[int]:
+    """Those of `blocks` that get a tick: all, or the first and every 4th (8th, ...) where there are many."""
     step = 1
-    while len(layers) > step * _MOST_TICKS:
+    while len(blocks) > step * _MOST_TICKS:
         step = max(4, 2 * step)
-    return [layer for layer in layers if layer == layers[0] or layer % step == 0]
+    return [block for block in blocks if block == blocks[0] or block % step == 0]
 
 
 def inches_of(axes: Axes) -> tuple[float, float]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
-from spt_fast.plots.data import Values
+from spt_fast.plots.data import Values, check_array
 from spt_fast.plots.panels import Panels, open_panels
 from spt_fast.support.arguments import check_int
 
@@ -21,6 +22,7 @@ _INCHES = 0.55  # of a picture
 _GAP = 0.12  # between pictures, as a share of their size
 
 
+@runtime_checkable
 class Found(Protocol):
     """What is drawn of `spt_fast.analysis.NearestPatches`."""
 
@@ -52,16 +54,17 @@ def nearest_patches(
 
     Raises:
         ImportError: matplotlib is missing.
-        TypeError: `ax` is not Axes.
-        ValueError: there is no such layer or prompt; `mean` and `std` are not given together.
+        TypeError: `found` is something else, `prompts`, `mean` or `std` are no numbers, or `ax` is not Axes.
+        ValueError: there is no such layer or prompt; `mean` and `std` are not given together, or not for
+            each channel.
     """
+    if not isinstance(found, Found):
+        raise TypeError(f"found must be what spt_fast.nearest_patches returns, got {type(found).__name__}")
     layers, count = found.pictures.shape[:2]
     check_int("layer", layer, 0)
     if layer >= layers:
         raise ValueError(f"layer must be 0 to {layers - 1}, got {layer}")
-    chosen = list(range(min(count, _MOST_PROMPTS))) if prompts is None else [int(p) for p in prompts]
-    if not chosen or not all(0 <= p < count for p in chosen):
-        raise ValueError(f"prompts must be some of 0 to {count - 1}, got {prompts}")
+    chosen = _chosen(prompts, count)
     pictures = _as_colours(found.pictures[layer, chosen].numpy(), mean, std)
     rows, k = pictures.shape[:2]
     size = _INCHES * (1 + _GAP)
@@ -69,6 +72,27 @@ def nearest_patches(
     _draw_mosaic(panels, pictures, chosen, found.context)
     panels.add_title(title)
     return panels.figure
+
+
+def _chosen(prompts: Sequence[int] | None, count: int) -> list[int]:
+    """The prompts to draw, of `count`."""
+    if prompts is None:
+        return list(range(min(count, _MOST_PROMPTS)))
+    try:
+        chosen = [operator.index(prompt) for prompt in prompts]
+    except TypeError:
+        raise TypeError(f"prompts must be integers, such as [0, 3], or None, got {prompts!r}") from None
+    if not chosen or not all(0 <= prompt < count for prompt in chosen):
+        raise ValueError(f"prompts must be some of 0 to {count - 1}, got {prompts}")
+    return chosen
+
+
+def _per_channel(name: str, values: Sequence[float], channels: int) -> Values:
+    """[C, 1, 1]"""
+    array = check_array(name, values, "[C]", (1,))
+    if len(array) != channels:
+        raise ValueError(f"{name} must hold a number for each of {channels} channels, got {len(array)}")
+    return array.reshape(-1, 1, 1)
 
 
 def _as_colours(pixels: Values, mean: Sequence[float] | None, std: Sequence[float] | None) -> Values:
@@ -79,8 +103,8 @@ def _as_colours(pixels: Values, mean: Sequence[float] | None, std: Sequence[floa
         low, high = pixels.min(), pixels.max()
         pixels = (pixels - low) / max(high - low, 1e-12)
     else:
-        per_channel = [np.asarray(values, dtype=float).reshape(-1, 1, 1) for values in (mean, std)]
-        pixels = pixels * per_channel[1] + per_channel[0]
+        channels = pixels.shape[2]
+        pixels = pixels * _per_channel("std", std, channels) + _per_channel("mean", mean, channels)
     if pixels.shape[2] != 3:
         # One channel, or some that are no colours: grey.
         pixels = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)

@@ -11,9 +11,9 @@ from spt_fast.plots.data import Values
 from spt_fast.plots.lines import NMI_LABEL, Style, draw_line, finish, styles
 from spt_fast.plots.panels import (
     Panels,
+    block_ticks,
     check_limits,
     count_ticks,
-    layer_ticks,
     limit_from_zero,
     open_panels,
     set_title,
@@ -134,8 +134,8 @@ def _draw_start_and_end(axes: Axes, methods: Mapping[str, MethodCurves]) -> None
     for name, curves in methods.items():
         for moment, nmi, look in (("start", curves.nmi_start, _STARTED), ("end", curves.nmi_end, {})):
             if nmi is not None and curves.nmi_start is not None:
-                layers = range(1, nmi.shape[1] + 1)
+                blocks = range(1, nmi.shape[1] + 1)
                 mean = nmi.mean(axis=0, keepdims=True)
                 label = f"{name}, {moment}"
-                draw_line(axes, layers, mean, looks[name], label=label, markersize=5, markevery=1, **look)
-                axes.set_xticks(layer_ticks(layers))
+                draw_line(axes, blocks, mean, looks[name], label=label, markersize=5, markevery=1, **look)
+                axes.set_xticks(block_ticks(blocks))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -19,28 +18,9 @@ from spt_fast.prompting.engines import (
     unknown_attention,
 )
 
-# Called with the number of a block and its input x; returns the prompts that it attends to, [N_p, D] or
-# [B, N_p, D], and the tokens of the image, [B, N, D].
+# Called with a layer, from 0, and the input x of its block; returns the prompts that it attends to,
+# [N_p, D] or [B, N_p, D], and the tokens of the image, [B, N, D].
 Split = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-
-
-def choose_blocks(blocks: Iterable[int] | None, count: int) -> list[int]:
-    """The numbers of blocks, from 0, that a user names; None names all, and -1 the last.
-
-    Raises:
-        TypeError: `blocks` are no integers.
-        ValueError: there is no such block.
-    """
-    if blocks is None:
-        return list(range(count))
-    try:
-        numbers = [operator.index(number) for number in blocks]
-    except TypeError as error:
-        raise TypeError(f"blocks must be integers, such as [0, -1], or None, got {blocks!r}") from error
-    for number in numbers:
-        if not -count <= number < count:
-            raise ValueError(f"blocks must be from {-count} to {count - 1}, got {number}")
-    return [number % count for number in numbers]
 
 
 def check_attention(blocks: Iterable[nn.Module]) -> None:

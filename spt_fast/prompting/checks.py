@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -126,6 +127,28 @@ def check_images(images: Tensor, model: nn.Module) -> None:
         return
     if images.shape[-2:] != tuple(size):
         raise ValueError(f"images must be {size[0]} x {size[1]} for this model, got {list(images.shape)}")
+
+
+def check_layers(name: str, layers: Iterable[int] | None, count: int) -> list[int]:
+    """The layers, from 0, that a user names; None names all of `count`, and -1 the last.
+
+    Raises:
+        TypeError: they are no integers.
+        ValueError: there is no such layer.
+    """
+    if layers is None:
+        return list(range(count))
+    try:
+        given = list(layers)
+        if any(isinstance(each, bool) for each in given):
+            raise TypeError
+        numbers = [operator.index(each) for each in given]
+    except TypeError:
+        raise TypeError(f"{name} must be integers, such as [0, -1], or None, got {layers!r}") from None
+    for number in numbers:
+        if not -count <= number < count:
+            raise ValueError(f"{name} must be from {-count} to {count - 1}, got {number}")
+    return [number % count for number in numbers]
 
 
 def check_block_call(

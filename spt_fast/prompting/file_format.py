@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spt_fast.backbones.identity import check_facts, describe, describe_norm
 from spt_fast.backbones.pooling import NORMS, Pooling, norm_follows_average, pool_of, stated_pooling
+from spt_fast.backbones.snapshot import HEAD_NORMS
 from spt_fast.data.transforms import PREPROCESSING, Preprocessing
 from spt_fast.prompting.checks import check_class_names
 from spt_fast.support.arguments import check_bool, check_choice, check_tensor
@@ -31,8 +32,8 @@ class TunedState:
     Attributes:
         tensors: "prompts" [L or 1, N_p, D], and "head." before each name of the head's own state.
         facts: those of `describe` and `describe_norm`, and `prompt_depth`, `pool_prompts`, `global_pool`;
-            `norm` ("own" or "new") where `open_model` stated it, `num_classes` where the model states it,
-            `class_names` and `preprocessing` (JSON) if set.
+            `norm` ("own" or "new") where `open_model` stated it, `head_norm` ("batch") where there is one,
+            `num_classes` where the model states it, `class_names` and `preprocessing` (JSON) if set.
     """
 
     tensors: Mapping[str, Tensor]
@@ -47,10 +48,20 @@ class TunedState:
         *,
         depth: str,
         pool_prompts: bool,
+        head_norm: str,
         class_names: Sequence[str] | None,
         preprocessing: Preprocessing | None,
     ) -> TunedState:
-        """The state of prompts and head on `model`; the tensors are theirs, not copies."""
+        """The state of prompts and head on `model`; the tensors are theirs, not copies.
+
+        Raises:
+            TypeError: `preprocessing` is something else.
+        """
+        if not isinstance(preprocessing, Preprocessing | None):
+            raise TypeError(
+                f"preprocessing must be a Preprocessing of spt_fast.data.transforms or None, "
+                f"got {preprocessing!r}"
+            )
         of_head = {f"head.{name}": value for name, value in head.state_dict(keep_vars=True).items()}
         facts = {
             **describe(model),
@@ -62,6 +73,8 @@ class TunedState:
         stated = stated_pooling(model)
         if stated is not None:
             facts["norm"] = stated.norm
+        if head_norm != "none":
+            facts["head_norm"] = head_norm
         num_classes = getattr(model, "num_classes", None)
         if num_classes is not None:
             facts["num_classes"] = str(num_classes)
@@ -103,6 +116,7 @@ class TunedState:
         check_choice("prompt_depth", self.facts["prompt_depth"], ("deep", "shallow"))
         check_choice("pool_prompts", self.facts["pool_prompts"], ("True", "False"))
         check_choice("norm", self.facts.get("norm", "own"), NORMS)
+        check_choice("head_norm", self.facts.get("head_norm", "none"), HEAD_NORMS)
         number = self.facts.get("num_classes", "0")
         if not number.isdecimal():
             raise ValueError(f"num_classes must be an integer >= 0, got {number!r}")
@@ -174,6 +188,10 @@ class TunedState:
             return 0
         same = self.num_classes is None or self.num_classes == getattr(model, "num_classes", None)
         return None if same else self.num_classes
+
+    @property
+    def head_norm(self) -> Literal["none", "batch"]:
+        return "batch" if self.facts.get("head_norm") == "batch" else "none"
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

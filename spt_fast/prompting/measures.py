@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import block_input_hooks, get_blocks
-from spt_fast.prompting.attention_maps import attention_maps_of, check_attention, choose_blocks
-from spt_fast.prompting.checks import check_block_input
+from spt_fast.prompting.attention_maps import attention_maps_of, check_attention
+from spt_fast.prompting.checks import check_block_input, check_layers
 from spt_fast.prompting.nmi import check_finite_nmi, nmi_per_image
 from spt_fast.prompting.timm_methods import TimmMethods
 from spt_fast.support.arguments import check_int
@@ -57,25 +57,25 @@ class Measures(TimmMethods):
         check_finite_nmi(values)
         return values
 
-    def attention_maps(self, images: Tensor, blocks: Iterable[int] | None = None) -> list[Tensor]:
+    def attention_maps(self, images: Tensor, layers: Iterable[int] | None = None) -> list[Tensor]:
         """How much each token of an image attends to each token and each prompt, block by block.
 
         Args:
             images: [B, C, height, width].
-            blocks: numbers of blocks, from 0, or from the end, such as -1; None is all of them.
+            layers: which, from 0, or from the end, such as -1; layer i is block i + 1. None is all of them.
 
         Returns:
-            For each of `blocks` the softmax weights [B, H, N, N + N_p] of its H heads. Rows and the first N
+            For each of `layers` the softmax weights [B, H, N, N + N_p] of its H heads. Rows and the first N
             columns are the tokens of the image in timm's order, prefix tokens first; the last N_p columns are
             the prompts, in a shallow model what the blocks before have made of them. Rows add up to 1.
             Gradients flow through the weights, so that `torch.no_grad()` saves memory.
 
         Raises:
-            TypeError: a block's attention is none that engine "kv" knows; `blocks` are no integers.
-            ValueError: there is no such block, or `images` are none that the model takes.
+            TypeError: a block's attention is none that engine "kv" knows; `layers` are no integers.
+            ValueError: there is no such layer, or `images` are none that the model takes.
         """
         every = self.prompted_blocks
-        wanted = choose_blocks(blocks, len(every))
+        wanted = check_layers("layers", layers, len(every))
         check_attention(every[index] for index in wanted)
         return attention_maps_of(every, wanted, self._split_input, lambda: self.forward_features(images))
 
@@ -83,7 +83,7 @@ class Measures(TimmMethods):
         """The prompts that a block attends to, and the patch tokens that enter it.
 
         Args:
-            layer: number of the block, from 0.
+            layer: of the block, from 0; layer i is block i + 1.
             x: [B, N, D], what enters the block: prefix tokens, patch tokens and, in a shallow model from the
                 second block on, prompts.
 
@@ -92,7 +92,7 @@ class Measures(TimmMethods):
             [B, N_p, D]. Patch tokens [B, N_e, D]. All are views, through which gradients flow.
 
         Raises:
-            TypeError, ValueError: there is no such block, or `x` is no such tensor.
+            TypeError, ValueError: there is no such layer, or `x` is no such tensor.
         """
         if check_int("layer", layer, 0) >= self._num_blocks:
             raise ValueError(f"layer must be below {self._num_blocks}, the number of blocks, got {layer}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from spt_fast.backbones.anatomy import get_blocks, image_dtype, num_prefix_tokens
-from spt_fast.backbones.snapshot import ModelSnapshot, check_free, classifiers, replace_head
+from spt_fast.backbones.snapshot import HEAD_NORMS, ModelSnapshot, check_free, classifiers, replace_head
 from spt_fast.prompting.checks import (
     check_all_saved,
     check_class_names,
@@ -75,6 +75,7 @@ class PromptedViT(Measures):
             models with `global_pool="avg"`. None is False, unless `open_model` opened the model for that.
         prompt_dropout: share of the prompts' elements that training drops, others for each image (VPT: 0.1).
             It needs "concat", and is no part of the file.
+        head_norm: "batch" puts a batch norm without weights before the head, as MAE's linear probe has.
         weight_dtype: torch.bfloat16 ("bf16") or torch.float16 ("fp16"): run in this dtype by autocast, with
             the frozen weights cast once instead of in every step. Results are bitwise those of autocast.
             The original weights are kept until `release()`: half as much memory again, as autocast takes too.
@@ -111,6 +112,7 @@ class PromptedViT(Measures):
         engine: Literal["auto", "kv", "concat"] = "auto",
         pool_prompts: bool | None = None,
         prompt_dropout: float = 0.0,
+        head_norm: Literal["none", "batch"] = "none",
         weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
         allow_other_backbone: bool = False,
     ) -> None:
@@ -121,6 +123,7 @@ class PromptedViT(Measures):
         blocks = get_blocks(model)
         check_free(model)
         check_bool("freeze_prompts", freeze_prompts)
+        self._head_norm = check_choice("head_norm", head_norm, HEAD_NORMS)
         self.pool_prompts = check_pool_prompts(model, blocks, pool_prompts)
         self.weight_dtype = check_weight_dtype(weight_dtype, model)
         self.prompt_dropout = nn.Dropout(check_prompt_dropout(prompt_dropout))
@@ -143,7 +146,7 @@ class PromptedViT(Measures):
         self._snapshot = ModelSnapshot(model)
         self.model = model
         try:
-            self._take_over(blocks, num_classes)
+            self._take_over(blocks, num_classes, head_norm)
         except BaseException:
             self._snapshot.restore(model)
             raise
@@ -172,7 +175,27 @@ class PromptedViT(Measures):
             FileNotFoundError: there is no such file.
             TypeError, ValueError: as the constructor and `load`; the model is then left as it was.
         """
-        state = TunedState.read(path)
+        return cls.from_state(
+            TunedState.read(path),
+            path,
+            model,
+            engine=engine,
+            weight_dtype=weight_dtype,
+            allow_other_backbone=allow_other_backbone,
+        )
+
+    @classmethod
+    def from_state(
+        cls,
+        state: TunedState,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        engine: Literal["auto", "kv", "concat"] = "auto",
+        weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
+        allow_other_backbone: bool = False,
+    ) -> PromptedViT:
+        """`from_file` of a file that has been read: `state` is what it held, `path` its name for errors."""
         state.check_pooling(path, model)
         # The file replaces the new head's values; drawing them must leave the caller's random state alone.
         with seeded(0):
@@ -183,6 +206,7 @@ class PromptedViT(Measures):
                 num_classes=state.size_of_new_head(model),
                 engine=engine,
                 pool_prompts=state.pool_prompts,
+                head_norm=state.head_norm,
                 weight_dtype=weight_dtype,
             )
         try:
@@ -320,6 +344,7 @@ class PromptedViT(Measures):
             self.head,
             depth=self.depth,
             pool_prompts=self.pool_prompts,
+            head_norm=self._head_norm,
             class_names=self.class_names,
             preprocessing=self.preprocessing,
         )
@@ -334,9 +359,11 @@ class PromptedViT(Measures):
         _copy(state.tensors, own.tensors)
         self.class_names, self.preprocessing = state.class_names, state.preprocessing
 
-    def _take_over(self, blocks: nn.ModuleList | nn.Sequential, num_classes: int | None) -> None:
+    def _take_over(
+        self, blocks: nn.ModuleList | nn.Sequential, num_classes: int | None, head_norm: str
+    ) -> None:
         self.model.requires_grad_(False)
-        replace_head(self.model, num_classes)
+        replace_head(self.model, num_classes, head_norm)
         if self.weight_dtype is not None:
             self._snapshot.cast_frozen_weights(self.model, self.weight_dtype)
         self._blocks.take_over(blocks, self._snapshot)

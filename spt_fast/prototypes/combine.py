@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from spt_fast.backbones.identity import backbone_facts, check_facts
 from spt_fast.clustering.summary import Summary
 from spt_fast.clustering.weighted import WeightedTokens
+from spt_fast.data.transforms import PREPROCESSING, Preprocessing
 from spt_fast.prototypes.result import Prototypes, from_layers
 from spt_fast.support.arguments import check_int
 
@@ -18,13 +20,21 @@ def concatenate(prototypes: Sequence[Prototypes]) -> Prototypes:
     """The prompts of all sets side by side, in their order: [L, sum of N_p, D].
 
     `counts` stay those of each set, and `inertia` is their sum: an upper bound, because a token may be nearer
-    to a prompt of another set than to its own.
+    to a prompt of another set than to its own. What the metadata of all sets say alike is kept.
+
+    Warns:
+        UserWarning: the metadata say that the images were resized or normalised in different ways.
 
     Raises:
         TypeError: no sequence of `Prototypes`.
         ValueError: none, or sets of different layers, width, backbone or `position_embedding`.
     """
     sets = _check(prototypes)
+    _warn_of_preprocessings(sets)
+    return _side_by_side(sets)
+
+
+def _side_by_side(sets: Sequence[Prototypes]) -> Prototypes:
     last = [each.last_output for each in sets]
     return Prototypes(
         torch.cat([each.prompts for each in sets], dim=1),
@@ -33,7 +43,7 @@ def concatenate(prototypes: Sequence[Prototypes]) -> Prototypes:
         num_images=sum(each.num_images for each in sets),
         num_tokens=sum(each.num_tokens for each in sets),
         metadata={**_common_metadata(sets), "concatenated": "True"},
-        last_output=None if None in last else concatenate([each for each in last if each is not None]),
+        last_output=None if None in last else _side_by_side([each for each in last if each is not None]),
     )
 
 
@@ -54,6 +64,9 @@ def merge(
         num_prompts: N_p; None is that of the first.
         on_layer: called after each layer, for a progress bar.
 
+    Warns:
+        UserWarning: as `concatenate`.
+
     Raises:
         TypeError: no sequence of `Prototypes`.
         ValueError: none, sets of different layers, width, backbone or `position_embedding`, or one without a
@@ -67,6 +80,7 @@ def merge(
         summaries.append(each._summary)
     if len({summary.n_groups for summary in summaries}) > 1:
         raise ValueError("prototypes must all be with last_output or all without")
+    _warn_of_preprocessings(sets)
     summary = Summary(
         groups=tuple(map(_together, zip(*(_scaled(summary) for summary in summaries), strict=True))),
         totals=tuple(map(sum, zip(*(summary.totals for summary in summaries), strict=True))),
@@ -111,6 +125,18 @@ def _check(prototypes: Sequence[Prototypes]) -> list[Prototypes]:
             f"got position_embedding = {', '.join(embedded)}"
         )
     return sets
+
+
+def _warn_of_preprocessings(sets: Sequence[Prototypes]) -> None:
+    """Warn, in the name of the caller's caller, where sets say that different things were done to images."""
+    texts = [each.metadata[PREPROCESSING] for each in sets if PREPROCESSING in each.metadata]
+    found = list(dict.fromkeys(str(Preprocessing.from_json(text)) for text in texts))
+    if len(found) > 1:
+        warnings.warn(
+            f"prototypes were made with images of different preprocessing ({'; '.join(found)}); the result "
+            "does not say which to use",
+            stacklevel=3,
+        )
 
 
 def _scaled(summary: Summary) -> list[WeightedTokens]:

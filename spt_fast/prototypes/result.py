@@ -138,7 +138,7 @@ class Prototypes:
         """The prompts of one layer for all layers: `repeat_layer(0)` is "first P_0" of Table S2 b.
 
         Args:
-            index: 0 to L - 1; `prompts[index]` is what all layers get.
+            index: a layer, 0 to L - 1; `prompts[index]` is what all layers get.
 
         Raises:
             TypeError: `index` is no integer.

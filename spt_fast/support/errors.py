@@ -18,7 +18,7 @@ class NonFiniteError(ValueError):
     Attributes:
         row: of the tensor given, its leading dimensions taken as one.
         image: of the batch or the loader given.
-        layer: the block that it enters; the number of blocks stands for the last block's output.
+        layer: 0 for block 1, whose prompts or input it is in; L, the number of blocks, for the last output.
         step: of training.
     """
 

@@ -48,9 +48,15 @@ def check_output_path(path: str | os.PathLike[str], *, overwrite: bool = False) 
     return target
 
 
+def _as_path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be the name of a file, a string or a Path, got {path!r}")
+    return Path(path)
+
+
 def check_name_is_free(path: str | os.PathLike[str], overwrite: bool) -> Path:
     """`path`, unless what is there already, or is missing, forbids it: `check_output_path` without the try."""
-    target = Path(path)
+    target = _as_path(path)
     with _explained(target), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         target.lstat()
     if not target.parent.exists():
@@ -103,8 +109,9 @@ def check_input_path(path: str | os.PathLike[str], *, argument: str = "") -> Pat
     Raises:
         FileNotFoundError: there is no such file.
         IsADirectoryError: it is a folder.
+        TypeError: it is no name.
     """
-    source = Path(path)
+    source = _as_path(path)
     prefix = f"{argument}: " if argument else ""
     if not source.exists():
         raise FileNotFoundError(f"{prefix}there is no file {source}")

@@ -9,14 +9,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from spt_fast.support.arguments import check_bool
+
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> tqdm[Any]:
     """tqdm's bar of `iterable`, where `show` asks for it and somebody looks: on a terminal or in a notebook.
 
     The environment variable TQDM_DISABLE decides where it is set: any value hides bars, an empty one shows
     them, in logs too. `options` are tqdm's.
+
+    Raises:
+        TypeError: `show`, which callers name `progress`, is no bool.
     """
-    return tqdm(iterable, disable=not (show and _is_watched()), **options)
+    return tqdm(iterable, disable=not (check_bool("progress", show) and _is_watched()), **options)
 
 
 def _is_watched() -> bool:

@@ -11,15 +11,16 @@ from spt_fast.support.errors import one_line
 
 # YAML 1.2, whose numbers and words are those of JSON; PyYAML reads 1.1, where 1e-2 is text and off is false.
 _SCALARS = {
-    "bool": (re.compile(r"true|True|TRUE|false|False|FALSE"), "tTfF"),
-    "int": (re.compile(r"[-+]?[0-9]+"), "-+0123456789"),
+    "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    "int": (re.compile(r"^[-+]?[0-9]+$"), "-+0123456789"),
     "float": (
         re.compile(
-            r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+            r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+            r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
         ),
         "-+0123456789.",
     ),
-    "null": (re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
+    "null": (re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
 }
 
 
@@ -48,7 +49,9 @@ def write_yaml(values: Mapping[str, Any]) -> str:
     """`values` as YAML in their order, one line for each plain value, that `read_yaml` reads back."""
     import yaml
 
-    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=10_000))
+    # A width that breaks no line.
+    layout = {"sort_keys": False, "allow_unicode": True, "width": float("inf")}
+    return str(yaml.dump(dict(values), Dumper=_dumper(), **layout))
 
 
 @cache
@@ -73,11 +76,24 @@ def _loader() -> Any:
             return int(self.construct_scalar(node))
 
     Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_number)
-    for kind, (pattern, first) in _SCALARS.items():
-        Loader.add_implicit_resolver(
-            f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern.pattern})$"), list(first)
-        )
+    _resolve_scalars(Loader)
     return Loader
+
+
+@cache
+def _dumper() -> Any:
+    import yaml
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
+        """Quotes text that YAML 1.1 or 1.2 would take for something else."""
+
+    _resolve_scalars(Dumper)
+    return Dumper
+
+
+def _resolve_scalars(of: Any) -> None:
+    for kind, (pattern, first) in _SCALARS.items():
+        of.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", pattern, list(first))
 
 
 def _shown(found: object) -> str:

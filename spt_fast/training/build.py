@@ -58,6 +58,7 @@ def build(
             freeze_prompts=recipe.freeze_prompts,
             pool_prompts=pool_prompts,
             prompt_dropout=recipe.prompt_dropout,
+            head_norm=recipe.head_norm,
             weight_dtype=recipe.weight_dtype,
             allow_other_backbone=allow_other_backbone,
         )

@@ -31,7 +31,8 @@ def evaluate(tuned: nn.Module, loader: Iterable[Any]) -> float:
     are read as `fit` reads them; images with the label -100 are not counted.
 
     Raises:
-        TypeError: a batch holds something else than images and labels.
+        TypeError: `tuned` is no module, `loader` not iterable, or a batch something else than images and
+            labels.
         ValueError: the loader or a batch is empty, labels have another shape or are no classes of the model,
             or `tuned` gives something else than logits [B, classes].
         NonFiniteError: a logit is NaN; `image` is counted from 0 over the loader.
@@ -207,7 +208,14 @@ def forward(tuned: nn.Module, batch: object, device: torch.device, where: str) -
 
 
 def check_gives_logits(tuned: nn.Module) -> None:
-    """ValueError where `tuned` is a backbone without a head: its features would pass for logits."""
+    """Refuse what is no model, and a backbone without a head: its features would pass for logits.
+
+    Raises:
+        TypeError: `tuned` is no module.
+        ValueError: it has no head.
+    """
+    if not isinstance(tuned, nn.Module):
+        raise TypeError(f"tuned must be a PromptedViT or another module, got {type(tuned).__name__}")
     inner = unwrap(tuned)
     model = inner.model if isinstance(inner, PromptedViT) else inner
     if getattr(model, "num_classes", None) == 0 and not has_head(model):
@@ -229,6 +237,8 @@ def _labels_and_predictions(tuned: nn.Module, loader: Iterable[Any]) -> Iterator
     Each batch is read while the device is at the next one.
     """
     check_gives_logits(tuned)
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader must be an iterable of batches, got {type(loader).__name__}")
     seen = 0
     unread: deque[tuple[int, Tensor, OnTheWay, int]] = deque()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from spt_fast.data.identity import labels_of
+from spt_fast.data.loading import ImageLoader
 from spt_fast.data.loading import shuffled_loader as shuffled_loader
 from spt_fast.data.prefetch import ahead
 from spt_fast.support.distributed import ALONE, Processes
@@ -86,7 +89,6 @@ class Trainer:
         tuned, train_loader, val_loader, recipe, progress: as in `fit`.
         processes: those that train together: each has a loader of its own share of every batch, of which some
             may be empty, and of the validation images.
-        class_counts: images of each class, for `balance="loss"`.
 
     Attributes:
         history: what the run has seen so far.
@@ -108,7 +110,6 @@ class Trainer:
         *,
         processes: Processes = ALONE,
         progress: bool = True,
-        class_counts: Sequence[int] | None = None,
     ) -> None:
         self.tuned, self.recipe = tuned, recipe or Recipe()
         check_gives_logits(tuned)
@@ -119,7 +120,7 @@ class Trainer:
         self._steps = -(-self._batches // self.recipe.accumulate)
         self._device = device_of(tuned)
         self.optimizer = create_optimizer(tuned, self.recipe)
-        objective = _objective(self.recipe, tuned, class_counts)
+        objective = _objective(self.recipe, tuned, train_loader)
         self._stepper = Stepper(self.optimizer, self.recipe, objective, self._device, processes)
         self._rates = LearningRates(self.optimizer, self.recipe, self._steps)
         self.average = None if self.recipe.ema is None else Average(tuned, self.recipe.ema)
@@ -319,17 +320,27 @@ class Trainer:
         return progress_bar(show=show, total=total, initial=done, unit="batch", desc="train")
 
 
-def _objective(recipe: Recipe, tuned: nn.Module, class_counts: Sequence[int] | None) -> Objective:
-    counts = class_counts if recipe.balance == "loss" else None
-    if recipe.balance == "loss" and counts is None:
-        raise ValueError("balance='loss' needs class_counts, the number of training images of each class")
+def _objective(recipe: Recipe, tuned: nn.Module, train_loader: Any) -> Objective:
+    num_classes = getattr(tuned, "num_classes", None)
     return Objective(
         label_smoothing=recipe.label_smoothing,
         mixup=recipe.mixup,
         cutmix=recipe.cutmix,
-        num_classes=getattr(tuned, "num_classes", None),
-        class_counts=counts,
+        num_classes=num_classes,
+        class_counts=_class_counts(train_loader, num_classes) if recipe.balance == "loss" else None,
     )
+
+
+def _class_counts(loader: Any, num_classes: int | None) -> list[int]:
+    """The number of images of each class."""
+    labels = labels_of(loader.dataset) if isinstance(loader, ImageLoader) else None
+    if labels is None or num_classes is None:
+        raise ValueError(
+            "balance='loss' needs a model that states num_classes and a loader that knows its labels, as "
+            f"open_labelled_images and shuffled_loader give one, got {type(loader).__name__}"
+        )
+    counts = Counter(labels)
+    return [counts[label] for label in range(num_classes)]
 
 
 def _check_loaders(train_loader: Any, val_loader: Any, recipe: Recipe) -> None:
@@ -342,9 +353,10 @@ def _check_loaders(train_loader: Any, val_loader: Any, recipe: Recipe) -> None:
         if value and val_loader is None:
             shown = f"{name}={getattr(recipe, name)!r}"
             raise ValueError(f"{shown} is chosen by validation images, but there is no val_loader")
-    if recipe.balance == "sampler" and getattr(train_loader, "balance", "none") != "sampler":
+    if recipe.balance == "sampler" and not getattr(train_loader, "is_balanced", False):
         raise ValueError(
-            "balance='sampler' is for the loader of data.images.open_labelled_images, which draws the images"
+            "balance='sampler' needs a loader that draws classes equally often, as open_labelled_images(..., "
+            f"balance='sampler') opens it, got {type(train_loader).__name__}"
         )
 
 

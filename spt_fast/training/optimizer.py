@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from spt_fast.prompting.parameter_groups import parameter_groups
 from spt_fast.support.arguments import check_int
+from spt_fast.support.errors import one_line
 from spt_fast.training.recipe import Recipe
 
 # Of the recipe's default, and of `warmup_cosine`.
@@ -25,8 +26,8 @@ def create_optimizer(tuned: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     resuming, the default rate of prompts is that of the first start.
 
     Raises:
-        ValueError: no parameter requires a gradient, one that does is float16, or `head_weight_decay` is
-            given for a module without `head`.
+        ValueError: no parameter requires a gradient, one that does is float16, `head_weight_decay` is given
+            for a module without `head`, or the optimiser needs a package or a GPU that is missing.
     """
     from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 
@@ -46,13 +47,17 @@ def create_optimizer(tuned: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if not groups:
         raise ValueError("tuned must have a parameter that requires a gradient, got none to train")
     groups = [{**group, "initial_lr": group["lr"]} for group in groups]
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        groups,
-        opt=recipe.optimizer,
-        lr=recipe.peak_lr,
-        weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-    )
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            groups,
+            opt=recipe.optimizer,
+            lr=recipe.peak_lr,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+        )
+    # timm lists optimisers of other packages too, and asserts that there is a GPU for them.
+    except (AssertionError, ImportError, NameError) as error:
+        raise ValueError(f"optimizer={recipe.optimizer!r} cannot be had here: {one_line(error)}") from error
     return optimizer
 
 

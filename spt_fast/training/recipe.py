@@ -145,7 +145,7 @@ class Recipe:
         self._check_method()
         self._check_head()
         self._check_rates()
-        self._check_loss()
+        self._check_step()
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **changes: Any) -> Recipe:
@@ -197,7 +197,8 @@ class Recipe:
         try:
             return cls(**{**values, **changes})
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{source}: {error}") from error
+            given = f" with {', '.join(changes)} given" if changes else ""
+            raise type(error)(f"{source}{given}: {error}") from error
 
     def replace(self, **changes: Any) -> Recipe:
         """The same recipe with other values of these fields; errors as `Recipe`.
@@ -291,7 +292,7 @@ class Recipe:
                 scaled = f" after lr_scale={self.lr_scale!r}" if self.lr_scale != "none" else ""
                 raise ValueError(f"{name} must be above min_lr ({self.min_lr:g}), got {rate:g}{scaled}")
 
-    def _check_loss(self) -> None:
+    def _check_step(self) -> None:
         mixed = next((name for name in ("mixup", "cutmix") if getattr(self, name)), None)
         if mixed and self.balance == "loss":
             raise ValueError(
@@ -354,10 +355,10 @@ def options() -> tuple[Option, ...]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean ...?" with the names that are like `name`; where none is, all of few names."""
+    """ "; did you mean ... or ...?" with up to three names that `name` begins, or else is like."""
     known = list(names)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    close += [each for each in known if name and each.startswith(name) and each not in close][:3]
+    close = [each for each in known if name and each.startswith(name)][:3]
+    close = close or difflib.get_close_matches(name, known)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
@@ -396,6 +397,8 @@ def _is_union(hint: Any) -> bool:
 def _check_optimizer(value: Any) -> str:
     from timm.optim import list_optimizers  # type: ignore[attr-defined]
 
+    if value == "adahessian":
+        raise ValueError("optimizer must be one without second derivatives, got 'adahessian'")
     known = [str(name) for name in list_optimizers()]
     if not isinstance(value, str) or value not in known:
         raise ValueError(

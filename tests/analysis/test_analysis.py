@@ -122,6 +122,8 @@ def test_tokens_that_are_not_finite_are_named_by_block(vit, make_loader):
 
 
 def test_nothing_to_measure_is_refused(vit, make_loader):
+    with pytest.raises(TypeError, match="tuned must be a PromptedViT, got VisionTransformer"):
+        analyse(vit, make_loader(4, 2))
     with pytest.raises(ValueError, match="at least one batch of images, got none"):
         analyse(PromptedViT(vit, prompts_for(3)), [], progress=False)
 

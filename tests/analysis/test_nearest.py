@@ -195,11 +195,21 @@ class TestFigure:
         assert (shown[..., 0] == shown[..., 2]).all()
 
     @pytest.mark.parametrize(
-        ("options", "message"),
+        ("options", "error", "message"),
         [
-            ({"layer": 2}, "layer must be 0 to 1, got 2"),
-            ({"prompts": [5]}, "prompts must be some of 0 to 4"),
-            ({"mean": [0.5] * 3}, "mean and std must be given together"),
+            ({"layer": 2}, ValueError, "layer must be 0 to 1, got 2"),
+            ({"prompts": [5]}, ValueError, "prompts must be some of 0 to 4"),
+            ({"prompts": [0.5]}, TypeError, r"prompts must be integers, such as \[0, 3\], .* got \[0.5\]"),
+            ({"prompts": 2}, TypeError, "prompts must be integers, .* got 2"),
+            ({"mean": [0.5] * 3}, ValueError, "mean and std must be given together"),
+            (
+                {"mean": [0.5] * 2, "std": [0.5] * 3},
+                ValueError,
+                "mean must hold a number for each of 3 channels, got 2",
+            ),
+            ({"mean": "ab", "std": [1.0] * 3}, TypeError, r"mean must be numbers \[C\], got str"),
+            ({"title": 3}, TypeError, "title must be a string, got 3"),
+            ({"ax": "left"}, TypeError, "ax must be one Axes, got str"),
         ],
     )
     def test_bad_input(
@@ -208,10 +218,17 @@ class TestFigure:
         loader: Loader,
         protos: Prototypes,
         options: dict[str, Any],
+        error: type[Exception],
         message: str,
     ) -> None:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             plots.nearest_patches(find(protos, vit, loader), **options)
+
+    def test_something_else_is_refused(self) -> None:
+        with pytest.raises(
+            TypeError, match=r"found must be what spt_fast.nearest_patches returns, got Tensor"
+        ):
+            plots.nearest_patches(torch.zeros(2))  # type: ignore[arg-type]
 
 
 def test_is_public() -> None:

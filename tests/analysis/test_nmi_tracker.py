@@ -235,8 +235,8 @@ def test_csv_holds_all_records(
     tracker.to_csv(path, run=run)
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["step", "layer", "nmi"] + (["run"] if run else [])
-    assert [(row["step"], row["layer"]) for row in rows] == [(s, b) for s in "01" for b in "123"]
+    assert list(rows[0]) == ["step", "block", "nmi"] + (["run"] if run else [])
+    assert [(row["step"], row["block"]) for row in rows] == [(s, b) for s in "01" for b in "123"]
     values = torch.tensor([float(row["nmi"]) for row in rows])
     assert torch.equal(values.reshape(2, 3), tracker.history().values)
     assert run is None or {row["run"] for row in rows} == {run}

@@ -225,6 +225,27 @@ def test_looking_seldom_gives_the_result_of_looking_each_step(max_iter: int, rel
             assert_same(each, seldom)
 
 
+def test_centres_that_stay_empty_cost_no_passes_that_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal tokens one centre takes all, so that of those without tokens one finds some in each step."""
+    tokens = make_tokens(30, 6).repeat_interleave(20, 0)
+    centers = torch.cat([tokens[:1], torch.full((14, 6), 1e3)])
+    passes: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> PassResult:
+        passes[-1] += 1
+        return assign_accumulate(*args, **kwargs)
+
+    monkeypatch.setattr("spt_fast.clustering.passes.assign_accumulate", counted)
+    results = []
+    for look_every in (1, 4):
+        passes.append(0)
+        results.append(lloyd(make_problem(tokens), centers, max_iter=99, look_every=look_every, prune=False))
+    assert_same(*results)
+    assert results[0].n_iter > 14
+    # Those made ahead before the first look at an empty centre, and after the last.
+    assert passes[1] <= passes[0] + 8
+
+
 READBACKS = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
 
 

@@ -40,6 +40,23 @@ def test_version_is_the_packages(capsys):
     assert capsys.readouterr().out == f"spt-fast {spt_fast.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["doctor", "--chek"],
+            "spt-fast doctor: error: unrecognized arguments: --chek; did you mean --check?",
+        ),
+        (["doctor", "--qqq=1"], "spt-fast doctor: error: unrecognized arguments: --qqq=1"),
+        (["doctor", "now"], "spt-fast: error: unrecognized arguments: now"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_nearest(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert capsys.readouterr().err.splitlines()[-1] == message
+
+
 @pytest.mark.parametrize("arguments", [[], ["bake"], ["prototypes", "--depth", "medium"]])
 def test_unusable_arguments_leave_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -43,7 +43,7 @@ def test_nmi_of_a_file_is_that_of_its_prompts(kind, prompt_files, tmp_path, caps
     printed = capsys.readouterr().out
     assert "10 images" in printed
     assert (tmp_path / "nmi.png").read_bytes().startswith(b"\x89PNG")
-    stored = read_csv(tmp_path / "nmi.csv", ("step", "layer", "nmi"))
+    stored = read_csv(tmp_path / "nmi.csv", ("step", "block", "nmi"))
     assert [row[:2] for _, row in stored] == [(0, layer) for layer in range(1, 7)]
     model = shipped.load_backbone()
     depth = kind.split()[0]
@@ -59,7 +59,7 @@ def test_nmi_of_a_file_is_that_of_its_prompts(kind, prompt_files, tmp_path, caps
 def test_nmi_writes_cka_with_the_largest_on_the_diagonal(prompt_files, tmp_path, capsys):
     base = ("--prompts", prompt_files["deep prototypes"], "--out", tmp_path, "--max-images", 12)
     assert nmi(*base) == 0
-    stored = read_csv(tmp_path / "cka.csv", ("prompt_layer", "token_layer", "cka"))
+    stored = read_csv(tmp_path / "cka.csv", ("prompt_block", "token_block", "cka"))
     assert [row[:2] for _, row in stored] == [(i, j) for i in range(1, 7) for j in range(1, 7)]
     values = torch.tensor([row[2] for _, row in stored]).reshape(6, 6)
     assert values.argmax(dim=1).tolist() == list(range(6))

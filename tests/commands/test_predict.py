@@ -17,6 +17,7 @@ import spt_fast
 from spt_fast.commands import main as cli
 from spt_fast.data import shipped
 from spt_fast.data.images import open_files
+from spt_fast.support import files
 from spt_fast.training import predict
 
 
@@ -48,6 +49,19 @@ def test_predictions_go_to_standard_output_and_nothing_else_does(tuned, folders,
     found = [float(row[name]) for row in rows for name in ("probability", "probability_2")]
     assert found == pytest.approx([value for item in expected for value in item.probabilities], rel=1e-4)
     assert f"images: {len(rows)} images\n" in printed.err
+
+
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_the_tuned_file_is_opened_once(command, tuned, folders, monkeypatch):
+    """A file on a network is not read again for its pooling or its preprocessing."""
+    opened = []
+    safe_open = files.safe_open
+    monkeypatch.setattr(
+        files, "safe_open", lambda *given, **how: opened.append(given) or safe_open(*given, **how)
+    )
+    data = ("--data", folders / "odd") if command == "eval" else (folders / "odd",)
+    assert run(command, tuned, *data) == 0
+    assert opened.count((tuned,)) == 1
 
 
 def test_predictions_go_to_a_file(tuned, folders, tmp_path, capsys, only_error):

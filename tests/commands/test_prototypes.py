@@ -52,7 +52,7 @@ def test_prototypes_of_a_folder(folders, tmp_path, capsys):
         (("--mode", "exact", "--init", "uniform", "--n-init", 2), {"init": "uniform", "n_init": "2"}),
         (("--strategy", "mean", "--sampling", "all"), {"sampling": "all"}),
         (("--no-position-embedding",), {"position_embedding": "False"}),
-        (("--layer", 2), {"layer": "1"}),
+        (("--block", 2), {"layer": "1"}),
         (("--last-output",), {"layer": "last_output"}),
     ],
     ids=lambda options: "-".join(map(str, options)).strip("-") if isinstance(options, tuple) else "",
@@ -89,7 +89,7 @@ def test_every_file_of_several_lengths_is_checked_first(tmp_path, only_error):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"p-5": "mine"}
 
 
-@pytest.mark.parametrize("option", [("--layer", 2), ("--last-output",)], ids=str)
+@pytest.mark.parametrize("option", [("--block", 2), ("--last-output",)], ids=str)
 def test_several_lengths_of_one_layer(option, tmp_path):
     assert of_digits(tmp_path / "p", "--num-prompts", 2, 4, "--max-images", 8, *option) == 0
     for length in (2, 4):
@@ -173,6 +173,14 @@ def test_damaged_checkpoint_is_refused(tmp_path, only_error):
             "at most the number of patch tokens, 640 per layer (10 images in a batch with 64 patches each)",
         ),
         (
+            {"--num-prompts": "700", "--strategy": "random", "--sampling": "all", "--max-images": "10"},
+            "at most the number of patch tokens, 640 per layer (10 images with 64 patches each)",
+        ),
+        (
+            {"--num-prompts": "66", "--strategy": "mean", "--sampling": "all", "--max-images": "10"},
+            "num_prompts must be at most 65 for windows of single images, which have 64 patch tokens, got 66",
+        ),
+        (
             {"--num-prompts": "700", "--max-images": "10"},
             "at most the number of patch tokens, 640 per layer (10 images with 64 patches each)",
         ),
@@ -191,7 +199,7 @@ def test_damaged_checkpoint_is_refused(tmp_path, only_error):
         ({"--workers": "-1"}, "workers must be an integer >= 0, got -1"),
         ({"--num-prompts": "0"}, "num_prompts must be"),
         ({"--max-images": "0"}, "max_images must be"),
-        ({"--layer": "7"}, "--layer must be a block with prompts, 1 to 6, got 7"),
+        ({"--block": "7"}, "--block must be a block with prompts, 1 to 6, got 7"),
         ({"--max-images": "1", "--num-prompts": "65"}, "64 per layer"),
         ({"--max-images": "1", "--num-prompts": "2 65"}, "64 per layer"),
         ({"--num-prompts": "0 5"}, "num_prompts must be an integer >= 1, got 0"),
@@ -199,7 +207,7 @@ def test_damaged_checkpoint_is_refused(tmp_path, only_error):
         ({"--num-prompts": "1 5", "--mode": "exact"}, "several --num-prompts must come from the sample"),
         ({"--num-prompts": "1 5", "--strategy": "mean"}, "got --strategy mean --mode stream"),
         ({"--with-sample": "", "--mode": "exact"}, "--with-sample must come from the sample"),
-        ({"--with-sample": "", "--layer": "1"}, "--with-sample must come without --layer"),
+        ({"--with-sample": "", "--block": "1"}, "--with-sample must come without --block"),
         ({"--mode": "exact", "--memory-budget": "lots"}, "memory_budget must be a number with a unit"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -212,6 +220,15 @@ def test_bad_input_is_one_line_and_exit_code_2(changes, expected, tmp_path, only
     assert expected in only_error(code, "prototypes")
     assert [path.name for path in tmp_path.iterdir()] == ["taken.txt"]
     assert (tmp_path / "taken.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("strategy", "length"), [("random", 400), ("mean", 65)])
+def test_prompts_from_all_images_may_be_more_than_a_batch_has(strategy, length, tmp_path):
+    """A batch of five images has 320 tokens; one of one image has 64."""
+    batch = "5" if strategy == "random" else "1"
+    options = ("--strategy", strategy, "--sampling", "all", "--num-prompts", length, "--batch-size", batch)
+    assert of_digits(tmp_path / "p.safetensors", *options, "--max-images", "10") == 0
+    assert Prototypes.load(tmp_path / "p.safetensors").prompts.shape[1] == length
 
 
 def test_weights_that_cannot_be_fetched_name_the_ways_out(tmp_path, only_error, monkeypatch):

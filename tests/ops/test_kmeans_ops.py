@@ -254,6 +254,11 @@ def test_what_cannot_be_corrected_is_named() -> None:
         assign_accumulate(tokens, centers, last=last, weights=torch.ones(2, 50))
     with pytest.raises(ValueError, match=r"last\.labels must be \[2, 49\], got \[2, 50\]"):
         assign_accumulate(tokens[:, 1:], centers, last=last)
+    for wrong in (-1, 4):
+        labels = last.labels.clone()
+        labels[1, 7] = wrong
+        with pytest.raises(ValueError, match=f"last.labels must be from 0 to 3, got {wrong}"):
+            assign_accumulate(tokens, centers, last=last._replace(labels=labels))
     with pytest.raises(ValueError, match=r"last\.sums must be \[2, 3, 6\], got \[2, 4, 6\]"):
         assign_accumulate(tokens, centers[:, 1:], last=last)
 

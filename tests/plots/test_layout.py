@@ -170,6 +170,13 @@ class TestLegend:
             assert inner.height > 0.4 * figure.get_figwidth() * figure.dpi
         assert [text.replace("\n", " ") for text in texts(legend)] == [name.strip() for name in names]
 
+    def test_hides_no_line(self):
+        """Lines all over the panel leave no place inside."""
+        runs = {f"run {i}": ([1, 5, 20, 50, 100], [0.1 * i] * 5) for i in range(5)}
+        (axes,) = plots.accuracy_against_prompt_length(runs).axes
+        axes.figure.draw_without_rendering()
+        assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
+
     def test_names_runs_of_all_panels(self):
         run = ([0, 1], [[0.1], [0.2]])
         figure = plots.nmi_over_epochs({"a": {"SPT": run}, "b": {"VPT": run, "SPT": run}})
@@ -212,7 +219,7 @@ class TestStepsAndEpochs:
         for column in ("step", "epoch"):
             files[column] = tmp_path / f"{column}.csv"
             rows = [(10 * i, 1, 0.1) for i in range(3)]
-            files[column].write_bytes(csv_bytes((column, "layer", "nmi"), rows))
+            files[column].write_bytes(csv_bytes((column, "block", "nmi"), rows))
             assert plots.nmi_over_epochs(files[column]).axes[0].get_xlabel() == column
         with pytest.raises(ValueError, match=r"steps_per_epoch must be given.*by epoch and others by step"):
             plots.nmi_over_epochs({"": files})
@@ -272,6 +279,18 @@ class TestFonts:
     def test_figures_can_be_pickled(self):
         figure = pickle.loads(pickle.dumps(plots.nmi_per_layer({"SPT": [0.1, 0.2]})))
         assert texts(figure.axes[0].get_legend()) == ["SPT"]
+
+
+@pytest.mark.parametrize("size", [(3.3, 1.9), (3.3, 3.0), (6.9, 2.6)])
+def test_numbers_in_cells_do_not_run_into_each_other(size):
+    figure = Figure(figsize=size, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    values = np.full((6, 6), 0.25)
+    plots.analysis_figure({"SPT": VALUES[0]}, values, ax=[left, right])
+    figure.draw_without_rendering()
+    cell = right.get_window_extent().width / 6
+    assert all(text.get_window_extent().width < cell for text in right.texts)
+    assert bool(right.texts) == (size[0] > 5)
 
 
 def test_long_titles_are_wrapped(history):

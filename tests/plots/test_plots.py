@@ -77,7 +77,7 @@ def test_methods_keep_their_colours_in_every_figure():
 
 def test_files_of_the_tracker_side_by_side(tmp_path):
     values = np.random.rand(2, 4, 3)
-    header = ("step", "layer", "nmi")
+    header = ("step", "block", "nmi")
     files = {
         name: write(tmp_path / f"{name}.csv", header, nmi_rows(part))
         for name, part in zip(("VPT", "SPT"), values, strict=True)
@@ -98,7 +98,7 @@ def test_one_file_of_all_runs(tmp_path):
         for seed, seeds in enumerate(runs)
         for row in nmi_rows(seeds, (task, run, seed))
     ]
-    path = write(tmp_path / "all.csv", ("task", "run", "seed", "step", "layer", "nmi"), rows)
+    path = write(tmp_path / "all.csv", ("task", "run", "seed", "step", "block", "nmi"), rows)
     figure = plots.nmi_over_epochs(path)
     assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
     np.testing.assert_allclose(
@@ -152,7 +152,7 @@ def test_scale_of_cka(values, limits, expected):
 def test_heatmaps_side_by_side_share_one_scale(tmp_path):
     low, high = np.full((2, 2), -0.1), np.full((2, 2), 0.7)
     rows = [(i + 1, j + 1, low[i, j]) for i in range(2) for j in range(2)]
-    path = write(tmp_path / "cka.csv", ("prompt_layer", "token_layer", "cka"), rows)
+    path = write(tmp_path / "cka.csv", ("prompt_block", "token_block", "cka"), rows)
     figure = plots.cka_heatmap({"VPT": path, "SPT": high})
     left, right, _ = figure.axes
     np.testing.assert_array_equal(left.images[0].get_array(), low)
@@ -172,7 +172,7 @@ def test_large_heatmap_has_no_numbers_and_few_ticks(size, ticks):
 
 
 def test_numbers_are_in_all_cells_or_in_none():
-    positive, negative = np.full((16, 16), 0.5), np.full((16, 16), -0.5)
+    positive, negative = np.full((17, 17), 0.5), np.full((17, 17), -0.5)
     assert all(axes.texts for axes in plots.cka_heatmap({"a": positive, "b": positive}).axes[:2])
     assert not any(axes.texts for axes in plots.cka_heatmap({"a": positive, "b": negative}).axes)
 
@@ -278,6 +278,13 @@ def test_demo_figure_of_nothing_is_refused():
         (plots.construction_time, {"a": ([10], [1])}, ValueError, r"above 0 and at most 1, got \[10.0\]"),
         (plots.construction_time, {"a": ([1], [0])}, ValueError, "seconds of 'a' must be above 0, got 0"),
         (plots.construction_time, {"a": 3}, TypeError, r"times\['a'\] must be a pair \(shares"),
+        (
+            plots.nmi_per_layer,
+            {1: [0.1, 0.2]},
+            TypeError,
+            "runs must map .* by names, which are strings, got 1",
+        ),
+        (plots.training_curves, None, TypeError, "path must be the name of a file, .* got None"),
     ],
 )
 def test_values_that_cannot_be_drawn_are_named(draw, given, error, message):
@@ -290,16 +297,16 @@ def test_values_that_cannot_be_drawn_are_named(draw, given, error, message):
     [
         (
             plots.nmi_over_epochs,
-            "step,layer\n1,2\n",
-            "must have the columns step, layer, nmi, got step, layer",
+            "step,block\n1,2\n",
+            "must have the columns step, block, nmi, got step, block",
         ),
-        (plots.nmi_over_epochs, "", "must have the columns step, layer, nmi, got none"),
-        (plots.nmi_over_epochs, "step,layer,nmi\n", "has no rows"),
-        (plots.nmi_over_epochs, "step,layer,nmi\n0,1,x\n", "line 2: nmi must be a number, got 'x'"),
-        (plots.nmi_over_epochs, "step,layer,nmi\n0,1,\n", "empty cell"),
-        (plots.nmi_over_epochs, "step,layer,nmi\n0,1,.1\n0,1,.1\n", "step 0, layer 1 twice"),
-        (plots.nmi_over_epochs, "step,layer,nmi\n0,1,.1\n1,2,.1\n", "lacks step 0, layer 2"),
-        (plots.cka_heatmap, "prompt_layer,token_layer,cka\n1,1,1\n1,2,1\n", "each pair of its 2 layers once"),
+        (plots.nmi_over_epochs, "", "must have the columns step, block, nmi, got none"),
+        (plots.nmi_over_epochs, "step,block,nmi\n", "has no rows"),
+        (plots.nmi_over_epochs, "step,block,nmi\n0,1,x\n", "line 2: nmi must be a number, got 'x'"),
+        (plots.nmi_over_epochs, "step,block,nmi\n0,1,\n", "empty cell"),
+        (plots.nmi_over_epochs, "step,block,nmi\n0,1,.1\n0,1,.1\n", "step 0, block 1 twice"),
+        (plots.nmi_over_epochs, "step,block,nmi\n0,1,.1\n1,2,.1\n", "lacks step 0, block 2"),
+        (plots.cka_heatmap, "prompt_block,token_block,cka\n1,1,1\n1,2,1\n", "each pair of its 2 blocks once"),
         (plots.accuracy_against_prompt_length, "num_prompts,accuracy\n5,.1\n5,.1\n", "at 5 twice"),
         (
             plots.accuracy_against_prompt_length,
@@ -319,7 +326,7 @@ def test_files_that_cannot_be_drawn_are_named(draw, content, message, tmp_path):
 
 def test_file_of_several_runs_is_not_one_run(tmp_path):
     rows = [("a", 0, 1, 0.1), ("b", 0, 1, 0.1)]
-    path = write(tmp_path / "two.csv", ("run", "step", "layer", "nmi"), rows)
+    path = write(tmp_path / "two.csv", ("run", "step", "block", "nmi"), rows)
     with pytest.raises(ValueError, match="must be a file of one run, got 2: a, b"):
         plots.nmi_over_epochs({"task": {"SPT": path}})
 

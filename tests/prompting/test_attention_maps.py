@@ -103,7 +103,7 @@ def test_positions_are_those_of_the_image(name: str, size: int, images: Tensor) 
     model(images[..., :size, :size])
     hook.remove()
     tuned = PromptedViT(model, make_prompts(), engine="kv")
-    (weights,) = tuned.attention_maps(images[..., :size, :size], blocks=[0])
+    (weights,) = tuned.attention_maps(images[..., :size, :size], layers=[0])
     of_tokens = weights[..., :-NUM_PROMPTS]
     torch.testing.assert_close(of_tokens / of_tokens.sum(-1, keepdim=True), shown[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
@@ -113,7 +113,7 @@ def test_blocks_are_counted_as_in_python_and_nothing_stays(make_random: MakeViT,
     tuned = PromptedViT(make_random(), make_prompts())
     with torch.no_grad():
         every = tuned.attention_maps(images)
-        chosen = tuned.attention_maps(images, blocks=(-1, 0, 0))
+        chosen = tuned.attention_maps(images, layers=(-1, 0, 0))
     assert [any(torch.equal(each, one) for one in every) for each in chosen] == [True] * 3
     assert torch.equal(chosen[0], every[2])
     assert not any(block._forward_pre_hooks for block in tuned.prompted_blocks)
@@ -122,7 +122,7 @@ def test_blocks_are_counted_as_in_python_and_nothing_stays(make_random: MakeViT,
 
 def test_runs_in_half_precision_and_learns(make_random: MakeViT, images: Tensor) -> None:
     tuned = PromptedViT(make_random(), make_prompts(), weight_dtype="bf16")
-    weights = tuned.attention_maps(images, blocks=[1])[0]
+    weights = tuned.attention_maps(images, layers=[1])[0]
     weights[..., -NUM_PROMPTS:].sum().backward()
     assert tuned.prompts.grad is not None
     assert float(tuned.prompts.grad[1].abs().max()) > 0
@@ -130,12 +130,12 @@ def test_runs_in_half_precision_and_learns(make_random: MakeViT, images: Tensor)
 
 def test_what_has_no_known_weights_is_refused(make_random: MakeViT, images: Tensor) -> None:
     tuned = PromptedViT(make_random(), make_prompts())
-    with pytest.raises(ValueError, match="blocks must be from -3 to 2, got 3"):
-        tuned.attention_maps(images, blocks=[3])
-    with pytest.raises(TypeError, match=r"blocks must be integers, such as \[0, -1\], or None, got \[0\.5\]"):
-        tuned.attention_maps(images, blocks=[0.5])
+    with pytest.raises(ValueError, match="layers must be from -3 to 2, got 3"):
+        tuned.attention_maps(images, layers=[3])
+    with pytest.raises(TypeError, match=r"layers must be integers, such as \[0, -1\], or None, got \[0\.5\]"):
+        tuned.attention_maps(images, layers=[0.5])
     with pytest.raises(TypeError, match="got 1"):
-        tuned.attention_maps(images, blocks=1)  # type: ignore[arg-type]
+        tuned.attention_maps(images, layers=1)  # type: ignore[arg-type]
     for block_class in (ParallelScalingBlock, type("OwnBlock", (Block,), {})):
         other = PromptedViT(make_random(block_fn=block_class), make_prompts())
         with pytest.raises(TypeError, match="attention_maps needs blocks that the engine 'kv' knows, but"):

@@ -947,6 +947,11 @@ class TestFiles:
         with pytest.raises(FileNotFoundError):
             tuned.load(tmp_path / "absent")
 
+    def test_a_preprocessing_that_is_none_is_refused(self, tuned: PromptedViT, tmp_path: Path) -> None:
+        tuned.preprocessing = "vtab"  # type: ignore[assignment]
+        with pytest.raises(TypeError, match=r"preprocessing must be a Preprocessing .* or None, got 'vtab'"):
+            tuned.save(tmp_path / "tuned.safetensors")
+
     @pytest.mark.parametrize(
         ("changed", "reason"),
         [

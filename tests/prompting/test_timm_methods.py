@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -102,7 +103,10 @@ def test_intermediates_carry_gradients_to_the_prompts(make_vit: MakeViT, images:
     assert float(tuned.prompts.grad.abs().min()) > 0
 
 
-def test_intermediates_of_a_model_without_them_are_refused(make_vit: MakeViT, images: Tensor) -> None:
+@pytest.mark.parametrize(
+    "name", ["get_classifier", "forward_features", "forward_head", "forward_intermediates"]
+)
+def test_what_a_model_lacks_is_named(name: str, make_vit: MakeViT, images: Tensor) -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -111,14 +115,58 @@ def test_intermediates_of_a_model_without_them_are_refused(make_vit: MakeViT, im
             self.num_prefix_tokens = 0
 
     tuned = PromptedViT(Plain(), 2)
-    with pytest.raises(TypeError, match="`forward_intermediates`, which Plain lacks"):
-        tuned.forward_intermediates(images)
+    with pytest.raises(TypeError, match=f"model must have timm's `{name}`, which Plain lacks"):
+        getattr(tuned, name)(*([] if name == "get_classifier" else [images]))
 
 
 @pytest.mark.parametrize("depth", ["deep", "shallow"])
-def test_another_format_is_refused(depth: Any, make_vit: MakeViT, images: Tensor) -> None:
-    with pytest.raises((ValueError, AssertionError), match="NCHW"):
-        PromptedViT(make_vit(), 2, depth=depth).forward_intermediates(images, output_fmt="NHWC")
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"indices": [9]}, ValueError, r"indices must be from -3 to 2, got 9"),
+        ({"indices": [0, -4]}, ValueError, r"indices must be from -3 to 2, got -4"),
+        ({"indices": 9}, ValueError, "indices must be at most 3, the number of blocks, got 9"),
+        ({"indices": 0}, ValueError, r"indices must be an integer >= 1 \(as many last blocks\).* got 0"),
+        ({"indices": []}, ValueError, r"indices must name at least one block, got \[\]"),
+        ({"indices": "x"}, TypeError, r"indices must be integers, such as \[0, -1\], or None, got 'x'"),
+        ({"indices": 1.5}, TypeError, "indices must be integers, .* got 1.5"),
+        ({"indices": [0.5]}, TypeError, r"indices must be integers, .* got \[0.5\]"),
+        ({"indices": [True]}, TypeError, r"indices must be integers, .* got \[True\]"),
+        ({"output_fmt": "NHWC"}, ValueError, "output_fmt must be one of 'NCHW', 'NLC', got 'NHWC'"),
+        ({"norm": "no"}, TypeError, "norm must be True or False, got 'no'"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_for_intermediates_are_named(
+    options: dict[str, Any], error: type[Exception], message: str, depth: Any, vit: nn.Module, images: Tensor
+) -> None:
+    tuned = PromptedViT(vit, 2, depth=depth)
+    with pytest.raises(error, match=message):
+        tuned.forward_intermediates(images, **options)
+
+
+def test_indices_may_be_numpys_or_a_generator(make_vit: MakeViT, images: Tensor) -> None:
+    tuned = PromptedViT(make_vit(), 2).eval()
+    expected = tuned.forward_intermediates(images, indices=[1, 2])
+    for indices in (np.int64(2), np.array([1, -1]), (number for number in (1, 2))):
+        assert_same(tuned.forward_intermediates(images, indices=indices), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        (torch.zeros(2, 5, 31), ValueError, r"tokens must be \[B, N, 32\], got \[2, 5, 31\]"),
+        (torch.zeros(2, 32), ValueError, r"tokens must be \[B, N, 32\], got \[2, 32\]"),
+        (torch.zeros(2, 5, 32, dtype=torch.int64), TypeError, "tokens must be a floating-point tensor"),
+        (np.zeros((2, 5, 32)), TypeError, "tokens must be a tensor, got ndarray"),
+    ],
+    ids=str,
+)
+def test_wrong_tokens_for_the_head_are_named(
+    tokens: Any, error: type[Exception], message: str, vit: nn.Module
+) -> None:
+    with pytest.raises(error, match=message):
+        PromptedViT(vit, 2).forward_head(tokens)
 
 
 def test_width_and_classifier_are_the_models(make_vit: MakeViT) -> None:
@@ -128,3 +176,6 @@ def test_width_and_classifier_are_the_models(make_vit: MakeViT) -> None:
     tuned.release()
     with pytest.raises(RuntimeError, match="released"):
         tuned.get_classifier()
+    for name in ("num_features", "num_classes", "pretrained_cfg"):
+        with pytest.raises(RuntimeError, match="released"):
+            getattr(tuned, name)

@@ -12,6 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from spt_fast.data.transforms import PREPROCESSING, Preprocessing
 from spt_fast.prototypes import Prototypes, build_prototypes, concatenate, merge
 from spt_fast.support.files import read_safetensors, write_safetensors
 
@@ -196,6 +197,25 @@ def test_tokens_with_and_without_position_embedding_do_not_mix(
     assert combine([without, without]).metadata["position_embedding"] == "False"
     with pytest.raises(ValueError, match=r"got position_embedding = True, False"):
         combine([sets[0], without])
+
+
+@pytest.mark.parametrize("combine", [merge, concatenate])
+def test_what_was_done_to_images_is_kept_where_it_is_the_same(
+    combine: Callable[..., Prototypes], sets: list[Prototypes]
+) -> None:
+    def made_with(each: Prototypes, *options: str) -> Prototypes:
+        text = Preprocessing(*options).to_json()
+        return dataclasses.replace(each, metadata={**each.metadata, PREPROCESSING: text})
+
+    squashed = [made_with(each, "vtab", "imagenet") for each in sets]
+    assert combine(squashed).metadata[PREPROCESSING] == squashed[0].metadata[PREPROCESSING]
+    assert PREPROCESSING not in combine([squashed[0], sets[1]]).metadata
+    message = "--resize vtab --mean-std imagenet; --resize model --mean-std imagenet"
+    with pytest.warns(UserWarning, match=message) as warned:
+        mixed = combine([squashed[0], made_with(sets[1], "model", "imagenet"), squashed[1]])
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert PREPROCESSING not in mixed.metadata
 
 
 @pytest.mark.parametrize("combine", [merge, concatenate])

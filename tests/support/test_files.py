@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,3 +248,14 @@ class TestAtomicity:
 
 def _no_links(source: str, target: Path) -> None:
     raise OSError(95, "Operation not supported")
+
+
+@pytest.mark.parametrize("path", [None, 3, ["a"], b"a"], ids=str)
+def test_what_is_no_name_of_a_file_is_refused(path: Any) -> None:
+    for call in (
+        check_output_path,
+        lambda path: read_safetensors(path, kind="thing"),
+        lambda path: write_safetensors(path, TENSORS, {}, kind="thing"),
+    ):
+        with pytest.raises(TypeError, match=r"path must be the name of a file, a string or a Path, got "):
+            call(path)

@@ -55,3 +55,8 @@ def test_no_standard_error_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setattr(sys, "stderr", None)
     assert list(progress_bar(range(2))) == [0, 1]
+
+
+def test_a_wish_that_is_no_bool_is_refused() -> None:
+    with pytest.raises(TypeError, match="progress must be True or False, got 'no'"):
+        progress_bar(show="no")  # type: ignore[arg-type]

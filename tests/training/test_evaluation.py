@@ -84,3 +84,10 @@ def test_nan_and_emptiness_are_errors_as_in_evaluate(answers):
         broken[2, 1] = math.nan
         with pytest.raises(NonFiniteError, match="image 10"):
             score(Logits(), [(logits, labels), (broken, labels)])
+
+
+def test_what_is_no_model_or_no_loader_is_refused() -> None:
+    with pytest.raises(TypeError, match="tuned must be a PromptedViT or another module, got NoneType"):
+        evaluate(None, [])
+    with pytest.raises(TypeError, match="loader must be an iterable of batches, got NoneType"):
+        evaluate(nn.Identity(), None)

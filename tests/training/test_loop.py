@@ -22,7 +22,7 @@ from spt_fast.support.errors import NonFiniteError
 from spt_fast.training.evaluation import Evaluation, evaluate
 from spt_fast.training.loop import fit, shuffled_loader
 from spt_fast.training.optimizer import FINAL_LR, warmup_cosine
-from spt_fast.training.recipes import PUBLISHED
+from spt_fast.training.recipe import Recipe
 
 
 @pytest.fixture
@@ -187,26 +187,17 @@ def test_weight_decay_spares_biases(blobs):
     assert torch.equal(net[0].bias, bias)
 
 
-@pytest.mark.parametrize("name", ["mae-cub", "supervised-dogs"])
+@pytest.mark.parametrize("name", ["paper-mae-cub", "paper-supervised-dogs"])
 def test_the_head_has_a_decay_of_its_own(blobs, name):
     """Against the three groups of the released code, written out; both of its published recipes."""
-    published = {"mae-cub": (5e-2, 1e-2, 0.5), "supervised-dogs": (1e-3, 1e-2, 3.0)}
+    published = {"paper-mae-cub": (5e-2, 1e-2, 0.5), "paper-supervised-dogs": (1e-3, 1e-2, 3.0)}
     lr, decay, head_decay = published[name]
-    assert PUBLISHED[name] == {
-        "epochs": 100,
-        "warmup_epochs": 10,
-        "lr": lr,
-        "prompt_lr": lr,
-        "weight_decay": decay,
-        "head_weight_decay": head_decay,
-    }
     batches = [(images, labels) for images, labels in zip(*(each.split(8) for each in blobs), strict=True)]
     torch.manual_seed(0)
     net = Prompted()
     nn.init.normal_(net.prompts)
     expected = copy.deepcopy(net)
-    short = {**PUBLISHED[name], "epochs": 3, "warmup_epochs": 1}
-    fit(net, batches, **short, progress=False)
+    fit(net, batches, recipe=Recipe.named(name, epochs=3, warmup_epochs=1), progress=False)
 
     optimizer = torch.optim.AdamW(
         [

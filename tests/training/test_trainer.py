@@ -110,6 +110,26 @@ def test_gradients_are_clipped(tuned, images):
     )
 
 
+def test_a_balanced_loss_weighs_classes_the_same(tuned, images):
+    """Class 0 has 6 images, the others 6, 5 and 5; a step over all of them, written out."""
+    pixels, labels = images
+    expected = copy.deepcopy(tuned)
+    losses = F.cross_entropy(expected.train()(pixels), labels, reduction="none")
+    loss = torch.stack([losses[labels == each].mean() for each in range(4)]).mean()
+    optimizer = torch.optim.SGD(expected.trainable_parameters(), lr=0.5)
+    loss.backward()
+    optimizer.step()
+    options = {**CONSTANT, "lr": 0.5, "prompt_lr": 0.5, "weight_decay": 0.0}
+    options |= {"optimizer": "momentum", "momentum": 0.0, "epochs": 1, "balance": "loss"}
+    history = fit(tuned, shuffled_loader(*images, batch_size=22, seed=0), **options)
+    assert history.loss[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert_learned_close(tuned, expected.learned_state_dict())
+    with pytest.raises(ValueError, match=r"balance=.loss. needs .* knows its labels.* got list"):
+        fit(tuned, batches_of(images, 8), **options)
+    with pytest.raises(ValueError, match=r"balance='sampler' needs a loader that draws .* got ImageLoader"):
+        fit(tuned, shuffled_loader(*images, batch_size=8, seed=0), **{**options, "balance": "sampler"})
+
+
 def test_the_moving_average_is_evaluated_beside_the_weights(tuned, images):
     """The average of the weights after each step, written out; the run itself is as without it."""
     batches = batches_of(images, 8)

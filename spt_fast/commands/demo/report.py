@@ -98,14 +98,14 @@ class DemoReport:
         return {method: _curves(self.of(method)) for method in self.methods}
 
     def nmi_csv(self) -> bytes:
-        """NMI while tuning, in the columns run, seed, epoch, layer, nmi."""
+        """NMI while tuning, in the columns run, seed, epoch, block, nmi."""
         rows = [
-            (run.method, run.seed, epoch, layer, f"{value:.6g}")
+            (run.method, run.seed, epoch, block, f"{value:.6g}")
             for run in self.runs
             for epoch, values in enumerate(run.nmi_by_epoch or ())
-            for layer, value in enumerate(values, start=1)
+            for block, value in enumerate(values, start=1)
         ]
-        return csv_bytes(("run", "seed", "epoch", "layer", "nmi"), rows)
+        return csv_bytes(("run", "seed", "epoch", "block", "nmi"), rows)
 
     def nmi_panels(self) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
         """What the figure of NMI while tuning draws: all blocks together, then each by itself.

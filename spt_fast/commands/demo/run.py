@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,20 +67,34 @@ def run_method(
         ValueError: an unknown method.
     """
     check_choice("method", method, METHODS)
-    model = load_backbone()
-    head = classifier(model.num_features, seed=seed)
+    model: Any = load_backbone()
+    # The model's own head, so that every method starts from a copy of the same one.
+    model.head = classifier(model.num_features, seed=seed)
     train = task.few(budget.images_per_class, seed)
-    recipe = _Recipe(method, budget, rates, seed, on_epoch)
-    if method == "linear probe":
-        return _train_head(model, head, train, task, recipe)
     prompts, seconds = _initial_prompts(method, model, train, budget, seed)
-    tuned = _prompted(model, prompts, None if is_frozen(method) else head, seed)
-    start = _nmi(tuned, train[0])
-    if is_frozen(method):
-        run = _train_head(tuned, head, train, task, recipe)
-    else:
-        run = _tune(tuned, train, task, recipe)
-    return replace(run, prototype_seconds=seconds, nmi_start=start)
+    with seeded(seed):
+        tuned = PromptedViT(model, prompts, freeze_prompts=is_frozen(method))
+    learns = tuned.prompts.requires_grad
+    start = _nmi(tuned, train[0]) if tuned.prompts.numel() else None
+    tracker = NMITracker(tuned, every=math.ceil(len(train[0]) / budget.batch_size)) if learns else None
+    with tracker or nullcontext():
+        history = _fit(tuned, train, task, budget, rates, seed=seed, on_epoch=on_epoch)
+    end = _nmi(tuned, train[0]) if tracker else None
+    by_epoch = [*tracker.history().values.tolist(), end] if tracker else None
+    return Run(
+        method=method,
+        seed=seed,
+        rates=rates,
+        trainable_parameters=sum(each.numel() for each in tuned.trainable_parameters()),
+        prototype_seconds=seconds,
+        train_seconds=history.train_seconds,
+        val_epochs=history.val_epochs,
+        val_accuracy=history.val_accuracy,
+        test_accuracy=evaluate(tuned, _in_order(task.test)),
+        nmi_start=start,
+        nmi_end=end,
+        nmi_by_epoch=by_epoch,
+    )
 
 
 def is_frozen(method: str) -> bool:
@@ -100,51 +115,39 @@ def classifier(width: int, *, seed: int) -> nn.Sequential:
     return nn.Sequential(nn.BatchNorm1d(width, affine=False), linear)
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """How to train: the same for every method, except for the learning rates."""
-
-    method: str
-    budget: Budget
-    rates: Rates
-    seed: int
-    on_epoch: Callable[[int, History], None] | None
-
-    def fit(self, net: nn.Module, train: Split, val: Split) -> History:
-        return fit(
-            net,
-            shuffled_loader(*train, batch_size=self.budget.batch_size, seed=self.seed),
-            _in_order(val),
-            epochs=self.budget.epochs,
-            lr=self.rates.head,
-            prompt_lr=self.rates.prompts,
-            weight_decay=self.budget.weight_decay,
-            warmup_epochs=self.budget.warmup_epochs,
-            seed=self.seed,
-            val_every=self.budget.val_every,
-            progress=False,
-            on_epoch=self.on_epoch,
-        )
-
-    def run(self, net: nn.Module, history: History, more_seconds: float, test_accuracy: float) -> Run:
-        """The record of this method and seed, from what `fit` returned."""
-        return Run(
-            method=self.method,
-            seed=self.seed,
-            rates=self.rates,
-            trainable_parameters=_trainable(net),
-            prototype_seconds=0.0,
-            train_seconds=more_seconds + history.train_seconds,
-            val_epochs=history.val_epochs,
-            val_accuracy=history.val_accuracy,
-            test_accuracy=test_accuracy,
-        )
+def _fit(
+    tuned: PromptedViT,
+    train: Split,
+    task: Task,
+    budget: Budget,
+    rates: Rates,
+    *,
+    seed: int,
+    on_epoch: Callable[[int, History], None] | None,
+) -> History:
+    """Train as the budget says: the same for every method, except for the learning rates."""
+    return fit(
+        tuned,
+        shuffled_loader(*train, batch_size=budget.batch_size, seed=seed),
+        shuffled_loader(*task.val, batch_size=_EVALUATION_BATCH, seed=seed),
+        epochs=budget.epochs,
+        lr=rates.head,
+        prompt_lr=rates.prompts,
+        weight_decay=budget.weight_decay,
+        warmup_epochs=budget.warmup_epochs,
+        seed=seed,
+        val_every=budget.val_every,
+        progress=False,
+        on_epoch=on_epoch,
+    )
 
 
 def _initial_prompts(
     method: str, model: nn.Module, train: Split, budget: Budget, seed: int
 ) -> tuple[Prototypes | int, float]:
     """Prompts to start from, and the seconds that it took to build them."""
+    if method == "linear probe":
+        return 0, 0.0
     if method.startswith("VPT"):
         return budget.num_prompts, 0.0
     started = time.perf_counter()
@@ -154,50 +157,8 @@ def _initial_prompts(
     return prototypes, time.perf_counter() - started
 
 
-def _prompted(model: Any, prompts: Prototypes | int, head: nn.Module | None, seed: int) -> PromptedViT:
-    """The model with prompts and `head`; without a head, it gives pooled features with frozen prompts."""
-    if head is not None:
-        # Kept as the model's own head, so that every method starts from the same one.
-        model.head = head
-    with seeded(seed):
-        return PromptedViT(
-            model, prompts, freeze_prompts=head is None, num_classes=0 if head is None else None
-        )
-
-
-def _train_head(net: nn.Module, head: nn.Module, train: Split, task: Task, recipe: _Recipe) -> Run:
-    """Train the head alone; the features before it do not change, so they are computed once per image."""
-    started = time.perf_counter()
-    train_features = _features(net, train)
-    feature_seconds = time.perf_counter() - started
-    history = recipe.fit(head, train_features, _features(net, task.val))
-    return recipe.run(head, history, feature_seconds, evaluate(head, _in_order(_features(net, task.test))))
-
-
-def _tune(tuned: PromptedViT, train: Split, task: Task, recipe: _Recipe) -> Run:
-    """Train prompts and head, and record NMI in each epoch."""
-    steps_per_epoch = math.ceil(len(train[0]) / recipe.budget.batch_size)
-    with NMITracker(tuned, every=steps_per_epoch) as tracker:
-        history = recipe.fit(tuned, train, task.val)
-    run = recipe.run(tuned, history, 0.0, evaluate(tuned, _in_order(task.test)))
-    end = _nmi(tuned, train[0])
-    return replace(run, nmi_end=end, nmi_by_epoch=[*tracker.history().values.tolist(), end])
-
-
-@torch.no_grad()
-def _features(model: nn.Module, split: Split) -> Split:
-    """Pooled features [M, D] instead of images."""
-    images, labels = split
-    model.eval()
-    return torch.cat([model(batch) for batch in torch.split(images, _EVALUATION_BATCH)]), labels
-
-
 def _in_order(split: Split) -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(*split), batch_size=_EVALUATION_BATCH)
-
-
-def _trainable(net: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
 
 
 def _nmi(tuned: PromptedViT, images: Tensor) -> list[float]:
