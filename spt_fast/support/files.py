@@ -55,7 +55,7 @@ def _as_path(path: Any) -> Path:
 
 
 def check_name_is_free(path: str | os.PathLike[str], overwrite: bool) -> Path:
-    """`path`, unless what is there already, or is missing, forbids it: `check_output_path` without the try."""
+    """`path`, unless what is there, or is missing, forbids it: `check_output_path` without the try."""
     target = _as_path(path)
     with _explained(target), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         target.lstat()

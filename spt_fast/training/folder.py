@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_bool
 from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.files import remove_leftovers, write_bytes
@@ -81,6 +82,13 @@ class RunFolder:
         """Remove the files of a run that has not made a step; on rank 0."""
         if self._is_ours and not self._saved and self.processes.rank == 0:
             self._clear()
+
+    def prototypes(self) -> Prototypes | None:
+        """Those that the run started from; None where it starts now, or did not build any. On every rank."""
+        there = self.checkpoint is not None and self.processes.rank == 0 and self[PROTOTYPES_NAME].exists()
+        with self.processes.together():
+            found = Prototypes.load(self[PROTOTYPES_NAME]) if there else None
+        return self.processes.gather(found)[0]
 
     def paths(self) -> dict[str, Path]:
         """The files of the run that are there, by name, on every rank."""

@@ -14,6 +14,7 @@ from spt_fast.analysis.nmi_tracker import NMIHistory, NMITracker
 from spt_fast.plots import nmi_over_epochs, training_curves
 from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.prototypes.result import Prototypes
+from spt_fast.support.files import write_bytes
 from spt_fast.support.results import matplotlib_missing, png
 from spt_fast.support.tables import csv_bytes
 from spt_fast.support.versions import installed_version
@@ -196,15 +197,17 @@ class Outputs:
         return evaluate_classes(self._tuned, images, processes=self._processes)
 
     def _draw(self) -> None:
-        if matplotlib_missing():
+        """The figures, by rank 0 alone."""
+        folder, checkpoint = self._folder, self._folder.checkpoint
+        if matplotlib_missing() or checkpoint is None:
             return
-        figure = training_curves(self._folder[HISTORY_NAME], title=self._folder.path.name)
-        contents = {FIGURE_NAME: png(figure)}
-        if self._tracker is not None:
-            steps = self._tracker.state_dict()["step"] / self._trainer.epoch
-            runs = {"": {self._folder.path.name: self._folder[NMI_NAME]}}
+        contents = {FIGURE_NAME: png(training_curves(folder[HISTORY_NAME], title=folder.path.name))}
+        if checkpoint.nmi is not None:
+            steps = checkpoint.nmi["step"] / self._trainer.epoch
+            runs = {"": {folder.path.name: folder[NMI_NAME]}}
             contents[NMI_FIGURE_NAME] = png(nmi_over_epochs(runs, steps_per_epoch=steps))
-        self._folder.write(contents)
+        for name, content in contents.items():
+            write_bytes(folder[name], content, overwrite=True)
 
     @contextmanager
     def _open_board(self) -> Iterator[None]:

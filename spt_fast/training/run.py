@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class Run:
         evaluation: of the last validation; None without validation images.
         test: of the kept weights on the test images; None without them.
         folder: where the files are.
-        paths: of the files, by name.
+        paths: of the files there, by name.
         tuned: the model, with the weights that the recipe keeps.
     """
 
@@ -45,6 +45,13 @@ class Run:
     folder: Path
     paths: Mapping[str, Path]
     tuned: PromptedViT
+
+    def summary(self) -> str:
+        """Lines: that of the history, and accuracy on the test images, if there are any."""
+        if self.test is None:
+            return self.history.summary()
+        test = f"test accuracy {self.test.accuracy:.2%} of {self.test.num_images} images"
+        return f"{self.history.summary()}\n{test}"
 
 
 def train(
@@ -87,7 +94,7 @@ def train(
         save_every: write the checkpoint after every so many steps too; None: after every epoch.
         progress: show a bar on stderr.
         process_group: of the processes that train together; None is the default group, or this process
-            alone. Each has its own share of the images (`open_labelled_images(processes=)`), and rank 0 writes.
+            alone. Each has its own share of the images (`open_labelled_images(processes=)`); rank 0 writes.
 
     Raises:
         FileExistsError: `out` holds results, and neither `resume` nor `overwrite` is given.
@@ -149,7 +156,6 @@ def train_in(
         recipe,
         processes=folder.processes,
         progress=progress,
-        class_counts=_class_counts(train_data) if recipe.balance == "loss" else None,
     )
     outputs = Outputs(
         folder,
@@ -208,17 +214,6 @@ def _take_names(tuned: PromptedViT, data: Any) -> None:
             tuned.class_names = data.class_names
         if tuned.preprocessing is None:
             tuned.preprocessing = data.loader.preprocessing
-
-
-def _class_counts(data: Any) -> Sequence[int] | None:
-    """Images of each class; None where the data do not know their labels."""
-    labels = getattr(data, "labels", None)
-    if labels is None:
-        return None
-    counts = [0] * len(data.class_names)
-    for label in labels:
-        counts[label] += 1
-    return counts
 
 
 def _every(steps: int | None, outputs: Outputs) -> Any:

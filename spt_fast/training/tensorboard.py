@@ -26,7 +26,7 @@ class Board:
         """Go on after `epoch`: what an earlier process has written of later ones is hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(folder), purge_step=epoch + 1)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=epoch + 1)
 
     def add(self, epoch: int, history: History, nmi: Mapping[str, float]) -> None:
         """The values of the epoch that has ended, and NMI by name."""

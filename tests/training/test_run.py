@@ -68,9 +68,8 @@ def run(out, seed=0, **options):
     torch.manual_seed(seed)
     tuned = spt_fast.PromptedViT(model, 2, num_classes=4, prompt_dropout=0.1)
     loader = shuffled_loader(images, labels, batch_size=8, seed=3)
-    return train(
-        tuned, loader, others, recipe, out=out, test_data=others, nmi=True, save_every=2, progress=False, **options
-    )
+    options = {"test_data": others, "nmi": True, "save_every": 2, "progress": False, **options}
+    return train(tuned, loader, others, recipe, out=out, **options)
 
 # What is imported late is imported before the forks.
 run("warm")
@@ -308,7 +307,7 @@ def test_a_finished_run_can_be_tested_later_but_on_one_set_of_images(
     tested = train(make_tuned(), loader, recipe=QUICK, out=tmp_path, test_data=loader[:3], resume=True)
     assert tested.test == evaluate_classes(plain.tuned, loader[:3])
     assert "test.csv" in tested.paths
-    with pytest.raises(ValueError, match="holds a test on .*'batches': 3.* is tested once; got .*4.*eval"):
+    with pytest.raises(ValueError, match=r"holds a test on .*'batches': 3.* is tested once; got .*4.*eval"):
         train(make_tuned(), loader, recipe=QUICK, out=tmp_path, test_data=loader[:4], resume=True)
 
 
@@ -340,7 +339,7 @@ def test_another_recipe_data_or_model_is_refused(make_tuned: Any, loader: Loader
 def test_results_are_neither_lost_nor_mixed(make_tuned: Any, loader: Loader, tmp_path: Path) -> None:
     first = train(make_tuned(), loader, loader[:1], QUICK.replace(ema=0.5), out=tmp_path, nmi=True)
     assert {"nmi.csv", "nmi.png", "ema.safetensors", "classes.csv"} < first.paths.keys()
-    with pytest.raises(FileExistsError, match="holds a run already; go on with it .* --overwrite"):
+    with pytest.raises(FileExistsError, match=r"holds a run already; go on with it .* --overwrite"):
         train(make_tuned(), loader, recipe=QUICK, out=tmp_path)
     with pytest.raises(ValueError, match="give one of them"):
         train(make_tuned(), loader, recipe=QUICK, out=tmp_path, resume=True, overwrite=True)
@@ -410,7 +409,7 @@ def test_a_folder_that_cannot_be_written_into_is_found_before_training(
 
 
 def test_nmi_wants_prompts_that_learn(make_tuned: Any, loader: Loader, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nmi=True .* no prompts learn"):
+    with pytest.raises(ValueError, match=r"nmi=True .* no prompts learn"):
         train(make_tuned(freeze_prompts=True), loader, recipe=QUICK, out=tmp_path / "a", nmi=True)
     assert list(tmp_path.iterdir()) == []
 
