@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import alternate, finished, medians
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.prompting.engines import prompt_keys_values
-from spt_fast.prompting.prompted_vit import PromptedViT
 
 IMAGE_SIZE, NUM_CLASSES = 224, 200
 MODEL = "vit_base_patch16_224"

@@ -101,7 +101,7 @@ MAY_WAIT = {
     ("data/batches.py", "count_labels"): "labels are on the host still",
     ("data/batches.py", "count_given"): "labels are on the host still",
     ("data/batches.py", "_check_pixels"): "images are on the host still",
-    ("prompting/parameter_groups.py", "default_prompt_lr"): "once, before the first step",
+    ("methods/parameter_groups.py", "default_prompt_lr"): "once, before the first step",
     ("training/evaluation.py", "evaluate"): "labels and predictions are on the host",
     ("training/evaluation.py", "evaluate_classes"): "labels and predictions are on the host",
     ("clustering/token_stream.py", "start"): "once for each group, before its first batch",

@@ -21,6 +21,7 @@ WINGS = (
     "clustering",
     "prototypes",
     "prompting",
+    "methods",
     "plots",
     "analysis",
     "training",

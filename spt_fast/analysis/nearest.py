@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from spt_fast.backbones.anatomy import block_input_hooks, patch_size, unwrap
 from spt_fast.backbones.token_extractor import TokenExtractor
 from spt_fast.data.batches import image_batches
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.ops.kmeans import squared_distances
-from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_bool, check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError

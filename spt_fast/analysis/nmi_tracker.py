@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import block_input_hooks
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.prompting.nmi import nmi_per_image
-from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.arguments import check_bool, check_int, check_number
 from spt_fast.support.distributed import Processes, find_processes
 from spt_fast.support.errors import NonFiniteError

@@ -18,11 +18,11 @@ from spt_fast.backbones.anatomy import block_input_hooks
 from spt_fast.backbones.identity import check_backbone
 from spt_fast.backbones.snapshot import has_head
 from spt_fast.data.batches import image_batches
+from spt_fast.methods.file_format import PROMPTED_KIND, TunedState
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.ops.cka import StreamingCKA
 from spt_fast.plots import analysis_figure
-from spt_fast.prompting.file_format import TUNED_KIND, TunedState
 from spt_fast.prompting.nmi import nmi_per_image
-from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_int
 from spt_fast.support.errors import NonFiniteError
@@ -170,7 +170,7 @@ def _keep_head(model: nn.Module) -> int | None:
 
 
 def _read_prompts(path: str | os.PathLike[str]) -> tuple[Tensor, dict[str, str]]:
-    if read_kind(path) == TUNED_KIND:
+    if read_kind(path) == PROMPTED_KIND:
         tuned = TunedState.read(path)
         return tuned.tensors["prompts"], dict(tuned.facts)
     prototypes = Prototypes.load(path)

@@ -1,13 +1,13 @@
 """Remember a model before it is taken over, and restore it: head, grad flags, modes, forwards, weights.
 
-Knows nothing of prompts; `PromptedViT` is its only user.
+Knows nothing of what the model is taken over for.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from spt_fast.backbones.anatomy import get_blocks
 
 HEAD_NORMS = ("none", "batch")
 _CAST_MODULES = (nn.Linear, nn.Conv2d)
+# Where a model that is taken over holds its snapshot, so that copies of it hold copies.
+_MARK = "_taken_over"
 
 
 class ModelSnapshot:
@@ -35,6 +37,35 @@ class ModelSnapshot:
         self._forwards: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         self._placement = placement(model)
         self._originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._opened: list[str] = []
+        setattr(model, _MARK, self)
+
+    def open_weights(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Replace these weights by copies that learn; the originals are kept."""
+        for name in names:
+            parent, _, attribute = name.rpartition(".")
+            module = model.get_submodule(parent)
+            original = module._parameters[attribute]
+            assert original is not None
+            self._originals.append((module, attribute, original))
+            module._parameters[attribute] = nn.Parameter(original.detach().clone())
+            self._opened.append(name)
+
+    def opened(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights that `open_weights` replaced, by their names in the model."""
+        return ((name, model.get_parameter(name)) for name in self._opened)
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Within the context, weights that learn have their original values; for looking at these only."""
+        learning = [(module, name, module._parameters[name]) for module, name, _ in self._originals]
+        for module, name, original in self._originals:
+            module._parameters[name] = original
+        try:
+            yield
+        finally:
+            for module, name, parameter in learning:
+                module._parameters[name] = parameter
 
     def cast_frozen_weights(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Replace the frozen weights that autocast would cast in every step by copies in `dtype`.
@@ -54,12 +85,17 @@ class ModelSnapshot:
         self._forwards.append((module, vars(module).get("forward")))
         setattr(module, "forward", forward)  # noqa: B010
 
-    def restore(self, model: nn.Module) -> None:
-        """Make `model` what it was, on the device and in the dtype that it has now."""
+    def restore(self, model: nn.Module, *, keep_head: bool = False) -> None:
+        """Make `model` what it was, on the device and in the dtype that it has now.
+
+        Args:
+            keep_head: leave it the head that it has now.
+        """
         if self.is_restored:
             return
         self.is_restored = True
         now = placement(model)
+        vars(model).pop(_MARK, None)
         for module, forward in reversed(self._forwards):
             if forward is None:
                 vars(module).pop("forward", None)
@@ -67,15 +103,16 @@ class ModelSnapshot:
                 setattr(module, "forward", forward)  # noqa: B010
         for module, name, parameter in self._originals:
             module._parameters[name] = parameter
-        model._modules.clear()
-        model._modules.update(self._children)
-        vars(model).update(self._attributes)
+        if not keep_head:
+            model._modules.clear()
+            model._modules.update(self._children)
+            vars(model).update(self._attributes)
         self._follow_move(model, now)
         for name, parameter in model.named_parameters():
             # Not `requires_grad_`, which a transform of torch.func refuses: garbage may be collected in one.
-            parameter.requires_grad = self._grad_flags[name]
+            parameter.requires_grad = self._grad_flags.get(name, True)
         for name, module in model.named_modules():
-            module.training = self._training[name]
+            module.training = self._training.get(name, model.training)
 
     def _follow_move(self, model: nn.Module, now: tuple[torch.device, torch.dtype]) -> None:
         """Move the original head and weights to the device and dtype that the model has got meanwhile."""
@@ -89,27 +126,17 @@ class ModelSnapshot:
             parameter.data = parameter.data.to(device, dtype)
 
 
-class Takeover:
-    """Base of what replaces the forward of blocks, by its methods in `functools.partial`."""
-
-    snapshot: ModelSnapshot
-
-
-def find_takeover(model: nn.Module) -> Takeover | None:
-    """What the blocks of `model` run with, or None where the model is free."""
-    for block in get_blocks(model):
-        forward = vars(block).get("forward")
-        owner = getattr(forward.func, "__self__", None) if isinstance(forward, functools.partial) else None
-        if isinstance(owner, Takeover):
-            return owner
-    return None
+def find_snapshot(model: nn.Module) -> ModelSnapshot | None:
+    """That of a model that is taken over, or None where it is free."""
+    found = vars(model).get(_MARK)
+    return found if isinstance(found, ModelSnapshot) else None
 
 
 def check_free(model: nn.Module) -> None:
-    """ValueError where the blocks of `model` run with prompts."""
-    if find_takeover(model) is not None:
+    """ValueError where `model` is taken over: its tokens then depend on what is learned."""
+    if find_snapshot(model) is not None:
         raise ValueError(
-            "model already belongs to a PromptedViT, so that its tokens depend on prompts; "
+            "model already belongs to a tuned model, so that its tokens depend on what that has learned; "
             "call its release(), or spt_fast.release(model), first"
         )
 

@@ -75,7 +75,8 @@ def _evaluate(args: argparse.Namespace, paths: Mapping[str, Path] | None = None)
         f"of {len(found.class_names) - len(missing)} classes"
     )
     if missing:
-        print(f"classes without images ({len(missing)}): {some_names(missing)}")
+        readable = "readable " if images.loader.unreadable else ""
+        print(f"classes without {readable}images ({len(missing)}): {some_names(missing)}")
     options.print_unreadable(images.loader.unreadable)
     for path in write_results(paths, found.files(), overwrite=args.overwrite) if paths else ():
         print(f"wrote {path}")

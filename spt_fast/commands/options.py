@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spt_fast.data.images import LabelledImages
     from spt_fast.data.loading import ImageLoader
     from spt_fast.data.transforms import Preprocessing
-    from spt_fast.prompting.prompted_vit import PromptedViT
+    from spt_fast.methods.prompted_vit import PromptedViT
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -260,8 +260,8 @@ def _model_option(text: str) -> tuple[str, Any]:
 
 def open_tuned(args: argparse.Namespace) -> PromptedViT:
     """The tuned model in the file that the arguments name, in the form it was tuned in unless they ask."""
-    from spt_fast.prompting.file_format import TunedState
-    from spt_fast.prompting.prompted_vit import PromptedViT
+    from spt_fast.methods.file_format import TunedState
+    from spt_fast.methods.prompted_vit import PromptedViT
 
     pool, norm = args.pool, args.norm
     state = TunedState.read(args.tuned)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spt_fast.commands.options import Commands
     from spt_fast.data.cache import ImageCache
     from spt_fast.data.task import TaskImages
-    from spt_fast.prompting.prompted_vit import PromptedViT
+    from spt_fast.methods.prompted_vit import PromptedViT
     from spt_fast.prototypes.result import Prototypes
     from spt_fast.training.folder import RunFolder
     from spt_fast.training.recipe import Recipe

@@ -18,8 +18,9 @@ from spt_fast.support.waiting import send
 def ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """`batches`, of which the next one is copied to `device` from pinned memory while this one is used.
 
-    Tensors are copied, also those in tuples and lists (which become lists) and in mappings (dicts); the rest
-    is passed on. Each batch is read one step early. On a device that is not CUDA batches pass unchanged.
+    Floating-point tensors are copied, also those in tuples and lists (which become lists) and in mappings
+    (dicts). The rest is passed on, as labels are, which are checked on the host. Each batch is read one step
+    early. On a device that is not CUDA batches pass unchanged.
     """
     if device.type != "cuda":
         yield from batches
@@ -45,6 +46,8 @@ def _copies(batches: Iterator[Any], device: torch.device, stream: torch.cuda.Str
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
     if tensor.device.type == "cpu":
         return send(tensor, device)
     return tensor.to(device, non_blocking=True)
@@ -52,6 +55,11 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _note_use(tensor: Tensor, stream: torch.cuda.Stream) -> None:
     tensor.record_stream(stream)
+
+
+def _used_by(tensor: Tensor, stream: torch.cuda.Stream) -> None:
+    if tensor.is_cuda:
+        tensor.record_stream(stream)
 
 
 def _map(batch: Any, change: Callable[[Tensor], Any]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spt_fast.backbones.snapshot import ModelSnapshot, Takeover
+from spt_fast.backbones.snapshot import ModelSnapshot
 from spt_fast.prompting.checks import check_block_call
 from spt_fast.prompting.engines import (
     KeysValues,
@@ -25,7 +25,7 @@ from spt_fast.prompting.engines import (
 )
 
 
-class PromptedBlocks(Takeover):
+class PromptedBlocks:
     """Runs the blocks of one model with the prompts of one `PromptedViT`, to which it holds no reference.
 
     Args:
@@ -61,7 +61,6 @@ class PromptedBlocks(Takeover):
 
         Shadowing `forward` on the instances leaves the module tree, its names and its hooks alone.
         """
-        self.snapshot = snapshot
         last = len(blocks := list(blocks)) - 1
         for index, block in enumerate(blocks):
             original = block.forward

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spt_fast.backbones.identity import check_backbone
 from spt_fast.backbones.pooling import stated_pooling
-from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.prototypes.options import DEFAULT_NUM_PROMPTS
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.randomness import seeded

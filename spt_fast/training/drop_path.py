@@ -9,7 +9,7 @@ from timm.layers import drop_path  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import get_blocks, unwrap
-from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.methods.prompted_vit import PromptedViT
 
 # timm's names of the places at the end of both branches of a block.
 _PLACES = ("drop_path1", "drop_path2")

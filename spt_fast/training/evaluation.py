@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spt_fast.backbones.anatomy import unwrap
 from spt_fast.backbones.snapshot import has_head
 from spt_fast.data.batches import IGNORED_LABEL, count_labels, labelled_batch
-from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.tables import csv_bytes

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from spt_fast.prompting.parameter_groups import parameter_groups
+from spt_fast.methods.parameter_groups import parameter_groups
 from spt_fast.support.arguments import check_int
 from spt_fast.support.errors import one_line
 from spt_fast.training.recipe import Recipe

@@ -12,7 +12,7 @@ from torch import nn
 
 from spt_fast.analysis.nmi_tracker import NMIHistory, NMITracker
 from spt_fast.plots import nmi_over_epochs, training_curves
-from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.methods.base import TunedViT
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.files import write_bytes
 from spt_fast.support.results import matplotlib_missing, png
@@ -73,7 +73,7 @@ class Outputs:
     ) -> None:
         self._folder, self._trainer = folder, trainer
         self._processes = folder.processes
-        assert isinstance(trainer.tuned, PromptedViT)
+        assert isinstance(trainer.tuned, TunedViT)
         self._tuned = trainer.tuned
         self._tracker = _tracker(self._tuned, batches) if nmi else None
         self._tensorboard = tensorboard
@@ -234,8 +234,9 @@ def about(recipe: Recipe, facts: Mapping[str, Any], tuned: nn.Module, processes:
     }
 
 
-def _tracker(tuned: PromptedViT, batches: int) -> NMITracker:
-    if not tuned.prompts.requires_grad:
+def _tracker(tuned: TunedViT, batches: int) -> NMITracker:
+    prompts = getattr(tuned, "prompts", None)
+    if not isinstance(prompts, nn.Parameter) or not prompts.requires_grad:
         raise ValueError("nmi=True (--nmi) follows prompts while they learn, but here no prompts learn")
     return NMITracker(tuned, every=max(1, batches // _NMI_PER_EPOCH))
 

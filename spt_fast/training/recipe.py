@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from spt_fast.support.names import nearest
 
 GROUPS = ("model", "images", "optimisation", "choice")
 # The images of a step for which `lr_scale: batch` leaves rates as they are, as in VPT.
@@ -352,14 +353,6 @@ def options() -> tuple[Option, ...]:
     """The fields of `Recipe`, in their order."""
     hints = get_type_hints(Recipe)
     return tuple(_option(field, hints[field.name]) for field in dataclasses.fields(Recipe))
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean ... or ...?" with up to three names that `name` begins, or else is like."""
-    known = list(names)
-    close = [each for each in known if name and each.startswith(name)][:3]
-    close = close or difflib.get_close_matches(name, known)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def check_names(names: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from torch import distributed, nn
 
 from spt_fast.backbones.identity import describe, readable
 from spt_fast.data.images import LabelledImages
-from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.methods.base import TunedViT
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_bool, check_int
 from spt_fast.support.distributed import find_processes
@@ -44,7 +44,7 @@ class Run:
     test: Evaluation | None
     folder: Path
     paths: Mapping[str, Path]
-    tuned: PromptedViT
+    tuned: TunedViT
 
     def summary(self) -> str:
         """Lines: that of the history, and accuracy on the test images, if there are any."""
@@ -55,7 +55,7 @@ class Run:
 
 
 def train(
-    tuned: PromptedViT,
+    tuned: TunedViT,
     train_data: LabelledImages | Batches,
     val_data: LabelledImages | Iterable[Any] | None = None,
     recipe: Recipe | None = None,
@@ -79,7 +79,8 @@ def train(
     process, a run that was killed at any moment and resumed gives the same bits as one that was not.
 
     Args:
-        tuned: of `training.build.build`, or any `PromptedViT`. A resumed run replaces its prompts and head.
+        tuned: of `training.build.build`, `spt_fast.tune`, or any `PromptedViT`. A resumed run replaces what
+            it learns.
         train_data, val_data, test_data: of `data.images.open_labelled_images`, or loaders as `fit` takes.
             Class names and preprocessing that `tuned` does not state are taken from the first. Test images
             are evaluated once, at the end, and choose nothing.
@@ -124,7 +125,7 @@ def train(
 
 def train_in(
     folder: RunFolder,
-    tuned: PromptedViT,
+    tuned: TunedViT,
     train_data: LabelledImages | Batches,
     val_data: LabelledImages | Iterable[Any] | None = None,
     recipe: Recipe | None = None,
@@ -139,8 +140,8 @@ def train_in(
     prototypes: Prototypes | None = None,
 ) -> Run:
     """`train` in a folder that is open already; `prototypes`, if given, are kept beside the run."""
-    if not isinstance(tuned, PromptedViT):
-        raise TypeError(f"tuned must be a PromptedViT, got {type(tuned).__name__}")
+    if not isinstance(tuned, TunedViT):
+        raise TypeError(f"tuned must be a PromptedViT, or of another method, got {type(tuned).__name__}")
     recipe = recipe or Recipe()
     if save_every is not None:
         check_int("save_every", save_every, 1, "or None")
@@ -175,20 +176,19 @@ def train_in(
 
 
 def run_facts(
-    tuned: PromptedViT, train_data: Any, val_data: Any, given: Mapping[str, Any]
+    tuned: TunedViT, train_data: Any, val_data: Any, given: Mapping[str, Any]
 ) -> dict[str, str | int | float | bool | None]:
     """What a run is of, beside its recipe: the facts `given`, of the data and of the model."""
     for name, value in given.items():
         if not isinstance(name, str) or not isinstance(value, str | int | float | bool | None):
             raise TypeError(f"facts must map names to plain values, got {name!r}: {value!r:.60}")
-    layers, num_prompts, _ = tuned.prompts.shape
     return {
         **given,
         **_data_facts("", train_data),
         **({} if val_data is None else _data_facts("val_", val_data)),
         **{f"backbone_{name}": fact for name, fact in readable(describe(tuned.model)).items()},
-        "prompted_blocks": layers if num_prompts else 0,
-        "prompts_per_block": num_prompts,
+        "tuned_method": tuned.method,
+        **{f"tuned_{name}": value for name, value in tuned.options.items()},
         "trainable_parameters": sum(each.numel() for each in tuned.trainable_parameters()),
     }
 
@@ -208,7 +208,7 @@ def _loader(data: Any) -> Any:
     return data.loader if isinstance(data, LabelledImages) else data
 
 
-def _take_names(tuned: PromptedViT, data: Any) -> None:
+def _take_names(tuned: TunedViT, data: Any) -> None:
     if isinstance(data, LabelledImages):
         if tuned.class_names is None:
             tuned.class_names = data.class_names

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from spt_fast.analysis.prompts import analyse, load_prompts
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.ops.cka_reference import hsic_reference
 from spt_fast.ops.nmi_reference import sigmoid_nmi_reference
-from spt_fast.prompting.prompted_vit import PromptedViT
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import read_safetensors, write_safetensors
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,16 @@ def test_bad_input_of_predict_is_one_line(arguments, expected, tuned, folders, t
 def table(path: Path) -> dict[str, dict[str, str]]:
     """Rows of a CSV file by their class."""
     return {row["class"]: row for row in csv.DictReader(io.StringIO(path.read_text()))}
+
+
+def test_eval_names_classes_of_which_no_image_can_be_read(tuned, folders, tmp_path, capsys):
+    shutil.copytree(folders / "train", tmp_path / "train")
+    (tmp_path / "train" / "prime").mkdir()
+    shutil.copy(folders / "flat" / "0.png", tmp_path / "train" / "prime" / "good.png")
+    for path in (tmp_path / "train" / "odd").iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    assert run("eval", tuned, "--data", tmp_path / "train", "--bad-images", "skip") == 0
+    assert "classes without readable images (1): odd\n" in capsys.readouterr().out
 
 
 def test_eval_writes_tables_and_names_classes_without_images(tuned, folders, tmp_path, capsys, only_error):

@@ -19,7 +19,7 @@ from spt_fast.commands import main as cli
 from spt_fast.commands import options
 from spt_fast.data import shipped
 from spt_fast.data.images import open_images, open_labelled_images
-from spt_fast.prompting.parameter_groups import PROMPT_LR_FACTOR
+from spt_fast.methods.parameter_groups import PROMPT_LR_FACTOR
 from spt_fast.support.tables import read_csv
 from spt_fast.training.evaluation import Evaluation
 from spt_fast.training.folder import TUNED_NAME

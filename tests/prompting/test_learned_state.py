@@ -54,7 +54,11 @@ def test_another_one_takes_it(model_class: type[VisionTransformer], make_tuned: 
     ("change", "error", "message"),
     [
         (lambda state: state.pop("head.bias"), ValueError, r"state lacks head\.bias; this model"),
-        (lambda state: state.update(x=torch.ones(1)), ValueError, "state holds x, which no prompts and head"),
+        (
+            lambda state: state.update(x=torch.ones(1)),
+            ValueError,
+            "state holds x, which nothing that this model learns has",
+        ),
         (
             lambda state: state.update({f"model.{number}": torch.ones(1) for number in range(9)}),
             ValueError,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spt_fast import PromptedViT
-from spt_fast.prompting.parameter_groups import PROMPT_LR_FACTOR, default_prompt_lr, parameter_groups
+from spt_fast.methods.parameter_groups import PROMPT_LR_FACTOR, default_prompt_lr, parameter_groups
 
 
 def by_name(groups):

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from spt_fast import build_prototypes
 from spt_fast.backbones.anatomy import embed_dim, get_blocks, num_prefix_tokens
 from spt_fast.backbones.identity import describe
+from spt_fast.methods.prompted_vit import PromptedViT
+from spt_fast.methods.release import release
 from spt_fast.ops.nmi_reference import sigmoid_nmi_reference
-from spt_fast.prompting.prompted_vit import PromptedViT
-from spt_fast.prompting.release import release
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import read_safetensors, write_safetensors
 
@@ -582,7 +582,7 @@ class TestRelease:
         assert tuned.train().training
 
     def test_model_can_be_taken_over_again(self, tuned: PromptedViT) -> None:
-        with pytest.raises(ValueError, match="model already belongs to a PromptedViT"):
+        with pytest.raises(ValueError, match="model already belongs to a tuned model"):
             PromptedViT(tuned.model, make_prompts())
         PromptedViT(tuned.release(), make_prompts())
 
@@ -630,7 +630,7 @@ class TestRelease:
         del tuned
         assert other(images).shape == (3, 5)
         assert release(other) is model
-        with pytest.raises(ValueError, match="model must belong to a PromptedViT to be released, got Vision"):
+        with pytest.raises(ValueError, match="model must belong to a tuned model to be released, got Vision"):
             release(model)
         with pytest.raises(TypeError, match="model must be a Vision Transformer"):
             release(nn.Linear(2, 2))
@@ -647,7 +647,7 @@ class TestRelease:
         model = tuned.model
         for given in (model, torch.compile(model)):
             with pytest.raises(
-                ValueError, match="model already belongs to a PromptedViT, so that its tokens"
+                ValueError, match="model already belongs to a tuned model, so that its tokens"
             ):
                 build_prototypes(given, [images], num_prompts=2, progress=False)
         tuned.release()

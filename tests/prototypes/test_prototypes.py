@@ -349,7 +349,7 @@ class TestFields:
 def test_prompted_vit_takes_them(
     vit: VisionTransformer, make_vit: MakeViT, loader: Loader, protos: Prototypes
 ) -> None:
-    from spt_fast.prompting.prompted_vit import PromptedViT
+    from spt_fast.methods.prompted_vit import PromptedViT
 
     tuned = PromptedViT(vit, protos, num_classes=4)
     assert torch.equal(tuned.prompts.detach(), protos.prompts)

@@ -36,7 +36,7 @@ from spt_fast.clustering.out_of_core import OutOfCoreKMeans
 from spt_fast.clustering.reservoir import PriorityReservoir
 from spt_fast.commands import main as cli
 from spt_fast.data.loading import ImageLoader
-from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.prototypes.build import build_prototypes
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.prototypes.token_store import TokenStore

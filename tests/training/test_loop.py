@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from spt_fast import NMITracker, PromptedViT, build_prototypes
 from spt_fast.analysis import analyse
-from spt_fast.prompting.parameter_groups import PROMPT_LR_FACTOR
+from spt_fast.methods.parameter_groups import PROMPT_LR_FACTOR
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.training.evaluation import Evaluation, evaluate
 from spt_fast.training.loop import fit, shuffled_loader

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from spt_fast.analysis.nmi_tracker import NMITracker
 from spt_fast.commands.demo.budget import METHODS, Budget, Rates, Split, Task
 from spt_fast.data.shipped import DIGITS_CLASSES, load_backbone
-from spt_fast.prompting.prompted_vit import PromptedViT
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.prototypes.build import build_prototypes
 from spt_fast.support.arguments import check_choice
 from spt_fast.support.randomness import seeded

@@ -1,4 +1,4 @@
-"""The file of a `PromptedViT`: prompts and head, and the facts that say which model they fit."""
+"""The file of a tuned model: what was learned, and the facts that say which model it fits."""
 
 from __future__ import annotations
 
@@ -7,33 +7,36 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from spt_fast.backbones.identity import check_facts, describe, describe_norm
+from spt_fast.backbones.identity import check_facts
 from spt_fast.backbones.pooling import NORMS, Pooling, norm_follows_average, pool_of, stated_pooling
 from spt_fast.backbones.snapshot import HEAD_NORMS
 from spt_fast.data.transforms import PREPROCESSING, Preprocessing
 from spt_fast.prompting.checks import check_class_names
 from spt_fast.support.arguments import check_bool, check_choice, check_tensor
 from spt_fast.support.errors import NonFiniteError
-from spt_fast.support.files import read_safetensors, write_safetensors
+from spt_fast.support.files import read_kind, read_safetensors, write_safetensors
 
-TUNED_KIND = "prompted_vit"
-# The shape of the head tells the number of classes; their names, and what is done to images, are read.
-_FACTS_THAT_MAY_DIFFER = ("num_classes", "class_names", PREPROCESSING)
+PROMPTED_KIND, TUNED_KIND = "prompted_vit", "tuned_vit"
+# The shape of the head tells the number of classes; their names, and what is done to images, are read. The
+# methods of prompts differ in where they start.
+_FACTS_THAT_MAY_DIFFER = ("num_classes", "class_names", PREPROCESSING, "method")
 
 
 @dataclass(frozen=True)
 class TunedState:
-    """What `PromptedViT.save` writes.
+    """What `TunedViT.save` writes.
 
     Attributes:
-        tensors: "prompts" [L or 1, N_p, D], and "head." before each name of the head's own state.
-        facts: those of `describe` and `describe_norm`, and `prompt_depth`, `pool_prompts`, `global_pool`;
-            `norm` ("own" or "new") where `open_model` stated it, `head_norm` ("batch") where there is one,
-            `num_classes` where the model states it, `class_names` and `preprocessing` (JSON) if set.
+        tensors: what the method learns, such as "prompts" [L or 1, N_p, D] or "model." before the name of a
+            weight of the model; and "head." before each name of the head's own state.
+        facts: those of `describe` and `describe_norm`, and `method` and `global_pool`; `options` (JSON) of
+            the method if there are any; for prompts `prompt_depth` and `pool_prompts`; `norm` ("own" or
+            "new") where `open_model` stated it, `head_norm` ("batch") where there is one, `num_classes` where
+            the model states it, `class_names` and `preprocessing` (JSON) if set.
     """
 
     tensors: Mapping[str, Tensor]
@@ -43,16 +46,16 @@ class TunedState:
     def of(
         cls,
         model: nn.Module,
-        prompts: Tensor,
+        learned: Mapping[str, Tensor],
         head: nn.Module,
         *,
-        depth: str,
-        pool_prompts: bool,
+        facts: Mapping[str, str],
+        options: Mapping[str, Any],
         head_norm: str,
         class_names: Sequence[str] | None,
         preprocessing: Preprocessing | None,
     ) -> TunedState:
-        """The state of prompts and head on `model`; the tensors are theirs, not copies.
+        """The state of what was learned on `model`; the tensors are the model's, not copies.
 
         Raises:
             TypeError: `preprocessing` is something else.
@@ -63,16 +66,12 @@ class TunedState:
                 f"got {preprocessing!r}"
             )
         of_head = {f"head.{name}": value for name, value in head.state_dict(keep_vars=True).items()}
-        facts = {
-            **describe(model),
-            **describe_norm(model),
-            "prompt_depth": depth,
-            "pool_prompts": str(pool_prompts),
-            "global_pool": str(getattr(model, "global_pool", "")),
-        }
+        facts = {**facts, "global_pool": str(getattr(model, "global_pool", ""))}
         stated = stated_pooling(model)
         if stated is not None:
             facts["norm"] = stated.norm
+        if options:
+            facts["options"] = json.dumps(dict(options))
         if head_norm != "none":
             facts["head_norm"] = head_norm
         num_classes = getattr(model, "num_classes", None)
@@ -82,7 +81,7 @@ class TunedState:
             facts["class_names"] = json.dumps(list(class_names))
         if preprocessing is not None:
             facts[PREPROCESSING] = preprocessing.to_json()
-        return cls({"prompts": prompts, **of_head}, facts)
+        return cls({**learned, **of_head}, facts)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> TunedState:
@@ -90,17 +89,34 @@ class TunedState:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is truncated, or no file of a `PromptedViT`, or a fact or a tensor is missing, not
+            ValueError: it is truncated, or no file of a tuned model, or a fact or a tensor is missing, not
                 finite or cannot be read.
         """
-        state = cls(*read_safetensors(path, kind=TUNED_KIND))
+        kind = TUNED_KIND if read_kind(path) == TUNED_KIND else PROMPTED_KIND
+        state = cls(*read_safetensors(path, kind=kind))
         try:
-            state._check()
+            state._check(prompted=kind == PROMPTED_KIND)
         except (TypeError, ValueError, RuntimeError) as error:
             raise _not_valid(path, error) from error
         return state
 
-    def _check(self) -> None:
+    def _check(self, *, prompted: bool) -> None:
+        if prompted:
+            self._check_prompts()
+        elif "method" not in self.facts:
+            raise ValueError("it holds no method")
+        for name, tensor in self.tensors.items():
+            check_finite(name, tensor)
+        check_choice("norm", self.facts.get("norm", "own"), NORMS)
+        check_choice("head_norm", self.facts.get("head_norm", "none"), HEAD_NORMS)
+        number = self.facts.get("num_classes", "0")
+        if not number.isdecimal():
+            raise ValueError(f"num_classes must be an integer >= 0, got {number!r}")
+        check_class_names(self.class_names, self.num_classes)
+        # Errors in what is read on demand.
+        self.preprocessing, self.options  # noqa: B018
+
+    def _check_prompts(self) -> None:
         for name, held in (
             ("prompts", self.tensors),
             ("prompt_depth", self.facts),
@@ -111,17 +127,8 @@ class TunedState:
         prompts = check_tensor("prompts", self.tensors["prompts"])
         if prompts.ndim != 3:
             raise ValueError(f"prompts must be [L or 1, N_p, D], got {list(prompts.shape)}")
-        for name, tensor in self.tensors.items():
-            check_finite(name, tensor)
         check_choice("prompt_depth", self.facts["prompt_depth"], ("deep", "shallow"))
         check_choice("pool_prompts", self.facts["pool_prompts"], ("True", "False"))
-        check_choice("norm", self.facts.get("norm", "own"), NORMS)
-        check_choice("head_norm", self.facts.get("head_norm", "none"), HEAD_NORMS)
-        number = self.facts.get("num_classes", "0")
-        if not number.isdecimal():
-            raise ValueError(f"num_classes must be an integer >= 0, got {number!r}")
-        check_class_names(self.class_names, self.num_classes)
-        self.preprocessing  # noqa: B018
 
     def write(self, path: str | os.PathLike[str], *, overwrite: bool) -> None:
         """Write to a safetensors file, completely or not at all.
@@ -134,15 +141,29 @@ class TunedState:
         check_bool("overwrite", overwrite)
         for name, tensor in self.tensors.items():
             check_finite(name, tensor)
-        write_safetensors(path, self.tensors, self.facts, kind=TUNED_KIND, overwrite=overwrite)
+        kind = PROMPTED_KIND if "prompt_depth" in self.facts else TUNED_KIND
+        write_safetensors(path, self.tensors, self.facts, kind=kind, overwrite=overwrite)
+
+    @property
+    def method(self) -> str:
+        """Its name; of older files, which hold prompts, SPT's."""
+        return self.facts.get("method") or f"spt-{self.depth}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the method."""
+        found = json.loads(self.facts.get("options", "{}"))
+        if not isinstance(found, dict):
+            raise ValueError(f"options must be a JSON object, got {self.facts['options']!r}")
+        return found
 
     @property
     def depth(self) -> Literal["deep", "shallow"]:
-        return "shallow" if self.facts["prompt_depth"] == "shallow" else "deep"
+        return "shallow" if self.facts.get("prompt_depth") == "shallow" else "deep"
 
     @property
     def pool_prompts(self) -> bool:
-        return self.facts["pool_prompts"] == "True"
+        return self.facts.get("pool_prompts") == "True"
 
     @property
     def stated_pooling(self) -> Pooling | None:
@@ -183,7 +204,7 @@ class TunedState:
         return None if number is None else int(number)
 
     def size_of_new_head(self, model: nn.Module) -> int | None:
-        """What `num_classes` a `PromptedViT` of this state needs on `model`; None keeps the model's head."""
+        """What `num_classes` a tuned model of this state needs on `model`; None keeps the model's head."""
         if self.num_classes == 0 and not any(name.startswith("head.") for name in self.tensors):
             return 0
         same = self.num_classes is None or self.num_classes == getattr(model, "num_classes", None)
@@ -207,6 +228,15 @@ class TunedState:
     def preprocessing(self) -> Preprocessing | None:
         text = self.facts.get(PREPROCESSING)
         return None if text is None else Preprocessing.from_json(text)
+
+    def check_method(self, path: str | os.PathLike[str], own: TunedState) -> None:
+        """ValueError where this state is of another method than a model's `own`."""
+        here, there = (("prompts" if "prompt_depth" in each.facts else each.method) for each in (self, own))
+        if here != there:
+            raise ValueError(
+                f"{os.fspath(path)} was tuned by {self.method!r}, but this model is tuned by {own.method!r}; "
+                "spt_fast.load_tuned takes the method from the file"
+            )
 
     def check_fits(
         self, path: str | os.PathLike[str], own: TunedState, *, allow_other_backbone: bool = False
@@ -235,7 +265,7 @@ def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     extra, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
     shown = [*extra[:3], f"{len(extra) - 3} more"] if len(extra) > 4 else extra
     parts = [f"lacks {', '.join(missing)}"] * bool(missing)
-    parts += [f"holds {', '.join(shown)}, which no prompts and head of this model have"] * bool(extra)
+    parts += [f"holds {', '.join(shown)}, which nothing that this model learns has"] * bool(extra)
     return " and ".join(parts) + f"; this model needs {sorted(expected)}"
 
 

@@ -1,0 +1,182 @@
+"""Every method by its name: what builds it, which options it has, and how a file of it is opened."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from spt_fast.support.names import nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from spt_fast.methods.base import TunedViT
+    from spt_fast.methods.file_format import TunedState
+
+# What every method has, and what only the prompts start from.
+_COMMON = ("num_classes", "head_norm", "weight_dtype")
+_START = "prompts"
+
+
+class Method(NamedTuple):
+    """A method by name. Its class is loaded when it is asked for: names can do without torch.
+
+    Attributes:
+        file: of this wing, which holds the class.
+        class_name: of a `TunedViT`.
+        fixed: arguments that the name stands for.
+        prompts: what prompts start from: "prototypes" (SPT), "random" (VPT) or "any"; None without prompts.
+        num_prompts: of a model, where nothing else is asked for.
+    """
+
+    file: str
+    class_name: str
+    fixed: Mapping[str, Any] = {}
+    prompts: str | None = None
+    num_prompts: int | None = None
+
+    def load(self) -> type[TunedViT]:
+        """The class."""
+        module = import_module(f"spt_fast.methods.{self.file}")
+        found: type[TunedViT] = getattr(module, self.class_name)
+        return found
+
+
+# In the order of docs/methods.md.
+METHODS: Mapping[str, Method] = {
+    "spt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "prototypes", 20),
+    "spt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "prototypes", 100),
+    "vpt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "random", 20),
+    "vpt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "random", 100),
+    "linear": Method("own_weights", "LinearProbe"),
+    "bias": Method("own_weights", "Bias"),
+    "partial": Method("own_weights", "Partial"),
+    "full": Method("own_weights", "Full"),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `tune` takes."""
+    return tuple(METHODS)
+
+
+def find(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        TypeError: `name` is no string.
+        ValueError: there is no such method; the message has the nearest names.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"method must be a string, got {name!r}")
+    if name not in METHODS:
+        close = nearest(name, METHODS)
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}{close}")
+    return METHODS[name]
+
+
+@cache
+def options(name: str) -> Mapping[str, Any]:
+    """The options of a method and their defaults, beside those that every method has.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    method = find(name)
+    parameters = inspect.signature(method.load()).parameters.values()
+    left_out = {"model", _START, *_COMMON, *method.fixed}
+    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        each.name: each.default for each in parameters if each.name not in left_out and each.kind in keywords
+    }
+
+
+def tune(
+    model: nn.Module, name: str, *, prompts: Any = None, num_classes: int | None = None, **given: Any
+) -> TunedViT:
+    """`model` taken over by a method, to be trained: what it learns, and a head.
+
+    >>> tuned = spt_fast.tune(model, "spt-deep", prompts=protos, num_classes=200)
+    >>> tuned = spt_fast.tune(model, "adapter", num_classes=200, bottleneck=8)
+
+    Args:
+        model: a timm Vision Transformer; see `TunedViT`.
+        name: one of `spt_fast.methods.names()`; docs/methods.md says what each learns.
+        prompts: what prompts start from, for methods that have any: `Prototypes` or a tensor, or how many
+            random ones; None is the method's own number, where it draws them.
+        num_classes: size of a new head; None trains a copy of the model's head.
+        given: options of the method (`spt_fast.methods.options(name)`), `head_norm` and `weight_dtype`.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or the model is none that the method can tune.
+        ValueError: there is no such method or option, or the model cannot honour one; the model is then left
+            as it was.
+    """
+    method = find(name)
+    _check_options(name, given)
+    start = () if method.prompts is None else (_start(name, method, prompts),)
+    if method.prompts is None and prompts is not None:
+        raise ValueError(f"prompts must be None for method {name!r}, which has none, got {prompts!r:.60}")
+    build: Any = method.load()
+    tuned: TunedViT = build(model, *start, num_classes=num_classes, **method.fixed, **given)
+    tuned.method = name
+    return tuned
+
+
+def load_tuned(
+    path: str | os.PathLike[str], model: nn.Module, *, allow_other_backbone: bool = False, **use: Any
+) -> TunedViT:
+    """`model` with what a file of `save` holds, by whatever method it was tuned.
+
+    >>> tuned = spt_fast.load_tuned("task.safetensors", model).eval()
+
+    Args:
+        allow_other_backbone: also with other weights, known by a few of them, or another image size.
+        use: `weight_dtype`; for prompts also `engine`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError, ValueError: the file holds no tuned model, or one of another backbone, or of a method that
+            this version does not know; the model is then left as it was.
+    """
+    from spt_fast.methods.file_format import TunedState
+
+    return of_state(TunedState.read(path), path, model, allow_other_backbone=allow_other_backbone, **use)
+
+
+def of_state(state: TunedState, path: str | os.PathLike[str], model: nn.Module, **options: Any) -> TunedViT:
+    """`load_tuned` of a file that has been read: `state` is what it held, `path` its name for errors."""
+    if state.method not in METHODS:
+        raise ValueError(f"{os.fspath(path)} was tuned by {state.method!r}, which this version does not know")
+    tuned = METHODS[state.method].load().from_state(state, path, model, **options)
+    tuned.method = state.method
+    return tuned
+
+
+def _check_options(name: str, given: Mapping[str, Any]) -> None:
+    known = [*options(name), *(each for each in _COMMON if each != "num_classes")]
+    for option in given:
+        if option not in known:
+            others = [other for other in METHODS if option in options(other)]
+            hint = f"; {', '.join(others)} have it" if others else nearest(option, known)
+            has = ", ".join(known)
+            raise ValueError(f"{option!r} is no option of method {name!r}, which has {has}{hint}")
+
+
+def _start(name: str, method: Method, prompts: Any) -> Any:
+    """What the prompts of a method start from."""
+    is_number = isinstance(prompts, int) and not isinstance(prompts, bool)
+    if method.prompts == "prototypes" and (prompts is None or is_number):
+        raise ValueError(
+            f"prompts must be Prototypes or a tensor for method {name!r}, got {prompts!r}; "
+            "spt_fast.build_prototypes(model, loader) gives them"
+        )
+    if method.prompts == "random" and not (prompts is None or is_number):
+        raise ValueError(
+            f"prompts must be a number for method {name!r}, which draws them, got {prompts!r:.60}"
+        )
+    return method.num_prompts if prompts is None else prompts
