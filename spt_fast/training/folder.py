@@ -53,7 +53,6 @@ class RunFolder:
         self.processes = processes
         self.checkpoint = checkpoint
         self._is_ours = checkpoint is not None
-        self._saved = "" if checkpoint is None else _progress(checkpoint)
 
     def __getitem__(self, name: str) -> Path:
         return self.path / name
@@ -70,17 +69,17 @@ class RunFolder:
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write it; from then on the run can go on from there. All ranks call it."""
         self.processes.on_rank_0(lambda: checkpoint.write(self[CHECKPOINT_NAME]))
-        self.checkpoint, self._saved = checkpoint, _progress(checkpoint)
+        self.checkpoint = checkpoint
 
     def start(self, *, overwrite: bool) -> None:
         """Take the folder for a run that starts; with `overwrite`, all of an older one is removed."""
+        self._is_ours = True
         if overwrite:
             self.processes.on_rank_0(self._clear)
-        self._is_ours = True
 
     def discard_a_start(self) -> None:
         """Remove the files of a run that has not made a step; on rank 0."""
-        if self._is_ours and not self._saved and self.processes.rank == 0:
+        if self._is_ours and self.processes.rank == 0 and not self.what_is_kept():
             self._clear()
 
     def prototypes(self) -> Prototypes | None:
@@ -96,8 +95,14 @@ class RunFolder:
         return {name: self[name] for name in self.processes.gather(there)[0]}
 
     def what_is_kept(self) -> str:
-        """How far the run is on disk, for a message about its end; empty where nothing is."""
-        return f"{self.path} holds the run up to {self._saved}" if self._saved else ""
+        """How far the run is on disk, for a message about its end; empty where no step is kept."""
+        # Read, as what ended the run may have ended the note of what was written, too.
+        try:
+            found = Checkpoint.read(self[CHECKPOINT_NAME]) if self._is_ours else None
+        except FileNotFoundError:
+            found = None
+        progress = "" if found is None else _progress(found)
+        return f"{self.path} holds the run up to {progress}" if progress else ""
 
     def _clear(self) -> None:
         # The checkpoint first: nobody shall go on with half of a run.

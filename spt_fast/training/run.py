@@ -189,6 +189,7 @@ def run_facts(
         **{f"backbone_{name}": fact for name, fact in readable(describe(tuned.model)).items()},
         "tuned_method": tuned.method,
         **{f"tuned_{name}": value for name, value in tuned.options.items()},
+        "prompts_per_block": getattr(tuned, "num_prompts", 0),
         "trainable_parameters": sum(each.numel() for each in tuned.trainable_parameters()),
     }
 

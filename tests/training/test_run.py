@@ -358,7 +358,7 @@ def test_a_run_that_fails_before_a_step_leaves_nothing(
     with pytest.raises(ValueError, match="label"):
         train(make_tuned(), wrong, recipe=QUICK, out=tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(TypeError, match="tuned must be a PromptedViT, got Linear"):
+    with pytest.raises(TypeError, match="tuned must be a PromptedViT, or of another method, got Linear"):
         train(nn.Linear(2, 2), loader, recipe=QUICK, out=tmp_path / "a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="save_every must be an integer >= 1 or None, got 0"):
         train(make_tuned(), loader, recipe=QUICK, out=tmp_path / "a", save_every=0)
