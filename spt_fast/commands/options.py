@@ -73,7 +73,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     weights.add_argument("--in-chans", type=int, metavar="N", help="channels of its images: 3, or 1 for grey")
     weights.add_argument(
         "--model-option",
-        type=_model_option,
+        type=key_and_value,
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -244,7 +244,7 @@ def _image_size(text: str) -> int | tuple[int, int]:
     return int(text) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def _model_option(text: str) -> tuple[str, Any]:
+def key_and_value(text: str) -> tuple[str, Any]:
     """ "key=value", with a Python literal, true, false, none or a plain string as its value."""
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier()):

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spt_fast.commands.options import key_and_value
+
 if TYPE_CHECKING:
     from spt_fast.training.recipe import Option, Recipe
 
@@ -65,10 +67,15 @@ def _families(names: tuple[str, ...]) -> list[str]:
 
 def _add(group: argparse._ArgumentGroup, option: Option) -> None:
     name = f"--{option.name.replace('_', '-')}"
+    if option.kind is dict:
+        # One of them at a time: --method-option KEY=VALUE.
+        name = name.removesuffix("s")
     # No default here: what is given differs from what is not.
     settings: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS}
     if option.kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
+    elif option.kind is dict:
+        settings |= {"action": _Collect, "type": key_and_value, "metavar": "KEY=VALUE"}
     elif option.choices:
         settings["choices"] = [*option.choices, *([UNSET] if option.optional else [])]
     else:
@@ -78,8 +85,19 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
     group.add_argument(name, **settings).help = _help(option).replace("%", "%%")
 
 
+class _Collect(argparse.Action):
+    """Puts every pair of a name and a value into one dict."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        name, value = values
+        found = dict(getattr(namespace, self.dest, {}))
+        if name in found:
+            raise argparse.ArgumentError(self, f"must give each option once, got {name} more than once")
+        setattr(namespace, self.dest, {**found, name: value})
+
+
 def _help(option: Option) -> str:
-    if option.default is None:
+    if option.default is None or option.kind is dict:
         return option.help
     default = option.default
     if option.kind is bool:

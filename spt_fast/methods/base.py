@@ -16,6 +16,7 @@ from spt_fast.backbones.identity import describe, describe_norm
 from spt_fast.backbones.snapshot import HEAD_NORMS, ModelSnapshot, check_free, classifiers, replace_head
 from spt_fast.methods.file_format import TunedState, check_finite, check_shapes
 from spt_fast.methods.parameter_groups import parameter_groups as groups_of
+from spt_fast.methods.registry import METHODS
 from spt_fast.prompting.checks import (
     check_all_saved,
     check_class_names,
@@ -154,6 +155,12 @@ class TunedViT(TimmMethods):
         Raises:
             TypeError, ValueError: as the constructor and `load`; the model is then left as it was.
         """
+        wanted = METHODS[state.method].load() if state.method in METHODS else None
+        if wanted is None or not issubclass(cls, wanted):
+            raise ValueError(
+                f"{os.fspath(path)} was tuned by {state.method!r}, which is no {cls.__name__}; "
+                "spt_fast.load_tuned takes the method from the file"
+            )
         state.check_pooling(path, model)
         # The file replaces all values; drawing them must leave the caller's random state alone.
         with seeded(0):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from spt_fast.support.names import nearest
 
@@ -31,6 +31,7 @@ class Method(NamedTuple):
         fixed: arguments that the name stands for.
         prompts: what prompts start from: "prototypes" (SPT), "random" (VPT) or "any"; None without prompts.
         num_prompts: of a model, where nothing else is asked for.
+        depth: whether prompts enter each block, or the first one.
     """
 
     file: str
@@ -38,6 +39,7 @@ class Method(NamedTuple):
     fixed: Mapping[str, Any] = {}
     prompts: str | None = None
     num_prompts: int | None = None
+    depth: Literal["deep", "shallow"] = "deep"
 
     def load(self) -> type[TunedViT]:
         """The class."""
@@ -49,9 +51,9 @@ class Method(NamedTuple):
 # In the order of docs/methods.md.
 METHODS: Mapping[str, Method] = {
     "spt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "prototypes", 20),
-    "spt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "prototypes", 100),
+    "spt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "prototypes", 100, "shallow"),
     "vpt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "random", 20),
-    "vpt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "random", 100),
+    "vpt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "random", 100, "shallow"),
     "linear": Method("own_weights", "LinearProbe"),
     "bias": Method("own_weights", "Bias"),
     "partial": Method("own_weights", "Partial"),
@@ -117,7 +119,7 @@ def tune(
             as it was.
     """
     method = find(name)
-    _check_options(name, given)
+    check_options(name, given)
     start = () if method.prompts is None else (_start(name, method, prompts),)
     if method.prompts is None and prompts is not None:
         raise ValueError(f"prompts must be None for method {name!r}, which has none, got {prompts!r:.60}")
@@ -157,7 +159,8 @@ def of_state(state: TunedState, path: str | os.PathLike[str], model: nn.Module, 
     return tuned
 
 
-def _check_options(name: str, given: Mapping[str, Any]) -> None:
+def check_options(name: str, given: Mapping[str, Any]) -> None:
+    """ValueError where a name is no option of the method; says which method has it, or what is like it."""
     known = [*options(name), *(each for each in _COMMON if each != "num_classes")]
     for option in given:
         if option not in known:

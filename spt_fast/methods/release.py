@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from spt_fast.backbones.anatomy import get_blocks
 from spt_fast.backbones.snapshot import find_snapshot
 from spt_fast.methods.base import TunedViT
 
@@ -14,10 +15,12 @@ def release(model: nn.Module) -> nn.Module:
     For where the tuned model is out of reach; it cannot run any more then.
 
     Raises:
-        ValueError: `model` belongs to no tuned model.
+        TypeError: `model` has no blocks.
+        ValueError: it belongs to no tuned model.
     """
     if isinstance(model, TunedViT):
         return model.release()
+    get_blocks(model)
     snapshot = find_snapshot(model)
     if snapshot is None:
         raise ValueError(f"model must belong to a tuned model to be released, got {type(model).__name__}")

@@ -6,14 +6,14 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from spt_fast.backbones.identity import check_backbone
 from spt_fast.backbones.pooling import stated_pooling
-from spt_fast.methods.prompted_vit import PromptedViT
-from spt_fast.prototypes.options import DEFAULT_NUM_PROMPTS
+from spt_fast.methods import registry
+from spt_fast.methods.base import TunedViT
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.randomness import seeded
 from spt_fast.training.recipe import Recipe
@@ -29,7 +29,7 @@ def build(
     *,
     class_names: Sequence[str],
     allow_other_backbone: bool = False,
-) -> PromptedViT:
+) -> TunedViT:
     """`model` with the prompts of `recipe.method` and a new head for `class_names`, drawn by `recipe.seed`.
 
     The caller's random state is not touched.
@@ -48,19 +48,22 @@ def build(
             many as the recipe says; the model was opened in another form; or as `PromptedViT`.
     """
     start = _start(model, recipe, prompts, allow_other_backbone)
-    pool_prompts = _pool_prompts(model, recipe)
+    given = method_options(recipe)
+    for name, value in (
+        ("pool_prompts", _pool_prompts(model, recipe)),
+        ("allow_other_backbone", allow_other_backbone),
+    ):
+        if name in registry.options(recipe.method_name):
+            given[name] = value
     with seeded(recipe.seed):
-        tuned = PromptedViT(
+        tuned = registry.tune(
             model,
-            start,
-            depth=recipe.depth,
+            recipe.method_name,
+            prompts=start,
             num_classes=len(class_names),
-            freeze_prompts=recipe.freeze_prompts,
-            pool_prompts=pool_prompts,
-            prompt_dropout=recipe.prompt_dropout,
             head_norm=recipe.head_norm,
             weight_dtype=recipe.weight_dtype,
-            allow_other_backbone=allow_other_backbone,
+            **given,
         )
         try:
             start_head(tuned.head, recipe.head_init, recipe.head_std)
@@ -69,6 +72,22 @@ def build(
             raise
     tuned.class_names = tuple(class_names)
     return tuned
+
+
+def method_options(recipe: Recipe) -> dict[str, Any]:
+    """The options of the method that a recipe states, checked by their names.
+
+    Raises:
+        ValueError: one is none of the method.
+    """
+    name = recipe.method_name
+    given = dict(recipe.method_options)
+    # Fields of their own, because all methods of this kind have them.
+    for field, default in (("freeze_prompts", False), ("prompt_dropout", 0.0)):
+        if (value := getattr(recipe, field)) != default:
+            given[field] = value
+    registry.check_options(name, given)
+    return given
 
 
 def start_head(
@@ -108,19 +127,14 @@ def _start(
     recipe: Recipe,
     prompts: Prototypes | Tensor | str | os.PathLike[str] | None,
     allow_other_backbone: bool,
-) -> Prototypes | Tensor | int:
-    method = recipe.method or "spt-deep"
-    if not recipe.needs_prototypes:
-        if prompts is not None:
-            has = "draws its prompts" if recipe.has_prompts else "has no prompts"
-            raise ValueError(f"prompts must be None for method={method!r}, which {has}, got {prompts!r:.60}")
-        return (recipe.num_prompts or DEFAULT_NUM_PROMPTS[recipe.depth]) if recipe.has_prompts else 0
+) -> Prototypes | Tensor | int | None:
+    if prompts is None:
+        # Where prototypes are needed, the method says so.
+        return recipe.num_prompts
     if isinstance(prompts, str | os.PathLike):
         path = Path(prompts)
         prompts = Prototypes.load(path)
         check_backbone(path, prompts.metadata, model, allow_other_backbone=allow_other_backbone)
-    if prompts is None:
-        raise ValueError(f"prompts must be Prototypes or a file of them for method={method!r}, got None")
     values = getattr(prompts, "prompts", prompts)
     if not isinstance(values, Tensor):
         raise TypeError(

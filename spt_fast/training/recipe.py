@@ -11,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from spt_fast.methods.registry import METHODS
 from spt_fast.support.names import nearest
 
 GROUPS = ("model", "images", "optimisation", "choice")
@@ -20,9 +21,17 @@ SCALE_BATCH = 256
 _OF_PROMPTS = ("num_prompts", "prompt_lr", "prompt_dropout", "freeze_prompts")
 
 
-def _field(group: str, default: Any, help: str, **bounds: float) -> Any:
-    """A field with the help of its option; `bounds` are those of `support.arguments.check_number`."""
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, "bounds": bounds})
+def _field(group: str, default: Any, help: str, choices: tuple[str, ...] = (), **bounds: float) -> Any:
+    """A field with the help of its option.
+
+    Args:
+        choices: of a str, where its type does not say them.
+        bounds: of a number: those of `support.arguments.check_number`.
+    """
+    metadata = {"group": group, "help": help, "choices": choices, "bounds": bounds}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 _model, _images, _optimisation, _choice = (partial(_field, group) for group in GROUPS)
@@ -44,10 +53,15 @@ class Recipe:
         ValueError: a value is out of range, or two contradict each other.
     """
 
-    method: Literal["spt-deep", "spt-shallow", "vpt-deep", "vpt-shallow", "linear"] | None = _model(
-        None, "what is learned beside the head (unset: spt-deep)"
+    method: str | None = _model(
+        None, "what is learned beside the head, of docs/methods.md (unset: spt-deep)", tuple(METHODS)
     )
-    num_prompts: int | None = _model(None, "prompts per block (unset: 20 deep, 100 shallow)", minimum=1)
+    method_options: Mapping[str, Any] = _model(
+        {}, "an option of the method, such as bottleneck=8; may be repeated"
+    )
+    num_prompts: int | None = _model(
+        None, "prompts per block (unset: of SPT and VPT 20 deep, 100 shallow)", minimum=1
+    )
     freeze_prompts: bool = _model(False, "learn the head only (Table 4a)")
     prompt_dropout: float = _model(
         0.0, "share of the prompts' elements that a step drops", minimum=0, below=1
@@ -225,19 +239,24 @@ class Recipe:
         ]
 
     @property
+    def method_name(self) -> str:
+        """`method`, or "spt-deep" where it is not stated."""
+        return self.method or "spt-deep"
+
+    @property
     def depth(self) -> Literal["deep", "shallow"]:
         """Where the prompts of `method` go in; "deep" where there are none."""
-        return "shallow" if (self.method or "").endswith("-shallow") else "deep"
+        return METHODS[self.method_name].depth
 
     @property
     def has_prompts(self) -> bool:
         """Whether `method` has prompts."""
-        return self.method != "linear"
+        return METHODS[self.method_name].prompts is not None
 
     @property
     def needs_prototypes(self) -> bool:
         """Whether the prompts of `method` start from prototypes, and not from random values."""
-        return self.method is None or self.method.startswith("spt-")
+        return METHODS[self.method_name].prompts == "prototypes"
 
     @property
     def warmup(self) -> float:
@@ -308,7 +327,7 @@ class Option(NamedTuple):
     """A field of `Recipe` as an option sees it.
 
     Attributes:
-        kind: bool, int, float or str.
+        kind: bool, int, float, str, or dict.
         choices: the words that a str may be; empty where any may.
         optional: whether None is allowed.
         bounds: of a number: as in `support.arguments.check_number`.
@@ -339,6 +358,8 @@ class Option(NamedTuple):
             return check_seed(value)
         if self.name == "optimizer":
             return _check_optimizer(value)
+        if self.kind is dict:
+            return _check_options(self.name, value)
         if self.choices:
             return check_choice(self.name, value, self.choices)
         if self.kind is bool:
@@ -370,12 +391,14 @@ def _names() -> tuple[str, ...]:
 def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
     kinds = [kind for kind in (get_args(hint) if _is_union(hint) else (hint,)) if kind is not type(None)]
     (kind,) = kinds
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    choices = get_args(kind) if get_origin(kind) is Literal else field.metadata["choices"]
+    if get_origin(kind) is Mapping:
+        kind = dict
     return Option(
         field.name,
         field.metadata["group"],
         field.metadata["help"],
-        field.default,
+        {} if kind is dict else field.default,
         str if choices else kind,
         choices,
         _is_union(hint),
@@ -385,6 +408,18 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
 
 def _is_union(hint: Any) -> bool:
     return type(None) in get_args(hint)
+
+
+def _check_options(name: str, value: Any) -> dict[str, Any]:
+    """A mapping of names to numbers, words, switches or None; which there are is known to the method."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping, such as {{'bottleneck': 8}}, got {value!r}")
+    for option, given in value.items():
+        if not (isinstance(option, str) and isinstance(given, bool | int | float | str | None)):
+            raise TypeError(
+                f"{name} must hold numbers, words, true, false or null, got {option!r}: {given!r}"
+            )
+    return dict(value)
 
 
 def _check_optimizer(value: Any) -> str:

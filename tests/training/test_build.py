@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spt_fast import PromptedViT, Recipe, build_prototypes
+from spt_fast import PromptedViT, Recipe, build_prototypes, load_tuned, tune
 from spt_fast.backbones.open import open_model
 from spt_fast.backbones.pooling import Pooling, set_pooling
+from spt_fast.methods.base import TunedViT
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.training.build import build, start_head
 
@@ -45,10 +46,9 @@ def test_spt_starts_from_prototypes_or_a_file_of_them(
         ({"method": "vpt-deep"}, [3, 20, 32], "deep"),
         ({"method": "vpt-shallow"}, [1, 100, 32], "shallow"),
         ({"method": "vpt-deep", "num_prompts": 4}, [3, 4, 32], "deep"),
-        ({"method": "linear"}, [3, 0, 32], "deep"),
     ],
 )
-def test_vpt_draws_its_prompts_and_linear_has_none(
+def test_vpt_draws_its_prompts(
     fields: dict[str, Any], shape: list[int], depth: str, vit: nn.Module, make_images: Callable[..., Tensor]
 ) -> None:
     state = torch.get_rng_state()
@@ -57,7 +57,21 @@ def test_vpt_draws_its_prompts_and_linear_has_none(
     assert (list(tuned.prompts.shape), tuned.depth) == (shape, depth)
     assert tuned(make_images()).shape == (4, 400)
     learning = {name for name, each in tuned.named_parameters() if each.requires_grad}
-    assert learning == {"model.head.weight", "model.head.bias", *(["prompts"] if shape[1] else [])}
+    assert learning == {"model.head.weight", "model.head.bias", "prompts"}
+
+
+def test_any_method_is_built_with_its_options(make_vit: Callable[..., nn.Module]) -> None:
+    for fields, learning in (({"method": "linear"}, 0), ({"method": "bias"}, 11 * 32 * 3 + 2 * 32)):
+        assert build(make_vit(), Recipe(**fields), class_names="ab").num_trainable(head=False) == learning
+    options = {"method_options": {"num_blocks": 2}}
+    tuned = build(make_vit(), Recipe(method="partial", **options), class_names="ab")
+    assert (tuned.method, tuned.options) == ("partial", {"num_blocks": 2})
+    with pytest.raises(ValueError, match=r"'num_blocks' is no option of method 'bias', .*; partial have it"):
+        build(make_vit(), Recipe(method="bias", **options), class_names="ab")
+    with pytest.raises(
+        ValueError, match=r"'engin' is no option of method 'spt-deep', .*; did you mean engine"
+    ):
+        build(make_vit(), Recipe(method_options={"engin": "kv"}), torch.ones(3, 2, 32), class_names="ab")
 
 
 def test_the_recipe_reaches_the_model(make_vit: Callable[..., nn.Module]) -> None:
@@ -80,9 +94,9 @@ def test_the_seed_decides_prompts_and_head(make_vit: Callable[..., nn.Module]) -
 @pytest.mark.parametrize(
     ("fields", "given", "message"),
     [
-        ({}, None, "prompts must be Prototypes or a file of them for method='spt-deep', got None"),
-        ({"method": "linear"}, 1, "prompts must be None for method='linear', which has no prompts, got"),
-        ({"method": "vpt-deep"}, 1, "prompts must be None for method='vpt-deep', which draws its prompts"),
+        ({}, None, "prompts must be Prototypes or a tensor for method 'spt-deep', got None"),
+        ({"method": "linear"}, 1, "prompts must be None for method 'linear', which has none, got"),
+        ({"method": "vpt-deep"}, 1, "prompts must be a number for method 'vpt-deep', which draws them, got"),
         ({"num_prompts": 5}, 1, "num_prompts of the recipe is 5, but prompts are 2 per block"),
         ({"method": "spt-shallow"}, 1, "prompts must have shape [1, N_p, 32] for depth='shallow', got [3, 2"),
     ],
@@ -173,11 +187,11 @@ def test_a_batch_norm_before_the_head(
     for own_head in (0, 3, 5):
         model = make_vit()
         model.reset_classifier(own_head)
-        again = PromptedViT.from_file(tmp_path / "tuned.safetensors", model)
+        again = load_tuned(tmp_path / "tuned.safetensors", model)
         assert torch.equal(again.eval()(images), logits)
     model = tuned.release()
     assert isinstance(model.head, nn.Linear)
-    plain = PromptedViT(model, 0, num_classes=3)
+    plain = tune(model, "linear", num_classes=3)
     with pytest.raises(ValueError, match=r"head\.0\.running_mean"):
         plain.load(tmp_path / "tuned.safetensors")
 
@@ -198,7 +212,7 @@ def test_the_pooling_of_the_recipe(pool: Any, make_vit: Callable[..., nn.Module]
 
 
 def test_a_model_in_another_form_is_refused(make_vit: Callable[..., nn.Module]) -> None:
-    def built(model: nn.Module, **fields: Any) -> PromptedViT:
+    def built(model: nn.Module, **fields: Any) -> TunedViT:
         return build(model, Recipe(method="vpt-deep", **fields), class_names="abc")
 
     with pytest.raises(

@@ -12,7 +12,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 
 
 def row(option: Option) -> str:
-    default = {None: "unset", True: "true", False: "false"}.get(option.default, f"{option.default}")
+    words = {"None": "unset", "True": "true", "False": "false", "{}": "none"}
+    default = words.get(str(option.default), str(option.default))
     values = f"{' '.join(f'`{each}`' for each in option.choices)}: " if option.choices else ""
     return f"| `{option.name}` | {default} | {values}{option.help} |"
 
