@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spt_fast.commands.options import Commands
     from spt_fast.data.cache import ImageCache
     from spt_fast.data.task import TaskImages
-    from spt_fast.methods.prompted_vit import PromptedViT
+    from spt_fast.methods.base import TunedViT
     from spt_fast.prototypes.result import Prototypes
     from spt_fast.training.folder import RunFolder
     from spt_fast.training.recipe import Recipe
@@ -236,7 +236,7 @@ def _facts(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _rates(tuned: PromptedViT, recipe: Recipe) -> str:
+def _rates(tuned: TunedViT, recipe: Recipe) -> str:
     """How fast prompts and head learn: the prompts' rate may be a default that depends on them."""
     groups = tuned.parameter_groups(recipe.peak_lr, recipe.peak_prompt_lr)
     names = ("prompts" if group["name"] == "prompts" else "head" for group in groups)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from spt_fast.analysis.nmi_tracker import NMIHistory, NMITracker
-from spt_fast.plots import nmi_over_epochs, training_curves
 from spt_fast.methods.base import TunedViT
+from spt_fast.plots import nmi_over_epochs, training_curves
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.files import write_bytes
 from spt_fast.support.results import matplotlib_missing, png
