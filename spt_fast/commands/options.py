@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spt_fast.data.images import LabelledImages
     from spt_fast.data.loading import ImageLoader
     from spt_fast.data.transforms import Preprocessing
-    from spt_fast.methods.prompted_vit import PromptedViT
+    from spt_fast.methods.base import TunedViT
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -131,7 +131,11 @@ def add_cache(images: argparse._ArgumentGroup) -> None:
 def add_tuned(parser: argparse.ArgumentParser) -> None:
     """The file of a tuned model, and how it is opened."""
     parser.add_argument(
-        "--tuned", type=Path, required=True, metavar="FILE", help="of `spt-fast train`, or PromptedViT.save"
+        "--tuned",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="of `spt-fast train`, or of `save` in Python",
     )
     parser.add_argument("--weight-dtype", choices=("bf16", "fp16"), help="run the backbone in it")
     add_pooling(parser, "as the file was tuned")
@@ -258,10 +262,10 @@ def key_and_value(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def open_tuned(args: argparse.Namespace) -> PromptedViT:
+def open_tuned(args: argparse.Namespace) -> TunedViT:
     """The tuned model in the file that the arguments name, in the form it was tuned in unless they ask."""
     from spt_fast.methods.file_format import TunedState
-    from spt_fast.methods.prompted_vit import PromptedViT
+    from spt_fast.methods.registry import of_state
 
     pool, norm = args.pool, args.norm
     state = TunedState.read(args.tuned)
@@ -270,7 +274,7 @@ def open_tuned(args: argparse.Namespace) -> PromptedViT:
         pool, norm = pool or stated.pool, norm or stated.norm
     elif stated is not None:
         norm = norm or stated.norm
-    return PromptedViT.from_state(
+    return of_state(
         state,
         args.tuned,
         open_model(args, pool, norm),

@@ -9,7 +9,7 @@ from timm.layers import drop_path  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import get_blocks, unwrap
-from spt_fast.methods.prompted_vit import PromptedViT
+from spt_fast.methods.base import TunedViT
 
 # timm's names of the places at the end of both branches of a block.
 _PLACES = ("drop_path1", "drop_path2")
@@ -17,9 +17,9 @@ _PLACES = ("drop_path1", "drop_path2")
 
 @contextmanager
 def stochastic_depth(tuned: nn.Module, rate: float) -> Iterator[None]:
-    """Within the context, training drops both branches of block i of L with probability rate * i / (L - 1).
+    """Within the context, training drops both branches of layer i of L with probability rate * i / (L - 1).
 
-    i counts from 0, as in timm and in the paper's released code. Blocks are as before afterwards. While
+    Layers count from 0, as in timm and in the paper's released code. Blocks are as before afterwards. While
     `tuned` is in evaluation mode nothing is dropped.
 
     Raises:
@@ -29,7 +29,7 @@ def stochastic_depth(tuned: nn.Module, rate: float) -> Iterator[None]:
         yield
         return
     inner = unwrap(tuned)
-    blocks = get_blocks(inner.model if isinstance(inner, PromptedViT) else inner)
+    blocks = get_blocks(inner.model if isinstance(inner, TunedViT) else inner)
     before = [(block, place, _module_at(block, place)) for block in blocks for place in _PLACES]
     rates = {block: rate * index / max(1, len(blocks) - 1) for index, block in enumerate(blocks)}
     try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spt_fast.backbones.anatomy import unwrap
 from spt_fast.backbones.snapshot import has_head
 from spt_fast.data.batches import IGNORED_LABEL, count_labels, labelled_batch
+from spt_fast.methods.base import TunedViT
 from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.errors import NonFiniteError
@@ -217,7 +218,7 @@ def check_gives_logits(tuned: nn.Module) -> None:
     if not isinstance(tuned, nn.Module):
         raise TypeError(f"tuned must be a PromptedViT or another module, got {type(tuned).__name__}")
     inner = unwrap(tuned)
-    model = inner.model if isinstance(inner, PromptedViT) else inner
+    model = inner.model if isinstance(inner, TunedViT) else inner
     if getattr(model, "num_classes", None) == 0 and not has_head(model):
         raise ValueError(
             f"tuned must give logits, but this {type(inner).__name__} has no head (num_classes=0) and gives "
