@@ -141,6 +141,7 @@ class Outputs:
         """
         checkpoint = self._folder.checkpoint
         assert checkpoint is not None
+        facts = self._processes.gather(facts)[0]
         if checkpoint.test is not None:
             if checkpoint.test["facts"] != facts:
                 raise ValueError(

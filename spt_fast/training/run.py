@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import distributed, nn
 from spt_fast.backbones.identity import describe, readable
 from spt_fast.data.images import LabelledImages
 from spt_fast.methods.base import TunedViT
+from spt_fast.prompting.checks import check_class_names
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_bool, check_int
 from spt_fast.support.distributed import find_processes
@@ -150,6 +151,7 @@ def train_in(
     _take_names(tuned, train_data)
     # What could not be saved is found now, and not after an epoch.
     tuned.learned_state_dict()
+    check_class_names(tuned.class_names, getattr(tuned.model, "num_classes", None))
     trainer = Trainer(
         tuned,
         _loader(train_data),
@@ -158,10 +160,11 @@ def train_in(
         processes=folder.processes,
         progress=progress,
     )
+    known = run_facts(tuned, train_data, val_data, facts or {})
     outputs = Outputs(
         folder,
         trainer,
-        run_facts(tuned, train_data, val_data, facts or {}),
+        folder.processes.gather(known)[0],
         batches=len(_loader(train_data)),
         nmi=check_bool("nmi", nmi),
         tensorboard=tensorboard,
@@ -195,13 +198,13 @@ def run_facts(
 
 
 def _data_facts(prefix: str, data: Any) -> dict[str, str | int]:
+    """Of a user's own loader it is known how many batches it has, which for evaluation says little."""
     facts: dict[str, str | int] = {}
     if isinstance(data, LabelledImages):
-        facts = {"images": data.num_images, "classes": len(data.class_names)}
-        if fingerprint := getattr(data, "fingerprint", None):
-            facts["fingerprint"] = fingerprint
-    elif hasattr(data, "__len__"):
-        facts = {"batches": len(data)}
+        facts = {"images": data.num_images, "classes": len(data.class_names), "fingerprint": data.fingerprint}
+    elif not prefix:
+        with suppress(TypeError):
+            facts = {"batches": len(data)}
     return {prefix + name: fact for name, fact in facts.items()}
 
 
