@@ -53,7 +53,7 @@ def test_three_sets_and_lines_that_describe_them(photos: Path, model: nn.Module)
 
 def test_images_that_two_sets_share(photos: Path, model: nn.Module) -> None:
     shutil.copy(photos / "train/cats/0.png", photos / "test/cats/again.png")
-    with pytest.raises(ValueError, match="1 of 5 test images are training images too.*test on them all the"):
+    with pytest.raises(ValueError, match=r"1 of 5 test images are training images too.*test on them all the"):
         opened(photos, model)
     lines = opened(photos, model, allow_overlap=True).description
     assert any(line.startswith("test: 1 of 5 test images are training images too") for line in lines)
