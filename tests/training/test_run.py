@@ -123,7 +123,7 @@ def killed_and_resumed(name, attempt):
         kills[-1] += 1
         assert kills[-1] < 100
 
-for trial in range(5):
+for trial in range(3):
     def attempt():
         kill_at(draw.randint(1, 90))
         goes_on = os.path.exists(f"killed-{trial}/checkpoint.pt")
@@ -134,8 +134,8 @@ def at_any_time():
     if kills[-1] < 4:
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.05, 0.4))
-    run("killed-5", resume=True)
-killed_and_resumed(5, at_any_time)
+    run("killed-3", resume=True)
+killed_and_resumed(3, at_any_time)
 
 def full():
     # The checkpoint of the second epoch is written with room for the small files only.
@@ -220,7 +220,7 @@ def content(folder: Path) -> dict[str, Any]:
 def test_runs_that_are_killed_and_resumed_end_as_one_that_is_not(outcomes: tuple[Path, Any]) -> None:
     """Killed at random moments, several times, also between two files and in the middle of one."""
     place, found = outcomes
-    assert sum(found["kills"]) > 5, found
+    assert sum(found["kills"]) > 2, found
     expected = content(place / "unbroken")
     names = {"tuned.safetensors", "ema.safetensors", "classes.csv", "confusion.csv", "nmi.csv", "test.csv"}
     assert names < expected.keys()
