@@ -22,6 +22,7 @@ if TYPE_CHECKING or not is_the_command():
     from spt_fast.prototypes import Prototypes, build_prototypes
     from spt_fast.support.errors import NonFiniteError, NotFittedError
     from spt_fast.training.recipe import Recipe
+    from spt_fast.training.run import train
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "prompt_attention",
     "release",
     "sigmoid_nmi",
+    "train",
     "training",
     "tune",
 ]

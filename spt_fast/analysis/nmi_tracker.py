@@ -43,6 +43,16 @@ class NMIHistory(NamedTuple):
     steps: list[int]
     values: Tensor  # [S, L] float32, on the CPU: mean over the images
 
+    def to_csv(self, run: str | None = None) -> bytes:
+        """One line per step and block (from 1): step,block,nmi, and `run` in a fourth column if given."""
+        label = [] if run is None else [run]
+        rows = [
+            (step, block, f"{value:.9g}", *label)
+            for step, row in zip(self.steps, self.values.tolist(), strict=True)
+            for block, value in enumerate(row, start=1)
+        ]
+        return csv_bytes(["step", "block", "nmi", *(["run"] if label else [])], rows)
+
 
 class NMITracker:
     """Records the NMI (eq. 7, 8) of each block's prompts and the patch tokens entering it, while training.
@@ -167,10 +177,37 @@ class NMITracker:
             _check_finite(steps, values)
         return NMIHistory(steps, values)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The records so far and the number of steps, to go on from in another process: a collective.
+
+        Returns:
+            A dict of numbers, lists and tensors.
+        """
+        steps, values = self.history(allow_nonfinite=True)
+        return {"step": self._step, "steps": steps, "values": values}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, as if its steps had been made here; what is here is dropped.
+
+        Raises:
+            ValueError: the records are of another number of blocks.
+            RuntimeError: the tracker is attached.
+        """
+        if self._hooks is not None:
+            raise RuntimeError("load the state of an NMITracker before you attach it")
+        steps, values = state["steps"], state["values"]
+        if tuple(values.shape) != (len(steps), self._num_blocks):
+            raise ValueError(
+                f"state must hold values [{len(steps)}, {self._num_blocks}], got {list(values.shape)}"
+            )
+        self._step = int(state["step"])
+        self._steps = array("q", steps)
+        self._values = array("f", values.flatten().tolist())
+
     def to_csv(
         self, path: str | os.PathLike[str], *, run: str | None = None, overwrite: bool = False
     ) -> None:
-        """Write one line per step and block (from 1): step,block,nmi, and `run` in a fourth column if given.
+        """Write `NMIHistory.to_csv`.
 
         A collective like `history`, with its errors; process 0 writes. An error there is raised by all.
 
@@ -183,17 +220,9 @@ class NMITracker:
         with processes.together():
             if writes:
                 check_output_path(path, overwrite=overwrite)
-        steps, values = self.history()
-        if not writes:
-            return
-        label = [] if run is None else [run]
-        rows = [
-            (step, block, f"{value:.9g}", *label)
-            for step, row in zip(steps, values.tolist(), strict=True)
-            for block, value in enumerate(row, start=1)
-        ]
-        header = ["step", "block", "nmi", *(["run"] if label else [])]
-        write_bytes(path, csv_bytes(header, rows), overwrite=overwrite)
+        history = self.history()
+        if writes:
+            write_bytes(path, history.to_csv(run), overwrite=overwrite)
 
     def to_tensorboard(self, writer: Any) -> None:
         """Add all records to a `torch.utils.tensorboard.SummaryWriter` (extra: train), or one like it.

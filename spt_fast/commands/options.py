@@ -182,7 +182,7 @@ def add_folder(
     parser.add_argument("--overwrite", action="store_true", help="write over these files if they are there")
 
 
-def add_allow_other_backbone(parser: argparse.ArgumentParser) -> None:
+def add_allow_other_backbone(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """The way around the check that a file of prompts was made with the weights that the model has."""
     parser.add_argument(
         "--allow-other-backbone",
@@ -290,12 +290,17 @@ def _pools_by_option(args: argparse.Namespace) -> bool:
 def open_cache(args: argparse.Namespace, model: nn.Module) -> ImageCache | None:
     """Where decoded images are kept, for a model on its device; None with `--cache off`."""
     from spt_fast.data.cache import ImageCache
+    from spt_fast.support.distributed import processes_of_this_machine
+    from spt_fast.support.memory import free_memory
 
     if args.cache == "off":
         if args.cache_budget is not None:
             raise ValueError(f"cache_budget is without effect with cache='off', got {args.cache_budget}")
         return None
-    return ImageCache(args.cache, args.cache_budget, device=next(model.parameters()).device)
+    budget = args.cache_budget
+    if budget is None and (sharing := processes_of_this_machine()) > 1:
+        budget = free_memory() // (2 * sharing)
+    return ImageCache(args.cache, budget, device=next(model.parameters()).device)
 
 
 def open_images(args: argparse.Namespace, model: nn.Module, **share: Any) -> ImageLoader:

@@ -1,21 +1,28 @@
-"""`spt-fast train`: prompts and a new head, learned on labelled images."""
+"""`spt-fast train`: prompts and a new head, learned on labelled images, in a folder that can be resumed."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import io
+import sys
+from contextlib import nullcontext, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spt_fast.commands import options
+from spt_fast.commands.recipe_options import add_recipe, recipe_of
 
 if TYPE_CHECKING:
     from torch import nn
 
     from spt_fast.commands.options import Commands
     from spt_fast.data.cache import ImageCache
-    from spt_fast.methods.prompted_vit import PromptedViT
+    from spt_fast.data.task import TaskImages
+    from spt_fast.methods.base import TunedViT
     from spt_fast.prototypes.result import Prototypes
+    from spt_fast.training.folder import RunFolder
+    from spt_fast.training.recipe import Recipe
 
 
 def add(commands: Commands) -> None:
@@ -23,219 +30,215 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "train",
         help="tune prompts and a head on labelled images",
-        description="Prompts and a new head, learned on labelled images (Sec. 4.1: AdamW, linear warm-up, "
-        "cosine; random crops and flips, except for VTAB and the digits). Writes tuned.safetensors, "
-        "train.csv, train.png; the first two after every epoch.",
+        description="Prompts and a new head, learned on labelled images by a recipe (default: the paper's, "
+        "Sec. 4.1). Writes run.yaml, tuned.safetensors, train.csv and more into a folder, from which a run "
+        "that was interrupted goes on (--resume).",
         epilog="example: spt-fast train --model shipped --data digits --val-split val --epochs 20 "
-        "--out folder",
+        "--out folder (several processes share each batch: torchrun --nproc-per-node 2 --no-python spt-fast "
+        "train ...)",
     )
-    training = options.add_model_and_data(parser, batch_size=32)
-    training.add_argument(
-        "--augment",
-        choices=("resized-crop", "crop", "none"),
-        help="training images: random resized crops (timm), or random crops after --resize, both with flips "
-        "(default: resized-crop; none on VTAB)",
-    )
-    training.add_argument(
-        "--drop-last", action="store_true", help="leave out a last training batch that is not full"
-    )
-    options.add_cache(training)
-    options.add_pooling(parser, "avg-with-prompts for MAE's weights, else timm's own")
-    images = parser.add_argument_group("validation")
-    images.add_argument("--val-data", help="as --data; default: that, with --val-split")
-    images.add_argument("--val-split", help="as --split (default: the one to validate with)")
-    images.add_argument(
-        "--allow-overlap", action="store_true", help="validate also on files that are training images"
-    )
-    _add_prompts(parser)
-    _add_recipe(parser)
-    options.add_allow_other_backbone(parser)
-    options.add_folder(parser)
-    options.add_device(parser)
-    options.add_seed(parser)
-    parser.set_defaults(run=run)
-
-
-def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    images = options.add_model_and_data(parser, batch_size=None)
+    options.add_cache(images)
+    _add_evaluation(parser)
     prompts = parser.add_argument_group("prompts")
-    source = prompts.add_mutually_exclusive_group()
-    source.add_argument("--prompts", type=Path, metavar="FILE", help="of `spt-fast prototypes`")
-    options.add_random(source)
-    source.add_argument(
-        "--num-prompts", type=int, help="of prototypes built first (default: 20 deep, 100 shallow)"
-    )
-    prompts.add_argument("--depth", choices=("deep", "shallow"), default="deep")
-    prompts.add_argument("--freeze-prompts", action="store_true", help="learn the head only (Table 4a)")
     prompts.add_argument(
-        "--prompt-dropout", type=float, default=0.0, metavar="SHARE", help="while training (VPT's runs: 0.1)"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="of `spt-fast prototypes`, for SPT (default: prototypes of the training images, built first)",
+    )
+    options.add_allow_other_backbone(prompts)
+    _add_output(parser)
+    add_recipe(parser)
+    parser.set_defaults(run=run, several_processes=True)
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    evaluation = parser.add_argument_group("validation and test")
+    evaluation.add_argument("--val-data", help="as --data; default: that, with --val-split")
+    evaluation.add_argument("--val-split", help="as --split (default: the one to validate with)")
+    evaluation.add_argument("--test-data", help="as --data, for --eval-test (default: that)")
+    evaluation.add_argument(
+        "--eval-test",
+        nargs="?",
+        const="",
+        metavar="SPLIT",
+        help="evaluate the weights that were kept on test images, once, at the end; they choose nothing "
+        "(SPLIT: default the one to test with)",
+    )
+    evaluation.add_argument(
+        "--allow-overlap",
+        action="store_true",
+        help="validate and test also on files that are training images",
     )
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=int, default=100)
-    recipe.add_argument("--warmup-epochs", type=float, help="default: a tenth of --epochs")
-    recipe.add_argument("--lr", type=float, default=1e-2, help="highest, of the head (default: 0.01)")
-    recipe.add_argument(
-        "--prompt-lr",
-        type=float,
-        help="highest, of the prompts (default: in proportion to --lr and the prompts' root mean square)",
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    options.add_folder(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in that folder; start it if there is none"
     )
-    recipe.add_argument("--weight-decay", type=float, default=1e-4)
-    recipe.add_argument("--head-weight-decay", type=float, help="default: as --weight-decay")
-    recipe.add_argument(
-        "--head-init",
-        choices=("timm", "trunc_normal"),
-        default="timm",
-        help="start of the head: timm's (default), or a truncated normal with zero bias (released code)",
+    parser.add_argument(
+        "--save-every",
+        type=int,
+        metavar="STEPS",
+        help="write the checkpoint after so many steps too (default: after every epoch)",
     )
-    recipe.add_argument(
-        "--head-std", type=float, help="of trunc_normal (default: 0.02; the code's MoCo: 0.01)"
-    )
-    recipe.add_argument(
-        "--keep",
-        choices=("last", "best"),
-        default="last",
-        help="write the last epoch (default), or the best by validation, never by test images",
-    )
-    # float16 would need its gradients scaled.
-    recipe.add_argument("--weight-dtype", choices=("bf16",), help="run the frozen backbone in it")
+    parser.add_argument("--tensorboard", action="store_true", help="write for TensorBoard too (extra: train)")
+    parser.add_argument("--nmi", action="store_true", help="measure NMI while training; writes nmi.csv")
+    options.add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, and write what was learned."""
-    from spt_fast.support.results import result_folder
-    from spt_fast.training.loop import check_recipe
-    from spt_fast.training.run import FILE_NAMES
+    """Train, or go on with it, in all processes that torchrun started."""
+    from spt_fast.data.task import training_split
+    from spt_fast.support.distributed import joined_by_environment
+    from spt_fast.training.folder import run_folder
+    from spt_fast.training.tensorboard import check_tensorboard
 
-    check_recipe(**_recipe(args))
-    if args.keep == "best" and args.val_data is None and args.val_split is None:
-        raise ValueError("keep='best' is chosen by validation images: give val_data or val_split")
-    with result_folder(args.out, FILE_NAMES, overwrite=args.overwrite) as paths:
-        _train_into(paths, args)
-
-
-def _train_into(paths: dict[str, Path], args: argparse.Namespace) -> None:
-    from spt_fast.data.images import open_validation_images, training_split
-    from spt_fast.data.names import SHIPPED_IMAGES, takes_root
-    from spt_fast.training.run import add_prompts_and_head, fit_and_save
-
-    model = options.open_model(args, args.pool or "auto", args.norm)
-    cache = options.open_cache(args, model)
+    recipe = recipe_of(args)
+    _check_options(args, recipe)
+    if args.tensorboard:
+        check_tensorboard()
+    # Where other commands have options of their own.
+    for name in ("batch_size", "resize", "mean_std", "seed"):
+        setattr(args, name, getattr(recipe, name))
     args.split = args.split or training_split(args.data, args.val_data, args.val_split)
-    made = options.made_with(args, args.prompts)
-    of_validation = options.image_options(args)
-    if args.val_data is not None and takes_root(args.val_data) and not takes_root(args.data):
-        # It is for the validation images alone.
-        args.root = None
-    train = options.open_labelled(
-        args,
+    with (
+        joined_by_environment(options.find_device(args)) as processes,
+        run_folder(args.out, resume=args.resume, overwrite=args.overwrite, processes=processes) as folder,
+    ):
+        try:
+            _train_in(folder, args, recipe)
+        except KeyboardInterrupt:
+            if processes.rank == 0 and (kept := folder.what_is_kept()):
+                print(f"spt-fast train: {kept}; go on from there with --resume", file=sys.stderr)
+            raise
+
+
+def _check_options(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Refuse before any work what would be refused after it."""
+    validates = args.val_data is not None or args.val_split is not None
+    for name, chooses in (("keep", recipe.keep == "best"), ("patience", recipe.patience is not None)):
+        if chooses and not validates:
+            raise ValueError(
+                f"{name}={getattr(recipe, name)!r} is chosen by validation images: give val_data or val_split"
+            )
+    if args.prompts is not None and not recipe.needs_prototypes:
+        raise ValueError(f"prompts is for SPT, got {args.prompts} with method={recipe.method!r}")
+    if args.test_data is not None and args.eval_test is None:
+        raise ValueError(f"test_data is for eval_test (--eval-test), got {args.test_data} without it")
+
+
+def _train_in(folder: RunFolder, args: argparse.Namespace, recipe: Recipe) -> None:
+    from spt_fast.training.build import build
+    from spt_fast.training.run import train_in
+
+    processes = folder.processes
+    # What is said on the way is said by rank 0.
+    with redirect_stderr(io.StringIO()) if processes.rank else nullcontext():
+        model, cache, images = processes.rank_0_first(partial(_open, args, recipe, folder))
+    lines = [*images.description, *(cache.description() if cache is not None else ())]
+    if kept := folder.what_is_kept():
+        lines.append(f"resume: {kept}")
+    processes.on_rank_0(lambda: print("\n".join(lines)))
+    prototypes = _prototypes(folder, args, recipe, model, cache)
+    tuned = build(
         model,
-        training=True,
-        seed=args.seed,
-        augment=args.augment,
-        drop_last=args.drop_last,
-        tuned=made,
-        cache=cache,
+        recipe,
+        args.prompts or prototypes,
+        class_names=images.train.class_names,
+        allow_other_backbone=args.allow_other_backbone,
     )
-    preprocessing = train.loader.preprocessing
-    val = open_validation_images(
-        model=model,
+    tuned.preprocessing = images.train.loader.preprocessing
+    processes.on_rank_0(lambda: print(_rates(tuned, recipe)))
+    with options.nothing_readable_explained(images.train.loader):
+        found = train_in(
+            folder,
+            tuned,
+            images.train,
+            images.val,
+            recipe,
+            overwrite=args.overwrite,
+            test_data=images.test,
+            nmi=args.nmi,
+            tensorboard=args.tensorboard,
+            facts=_facts(args),
+            save_every=args.save_every,
+            prototypes=prototypes,
+        )
+    sets = [each for each in (images.train, images.val, images.test) if each is not None]
+    unreadable = processes.gather([each.loader.unreadable for each in sets])
+
+    def report() -> None:
+        print(found.summary())
+        for line in cache.summary() if cache is not None else ():
+            print(line)
+        options.print_unreadable(*(each for of_rank in unreadable for each in of_rank))
+        for path in found.paths.values():
+            print(f"wrote {path}")
+
+    processes.on_rank_0(report)
+
+
+def _open(
+    args: argparse.Namespace, recipe: Recipe, folder: RunFolder
+) -> tuple[nn.Module, ImageCache | None, TaskImages]:
+    """The model, and the images that it is trained and evaluated on."""
+    from spt_fast.data.task import open_task
+
+    model = options.open_model(args, recipe.pool or "auto", recipe.norm)
+    cache = options.open_cache(args, model)
+    training = {name: getattr(recipe, name) for name in ("augment", "drop_last", "balance", "seed")}
+    images = open_task(
+        model,
         val_data=args.val_data,
         val_split=args.val_split,
-        class_names=train.class_names,
+        test_data=args.test_data,
+        test_split=args.eval_test,
+        training=training,
+        chooses=recipe.keep == "best" or recipe.patience is not None,
+        allow_overlap=args.allow_overlap,
+        tuned=options.made_with(args, args.prompts),
         cache=cache,
-        tuned=preprocessing,
-        **of_validation,
+        processes=folder.processes,
+        **options.image_options(args),
     )
-    options.print_images(train.loader, "training")
-    if val is not None:
-        options.print_images(val.loader, "validation")
-        if train.paths and val.paths:
-            _check_overlap(train.paths, val.paths, allow=args.allow_overlap)
-        elif args.data != SHIPPED_IMAGES:
-            print("validation: not checked for training images: they do not all lie in files of their own")
-    for line in cache.description() if cache is not None else ():
-        print(line)
-    tuned = add_prompts_and_head(
-        model,
-        _prompts(args, model, cache),
-        class_names=train.class_names,
-        depth=args.depth,
-        freeze_prompts=args.freeze_prompts,
-        prompt_dropout=args.prompt_dropout,
-        head_init=args.head_init,
-        head_std=args.head_std,
-        weight_dtype=args.weight_dtype,
-        allow_other_backbone=args.allow_other_backbone,
-        seed=args.seed,
-    )
-    tuned.preprocessing = preprocessing
-    _print_rates(tuned, args)
-    history = fit_and_save(
-        tuned,
-        train.loader,
-        None if val is None else val.loader,
-        paths,
-        overwrite=args.overwrite,
-        title=f"{args.data}, {tuned.num_prompts} prompts",
-        seed=args.seed,
-        keep=args.keep,
-        **_recipe(args),
-    )
-    print(history.summary())
-    for line in cache.summary() if cache is not None else ():
-        print(line)
-    options.print_unreadable(train.loader.unreadable, {} if val is None else val.loader.unreadable)
-    for path in paths.values():
-        print(f"wrote {path}")
+    return model, cache, images
 
 
-def _check_overlap(training: Sequence[Path], validation: Sequence[Path], *, allow: bool) -> None:
-    """Refuse validation images that are trained on, or say how many there are."""
-    from spt_fast.data.listing import some_names
-    from spt_fast.data.overlap import find_overlap
-
-    shared = find_overlap(training, validation)
-    if not shared:
-        return
-    message = (
-        f"{len(shared)} of {len(validation)} validation images are training images too, byte for byte: "
-        + some_names([str(path) for path in shared])
-    )
-    if not allow:
-        raise ValueError(f"{message}; remove them, or validate on them all the same with --allow-overlap")
-    print(f"validation: {message}")
-
-
-def _prompts(args: argparse.Namespace, model: nn.Module, cache: ImageCache | None) -> Path | int | Prototypes:
-    """What the prompts start from: a file, random ones, or prototypes of the training images."""
-    if args.prompts is not None:
-        return Path(args.prompts)
-    if args.random is not None:
-        return int(args.random)
+def _prototypes(
+    folder: RunFolder, args: argparse.Namespace, recipe: Recipe, model: nn.Module, cache: ImageCache | None
+) -> Prototypes | None:
+    """Those of the training images, where prompts start from them; a run that goes on has them already."""
     from spt_fast.prototypes.build import build_prototypes
 
-    images = options.open_images(args, model, in_classes=True, cache=cache)
-    options.check_num_prompts(args.num_prompts, args.depth, model, images.num_images)
+    if args.prompts is not None or not recipe.needs_prototypes:
+        return None
+    if (kept := folder.prototypes()) is not None:
+        return kept
+    images = options.open_images(args, model, in_classes=True, cache=cache, processes=folder.processes)
+    options.check_num_prompts(recipe.num_prompts, recipe.depth, model, images.num_images)
     with options.nothing_readable_explained(images):
         return build_prototypes(
-            model,
-            images,
-            num_prompts=args.num_prompts,
-            depth=args.depth,
-            seed=args.seed,
+            model, images, num_prompts=recipe.num_prompts, depth=recipe.depth, seed=recipe.seed
         )
 
 
-def _print_rates(tuned: PromptedViT, args: argparse.Namespace) -> None:
-    """Say how fast prompts and head learn: the prompts' rate may be a default that depends on them."""
-    groups = tuned.parameter_groups(args.lr, args.prompt_lr)
+def _facts(args: argparse.Namespace) -> dict[str, Any]:
+    """The names of model, images and prompts, without the folders that they lie in."""
+    names = ("model", "checkpoint", "data", "split", "val_data", "val_split", "prompts")
+    given = {name: getattr(args, name) for name in names}
+    return {
+        name: Path(value).resolve().name if Path(value).exists() else str(value)
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def _rates(tuned: TunedViT, recipe: Recipe) -> str:
+    """How fast prompts and head learn: the prompts' rate may be a default that depends on them."""
+    groups = tuned.parameter_groups(recipe.peak_lr, recipe.peak_prompt_lr)
     names = ("prompts" if group["name"] == "prompts" else "head" for group in groups)
     rates = {name: f"{group['lr']:.3g}" for name, group in zip(names, groups, strict=True)}
-    print("learning rates: " + ", ".join(f"{name} {rate}" for name, rate in rates.items()))
-
-
-def _recipe(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("epochs", "lr", "prompt_lr", "weight_decay", "head_weight_decay", "warmup_epochs")
-    return {name: getattr(args, name) for name in names}
+    return "learning rates: " + ", ".join(f"{name} {rate}" for name, rate in rates.items())

@@ -23,12 +23,7 @@ from spt_fast.data.loading import BadImages, ImageLoader
 from spt_fast.data.names import (
     Opened,
     Use,
-    are_same_images,
-    default_split,
-    has_splits,
-    kind_of,
     open_data,
-    takes_root,
 )
 from spt_fast.data.transforms import Preprocessing, channels_of, choose, default_augment, papers_rows
 from spt_fast.support.arguments import check_bool, check_choice, check_int, check_seed
@@ -278,57 +273,6 @@ def open_files(
         workers = 0
     loader = _loader(opened, transform, batch_size, workers, 0, bad_images, None)
     return ImageFiles(loader, listing.paths)
-
-
-def open_validation_images(
-    data: str,
-    model: nn.Module,
-    *,
-    val_data: str | None = None,
-    val_split: str | None = None,
-    split: str | None = None,
-    class_names: Sequence[str] | None = None,
-    **options: Any,
-) -> LabelledImages | None:
-    """Labelled images to validate with, beside those to train on; None where neither is asked for.
-
-    Args:
-        data, split: name the training images.
-        val_data, val_split: name the validation images; None is the data of training, and the split to
-            validate with.
-        class_names, options: as in `open_labelled_images`.
-
-    Raises:
-        FileNotFoundError: `val_data` is neither a folder nor the name of a data set, or files are missing.
-        ValueError: `val_split` without a data set that has splits; the images are those of training; or as
-            `open_labelled_images`.
-    """
-    if val_data is None and val_split is None:
-        return None
-    if val_data is None and not has_splits(data):
-        raise ValueError(f"val_split is for data sets with splits, but data is {data}")
-    split = split or training_split(data, val_data, val_split)
-    val_data = val_data or data
-    val_split = val_split or default_split(val_data, "val")
-    if not takes_root(val_data):
-        options["root"] = None
-    if kind_of(val_data) != "timm":
-        options["download"] = False
-    if are_same_images(val_data, val_split, data, split):
-        raise ValueError(
-            f"val_data and val_split must name other images than those of training, got {val_data}"
-            + ("" if val_split is None else f", split {val_split}")
-        )
-    return open_labelled_images(
-        val_data, model, split=val_split, use="val", class_names=class_names, **options
-    )
-
-
-def training_split(data: str, val_data: str | None = None, val_split: str | None = None) -> str | None:
-    """The split of `data` to train on beside these validation images, where none is named."""
-    if val_data is None and val_split is None:
-        return default_split(data, "train")
-    return default_split(data, "train", val_split or default_split(val_data or data, "val"))
 
 
 def _transformed(

@@ -16,7 +16,6 @@ from spt_fast.backbones.identity import describe, describe_norm
 from spt_fast.backbones.snapshot import HEAD_NORMS, ModelSnapshot, check_free, classifiers, replace_head
 from spt_fast.methods.file_format import TunedState, check_finite, check_shapes
 from spt_fast.methods.parameter_groups import parameter_groups as groups_of
-from spt_fast.methods.registry import METHODS
 from spt_fast.prompting.checks import (
     check_all_saved,
     check_class_names,
@@ -155,8 +154,7 @@ class TunedViT(TimmMethods):
         Raises:
             TypeError, ValueError: as the constructor and `load`; the model is then left as it was.
         """
-        wanted = METHODS[state.method].load() if state.method in METHODS else None
-        if wanted is None or not issubclass(cls, wanted):
+        if not cls._opens(state):
             raise ValueError(
                 f"{os.fspath(path)} was tuned by {state.method!r}, which is no {cls.__name__}; "
                 "spt_fast.load_tuned takes the method from the file"
@@ -173,6 +171,11 @@ class TunedViT(TimmMethods):
             tuned.release()
             raise
         return tuned
+
+    @classmethod
+    def _opens(cls, state: TunedState) -> bool:
+        """Whether this class is what tuned a file."""
+        return state.method == cls.method
 
     @classmethod
     def _built_as(cls, state: TunedState, model: nn.Module, **common: Any) -> Self:

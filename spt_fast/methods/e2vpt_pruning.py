@@ -102,10 +102,9 @@ def _source_of(tuned: E2VPT) -> MaskedPrompts:
     tuned._check_not_released()
     source = tuned.source
     assert isinstance(source, MaskedPrompts)
-    if source.prompts.shape[2] % NUM_PIECES:
-        raise ValueError(
-            f"tuned must have prompts whose width is a multiple of {NUM_PIECES}, got {source.prompts.shape[2]}"
-        )
+    width = source.prompts.shape[2]
+    if width % NUM_PIECES:
+        raise ValueError(f"tuned must have a width that is a multiple of {NUM_PIECES}, got {width}")
     return source
 
 

@@ -201,6 +201,10 @@ class PromptedViT(Measures, TunedViT):
         return f"prompts=[{layers}, {num_prompts}, {width}], depth={self.depth!r}, engine={self.engine!r}"
 
     @classmethod
+    def _opens(cls, state: TunedState) -> bool:
+        return "prompt_depth" in state.facts
+
+    @classmethod
     def _built_as(cls, state: TunedState, model: nn.Module, **common: Any) -> Self:
         tuned = cls(
             model,

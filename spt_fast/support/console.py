@@ -23,9 +23,11 @@ class ClosedPipeError(Exception):
 
 def is_the_command() -> bool:
     """Whether this process is `spt-fast` or `python -m spt_fast`, and not a program that uses the package."""
-    name = os.path.basename(next(iter(getattr(sys, "argv", ())), ""))
+    path = next(iter(getattr(sys, "argv", ())), "")
+    name = os.path.basename(path)
     # While Python looks for the module to run, `sys.argv` does not name it yet.
-    return name == "spt-fast" or (name == "-m" and ("-m", "spt_fast") in pairwise(sys.orig_argv))
+    by_module = name == "-m" and ("-m", "spt_fast") in pairwise(sys.orig_argv)
+    return name == "spt-fast" or by_module or path.endswith(f"{os.sep}spt_fast{os.sep}__main__.py")
 
 
 def accept_any_text() -> None:

@@ -192,6 +192,11 @@ def check_single_process(command: str) -> None:
         raise ValueError(f"{command} runs in one process, got WORLD_SIZE={size}; start it without torchrun")
 
 
+def processes_of_this_machine() -> int:
+    """How many processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def device_of_this_process(device: str | None) -> torch.device:
     """`device`, by default CUDA where there is one; "cuda" alone is the one of torchrun's LOCAL_RANK."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

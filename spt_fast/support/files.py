@@ -24,6 +24,7 @@ _KIND_KEY = "kind"
 _VERSION_KEY = "format_version"
 # More than a file system keeps beside a file's name: it needs room on the disk.
 _TRIAL_BYTES = 1 << 16
+_TEMPORARY = (".spt_fast.", ".part")
 
 
 def check_output_path(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -39,7 +40,7 @@ def check_output_path(path: str | os.PathLike[str], *, overwrite: bool = False) 
         ValueError: `path` names a device, a pipe or a socket.
         OSError: the folder or the disk is read-only or full, the name is too long, or the like.
     """
-    target = _check_name_is_free(path, overwrite)
+    target = check_name_is_free(path, overwrite)
     with _explained(target), held(), _temporary_file(target.parent) as (file, _):
         file.write(bytes(_TRIAL_BYTES))
         file.flush()
@@ -53,8 +54,8 @@ def _as_path(path: Any) -> Path:
     return Path(path)
 
 
-def _check_name_is_free(path: str | os.PathLike[str], overwrite: bool) -> Path:
-    """`path`, unless what is there already, or is missing, forbids it; errors as `check_output_path`."""
+def check_name_is_free(path: str | os.PathLike[str], overwrite: bool) -> Path:
+    """`path`, unless what is there, or is missing, forbids it: `check_output_path` without the try."""
     target = _as_path(path)
     with _explained(target), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         target.lstat()
@@ -92,7 +93,7 @@ def write_safetensors(
         metadata: strings only; the keys "kind" and "format_version" are set here.
         kind: what the file holds, checked again by `read_safetensors`.
     """
-    _check_name_is_free(path, overwrite)
+    check_name_is_free(path, overwrite)
     # Copies, because safetensors refuses tensors that share memory.
     stored = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -201,9 +202,11 @@ def _check_header(source: Path, metadata: Mapping[str, str], kind: str) -> None:
         )
 
 
-def write_bytes(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> None:
+def write_bytes(
+    path: str | os.PathLike[str], content: bytes | memoryview, *, overwrite: bool = False
+) -> None:
     """Write `content` to `path`, completely or not at all, as `write_safetensors` does; same errors."""
-    target = _check_name_is_free(path, overwrite)
+    target = check_name_is_free(path, overwrite)
     with _explained(target), held(), _temporary_file(target.parent) as (file, temporary):
         file.write(content)
         file.flush()
@@ -216,11 +219,18 @@ def write_bytes(path: str | os.PathLike[str], content: bytes, *, overwrite: bool
         _flush_folder(target.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes were writing into `folder`; nobody else may be writing there now."""
+    for path in folder.glob("*".join(_TEMPORARY)):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def _temporary_file(folder: Path) -> Iterator[tuple[BinaryIO, str]]:
     """A new file in `folder` and its name, which is gone at the end, if it has not got another by then."""
     # The name does not begin with that of the target, which may be as long as names can be.
-    handle, name = tempfile.mkstemp(prefix=".spt_fast.", suffix=".part", dir=folder)
+    prefix, suffix = _TEMPORARY
+    handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file, name

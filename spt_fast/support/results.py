@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spt_fast.support.files import check_output_path, write_bytes
+from spt_fast.support.files import check_name_is_free, check_output_path, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +45,9 @@ def result_paths(
     wanted = [name for name in names if not (name.endswith(".png") and matplotlib_missing())]
     if there == folder:
         for name in wanted:
+            check_name_is_free(folder / name, overwrite)
+        # They are all written in the same way, so one of them is tried.
+        for name in wanted[:1]:
             check_output_path(folder / name, overwrite=overwrite)
     return {name: folder / name for name in wanted}
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING or not is_the_command():
     from spt_fast.training.optimizer import LearningRates, create_optimizer, warmup_cosine
     from spt_fast.training.predictions import Prediction, predict
     from spt_fast.training.recipe import Recipe
+    from spt_fast.training.run import Run, train
 
 __all__ = [
     "Evaluation",
@@ -20,6 +21,7 @@ __all__ = [
     "LearningRates",
     "Prediction",
     "Recipe",
+    "Run",
     "Trainer",
     "build",
     "create_optimizer",
@@ -27,5 +29,6 @@ __all__ = [
     "evaluate_classes",
     "fit",
     "predict",
+    "train",
     "warmup_cosine",
 ]

@@ -389,8 +389,8 @@ def _names() -> tuple[str, ...]:
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
-    kinds = [kind for kind in (get_args(hint) if _is_union(hint) else (hint,)) if kind is not type(None)]
-    (kind,) = kinds
+    optional = type(None) in get_args(hint)
+    (kind,) = [each for each in (get_args(hint) if optional else (hint,)) if each is not type(None)]
     choices = get_args(kind) if get_origin(kind) is Literal else field.metadata["choices"]
     if get_origin(kind) is Mapping:
         kind = dict
@@ -401,13 +401,9 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
         {} if kind is dict else field.default,
         str if choices else kind,
         choices,
-        _is_union(hint),
+        optional,
         field.metadata["bounds"],
     )
-
-
-def _is_union(hint: Any) -> bool:
-    return type(None) in get_args(hint)
 
 
 def _check_options(name: str, value: Any) -> dict[str, Any]:

@@ -1,158 +1,251 @@
-"""A training run from its start to its files: prompts with a new head, and what each epoch leaves on disk."""
+"""A training run in a folder: started, gone on with after whatever ended it, and evaluated."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 
-from spt_fast.backbones.identity import check_backbone
-from spt_fast.methods.prompted_vit import PromptedViT
-from spt_fast.plots import training_curves
+from spt_fast.backbones.identity import describe, readable
+from spt_fast.data.images import LabelledImages
+from spt_fast.methods.base import TunedViT
+from spt_fast.prompting.checks import check_class_names
 from spt_fast.prototypes.result import Prototypes
-from spt_fast.support.arguments import check_choice, check_number, check_seed
-from spt_fast.support.files import check_output_path
-from spt_fast.support.randomness import seeded
-from spt_fast.support.results import png, write_results
+from spt_fast.support.arguments import check_bool, check_int
+from spt_fast.support.distributed import find_processes
+from spt_fast.training.evaluation import Evaluation
+from spt_fast.training.folder import RunFolder, run_folder
 from spt_fast.training.history import History
-from spt_fast.training.loop import Batches, fit
-
-if TYPE_CHECKING:
-    import torch
-
-TUNED_NAME = "tuned.safetensors"
-HISTORY_NAME = "train.csv"
-FIGURE_NAME = "train.png"
-HEAD_INITS = ("timm", "trunc_normal")
-FILE_NAMES = (TUNED_NAME, HISTORY_NAME, FIGURE_NAME)
+from spt_fast.training.loop import Batches, Trainer
+from spt_fast.training.outputs import Outputs
+from spt_fast.training.recipe import Recipe
+from spt_fast.training.tensorboard import check_tensorboard
 
 
-def add_prompts_and_head(
-    model: nn.Module,
-    prompts: Prototypes | Path | str | int,
+@dataclass(frozen=True)
+class Run:
+    """What came out of `train`.
+
+    Attributes:
+        history: loss, accuracy, rates and time of each epoch, those before a resume too.
+        evaluation: of the last validation; None without validation images.
+        test: of the kept weights on the test images; None without them.
+        folder: where the files are.
+        paths: of the files there, by name.
+        tuned: the model, with the weights that the recipe keeps.
+    """
+
+    history: History
+    evaluation: Evaluation | None
+    test: Evaluation | None
+    folder: Path
+    paths: Mapping[str, Path]
+    tuned: TunedViT
+
+    def summary(self) -> str:
+        """Lines: that of the history, and accuracy on the test images, if there are any."""
+        if self.test is None:
+            return self.history.summary()
+        test = f"test accuracy {self.test.accuracy:.2%} of {self.test.num_images} images"
+        return f"{self.history.summary()}\n{test}"
+
+
+def train(
+    tuned: TunedViT,
+    train_data: LabelledImages | Batches,
+    val_data: LabelledImages | Iterable[Any] | None = None,
+    recipe: Recipe | None = None,
     *,
-    class_names: Sequence[str],
-    depth: Literal["deep", "shallow"] = "deep",
-    freeze_prompts: bool = False,
-    prompt_dropout: float = 0.0,
-    head_init: Literal["timm", "trunc_normal"] = "timm",
-    head_std: float | None = None,
-    weight_dtype: torch.dtype | Literal["bf16", "fp16"] | None = None,
-    allow_other_backbone: bool = False,
-    seed: int = 0,
-) -> PromptedViT:
-    """`model` with prompts and with a new head for `class_names`, which `seed` decides.
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    overwrite: bool = False,
+    test_data: LabelledImages | Iterable[Any] | None = None,
+    nmi: bool = False,
+    tensorboard: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    save_every: int | None = None,
+    progress: bool = True,
+    process_group: distributed.ProcessGroup | None = None,
+) -> Run:
+    """Train `tuned` by a recipe, in a folder from which an interrupted run goes on (docs/train.md).
+
+    >>> run = spt_fast.train(tuned, train_data, val_data, recipe, out="runs/birds", resume=True)
+
+    After every epoch the folder holds the weights, tables and a checkpoint, each file whole. On one CPU
+    process, a run that was killed at any moment and resumed gives the same bits as one that was not.
 
     Args:
-        model: taken over, as `PromptedViT` does.
-        prompts: what they start from: `Prototypes`, a file of `Prototypes.save`, or how many random ones.
-        depth, freeze_prompts, prompt_dropout, weight_dtype, allow_other_backbone: as in `PromptedViT`.
-        head_init, head_std: as in `start_head`.
-        seed: of the head and of random prompts; the caller's random state is not touched.
+        tuned: of `training.build.build`, `spt_fast.tune`, or any `PromptedViT`. A resumed run replaces what
+            it learns.
+        train_data, val_data, test_data: of `data.images.open_labelled_images`, or loaders as `fit` takes.
+            Class names and preprocessing that `tuned` does not state are taken from the first. Test images
+            are evaluated once, at the end, and choose nothing.
+        recipe: None is `Recipe()`.
+        out: the folder, made if need be.
+        resume: go on with the run in `out`; start if there is none, and return it if it is finished.
+        overwrite: start, and replace the results in `out`.
+        nmi: measure the NMI of prompts and patch tokens about ten times in an epoch.
+        tensorboard: write for TensorBoard too (extra: train).
+        facts: more of what the run is of, such as the names of data and model: plain values. They are
+            written into run.yaml, and a run is resumed with the same ones only.
+        save_every: write the checkpoint after every so many steps too; None: after every epoch.
+        progress: show a bar on stderr.
+        process_group: of the processes that train together; None is the default group, or this process
+            alone. Each has its own share of the images (`open_labelled_images(processes=)`); rank 0 writes.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        TypeError, ValueError: the file holds something else, or prototypes of another backbone; or as
-            `PromptedViT`.
+        FileExistsError: `out` holds results, and neither `resume` nor `overwrite` is given.
+        ImportError: `tensorboard`, and it is not installed.
+        TypeError, FloatingPointError: as `fit`.
+        ValueError: as `fit`; another run writes into `out` now; its checkpoint cannot be read, or is of
+            another recipe, data or model.
+        OSError: a file cannot be written. The last whole checkpoint stays.
     """
-    _check_head_start(head_init, head_std)
-    if isinstance(prompts, str | Path):
-        path = prompts
-        prompts = Prototypes.load(path)
-        check_backbone(path, prompts.metadata, model, allow_other_backbone=allow_other_backbone)
-    with seeded(check_seed(seed)):
-        tuned = PromptedViT(
-            model,
-            prompts,
-            depth=depth,
-            num_classes=len(class_names),
-            freeze_prompts=freeze_prompts,
-            prompt_dropout=prompt_dropout,
-            weight_dtype=weight_dtype,
-            allow_other_backbone=allow_other_backbone,
+    processes = find_processes(process_group)
+    with run_folder(out, resume=resume, overwrite=overwrite, processes=processes) as folder:
+        return train_in(
+            folder,
+            tuned,
+            train_data,
+            val_data,
+            recipe,
+            overwrite=overwrite,
+            test_data=test_data,
+            nmi=nmi,
+            tensorboard=tensorboard,
+            facts=facts,
+            save_every=save_every,
+            progress=progress,
         )
-        start_head(tuned.head, head_init, head_std)
-    tuned.class_names = tuple(class_names)
-    return tuned
 
 
-def start_head(
-    head: nn.Module,
-    init: Literal["timm", "trunc_normal"] = "trunc_normal",
-    std: float | None = None,
-) -> None:
-    """Draw the weights of a new head, from torch's global generator.
-
-    Args:
-        head: a linear layer, or a module that holds some.
-        init: "timm" leaves them as timm's new head has them; "trunc_normal" draws from a truncated normal
-            distribution, with zero bias, as the paper's released code does.
-        std: of "trunc_normal"; None is 0.02, as in the released code, which has 0.01 for MoCo-v3.
-
-    Raises:
-        TypeError, ValueError: no such start, `std` is not above 0 or without effect, or no layer to draw.
-    """
-    std = _check_head_start(init, std)
-    if init == "timm":
-        return
-    layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
-    if not layers:
-        raise ValueError(f"head_init='trunc_normal' needs a linear head, got {type(head).__name__}")
-    for layer in layers:
-        nn.init.trunc_normal_(layer.weight, std=std)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
-def _check_head_start(init: str, std: float | None) -> float:
-    if check_choice("head_init", init, HEAD_INITS) == "timm" and std is not None:
-        raise ValueError(f"head_std is for head_init='trunc_normal', got {std} with 'timm'")
-    return 0.02 if std is None else check_number("head_std", std, above=0)
-
-
-def fit_and_save(
-    tuned: PromptedViT,
-    train_loader: Batches,
-    val_loader: Iterable[Any] | None,
-    paths: Mapping[str, Path],
+def train_in(
+    folder: RunFolder,
+    tuned: TunedViT,
+    train_data: LabelledImages | Batches,
+    val_data: LabelledImages | Iterable[Any] | None = None,
+    recipe: Recipe | None = None,
     *,
     overwrite: bool = False,
-    title: str = "",
-    **recipe: Any,
-) -> History:
-    """`fit`, with the model and its history written after every epoch and a figure of it at the end.
+    test_data: LabelledImages | Iterable[Any] | None = None,
+    nmi: bool = False,
+    tensorboard: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    save_every: int | None = None,
+    progress: bool = True,
+    prototypes: Prototypes | None = None,
+) -> Run:
+    """`train` in a folder that is open already; `prototypes`, if given, are kept beside the run."""
+    if not isinstance(tuned, TunedViT):
+        raise TypeError(f"tuned must be a PromptedViT, or of another method, got {type(tuned).__name__}")
+    recipe = recipe or Recipe()
+    if save_every is not None:
+        check_int("save_every", save_every, 1, "or None")
+    if check_bool("tensorboard", tensorboard):
+        folder.processes.on_rank_0(check_tensorboard)
+    _take_names(tuned, train_data)
+    # What could not be saved is found now, and not after an epoch.
+    tuned.learned_state_dict()
+    check_class_names(tuned.class_names, getattr(tuned.model, "num_classes", None))
+    trainer = Trainer(
+        tuned,
+        _loader(train_data),
+        None if val_data is None else _loader(val_data),
+        recipe,
+        processes=folder.processes,
+        progress=progress,
+    )
+    known = run_facts(tuned, train_data, val_data, facts or {})
+    outputs = Outputs(
+        folder,
+        trainer,
+        folder.processes.gather(known)[0],
+        batches=len(_loader(train_data)),
+        nmi=check_bool("nmi", nmi),
+        tensorboard=tensorboard,
+    )
+    with _explained(folder):
+        outputs.begin(overwrite=overwrite, prototypes=prototypes)
+        with outputs.recording():
+            trainer.run(on_epoch=outputs.after_epoch, on_step=_every(save_every, outputs))
+        outputs.end()
+        test = None if test_data is None else outputs.test(_loader(test_data), _data_facts("", test_data))
+    return Run(trainer.history, trainer.evaluation, test, folder.path, folder.paths(), tuned)
 
-    With `keep="best"` the model is written after an epoch that is the best so far by validation, so the file
-    is always that of the best epoch; the history is written after every epoch, and says which that was.
 
-    Args:
-        tuned, train_loader, val_loader, recipe: as in `fit`.
-        paths: where each of FILE_NAMES goes, from `result_folder`, which leaves the figure out where
-            matplotlib is missing.
-        overwrite: write over files that were there before.
-        title: of the figure.
+def run_facts(
+    tuned: TunedViT, train_data: Any, val_data: Any, given: Mapping[str, Any]
+) -> dict[str, str | int | float | bool | None]:
+    """What a run is of, beside its recipe: the facts `given`, of the data and of the model."""
+    for name, value in given.items():
+        if not isinstance(name, str) or not isinstance(value, str | int | float | bool | None):
+            raise TypeError(f"facts must map names to plain values, got {name!r}: {value!r:.60}")
+    return {
+        **given,
+        **_data_facts("", train_data),
+        **({} if val_data is None else _data_facts("val_", val_data)),
+        **{f"backbone_{name}": fact for name, fact in readable(describe(tuned.model)).items()},
+        "tuned_method": tuned.method,
+        **{f"tuned_{name}": value for name, value in tuned.options.items()},
+        "prompts_per_block": getattr(tuned, "num_prompts", 0),
+        "trainable_parameters": sum(each.numel() for each in tuned.trainable_parameters()),
+    }
 
-    Raises:
-        FileExistsError: one of the files is there, also if it appeared meanwhile, and not `overwrite`.
-        OSError: one of the files cannot be written, which is found before training.
-        TypeError, ValueError, FloatingPointError: as `fit`.
-    """
-    for path in paths.values():
-        check_output_path(path, overwrite=overwrite)
-    model_is_ours = overwrite
 
-    def save(epoch: int, history: History) -> None:
-        # After the first time the files there are this run's own.
-        nonlocal model_is_ours
-        if history.kept_epoch == epoch:
-            tuned.save(paths[TUNED_NAME], overwrite=model_is_ours)
-            model_is_ours = True
-        write_results(paths, {HISTORY_NAME: history.to_csv()}, overwrite=overwrite or epoch > 1)
+def _data_facts(prefix: str, data: Any) -> dict[str, str | int]:
+    """Of a user's own loader it is known how many batches it has, which for evaluation says little."""
+    facts: dict[str, str | int] = {}
+    if isinstance(data, LabelledImages):
+        facts = {"images": data.num_images, "classes": len(data.class_names), "fingerprint": data.fingerprint}
+    elif not prefix:
+        with suppress(TypeError):
+            facts = {"batches": len(data)}
+    return {prefix + name: fact for name, fact in facts.items()}
 
-    history = fit(tuned, train_loader, val_loader, on_epoch=save, **recipe)
-    if FIGURE_NAME in paths:
-        figure = training_curves(paths[HISTORY_NAME], title=title)
-        write_results(paths, {FIGURE_NAME: png(figure)}, overwrite=overwrite)
-    return history
+
+def _loader(data: Any) -> Any:
+    return data.loader if isinstance(data, LabelledImages) else data
+
+
+def _take_names(tuned: TunedViT, data: Any) -> None:
+    if isinstance(data, LabelledImages):
+        if tuned.class_names is None:
+            tuned.class_names = data.class_names
+        if tuned.preprocessing is None:
+            tuned.preprocessing = data.loader.preprocessing
+
+
+def _every(steps: int | None, outputs: Outputs) -> Any:
+    """A callback that saves after every so many steps, counted from where the run starts or goes on."""
+    if steps is None:
+        return None
+    taken = 0
+
+    def save(_: nn.Module) -> None:
+        nonlocal taken
+        taken += 1
+        if taken % steps == 0:
+            outputs.save()
+
+    return save
+
+
+@contextmanager
+def _explained(folder: RunFolder) -> Iterator[None]:
+    """Errors that end a run, with what is left of it and how it goes on."""
+    try:
+        yield
+    except (FloatingPointError, OSError) as error:
+        kept = folder.what_is_kept()
+        if not kept:
+            raise
+        if isinstance(error, FloatingPointError):
+            kept += "; to resume it would lead here again: start another run"
+        else:
+            kept += "; go on from there with resume=True (--resume)"
+        raise type(error)(f"{error}; {kept}") from error

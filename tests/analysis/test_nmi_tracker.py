@@ -127,6 +127,26 @@ def test_goes_on_counting_when_attached_again(tuned: PromptedViT, make_images: M
         tracker.attach()
 
 
+def test_goes_on_from_its_state_in_another_process(
+    tuned: PromptedViT, make_vit: MakeViT, train_and_expect: Train
+) -> None:
+    with NMITracker(tuned, every=2) as whole:
+        with NMITracker(tuned, every=2) as first:
+            train_and_expect(tuned, tuned, 3)
+        state = pickle.loads(pickle.dumps(first.state_dict()))
+        second = NMITracker(tuned, every=2)
+        second.load_state_dict(state)
+        with second:
+            train_and_expect(tuned, tuned, 2)
+            with pytest.raises(RuntimeError, match="before you attach it"):
+                second.load_state_dict(state)
+    assert second.history().steps == whole.history().steps == [0, 2, 4]
+    assert torch.equal(second.history().values, whole.history().values)
+    other = NMITracker(PromptedViT(make_vit(depth=2), 4, num_classes=3))
+    with pytest.raises(ValueError, match=r"state must hold values \[2, 2\], got \[2, 3\]"):
+        other.load_state_dict(state)
+
+
 def test_a_forward_that_fails_is_not_recorded(tuned: PromptedViT, make_images: MakeImages) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError

@@ -43,7 +43,7 @@ def run(command: str, *arguments: object) -> int:
 
 def test_splits_follow_the_papers_protocol_and_are_said(tasks, tmp_path, capsys):
     data = ("--data", "vtab/toy", "--root", tasks)
-    recipe = (*data, "--random", 2, *QUICK)
+    recipe = (*data, "--method", "vpt-deep", "--num-prompts", 2, *QUICK)
     assert run("train", *recipe, "--val-split", "val200", "--out", tmp_path / "a") == 0
     printed = capsys.readouterr().out
     assert "training: vtab/toy, split train800: 8 images of 2 classes, 4 in each\n" in printed
@@ -60,7 +60,18 @@ def test_splits_follow_the_papers_protocol_and_are_said(tasks, tmp_path, capsys)
 
 
 def test_validation_on_the_images_of_training_is_refused(tasks, tmp_path, only_error):
-    data = ("--data", "vtab/toy", "--root", tasks, "--split", "train800val200", "--random", 2)
+    data = (
+        "--data",
+        "vtab/toy",
+        "--root",
+        tasks,
+        "--split",
+        "train800val200",
+        "--method",
+        "vpt-deep",
+        "--num-prompts",
+        2,
+    )
     code = run("train", *data, "--val-split", "val200", "--out", tmp_path)
     assert "4 of 4 validation images are training images too" in only_error(code, "train")
 
@@ -70,7 +81,10 @@ def test_a_tuned_file_says_how_images_are_prepared(tasks, tmp_path, capsys):
     tuned = tmp_path / "tuned.safetensors"
     data = ("--data", "vtab/toy", "--root", tasks)
     wanted = ("--resize", "short", "--mean-std", "imagenet")
-    assert run("train", *data, *wanted, "--random", 2, *QUICK, "--out", tmp_path) == 0
+    assert (
+        run("train", *data, *wanted, "--method", "vpt-deep", "--num-prompts", 2, *QUICK, "--out", tmp_path)
+        == 0
+    )
     made = Preprocessing("short", "imagenet")
     assert recorded(tuned) == made
     assert spt_fast.PromptedViT.from_file(tuned, open_model("shipped")).preprocessing == made
@@ -111,7 +125,7 @@ def test_prototypes_say_how_images_are_prepared(tasks, tmp_path, capsys):
 
 
 def test_augmentation_is_asked_for_by_name(tasks, tmp_path, capsys, only_error):
-    data = ("--data", "vtab/toy", "--root", tasks, "--random", 2, *QUICK)
+    data = ("--data", "vtab/toy", "--root", tasks, "--method", "vpt-deep", "--num-prompts", 2, *QUICK)
     assert run("train", *data, "--resize", "short", "--augment", "crop", "--out", tmp_path / "a") == 0
     printed = capsys.readouterr().out
     assert "training: transform: --resize short (" in printed
@@ -133,6 +147,17 @@ def test_root_may_be_for_the_validation_images_alone(tasks, folders, tmp_path, c
     """And is then not refused for the folder to train on."""
     listed = tmp_path / "val.txt"
     listed.write_text("images/16.png even\nimages/17.png odd\n")
-    data = ("--data", folders / "train", "--val-data", listed, "--root", tasks / "toy", "--random", 1)
+    data = (
+        "--data",
+        folders / "train",
+        "--val-data",
+        listed,
+        "--root",
+        tasks / "toy",
+        "--method",
+        "vpt-deep",
+        "--num-prompts",
+        1,
+    )
     assert run("train", *data, *QUICK, "--out", tmp_path / "out") == 0
     assert f"validation: {listed}: 2 images of 2 classes, 1 in each" in capsys.readouterr().out

@@ -12,6 +12,7 @@ import pytest
 
 from spt_fast.support.files import read_safetensors
 from spt_fast.support.interrupts import raised_once
+from spt_fast.training.checkpoint import Checkpoint
 
 # Each runs in a process and a session of its own, forked from one that has imported everything, and sends
 # SIGINT to its group when its moment comes, as a terminal does. It leaves as the command does.
@@ -36,13 +37,16 @@ def before(owner, name, act):
         return original(*args, **options)
     setattr(owner, name, patched)
 
-def at_step(number, act):
-    steps = []
+def at_call(owner, name, number, act):
+    calls = []
     def count(*_):
-        steps.append(1)
-        if len(steps) == number:
+        calls.append(1)
+        if len(calls) == number:
             act()
-    before(torch.optim.AdamW, "step", count)
+    before(owner, name, count)
+
+def at_step(number, act):
+    at_call(torch.optim.AdamW, "step", number, act)
 
 def at_image_7(path, *_):
     if str(path).endswith("7.png"):
@@ -64,7 +68,8 @@ MOMENTS = {
     "a worker starts": lambda: os.register_at_fork(after_in_child=ctrl_c),
     "a worker reads": lambda: before(Image, "open", at_image_7),
     "the second epoch": lambda: at_step(7, ctrl_c),
-    "a file gets its name": lambda: before(os, "link", lambda *_: ctrl_c()),
+    # After run.yaml, the first checkpoint, the weights and the table: the checkpoint of the first epoch.
+    "a file gets its name": lambda: at_call(os, "replace", 5, ctrl_c),
     "an object is deleted": lambda: at_step(2, Lost),
     "a module is imported": lambda: at_step(2, lambda: __import__("swallows")),
     "a library swallows it": lambda: at_step(2, swallow),
@@ -90,7 +95,8 @@ def start(name):
     for number, stream in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(stream, os.O_CREAT | os.O_WRONLY), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ["spt-fast", "train", "--model", "shipped", "--data", DATA, "--random", "2"]
+    sys.argv = ["spt-fast", "train", "--model", "shipped", "--data", DATA]
+    sys.argv += ["--method", "vpt-deep", "--num-prompts", "2"]
     sys.argv += ["--batch-size", "5", "--epochs", "100000", "--workers", "2", "--out", "out"]
     MOMENTS[name]()
     command()
@@ -153,12 +159,11 @@ def test_ctrl_c_when(moment, outcomes):
     assert "Traceback" not in errors
     assert "Exception ignored" not in errors
     files = sorted(path.name for path in place.glob("out/*"))
-    finished = {"the second epoch", "a library swallows it"}
-    if moment in finished:
-        assert files == ["train.csv", "tuned.safetensors"]
-    elif moment == "a file gets its name":
-        # What was being written is whole, and the next file may be, too.
-        assert files in (["tuned.safetensors"], ["train.csv", "tuned.safetensors"])
+    if moment in ("the second epoch", "a library swallows it", "a file gets its name"):
+        # What was being written is whole, too.
+        assert files == ["checkpoint.pt", "run.yaml", "train.csv", "tuned.safetensors"]
+        assert Checkpoint.read(place / "out" / "checkpoint.pt").trainer["epoch"] >= 1
+        assert "out holds the run up to epoch" in errors
     else:
         assert not (place / "out").exists()
     for path in place.glob("out/*.safetensors"):

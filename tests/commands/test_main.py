@@ -89,12 +89,11 @@ def test_ctrl_c_leaves_with_130_and_no_file(tmp_path, monkeypatch, capsys, ctrl_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "prototypes"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("prototypes", "train")])
 def test_commands_of_one_process_are_refused_under_torchrun(command, tmp_path, monkeypatch, only_error):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.chdir(tmp_path)
     options = {
-        "train": ("--model", "shipped", "--data", "digits", "--out", "out"),
         "eval": ("--model", "shipped", "--data", "digits", "--tuned", "t.safetensors"),
         "predict": ("--model", "shipped", "--tuned", "t.safetensors", "photo.png"),
         "nmi": ("--model", "shipped", "--data", "digits", "--random", "2"),

@@ -41,7 +41,10 @@ def other_value(option: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("option", options(), ids=lambda option: option.name)
+ONE_VALUE = [option for option in options() if option.kind is not dict]
+
+
+@pytest.mark.parametrize("option", ONE_VALUE, ids=lambda option: option.name)
 def test_every_field_has_an_option(option: Any, parser: argparse.ArgumentParser) -> None:
     name, value = f"--{option.name.replace('_', '-')}", other_value(option)
     extra = ("--head-init", "trunc_normal") if option.name == "head_std" else ()
@@ -50,6 +53,20 @@ def test_every_field_has_an_option(option: Any, parser: argparse.ArgumentParser)
     assert parsed(parser, *words, *extra) == Recipe(**{option.name: value}, **fields)
     assert f"  {name}" in parser.format_help()
     assert option.help.split(" (")[0] in " ".join(parser.format_help().replace("-\n", "-").split())
+
+
+def test_options_of_the_method_come_one_by_one(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    words = ("--method", "partial", "--method-option", "num_blocks=2", "--method-option", "kind=x")
+    given = parsed(parser, *words)
+    assert given == Recipe(method="partial", method_options={"num_blocks": 2, "kind": "x"})
+    (tmp_path / "mine.yaml").write_text(given.to_yaml())
+    assert parsed(parser, "--recipe", tmp_path / "mine.yaml") == given
+    with pytest.raises(SystemExit):
+        parsed(parser, *words, "--method-option", "kind=y")
+    with pytest.raises(TypeError, match=r"method_options must hold numbers, words, .* got 'kind': \[1\]"):
+        Recipe(method_options={"kind": [1]})
+    with pytest.raises(TypeError, match="method_options must be a mapping, such as"):
+        Recipe(method_options=3)  # type: ignore[arg-type]
 
 
 def test_options_win_over_the_file_and_the_file_over_defaults(

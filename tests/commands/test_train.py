@@ -21,10 +21,17 @@ from spt_fast.data import shipped
 from spt_fast.data.images import open_images, open_labelled_images
 from spt_fast.methods.parameter_groups import PROMPT_LR_FACTOR
 from spt_fast.support.tables import read_csv
-from spt_fast.training.loop import HISTORY_COLUMNS, fit
-from spt_fast.training.run import FILE_NAMES, TUNED_NAME
+from spt_fast.training.evaluation import Evaluation
+from spt_fast.training.folder import TUNED_NAME
+from spt_fast.training.history import HISTORY_COLUMNS
+from spt_fast.training.loop import fit
 
 CLASSES = ("even", "odd")
+VPT = ("--method", "vpt-deep", "--num-prompts", 2)
+WRITTEN = {
+    "run.yaml", "checkpoint.pt", "prototypes.safetensors", "tuned.safetensors", "train.csv", "train.png",
+    "classes.csv", "confusion.csv",
+}  # fmt: skip
 QUICK = ("--epochs", 2, "--warmup-epochs", 1, "--batch-size", 5, "--workers", 0)
 
 
@@ -50,7 +57,8 @@ def test_train_and_eval_of_a_folder(folders, tmp_path, capsys):
     assert (
         f"validation: {folders / 'odd'}: {len(list((folders / 'odd' / 'odd').iterdir()))} images" in printed
     )
-    assert all(f"wrote {tmp_path / name}" in printed for name in FILE_NAMES)
+    assert all(f"wrote {path}\n" in printed for path in tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == WRITTEN
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
     rows = [numbers for _, numbers in read_csv(tmp_path / "train.csv", HISTORY_COLUMNS)]
     assert [row[0] for row in rows] == [1, 2]
@@ -115,35 +123,87 @@ def test_training_images_are_augmented_and_those_of_eval_are_not(folders):
 
 
 @pytest.mark.parametrize(
-    "start", [("--random", 4), ("--depth", "shallow", "--num-prompts", 3), ("--freeze-prompts",)]
+    ("start", "depth", "num_prompts"),
+    [
+        (("--method", "vpt-deep", "--num-prompts", 4), "deep", 4),
+        (("--method", "spt-shallow", "--num-prompts", 3), "shallow", 3),
+        (("--freeze-prompts",), "deep", 20),
+        (("--method", "linear"), None, 0),
+        (("--method", "bias"), None, 0),
+    ],
 )
-def test_other_starts(start, folders, tmp_path):
+def test_other_starts(start, depth, num_prompts, folders, tmp_path):
     base = ("--data", folders / "train", "--epochs", 1, "--warmup-epochs", 0)
     assert train(*base, *start, "--out", tmp_path) == 0
-    tuned = reopened(tmp_path / TUNED_NAME)
-    assert tuned.depth == ("shallow" if "shallow" in start else "deep")
-    assert tuned.num_prompts == {"--random": 4, "--depth": 3}.get(start[0], 20)
+    model = open_model("shipped", pool="avg-with-prompts" if num_prompts else "avg")
+    tuned = spt_fast.load_tuned(tmp_path / TUNED_NAME, model)
+    assert (getattr(tuned, "depth", None), getattr(tuned, "num_prompts", 0)) == (depth, num_prompts)
 
 
-def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, only_error, monkeypatch, ctrl_c):
+def test_an_interrupted_run_goes_on(folders, tmp_path, only_error, monkeypatch, ctrl_c, capsys):
     steps = []
 
-    def interrupted(self: spt_fast.PromptedViT, images: torch.Tensor) -> torch.Tensor:
-        steps.append(len(images))
-        # 24 images in batches of 5: the second step of the second epoch.
+    def interrupted(self: torch.optim.AdamW, *args: object, **options: object) -> object:
+        steps.append(1)
+        # 24 images in batches of 5: before the second step of the second epoch.
         if len(steps) == 7:
             signal.raise_signal(signal.SIGINT)
-        return original(self, images)
+        return original(self, *args, **options)
 
-    original = spt_fast.PromptedViT.forward
-    monkeypatch.setattr(spt_fast.PromptedViT, "forward", interrupted)
-    base = ("--data", folders / "train", "--random", 2, "--out", tmp_path)
+    base = ("--data", folders / "train", "--val-data", folders / "odd", "--num-prompts", 2)
+    assert train(*base, "--out", tmp_path / "unbroken") == 0
+    capsys.readouterr()
+    original = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    base = (*base, "--out", tmp_path / "out")
     assert train(*base) == cli.INTERRUPTED
-    assert reopened(tmp_path / TUNED_NAME).num_prompts == 2
-    assert len(read_csv(tmp_path / "train.csv", ("epoch",))) == 1
-    before = (tmp_path / TUNED_NAME).read_bytes()
-    assert f"{TUNED_NAME} exists already" in only_error(train(*base), "train")
-    assert (tmp_path / TUNED_NAME).read_bytes() == before
+    errors = capsys.readouterr().err.splitlines()
+    kept = f"{tmp_path / 'out'} holds the run up to epoch 1"
+    assert errors[-2:] == [f"spt-fast train: {kept}; go on from there with --resume", "spt-fast: interrupted"]
+    assert reopened(tmp_path / "out" / TUNED_NAME).num_prompts == 2
+    assert len(read_csv(tmp_path / "out" / "train.csv", ("epoch",))) == 1
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "holds a run already; go on with it" in only_error(train(*base), "train")
+    error = only_error(train(*base, "--resume", "--lr", 0.5), "train")
+    assert "these differ: lr: 0.01 in the folder, 0.5 now; give" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+    # Prototypes are read and not built again.
+    monkeypatch.setattr("spt_fast.prototypes.build.build_prototypes", lambda *_, **__: pytest.fail("built"))
+    assert train(*base, "--resume") == 0
+    assert f"resume: {kept}\n" in capsys.readouterr().out
+    for name in ("tuned.safetensors", "prototypes.safetensors", "classes.csv", "run.yaml"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
+    assert len(steps) == 7 + 5
+    assert train(*base, "--resume") == 0
+    assert len(steps) == 7 + 5
+
+
+def test_test_images_are_asked_for_by_name_and_evaluated_once(folders, tmp_path, only_error, capsys):
+    base = ("--data", folders / "train", *VPT)
+    error = only_error(train(*base, "--test-data", folders / "odd", "--out", tmp_path / "a"), "train")
+    assert "test_data is for eval_test (--eval-test)" in error
+    error = only_error(train(*base, "--eval-test", "--out", tmp_path / "a"), "train")
+    assert "test_split is for data sets with splits" in error
+    error = only_error(
+        train(*base, "--eval-test", "--test-data", folders / "train", "--out", tmp_path), "train"
+    )
+    assert "test_data and test_split must name other images than those of training" in error
+    both = ("--val-data", folders / "odd", "--eval-test", "--test-data", folders / "odd")
+    error = only_error(train(*base, *both, "--keep", "best", "--out", tmp_path / "a"), "train")
+    assert "test_data and test_split must name other images than those of validation" in error
+    assert list(tmp_path.iterdir()) == []
+
+    out = tmp_path / "out"
+    assert train(*base, "--eval-test", "--test-data", folders / "odd", "--out", out) == 0
+    printed = capsys.readouterr().out
+    [(_, (images, accuracy))] = read_csv(out / "test.csv", ("images", "accuracy"))
+    assert f"test accuracy {accuracy:.2%} of {images:.0f} images\n" in printed
+    assert evaluate("--tuned", out / TUNED_NAME, "--data", folders / "odd", "--workers", 0) == 0
+    assert f"accuracy {accuracy:.2%} of {images:.0f} images" in capsys.readouterr().out
+    digits = ("--data", "digits", *VPT, "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 300)
+    assert train(*digits, "--eval-test", "--out", tmp_path / "digits") == 0
+    assert "test: digits, split test: 600 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -172,10 +232,15 @@ def test_an_interrupted_run_keeps_the_last_whole_epoch(folders, tmp_path, only_e
         (("--cache", "off", "--cache-budget", "1MB"), "cache_budget is without effect with cache='off'"),
         (("--epochs", "0"), "epochs must be an integer >= 1, got 0"),
         (("--lr", "nan"), "lr must be a finite number"),
-        (("--warmup-epochs", "2"), "warmup_epochs must be below epochs (2), got 2.0"),
+        (("--warmup-epochs", "2"), "warmup_epochs must be below epochs (2), got 2"),
         (("--prompts", "no_such_file"), "there is no file no_such_file"),
-        (("--random", "-1"), "prompts must be an integer >= 0, got -1"),
-        (("--out", "{tmp}/missing", "--random", "-1"), "prompts must be an integer >= 0, got -1"),
+        (("--num-prompts", "0"), "num_prompts must be an integer >= 1, got 0"),
+        (("--out", "{tmp}/missing", "--data", "no_such_folder"), "there is no folder no_such_folder"),
+        (("--method", "linear", "--nmi"), "nmi=True (--nmi) follows prompts while they learn"),
+        (("--save-every", "0"), "save_every must be an integer >= 1 or None, got 0"),
+        (("--resume", "--overwrite"), "resume goes on with what is in out, and overwrite replaces it"),
+        (("--patience", "2"), "patience=2 is chosen by validation images: give val_data or val_split"),
+        (("--method", "vpt-deep", "--prompts", "p.safetensors"), "prompts is for SPT, got p.safetensors"),
     ],
     ids=" ".join,
 )
@@ -185,12 +250,12 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, on
         "{root}": folders,
         **{f"{{{path.name}}}": path for path in folders.iterdir()},
     }
-    options = {"--data": "{train}", "--out": "{tmp}", "--random": "2"}
-    options |= dict(zip(changes[::2], changes[1::2], strict=True))
     expected = expected.replace("{tmp}", str(tmp_path))
-    if "--prompts" in options or "--num-prompts" in options:
-        del options["--random"]
-    arguments = [part for pair in options.items() for part in pair]
+    arguments = [*changes]
+    for name, value in {"--data": "{train}", "--out": "{tmp}"}.items():
+        arguments += [] if name in changes else [name, value]
+    if not {"--prompts", "--num-prompts", "--method"} & {*changes}:
+        arguments += map(str, VPT)
     for name, path in places.items():
         arguments = [argument.replace(name, str(path)) for argument in arguments]
     assert expected in only_error(train(*arguments), "train")
@@ -200,7 +265,15 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, on
 def test_validation_images_that_are_trained_on_are_refused(folders, tmp_path, only_error, capsys):
     copied = shutil.copytree(folders / "odd", tmp_path / "val")
     shutil.copy(next((folders / "train" / "odd").iterdir()), copied / "odd" / "again.png")
-    base = ("--data", folders / "train", "--random", 2, "--epochs", 1, "--warmup-epochs", 0)
+    base = (
+        "--data",
+        folders / "train",
+        *VPT,
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+    )
     arguments = (*base, "--val-data", copied, "--out", tmp_path / "out")
     total = len(list((copied / "odd").iterdir()))
     message = f"1 of {total} validation images are training images too, byte for byte: {copied}/odd/again.png"
@@ -233,16 +306,17 @@ def test_unreadable_images_are_an_error_or_left_out(folders, tmp_path, only_erro
 
 def test_the_file_is_that_of_the_best_epoch_after_every_epoch(folders, tmp_path, monkeypatch, capsys):
     """Accuracies that rise and fall; what is on disk after each epoch is the best so far."""
-    accuracy = iter([0.25, 0.75, 0.5, 0.75])
+    right = iter([1, 3, 2, 3])
     files = []
 
-    def measured(*_: object) -> float:
+    def measured(*_: object, **__: object) -> Evaluation:
         # The file of the epoch before this one.
         files.append((tmp_path / TUNED_NAME).read_bytes() if (tmp_path / TUNED_NAME).exists() else b"")
-        return next(accuracy)
+        hits = next(right)
+        return Evaluation(CLASSES, {(0, 0): hits, (0, 1): 4 - hits})
 
-    monkeypatch.setattr("spt_fast.training.loop.evaluate", measured)
-    data = ("--data", folders / "train", "--val-data", folders / "odd", "--random", 2, "--out", tmp_path)
+    monkeypatch.setattr("spt_fast.training.loop.evaluate_classes", measured)
+    data = ("--data", folders / "train", "--val-data", folders / "odd", *VPT, "--out", tmp_path)
     assert train(*data, "--epochs", 4, "--keep", "best") == 0
     last = (tmp_path / TUNED_NAME).read_bytes()
     assert files[0] == b""
@@ -254,22 +328,22 @@ def test_the_file_is_that_of_the_best_epoch_after_every_epoch(folders, tmp_path,
 
 
 def test_the_starts_of_the_released_code_reach_the_run(folders, tmp_path, monkeypatch):
-    """Dropped batches, head and dropout, as `fit` gets them."""
+    """Dropped batches, head and dropout, as the trainer gets them."""
     seen = {}
 
-    def noted(tuned, train_loader, *_, **recipe):
+    def noted(tuned, train_loader, val_loader, recipe, **_):
         seen.update(tuned=tuned, steps=len(train_loader), recipe=recipe)
         raise ValueError("seen")
 
-    monkeypatch.setattr("spt_fast.training.run.fit", noted)
+    monkeypatch.setattr("spt_fast.training.run.Trainer", noted)
     code = ("--drop-last", "--prompt-dropout", 0.1, "--head-init", "trunc_normal", "--head-std", 0.01)
     decay = ("--weight-decay", 0.01, "--head-weight-decay", 0.5)
-    assert train("--data", folders / "train", "--random", 2, "--out", tmp_path, *code, *decay) == 2
+    assert train("--data", folders / "train", *VPT, "--out", tmp_path, *code, *decay) == 2
     assert seen["steps"] == 24 // 5
     assert seen["tuned"].prompt_dropout.p == 0.1
     assert not seen["tuned"].head.bias.any()
     assert 0 < float(seen["tuned"].head.weight.detach().abs().max()) < 0.06
-    assert (seen["recipe"]["weight_decay"], seen["recipe"]["head_weight_decay"]) == (0.01, 0.5)
+    assert (seen["recipe"].weight_decay, seen["recipe"].head_weight_decay) == (0.01, 0.5)
 
 
 def test_the_best_epoch_wants_validation_images(tmp_path, only_error):
@@ -288,7 +362,17 @@ def test_a_bad_recipe_is_refused_before_any_work(recipe, tmp_path, only_error, m
 
 
 def test_both_rates_are_said_and_written(folders, tmp_path, capsys):
-    base = ("--data", folders / "train", "--epochs", 1, "--warmup-epochs", 0, "--random", 2, "--lr", 0.002)
+    base = (
+        "--data",
+        folders / "train",
+        "--epochs",
+        1,
+        "--warmup-epochs",
+        0,
+        *VPT,
+        "--lr",
+        0.002,
+    )
     assert train(*base, "--out", tmp_path / "default") == 0
     # VPT's uniform values for patches of 4 x 4 and width 128 have about this root mean square.
     expected = PROMPT_LR_FACTOR * 0.002 * (2 / (3 * 4 * 4 + 128)) ** 0.5
@@ -302,8 +386,11 @@ def test_both_rates_are_said_and_written(folders, tmp_path, capsys):
 
 def test_warm_up_is_a_tenth_of_the_epochs_unless_given(folders, tmp_path):
     """The first of ten steps, two in each epoch: the last step of the first epoch is at the highest rate."""
-    command = f"train --model shipped --data {folders / 'train'} --random 1 --workers 0 --batch-size 12"
-    assert cli.main([*command.split(), "--epochs", "5", "--lr", "0.01", "--out", str(tmp_path)]) == 0
+    command = f"train --model shipped --data {folders / 'train'} --workers 0 --batch-size 12"
+    assert (
+        cli.main([*command.split(), *map(str, VPT), "--epochs", "5", "--lr", "0.01", "--out", str(tmp_path)])
+        == 0
+    )
     rates = [numbers[0] for _, numbers in read_csv(tmp_path / "train.csv", ("lr",))]
     assert rates[0] == pytest.approx(0.01)
     assert rates == sorted(rates, reverse=True)
@@ -316,7 +403,15 @@ def test_the_seed_decides_a_run_and_leaves_the_callers_random_states(folders, tm
     losses = []
     for name in "ab":
         before = states()
-        base = ("--data", folders / "train", "--random", 2, "--epochs", 1, "--warmup-epochs", 0)
+        base = (
+            "--data",
+            folders / "train",
+            *VPT,
+            "--epochs",
+            1,
+            "--warmup-epochs",
+            0,
+        )
         assert train(*base, "--seed", 3, "--out", tmp_path / name) == 0
         assert states() == before
         losses.append(read_csv(tmp_path / name / "train.csv", ("loss",)))
@@ -364,10 +459,34 @@ def test_eval_without_class_names_wants_the_number_of_classes(
         assert f"has 2 classes, but the head of the model is for {num_classes}" in error
 
 
-def test_train_under_torchrun_is_refused(tmp_path, only_error, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code = train("--data", "digits", "--random", 1, "--out", tmp_path)
-    assert "train runs in one process, got WORLD_SIZE=2" in only_error(code, "train")
+def test_two_processes_are_as_one(folders, tmp_path, run_two_ranks):
+    """The same curve to 1e-4 and one writer; an error of one rank ends both; a resume by one process."""
+    base = ["train", "--model", "shipped", *map(str, QUICK), "--data", str(folders / "train")]
+    base += ["--val-data", str(folders / "odd"), "--num-prompts", "2", "--nmi"]
+    run_two_ranks(f"""
+import contextlib, io
+from spt_fast.commands.main import main
+base = {base!r}
+def work(rank):
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        assert main([*base, "--out", "two"]) == 0, errors.getvalue()
+        assert main([*base, "--out", "two"]) == 2
+    assert bool(said.getvalue()) == (rank == 0)
+    message = "two holds a run already"
+    assert (message if rank == 0 else "rank 0: " + message) in errors.getvalue(), errors.getvalue()
+""")
+    assert cli.main([*base, "--out", str(tmp_path / "one")]) == 0
+    two, one = (
+        [numbers for _, numbers in read_csv(tmp_path / name / "train.csv", ("loss", "val_accuracy", "lr"))]
+        for name in ("two", "one")
+    )
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+    ours, theirs = (reopened(tmp_path / name / TUNED_NAME) for name in ("two", "one"))
+    torch.testing.assert_close(ours.prompts, theirs.prompts, rtol=1e-3, atol=1e-4)
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names == WRITTEN | {"nmi.csv", "nmi.png"}
+    assert cli.main([*base, "--out", str(tmp_path / "two"), "--resume"]) == 0
 
 
 def test_labels_of_the_digits_are_places_in_the_models_classes():
@@ -381,7 +500,13 @@ def test_labels_of_the_digits_are_places_in_the_models_classes():
 def test_validation_on_an_archive_is_said_to_be_unchecked(folders, tmp_path, capsys):
     with tarfile.open(tmp_path / "same.tar", "w") as archive:
         archive.add(folders / "train", ".")
-    data = ("--data", folders / "train", "--val-data", tmp_path / "same.tar", "--random", 2)
+    data = (
+        "--data",
+        folders / "train",
+        "--val-data",
+        tmp_path / "same.tar",
+        *VPT,
+    )
     assert train(*data, "--out", tmp_path / "out") == 0
     assert "validation: not checked for training images" in capsys.readouterr().out
 
@@ -401,7 +526,21 @@ def test_a_folder_without_a_readable_image_says_so(folders, tmp_path, only_error
             [*map(str, ("prototypes", "--model", "shipped", *data, "--out", tmp_path / "p.safetensors"))]
         ),
         "nmi": lambda: cli.main(
-            [*map(str, ("nmi", "--model", "shipped", "--random", 2, *data, "--out", tmp_path / "nmi"))]
+            [
+                *map(
+                    str,
+                    (
+                        "nmi",
+                        "--model",
+                        "shipped",
+                        "--random",
+                        2,
+                        *data,
+                        "--out",
+                        tmp_path / "nmi",
+                    ),
+                )
+            ]
         ),
     }
     for command, call in calls.items():

@@ -18,8 +18,9 @@ from spt_fast.data import datasets, loading, shipped
 from spt_fast.data import images as images_module
 from spt_fast.data.cache import ImageCache, split_transform
 from spt_fast.data.folder import list_folder
-from spt_fast.data.images import open_images, open_labelled_images, open_validation_images
+from spt_fast.data.images import open_images, open_labelled_images
 from spt_fast.data.loading import ImageLoader
+from spt_fast.data.task import open_validation_images
 from spt_fast.support.randomness import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from spt_fast.data import shipped
-from spt_fast.data.images import open_images, open_labelled_images, open_validation_images, training_split
+from spt_fast.data.images import open_images, open_labelled_images
 from spt_fast.data.names import default_split, kind_of, open_data
+from spt_fast.data.task import open_validation_images, training_split
 
 
 def write_tar(path: Path, names: list[str], mode: str = "w") -> Path:

@@ -337,3 +337,22 @@ class TestResume:
         trainer = Trainer(other, *self.loaders(images, "ours"), RECIPE, progress=False)
         with pytest.raises(ValueError, match=r"prompts must be \[3, 4, 32\], got \[3, 2, 32\]"):
             trainer.load_state_dict(state)
+
+
+def test_a_compiled_run_is_the_run(tuned, images, monkeypatch):
+    """With the compiler's own capture and without its code for machines, which takes long."""
+    compiled: list[nn.Module] = []
+    plain_compile = torch.compile
+
+    def compile_eagerly(module: nn.Module) -> Any:
+        compiled.append(module)
+        return plain_compile(module, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    expected = copy.deepcopy(tuned)
+    batches = batches_of(images, 11)
+    history = fit(tuned, batches, batches, epochs=2, ema=0.5, compile=True, progress=False)
+    assert compiled == [tuned]
+    wanted = fit(expected, batches, batches, epochs=2, ema=0.5, progress=False)
+    assert history.loss == pytest.approx(wanted.loss, rel=1e-5)
+    assert_learned_close(tuned, expected.learned_state_dict())
