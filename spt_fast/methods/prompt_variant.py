@@ -34,6 +34,10 @@ class PromptVariant(PromptedViT):
         return {"method": self.method, "pool_prompts": str(self.pool_prompts)}
 
     @classmethod
+    def _opens(cls, state: TunedState) -> bool:
+        return state.method == cls.method
+
+    @classmethod
     def _built_as(cls, state: TunedState, model: nn.Module, **common: Any) -> Self:
         if cls._start not in state.tensors:
             raise ValueError(
