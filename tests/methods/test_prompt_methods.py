@@ -324,6 +324,32 @@ def test_a_copy_is_independent(form: str, make_random: MakeViT, images: Tensor) 
 
 
 @each_form
+def test_compiles_without_graph_break(form: str, make_random: MakeViT, images: Tensor) -> None:
+    tuned = build(make_random(), form)
+    compiled = torch.compile(tuned, backend="eager", fullgraph=True)
+    logits, expected = compiled(images), tuned(images)
+    torch.testing.assert_close(logits, expected)
+    theirs = gradients(tuned, expected)
+    for name, gradient in gradients(tuned, logits).items():
+        torch.testing.assert_close(gradient, theirs[name])
+
+
+def test_data_parallel_gives_the_same_gradients(make_random: MakeViT, images: Tensor, tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for form in FORMS:
+            tuned = build(make_random(), form)
+            expected = gradients(tuned, tuned(images))
+            nn.parallel.DistributedDataParallel(tuned)(images).square().sum().backward()
+            named = dict(tuned.named_parameters())
+            for name, gradient in expected.items():
+                torch.testing.assert_close(named[name].grad, gradient)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@each_form
 def test_fixed_prompts_change_nothing(form: str, make_random: MakeViT, images: Tensor) -> None:
     tuned = build(make_random(), form)
     with torch.no_grad(), tuned.fixed_prompts():
