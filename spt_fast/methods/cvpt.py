@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from spt_fast.methods.base import Blocks
 from spt_fast.methods.prompt_variant import PromptUse, PromptVariant
+from spt_fast.methods.prompted_vit import EngineWishes
 from spt_fast.prompting.checks import check_block_call
 from spt_fast.prompting.engines import cross_attend, kv_blocker
 from spt_fast.prompting.prompted_blocks import PromptedBlocks
@@ -59,23 +60,19 @@ class CVPT(PromptVariant):
         super().__init__(model, prompts, depth="deep", **use)
 
     @staticmethod
+    def _blocker(block: nn.Module) -> str | None:
+        plain = type(block) is Block and type(block.attn) is Attention
+        return kv_blocker(block) if plain else f"{type(block).__name__} is no plain block of timm's ViT"
+
+    @classmethod
     def _choose_engine(
-        model: nn.Module,
-        blocks: Blocks,
-        depth: str,
-        wanted: Literal["auto", "kv", "concat"],
-        prompt_dropout: float,
-        pool_prompts: bool,
+        cls, model: nn.Module, blocks: Blocks, wanted: EngineWishes
     ) -> tuple[Literal["kv", "concat"], str]:
-        for number, block in enumerate(blocks, start=1):
-            plain = type(block) is Block and type(block.attn) is Attention
-            reason = kv_blocker(block) if plain else f"{type(block).__name__} is no plain block of timm's ViT"
-            if reason is not None:
-                raise TypeError(f"model cannot be tuned by 'cvpt': block {number}: {reason}")
+        cls._check_blocks(blocks)
         for name, given, needed in (
-            ("engine", wanted if wanted == "concat" else None, "'auto' or 'kv'"),
-            ("prompt_dropout", prompt_dropout or None, "0"),
-            ("pool_prompts", pool_prompts or None, "False"),
+            ("engine", wanted.engine if wanted.engine == "concat" else None, "'auto' or 'kv'"),
+            ("prompt_dropout", wanted.prompt_dropout or None, "0"),
+            ("pool_prompts", wanted.pool_prompts or None, "False"),
         ):
             if given is not None:
                 raise ValueError(

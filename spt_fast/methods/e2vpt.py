@@ -15,15 +15,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import get_blocks
-from spt_fast.methods.base import Blocks
 from spt_fast.methods.prompt_variant import ComputedPrompts, PromptUse
-from spt_fast.prompting.engines import KeysValues, choose_engine, kv_attentions, kv_blocker
+from spt_fast.prompting.engines import KeysValues, kv_attentions, kv_blocker
 from spt_fast.prompting.prompted_blocks import PromptedBlocks
 from spt_fast.support.arguments import check_bool, check_int
 
@@ -69,27 +68,19 @@ class E2VPT(ComputedPrompts):
         super().__init__(model, prompts, depth="deep", **use)
 
     @staticmethod
-    def _choose_engine(
-        model: nn.Module,
-        blocks: Blocks,
-        depth: str,
-        wanted: Literal["auto", "kv", "concat"],
-        prompt_dropout: float,
-        pool_prompts: bool,
-    ) -> tuple[Literal["kv", "concat"], str]:
-        for number, block in enumerate(blocks, start=1):
-            reason = kv_blocker(block)
-            if reason is None and len(kv_attentions(block)) > 1:
-                reason = f"{type(block).__name__} has several attentions"
-            if reason is not None:
-                raise TypeError(f"model cannot be tuned by 'e2vpt': block {number}: {reason}")
-        return choose_engine(model, blocks, depth, wanted, prompt_dropout)
+    def _blocker(block: nn.Module) -> str | None:
+        reason = kv_blocker(block)
+        if reason is None and len(kv_attentions(block)) > 1:
+            reason = f"{type(block).__name__} has several attentions"
+        return reason
 
     def _learn(self, values: Tensor, *, frozen: bool) -> None:
         super()._learn(values, frozen=frozen)
-        attention: Any = kv_attentions(get_blocks(self.model)[0])[0][1]
-        heads, num_kv = attention.num_heads, self.options["num_kv"]
-        width = attention.proj.in_features // heads
+        attentions: list[Any] = [kv_attentions(block)[0][1] for block in get_blocks(self.model)]
+        sizes = {(each.num_heads, each.proj.in_features // each.num_heads) for each in attentions}
+        if len(sizes) > 1:
+            raise TypeError(f"model cannot be tuned by 'e2vpt': its blocks differ in (heads, width): {sizes}")
+        ((heads, width),), num_kv = sizes, self.options["num_kv"]
         bound = math.sqrt(6 / (num_kv * width))
         shape = (len(values), 1 if self.options["share"] else 2, heads, num_kv, width)
         drawn = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound)

@@ -14,7 +14,7 @@ temperatures 1. Learned numbers: N_p D + (L - 1) + L; 76,823 for ViT-B.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from spt_fast.backbones.anatomy import get_blocks
 from spt_fast.methods.base import Blocks
 from spt_fast.methods.prompt_variant import PromptUse, PromptVariant
-from spt_fast.prompting.engines import choose_engine, kv_attentions, unknown_attention
+from spt_fast.prompting.engines import kv_attentions, unknown_attention
 from spt_fast.prompting.prompted_blocks import PromptedBlocks
 from spt_fast.support.arguments import check_number
 
@@ -69,21 +69,11 @@ class GateVPT(PromptVariant):
         super().__init__(model, prompts, depth="shallow", **use)
 
     @staticmethod
-    def _choose_engine(
-        model: nn.Module,
-        blocks: Blocks,
-        depth: str,
-        wanted: Literal["auto", "kv", "concat"],
-        prompt_dropout: float,
-        pool_prompts: bool,
-    ) -> tuple[Literal["kv", "concat"], str]:
-        for number, block in enumerate(blocks, start=1):
-            reason = unknown_attention(block)
-            if reason is None and not all(hasattr(attn, "q_norm") for _, attn in kv_attentions(block)):
-                reason = "its attention has no q_norm, behind which queries are divided by the temperature"
-            if reason is not None:
-                raise TypeError(f"model cannot be tuned by 'gate-vpt': block {number}: {reason}")
-        return choose_engine(model, blocks, depth, wanted, prompt_dropout)
+    def _blocker(block: nn.Module) -> str | None:
+        reason = unknown_attention(block)
+        if reason is None and not all(hasattr(attention, "q_norm") for _, attention in kv_attentions(block)):
+            reason = "its attention has no q_norm, behind which queries are divided by the temperature"
+        return reason
 
     def _learn(self, values: Tensor, *, frozen: bool) -> None:
         super()._learn(values, frozen=frozen)

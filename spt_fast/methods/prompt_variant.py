@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from spt_fast.methods.base import Common
+from spt_fast.methods.base import Blocks, Common
 from spt_fast.methods.file_format import TunedState
-from spt_fast.methods.prompted_vit import PromptedViT
+from spt_fast.methods.prompted_vit import EngineWishes, PromptedViT
 from spt_fast.prompting.prompted_blocks import PromptedBlocks
 
 if TYPE_CHECKING:
@@ -29,6 +29,25 @@ class PromptVariant(PromptedViT):
 
     # Where the file has what the prompts start from.
     _start = "prompts"
+
+    @staticmethod
+    def _blocker(block: nn.Module) -> str | None:
+        """Why the method cannot take a block, or None."""
+        return None
+
+    @classmethod
+    def _check_blocks(cls, blocks: Blocks) -> None:
+        for number, block in enumerate(blocks, start=1):
+            reason = cls._blocker(block)
+            if reason is not None:
+                raise TypeError(f"model cannot be tuned by {cls.method!r}: block {number}: {reason}")
+
+    @classmethod
+    def _choose_engine(
+        cls, model: nn.Module, blocks: Blocks, wanted: EngineWishes
+    ) -> tuple[Literal["kv", "concat"], str]:
+        cls._check_blocks(blocks)
+        return super()._choose_engine(model, blocks, wanted)
 
     def _method_facts(self) -> dict[str, str]:
         return {"method": self.method, "pool_prompts": str(self.pool_prompts)}

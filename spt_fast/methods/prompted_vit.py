@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from spt_fast.prototypes.result import Prototypes
+
+
+class EngineWishes(NamedTuple):
+    """What an engine is chosen for: arguments of `PromptedViT`."""
+
+    depth: str
+    engine: Literal["auto", "kv", "concat"]
+    prompt_dropout: float
+    pool_prompts: bool
 
 
 class PromptedViT(Measures, TunedViT):
@@ -110,7 +119,8 @@ class PromptedViT(Measures, TunedViT):
         blocks = get_blocks(model)
         pool_prompts = check_pool_prompts(model, blocks, pool_prompts)
         dropout = check_prompt_dropout(prompt_dropout)
-        engine, reason = self._choose_engine(model, blocks, depth, engine, dropout, pool_prompts)
+        wanted = EngineWishes(depth, engine, dropout, pool_prompts)
+        engine, reason = self._choose_engine(model, blocks, wanted)
         super().__init__(
             model,
             self._own_options,
@@ -132,17 +142,12 @@ class PromptedViT(Measures, TunedViT):
         )
         self._take_over()
 
-    @staticmethod
+    @classmethod
     def _choose_engine(
-        model: nn.Module,
-        blocks: Blocks,
-        depth: str,
-        wanted: Literal["auto", "kv", "concat"],
-        prompt_dropout: float,
-        pool_prompts: bool,
+        cls, model: nn.Module, blocks: Blocks, wanted: EngineWishes
     ) -> tuple[Literal["kv", "concat"], str]:
         """The engine, and in one sentence why; errors as `choose_engine`."""
-        return choose_engine(model, blocks, depth, wanted, prompt_dropout)
+        return choose_engine(model, blocks, wanted.depth, wanted.engine, wanted.prompt_dropout)
 
     def _learn(self, values: Tensor, *, frozen: bool) -> None:
         """Add what the method learns beside the head; its prompts start from `values` [L or 1, N_p, D]."""

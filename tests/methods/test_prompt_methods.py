@@ -494,6 +494,13 @@ class TestE2VPT:
             assert found.isfinite().all()
             assert not torch.allclose(tuned(images), found)
 
+    def test_blocks_of_different_heads_are_refused(self, make_vit: MakeViT) -> None:
+        model = make_vit()
+        model.blocks[1].attn.num_heads = 4
+        with pytest.raises(TypeError, match="model cannot be tuned by 'e2vpt': its blocks differ"):
+            tune(model, "e2vpt")
+        tune(model, "linear").release()
+
     def test_pools_with_prompts(self, make_random: MakeViT, images: Tensor) -> None:
         of_kv, of_concat = (
             build(make_random(global_pool="avg"), "e2vpt", pool_prompts=True, engine=engine)
