@@ -44,7 +44,7 @@ class CVPT(PromptVariant):
     Args:
         prompts: what the prompts [L, N_p, D] start from, as in `PromptedViT`; at least one in a block.
         use: options of `PromptedViT`. The engine is "kv": keys and values of the prompts are computed once
-            for a batch.
+            for a batch. Of a model opened to average prompts too, the patches are averaged.
 
     Raises:
         TypeError: as `PromptedViT`; a block is no plain one of timm's ViT.
@@ -57,6 +57,8 @@ class CVPT(PromptVariant):
     def __init__(
         self, model: nn.Module, prompts: Prototypes | Tensor | int, **use: Unpack[PromptUse]
     ) -> None:
+        # What averages prompts too averages what there is.
+        use["pool_prompts"] = use.get("pool_prompts") or False
         super().__init__(model, prompts, depth="deep", **use)
 
     @staticmethod
@@ -79,6 +81,9 @@ class CVPT(PromptVariant):
                     f"{name} must be {needed} for 'cvpt', whose prompts are no tokens, got {given!r}"
                 )
         return "kv", "prompts are keys and values of a cross-attention, and nothing else"
+
+    def _method_facts(self) -> dict[str, str]:
+        return {"method": self.method}
 
     def _learn(self, values: Tensor, *, frozen: bool) -> None:
         if values.shape[1] == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,6 +178,9 @@ class TunedState:
     def check_pooling(self, path: str | os.PathLike[str], model: nn.Module) -> None:
         """ValueError where `open_model` opened `model` in another form than that of this state."""
         opened = stated_pooling(model)
+        if opened is not None and opened.pool == "avg-with-prompts" and "pool_prompts" not in self.facts:
+            # Of a method without prompts among the tokens: there are only patches to average.
+            opened = replace(opened, pool="avg")
         if opened is not None and opened != self._pooling:
             raise ValueError(
                 f"{os.fspath(path)} is for {self._pooling}, but this model was opened with {opened} "

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import spt_fast
 from spt_fast import PromptedViT
+from spt_fast.backbones.open import open_model
 from spt_fast.methods.registry import METHODS, load_tuned, options, tune
 from spt_fast.training import fit
 
@@ -234,6 +235,23 @@ def test_a_file_gives_it_back(form: str, make_random: MakeViT, images: Tensor, t
     vpt = PromptedViT(make_random(), NUM_PROMPTS, num_classes=7)
     with pytest.raises(ValueError, match="was tuned by"):
         vpt.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", [*CASES, "linear"])
+def test_a_file_fits_a_model_opened_to_average_prompts(
+    name: str, make_images: MakeImages, tmp_path: Path
+) -> None:
+    """Methods whose prompts are no tokens, or that have none, average the patches there."""
+    start: dict[str, Any] = {"prompts": NUM_PROMPTS} if name in CASES else {}
+    tuned: Any = tune(open_model("shipped"), name, num_classes=3, **start).eval()
+    images = make_images(2)
+    expected = tuned(images)
+    others = 0 if name in ("cvpt", "linear") else NUM_PROMPTS
+    x = tuned.forward_features(images)
+    assert x.shape[1] == 64 + tuned.model.num_prefix_tokens + others
+    tuned.save(tmp_path / "file")
+    again = load_tuned(tmp_path / "file", tuned.release()).eval()
+    assert torch.equal(again(images), expected)
 
 
 def fingerprint(model: nn.Module, images: Tensor) -> dict[str, Any]:
