@@ -54,6 +54,7 @@ METHODS: Mapping[str, Method] = {
     "spt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "prototypes", 100, "shallow"),
     "vpt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "random", 20),
     "vpt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "random", 100, "shallow"),
+    "adapter": Method("adapter", "Adapter"),
     "linear": Method("own_weights", "LinearProbe"),
     "bias": Method("own_weights", "Bias"),
     "partial": Method("own_weights", "Partial"),
