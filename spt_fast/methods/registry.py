@@ -55,6 +55,7 @@ METHODS: Mapping[str, Method] = {
     "vpt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "random", 20),
     "vpt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "random", 100, "shallow"),
     "adapter": Method("adapter", "Adapter"),
+    "ssf": Method("ssf", "ScaleShiftFeatures"),
     "linear": Method("own_weights", "LinearProbe"),
     "bias": Method("own_weights", "Bias"),
     "partial": Method("own_weights", "Partial"),
