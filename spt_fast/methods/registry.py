@@ -56,6 +56,8 @@ METHODS: Mapping[str, Method] = {
     "vpt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "random", 100, "shallow"),
     "adapter": Method("adapter", "Adapter"),
     "ssf": Method("ssf", "ScaleShiftFeatures"),
+    "lora": Method("lora", "LoRA"),
+    "peft": Method("peft_tuners", "PeftTuner"),
     "linear": Method("own_weights", "LinearProbe"),
     "bias": Method("own_weights", "Bias"),
     "partial": Method("own_weights", "Partial"),
