@@ -58,6 +58,7 @@ METHODS: Mapping[str, Method] = {
     "ssf": Method("ssf", "ScaleShiftFeatures"),
     "lora": Method("lora", "LoRA"),
     "peft": Method("peft_tuners", "PeftTuner"),
+    "snf": Method("snf", "SkipFlows"),
     "linear": Method("own_weights", "LinearProbe"),
     "bias": Method("own_weights", "Bias"),
     "partial": Method("own_weights", "Partial"),
