@@ -59,6 +59,8 @@ METHODS: Mapping[str, Method] = {
     "lora": Method("lora", "LoRA"),
     "peft": Method("peft_tuners", "PeftTuner"),
     "snf": Method("snf", "SkipFlows"),
+    "mp": Method("mp", "MomentProbing"),
+    "mp+": Method("mp", "MomentProbingPlus"),
     "linear": Method("own_weights", "LinearProbe"),
     "bias": Method("own_weights", "Bias"),
     "partial": Method("own_weights", "Partial"),

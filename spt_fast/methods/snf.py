@@ -6,8 +6,8 @@ affine flow and then K planar ones, on each token by itself:
     z_0 = mu + exp(s) * x                            start: mu = s = 0, the model
     z_k = z_(k-1) + u_k tanh(w_k . z_(k-1) + b_k)    start: u, w, b uniform in +-0.01, nearly the model
 
-The log-determinants of the flows are not needed. Numbers: 2 L (2 D + K (2 D + 1)). K = 16 is the default of the
-released code; the counts in the paper's tables are those of K = 1 (FGVC) and K = 6 (VTAB).
+The log-determinants of the flows are not needed. Numbers: 2 L (2 D + K (2 D + 1)). K = 16 is the default of
+the released code; the counts in the paper's tables are those of K = 1 (FGVC) and K = 6 (VTAB).
 """
 
 from __future__ import annotations
