@@ -38,10 +38,10 @@ _SIDE = 31
 
 
 class MomentProbing(TunedViT):
-    """A head of two parts: the model's classifier, and one of moments of the patch tokens. No options.
+    """A head of two classifiers, that of the model and one of moments of the patch tokens; no options.
 
-    `head` is a ModuleList of both, and files hold both under "head."; `num_classes` is of both. The model must
-    have a classifier: `num_classes=0` is refused.
+    `head` is a ModuleList of both, and files hold both under "head."; `num_classes` is of both. Without a
+    classifier, as with `num_classes=0`, the model is refused.
 
     Raises:
         TypeError: the model lacks `forward_features` or `forward_head`, or has two classifiers.

@@ -190,7 +190,7 @@ def check_merge(make_vit: Any, images: Tensor, method: str, options: dict[str, A
 
 
 def check_variants(make_vit: Any, make_images: Any, method: str, **options: Any) -> None:
-    """Assert that checkpointing changes nothing, and that half precision comes near."""
+    """Assert that checkpointing and compiling change nothing, and that half precision comes near."""
     images = make_images(2)
 
     def gradients(prepare: Callable[[TunedViT], Any], **use: Any) -> tuple[Tensor, list[Tensor]]:
@@ -211,6 +211,10 @@ def check_variants(make_vit: Any, make_images: Any, method: str, **options: Any)
     assert all(grad.dtype == torch.float32 for grad in rough)
     small = torch.cat([grad.flatten() for grad in grads])
     assert (torch.cat([grad.flatten() for grad in rough]) - small).norm() < 0.15 * small.norm()
+
+    tuned = spt_fast.tune(make_vit(depth=1), method, num_classes=7, **options)
+    compiled = torch.compile(tuned, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(images), tuned(images))
 
     narrow = spt_fast.tune(make_vit().to(torch.bfloat16), method, num_classes=7, **options)
     out = narrow(images)
@@ -262,14 +266,16 @@ def check(make_vit: Any, make_images: Any, make_loader: Any, tmp_path: Path) -> 
 
 @pytest.fixture(scope="session")
 def count() -> Callable[..., dict[str, int]]:
-    """What a method learns beside the head on ViT-B/16, ViT-L/16 and ViT-H/14, counted without weights."""
+    """What a method learns on ViT-B/16, ViT-L/16 and ViT-H/14, by default without a head; without weights."""
+    with torch.device("meta"):
+        models = {size: timm.create_model(name, num_classes=0) for size, name in SIZES.items()}
 
-    def numbers(method: str, **options: Any) -> dict[str, int]:
+    def numbers(method: str, num_classes: int = 0, **options: Any) -> dict[str, int]:
         found = {}
-        for size, name in SIZES.items():
-            with torch.device("meta"):
-                model = timm.create_model(name, num_classes=0)
-            found[size] = spt_fast.tune(model, method, num_classes=0, **options).num_trainable()
+        for size, model in models.items():
+            tuned = spt_fast.tune(model, method, num_classes=num_classes, **options)
+            found[size] = tuned.num_trainable()
+            tuned.release()
         return found
 
     return numbers

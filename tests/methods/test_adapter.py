@@ -110,7 +110,7 @@ def test_files_and_release(check, style):
     check.life("adapter", style=style, bottleneck=3)
 
 
-def test_half_precision_and_checkpointing(check):
+def test_half_precision_checkpointing_and_compile(check):
     check.variants("adapter", style="houlsby")
 
 

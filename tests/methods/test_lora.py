@@ -84,7 +84,7 @@ def test_files_and_release(check):
     check.life("lora", target="qkv,proj", rank=2)
 
 
-def test_half_precision_and_checkpointing(check):
+def test_half_precision_checkpointing_and_compile(check):
     check.variants("lora")
 
 

@@ -73,7 +73,7 @@ def test_files_and_release(check, num_flows):
     check.life("snf", num_flows=num_flows)
 
 
-def test_half_precision_and_checkpointing(check):
+def test_half_precision_checkpointing_and_compile(check):
     check.variants("snf", num_flows=2)
 
 

@@ -91,7 +91,7 @@ def test_files_and_release(check):
     check.life("ssf")
 
 
-def test_half_precision_and_checkpointing(check):
+def test_half_precision_checkpointing_and_compile(check):
     check.variants("ssf")
 
 
