@@ -104,6 +104,7 @@ class ModelSnapshot:
         if self.is_restored:
             return
         self.is_restored = True
+        _plant(self._trees)
         now = placement(model)
         vars(model).pop(_MARK, None)
         for module, forward in reversed(self._forwards):
@@ -113,7 +114,6 @@ class ModelSnapshot:
                 setattr(module, "forward", forward)  # noqa: B010
         for module, name, parameter in self._originals:
             module._parameters[name] = parameter
-        _plant(self._trees)
         if not keep_head:
             model._modules.clear()
             model._modules.update(self._children)

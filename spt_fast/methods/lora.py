@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from spt_fast.methods.base import Common
-from spt_fast.methods.peft_tuners import PeftTuner, check_target
+from spt_fast.methods.peft_config import check_target
+from spt_fast.methods.peft_tuners import PeftTuner
 from spt_fast.support.arguments import check_int, check_number
 
 if TYPE_CHECKING:

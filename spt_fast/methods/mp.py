@@ -1,6 +1,6 @@
 """Moment probing: a head that also sees how the patch tokens vary together (Gao et al., ICCV 2023).
 
-mp: the patch tokens after the final norm pass a linear layer D -> 512 and are split into four groups of 128
+The patch tokens after the final norm pass a linear layer D -> 512 and are split into four groups of 128
 channels, each through the same LayerNorm. The cross-covariances of neighbouring groups over the N_e tokens,
 
     C_g = (X_g - mean)^T (X_(g+1) - mean) / N_e    for g = 1, 2, 3,
@@ -9,30 +9,26 @@ have their columns brought to length 1. As an image of three channels, 128 x 128
 3 -> 3 (3 x 3, stride 2, no bias) with a GELU between, and a linear layer 2,883 -> C. The logits are the mean
 of these and of the classifier's own. Nothing before the head changes.
 
-mp+ adds to every block: mlp(z) becomes (1 + w) * mlp(z) + b, of the MLP's input z, with w = U_w relu(V z) and
-b = U_b relu(V z), without biases, of rank 16. All starts as layers of torch do, so mp+ not as the model.
-
-Numbers: 512 D + 930 + 2,884 C of the head beside its classifier, so 394,146 + 3,653 C with it at D = 768; mp+
-has 48 D L more. The released code removes one mean of all channels and tokens, which is nearly zero behind a
-LayerNorm; here each channel has its own, as in a covariance.
+Numbers: 512 D + 930 + 2,884 C of the head beside its classifier, so 394,146 + 3,653 C with it at D = 768. The
+released code removes one mean of all channels and tokens, which is nearly zero behind a LayerNorm; here each
+channel has its own, as in a covariance.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import embed_dim
-from spt_fast.methods.added_modules import around, learned_like, linear_as, parts_of_blocks
+from spt_fast.methods.added_modules import learned_like
 from spt_fast.methods.base import Blocks, Common, TunedViT
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_WIDTH, _GROUPS, _RANK = 512, 4, 16
+_WIDTH, _GROUPS = 512, 4
 # Of 128 x 128 after two convolutions.
 _SIDE = 31
 
@@ -93,25 +89,6 @@ class MomentProbing(TunedViT):
         return self.moments(patches if norm is None else norm(patches))  # type: ignore[no-any-return]
 
 
-class MomentProbingPlus(MomentProbing):
-    """Moment probing, and in every block a scale and a shift of the MLP that depend on its input.
-
-    Raises:
-        TypeError, ValueError: as `MomentProbing`; or a block has no `mlp`.
-    """
-
-    method = "mp+"
-
-    def _install(self, blocks: Blocks) -> None:
-        super()._install(blocks)
-        self.rescales = nn.ModuleList()
-        for part in parts_of_blocks(self.method, blocks, {"mlp": nn.Module}).values():
-            rescale = Rescale(embed_dim(self.model)).to(**learned_like(self.model))
-            self.rescales.append(rescale)
-            forward = functools.partial(around, rescale.of_output, part.forward)
-            self._snapshot.replace_forward(part, forward)
-
-
 class MomentHead(nn.Module):
     """Logits [B, C], in the dtype of its weights, of patch tokens [B, N_e, D]."""
 
@@ -133,17 +110,3 @@ class MomentHead(nn.Module):
         covariances = groups[:, :-1] @ groups[:, 1:].mT / groups.shape[-1]
         features = self.convolutions(F.normalize(covariances, dim=-2)).flatten(1)
         return self.classifier(features)  # type: ignore[no-any-return]
-
-
-class Rescale(nn.Module):
-    """(1 + w) * y + b of the output y of a part [..., D], w and b from its input."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(width, _RANK, bias=False)
-        self.up_scale = nn.Linear(_RANK, width, bias=False)
-        self.up_shift = nn.Linear(_RANK, width, bias=False)
-
-    def of_output(self, z: Tensor, output: Tensor) -> Tensor:
-        hidden = F.relu(linear_as(z, self.down))
-        return output * (1 + linear_as(hidden, self.up_scale)) + linear_as(hidden, self.up_shift)

@@ -60,7 +60,7 @@ METHODS: Mapping[str, Method] = {
     "peft": Method("peft_tuners", "PeftTuner"),
     "snf": Method("snf", "SkipFlows"),
     "mp": Method("mp", "MomentProbing"),
-    "mp+": Method("mp", "MomentProbingPlus"),
+    "mp+": Method("mp_plus", "MomentProbingPlus"),
     "linear": Method("own_weights", "LinearProbe"),
     "bias": Method("own_weights", "Bias"),
     "partial": Method("own_weights", "Partial"),

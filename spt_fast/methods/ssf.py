@@ -53,7 +53,7 @@ class ScaleShiftFeatures(TunedViT):
 
     def _install(self, blocks: Blocks) -> None:
         for name, part in self._parts(blocks).items():
-            scaled = ScaleShift(_width(name, part, self.model), **learned_like(self.model))
+            scaled = ScaleShift(_width(part, self.model), **learned_like(self.model))
             self.operations[name.replace(".", "-")] = scaled
             self._snapshot.replace_forward(part, functools.partial(around, scaled.of_output, part.forward))
 
@@ -103,7 +103,7 @@ class ScaleShift(nn.Module):
         return {"weight": (weight * scale).to(weight.dtype), "bias": shifted.to(weight.dtype)}
 
 
-def _width(name: str, part: nn.Module, model: nn.Module) -> int:
+def _width(part: nn.Module, model: nn.Module) -> int:
     """Of the output of a part."""
     return part.out_features if isinstance(part, nn.Linear) else embed_dim(model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from typing import Any
@@ -101,6 +102,7 @@ def test_refuses_what_it_cannot_take(check, make_vit):
         ("lora", "alpha", -1, "alpha must be a finite number > 0 or None"),
         ("lora", "dropout", 1, "dropout must be a finite number >= 0 and < 1"),
         ("lora", "target", "qkv,", "target must be names of layers"),
+        ("lora", "target", [], "target must be names of layers"),
         ("peft", "type", "prompt_tuning", "type must be one of .*'lora'"),
         ("peft", "config", {"rank": 2}, "config must be arguments of peft's LoraConfig .*'rank'"),
         ("peft", "config", "r=2", "config must be a dict of what JSON knows"),
@@ -122,6 +124,20 @@ def test_refuses_what_it_cannot_take(check, make_vit):
         check.refused(make_vit(), message, method, **{option: value})
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_release_of_narrow_models(make_vit):
+    """peft's parts are float32 there, also copies of the model's own."""
+    model = make_vit().to(torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    tuned = spt_fast.tune(model, "peft", type="ln_tuning", target="norm1", num_classes=3)
+    assert tuned.model.blocks[0].norm1 is not tuned.release().blocks[0].norm1
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, before[name])
+
+
 def test_says_where_merging_is_impossible(make_vit, make_images):
     tuned = spt_fast.tune(make_vit(), "peft", type="lily", config={"r": 4}, num_classes=3).eval()
     logits = tuned(make_images())
@@ -134,8 +150,9 @@ def test_says_what_to_install(monkeypatch, vit):
     """peft is loaded when a model is tuned, not before."""
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setitem(sys.modules, "peft.mapping", None)
-    spec = importlib.util.find_spec("spt_fast.methods.peft_tuners")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    for name in ("peft_config", "peft_tuners", "lora"):
+        spec = importlib.util.find_spec(f"spt_fast.methods.{name}")
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
     with pytest.raises(ImportError, match=r"pip install 'spt_fast\[peft\]'"):
         spt_fast.tune(vit, "lora")
     monkeypatch.undo()
