@@ -95,6 +95,23 @@ def make_vit() -> Callable[..., VisionTransformer]:
     return make
 
 
+@pytest.fixture(scope="session")
+def make_random(make_vit: Callable[..., VisionTransformer]) -> Callable[..., VisionTransformer]:
+    """`make_vit` in evaluation mode with every parameter random, so that a branch left out would show."""
+
+    def make(**options: Any) -> VisionTransformer:
+        model = make_vit(**options)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                is_vector = parameter.ndim == 1
+                noise = torch.randn(parameter.shape, generator=generator) * (0.5 if is_vector else 0.15)
+                parameter.copy_(noise + (1 if is_vector and name.endswith("weight") else 0))
+        return model.eval()
+
+    return make
+
+
 # Where the host may look at numbers, by the end of the file's name and the function; and why.
 MAY_WAIT = {
     ("support/waiting.py", "read"): "the numbers of a step or batch before, after the next one was queued",

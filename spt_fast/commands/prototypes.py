@@ -56,6 +56,12 @@ def add(commands: Commands) -> None:
         "--mode", choices=("stream", "exact"), default="stream", help="of kmeans (default: stream)"
     )
     prompts.add_argument(
+        "--metric",
+        choices=("euclidean", "cosine"),
+        default="euclidean",
+        help="of kmeans: cosine clusters the directions of the tokens (default: euclidean)",
+    )
+    prompts.add_argument(
         "--capacity", type=int, help="of stream: tokens kept per layer (default: 20000 or 500 per prompt)"
     )
     prompts.add_argument(
@@ -126,6 +132,7 @@ def _build_and_save(args: argparse.Namespace, processes: Processes) -> None:
             num_prompts=max(args.num_prompts) if args.num_prompts else None,
             depth=args.depth,
             strategy=args.strategy,
+            metric=args.metric,
             capacity=args.capacity,
             mode=args.mode,
             init=args.init,

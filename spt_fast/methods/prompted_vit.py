@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from spt_fast.prototypes.result import Prototypes
+
+
+class EngineWishes(NamedTuple):
+    """What an engine is chosen for: arguments of `PromptedViT`."""
+
+    depth: str
+    engine: Literal["auto", "kv", "concat"]
+    prompt_dropout: float
+    pool_prompts: bool
 
 
 class PromptedViT(Measures, TunedViT):
@@ -85,6 +94,8 @@ class PromptedViT(Measures, TunedViT):
     """
 
     prompts: nn.Parameter
+    # Of a method that is a subclass, set before the constructor of this class.
+    _own_options: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -108,23 +119,44 @@ class PromptedViT(Measures, TunedViT):
         blocks = get_blocks(model)
         pool_prompts = check_pool_prompts(model, blocks, pool_prompts)
         dropout = check_prompt_dropout(prompt_dropout)
-        engine, reason = choose_engine(model, blocks, depth, engine, dropout)
-        super().__init__(model, {}, num_classes=num_classes, head_norm=head_norm, weight_dtype=weight_dtype)
+        wanted = EngineWishes(depth, engine, dropout, pool_prompts)
+        engine, reason = self._choose_engine(model, blocks, wanted)
+        super().__init__(
+            model,
+            self._own_options,
+            num_classes=num_classes,
+            head_norm=head_norm,
+            weight_dtype=weight_dtype,
+        )
         values = initial_prompts(model, prompts, depth, allow_other_backbone=allow_other_backbone)
-        self.method = _method_of(prompts, depth)
+        self.method = getattr(type(self), "method", None) or _method_of(prompts, depth)
         self.depth, self.pool_prompts = depth, pool_prompts
         self.engine, self.engine_reason = engine, reason
         self.prompt_dropout = nn.Dropout(dropout)
-        # Without prompts there is nothing to learn; DDP would wait for a gradient that never comes.
-        self.prompts = nn.Parameter(values, requires_grad=not freeze_prompts and values.numel() > 0)
-        self._blocks = PromptedBlocks(
-            self._parameters,
+        self._learn(values, frozen=freeze_prompts)
+        self._blocks = self._make_blocks(
             engine=self.engine,
             depth=depth,
             pool_prompts=self.pool_prompts,
             drop=self.prompt_dropout,
         )
         self._take_over()
+
+    @classmethod
+    def _choose_engine(
+        cls, model: nn.Module, blocks: Blocks, wanted: EngineWishes
+    ) -> tuple[Literal["kv", "concat"], str]:
+        """The engine, and in one sentence why; errors as `choose_engine`."""
+        return choose_engine(model, blocks, wanted.depth, wanted.engine, wanted.prompt_dropout)
+
+    def _learn(self, values: Tensor, *, frozen: bool) -> None:
+        """Add what the method learns beside the head; its prompts start from `values` [L or 1, N_p, D]."""
+        # Without prompts there is nothing to learn; DDP would wait for a gradient that never comes.
+        self.prompts = nn.Parameter(values, requires_grad=not frozen and values.numel() > 0)
+
+    def _make_blocks(self, **how: Any) -> PromptedBlocks:
+        """What runs the blocks, without a reference to this object; `how` are options of `PromptedBlocks`."""
+        return PromptedBlocks(self._parameters, **how)
 
     @classmethod
     def from_file(

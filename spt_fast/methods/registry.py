@@ -17,8 +17,14 @@ if TYPE_CHECKING:
     from spt_fast.methods.base import TunedViT
     from spt_fast.methods.file_format import TunedState
 
-# What every method has, and what only the prompts start from.
+# What every method has, what every method of prompts has, and what only the prompts start from.
 _COMMON = ("num_classes", "head_norm", "weight_dtype")
+_OF_PROMPTS: Mapping[str, Any] = {
+    "engine": "auto",
+    "pool_prompts": None,
+    "prompt_dropout": 0.0,
+    "allow_other_backbone": False,
+}
 _START = "prompts"
 
 
@@ -54,6 +60,11 @@ METHODS: Mapping[str, Method] = {
     "spt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "prototypes", 100, "shallow"),
     "vpt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "random", 20),
     "vpt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "random", 100, "shallow"),
+    "gate-vpt": Method("gate_vpt", "GateVPT", prompts="any", num_prompts=100, depth="shallow"),
+    "e2vpt": Method("e2vpt", "E2VPT", prompts="any", num_prompts=10),
+    "vfpt": Method("vfpt", "VFPT", prompts="any", num_prompts=20),
+    "cvpt": Method("cvpt", "CVPT", prompts="any", num_prompts=20),
+    "bpt": Method("bpt", "BPT", prompts="any", num_prompts=50),
     "adapter": Method("adapter", "Adapter"),
     "ssf": Method("ssf", "ScaleShiftFeatures"),
     "lora": Method("lora", "LoRA"),
@@ -100,7 +111,12 @@ def options(name: str) -> Mapping[str, Any]:
     left_out = {"model", _START, *_COMMON, *method.fixed}
     keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {
-        each.name: each.default for each in parameters if each.name not in left_out and each.kind in keywords
+        **{
+            each.name: each.default
+            for each in parameters
+            if each.name not in left_out and each.kind in keywords
+        },
+        **({} if method.prompts is None else _OF_PROMPTS),
     }
 
 

@@ -18,6 +18,7 @@ from spt_fast.clustering import StreamingKMeans
 from spt_fast.clustering.lloyd import LloydResult
 from spt_fast.clustering.out_of_core import OutOfCoreKMeans
 from spt_fast.prototypes.backbone_pass import BackbonePass
+from spt_fast.prototypes.directions import METRICS, Directions
 from spt_fast.prototypes.drawn import DrawnFromAll
 from spt_fast.prototypes.options import (
     DEFAULT_NUM_PROMPTS,
@@ -49,6 +50,7 @@ def build_prototypes(
     num_prompts: int | None = None,
     depth: Literal["deep", "shallow"] = "deep",
     strategy: Literal["kmeans", "mean", "max", "random"] = "kmeans",
+    metric: Literal["euclidean", "cosine"] = "euclidean",
     capacity: int | None = None,
     mode: Literal["stream", "exact"] = "stream",
     init: Literal["k-means++", "random", "uniform"] | None = None,
@@ -85,6 +87,10 @@ def build_prototypes(
         strategy: "kmeans" (eq. 9, 10) over the tokens of all images, or one of Sec. 3.4 over the tokens of a
             single batch, drawn at random: "mean" or "max" of windows of floor(N_e B / N_p) tokens, or
             "random", a sample of N_p tokens. `sampling` changes that.
+        metric: for "kmeans" only: "cosine" clusters the directions of the tokens, their lengths set to 1.
+            That is what the norm of a block leaves of a prompt, but for its mean over the channels.
+            Prototypes then have the mean length of the tokens of their layer, and `inertia` is that of the
+            directions.
         capacity: for "stream" only: tokens kept per layer; None is max(20_000, 500 * num_prompts).
         mode: for "kmeans" only: "stream" sees every token once and keeps `capacity` of them; "exact" keeps
             all tokens and runs Lloyd's algorithm on them until `tol` or `max_iter` ends it.
@@ -133,6 +139,9 @@ def build_prototypes(
         check_choice("depth", depth, DEFAULT_NUM_PROMPTS)
         check_choice("strategy", strategy, STRATEGIES)
         check_choice("mode", mode, MODES)
+        check_choice("metric", metric, METRICS)
+        if strategy != "kmeans" and metric != "euclidean":
+            raise ValueError(f"metric={metric!r} is for strategy='kmeans', got strategy={strategy!r}")
         if strategy != "kmeans" and mode != "stream":
             raise ValueError(f"mode={mode!r} is for strategy='kmeans', got strategy={strategy!r}")
         if num_prompts is None:
@@ -163,6 +172,7 @@ def build_prototypes(
         metadata = {
             "strategy": strategy,
             **({"mode": mode} if strategy == "kmeans" else {}),
+            **({"metric": metric} if metric != "euclidean" else {}),
             **({"capacity": str(capacity)} if capacity is not None else {}),
             **(exact.facts() if exact is not None else {}),
             **({"sampling": sampling} if strategy != "kmeans" else {}),
@@ -208,8 +218,16 @@ def _from_stream(
         capacity=capacity,
         seed=_seed_of_rank(seed, processes.rank),
     )
+    directions = _directions(backbone, metadata)
+
+    def take_in(layer: int, tokens: Tensor) -> Tensor:
+        if directions is None:
+            return clusters.partial_fit_unchecked(tokens, layer)
+        clusters.partial_fit_unchecked(directions.of(layer, tokens), layer)
+        return _first_unfit(tokens)
+
     backbone.run(
-        lambda layer, tokens: clusters.partial_fit_unchecked(tokens, layer),
+        take_in,
         SideStream(backbone.device) if backbone.device.type == "cuda" else None,
         token_dtype,
     )
@@ -221,6 +239,8 @@ def _from_stream(
     with layer_bar(backbone.n_layers, backbone.progress) as bar:
         # The other ranks solve their share of the layers meanwhile.
         solved = summary.solve(num_prompts, on_group=partial(bar.update, processes.size), processes=processes)
+    if directions is not None:
+        metadata = {**metadata, **directions.facts(processes, backbone.num_tokens)}
     return backbone.result(solved.centers, solved.counts, solved.inertia, metadata=metadata, summary=summary)
 
 
@@ -233,10 +253,11 @@ def _from_all_tokens(
     metadata: dict[str, str],
 ) -> Prototypes:
     """K-means by Lloyd's algorithm, each layer on its own over all of its tokens."""
+    directions = _directions(backbone, metadata)
     with TokenStore(backbone.n_layers, exact.budget, backbone.device) as store:
 
         def keep(layer: int, tokens: Tensor) -> Tensor:
-            store.append(layer, tokens)
+            store.append(layer, tokens if directions is None else directions.of(layer, tokens))
             return _first_unfit(tokens)
 
         backbone.run(keep, token_dtype=token_dtype)
@@ -246,12 +267,19 @@ def _from_all_tokens(
             for layer in range(backbone.n_layers):
                 fitted.append(_fit_exactly(store, layer, num_prompts, exact, seed, backbone.processes))
                 bar.update()
+    if directions is not None:
+        metadata = {**metadata, **directions.facts(backbone.processes, backbone.num_tokens)}
     return backbone.result(
         torch.stack([fit.centers for fit in fitted]),
         torch.stack([fit.counts for fit in fitted]),
         torch.tensor([fit.inertia for fit in fitted], dtype=torch.float64),
         metadata={**metadata, "n_iter": " ".join(str(fit.n_iter) for fit in fitted)},
     )
+
+
+def _directions(backbone: BackbonePass, metadata: dict[str, str]) -> Directions | None:
+    """What turns tokens into directions, where the metric is the cosine."""
+    return Directions(backbone.n_layers, backbone.device) if metadata.get("metric") == "cosine" else None
 
 
 def _fit_exactly(

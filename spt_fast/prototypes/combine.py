@@ -12,6 +12,7 @@ from spt_fast.backbones.identity import backbone_facts, check_facts
 from spt_fast.clustering.summary import Summary
 from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.data.transforms import PREPROCESSING, Preprocessing
+from spt_fast.prototypes.directions import merged_facts
 from spt_fast.prototypes.result import Prototypes, from_layers
 from spt_fast.support.arguments import check_int
 
@@ -27,7 +28,7 @@ def concatenate(prototypes: Sequence[Prototypes]) -> Prototypes:
 
     Raises:
         TypeError: no sequence of `Prototypes`.
-        ValueError: none, or sets of different layers, width, backbone or `position_embedding`.
+        ValueError: none, or sets of different layers, width, backbone, `metric` or `position_embedding`.
     """
     sets = _check(prototypes)
     _warn_of_preprocessings(sets)
@@ -69,8 +70,8 @@ def merge(
 
     Raises:
         TypeError: no sequence of `Prototypes`.
-        ValueError: none, sets of different layers, width, backbone or `position_embedding`, or one without a
-            sample; more prompts than the samples can give.
+        ValueError: none, sets of different layers, width, backbone, `metric` or `position_embedding`, or one
+            without a sample; more prompts than the samples can give.
     """
     sets = _check(prototypes)
     summaries = []
@@ -98,7 +99,10 @@ def merge(
         solved.inertia,
         num_images=sum(each.num_images for each in sets),
         num_tokens=sum(each.num_tokens for each in sets),
-        metadata=_common_metadata(sets),
+        metadata={
+            **_common_metadata(sets),
+            **merged_facts([(each.metadata, each.num_tokens) for each in sets]),
+        },
         with_last_output=summary.n_groups > len(sets[0].prompts),
         summary=summary,
     )
@@ -118,6 +122,9 @@ def _check(prototypes: Sequence[Prototypes]) -> list[Prototypes]:
         raise ValueError(f"prototypes must be of one number of layers and one width, got (L, D) = {shapes}")
     for index, each in enumerate(sets[1:], start=1):
         check_facts(f"prototypes[{index}]", each.metadata, backbone_facts(sets[0].metadata))
+    metrics = [each.metadata.get("metric", "euclidean") for each in sets]
+    if len(set(metrics)) > 1:
+        raise ValueError(f"prototypes must all be of one metric, got {', '.join(metrics)}")
     embedded = [each.metadata.get("position_embedding", "True") for each in sets]
     if len(set(embedded)) > 1:
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spt_fast.clustering.summary import Summary
+from spt_fast.prototypes.directions import at_mean_length
 from spt_fast.support.arguments import check_bool, check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import check_metadata, read_safetensors, write_safetensors
@@ -31,7 +32,7 @@ class Prototypes:
         prompts: [L, N_p, D] (deep) or [1, N_p, D] (shallow), float32, CPU. `prompts[i]` is for block i + 1.
         counts: [L, N_p], float64: number of tokens nearest to each prototype (an estimate in stream mode).
         inertia: [L], float64: sum of the squared distances of tokens to their nearest prototypes (eq. 9; an
-            estimate in stream mode).
+            estimate in stream mode); with `metric="cosine"`, of tokens at length 1 to the centres of these.
         num_images: number of images whose tokens were used.
         num_tokens: number of patch tokens used, per layer.
         metadata: how, with what, and from which backbone they were built.
@@ -279,8 +280,8 @@ def from_layers(
     with_last_output: bool,
     summary: Summary | None = None,
 ) -> Prototypes:
-    """Prototypes from tensors of any device and dtype, the last block's output being one more layer."""
-    prompts = prompts.detach().to("cpu", torch.float32)
+    """Prototypes from centres of any device and dtype, the last block's output being one more layer."""
+    prompts = at_mean_length(prompts.detach().to("cpu", torch.float32), metadata)
     counts, inertia = (values.detach().to("cpu", torch.float64) for values in (counts, inertia))
 
     def of(layers: slice, last_output: Prototypes | None, summary: Summary | None) -> Prototypes:

@@ -45,6 +45,7 @@ def test_prototypes_of_a_folder(folders, tmp_path, capsys):
     ("options", "facts"),
     [
         (("--strategy", "mean"), {"strategy": "mean"}),
+        (("--metric", "cosine"), {"strategy": "kmeans", "metric": "cosine"}),
         (("--strategy", "random", "--seed", 3), {"strategy": "random", "seed": "3"}),
         (("--mode", "exact"), {"mode": "exact"}),
         (("--depth", "shallow"), {"prompt_depth": "shallow"}),

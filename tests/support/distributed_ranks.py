@@ -103,6 +103,11 @@ def exact(_: Path) -> Any:
     return build(mine(make_batches()), mode="exact")
 
 
+@scenario(1, 3)
+def exact_directions(_: Path) -> Any:
+    return build(mine(make_batches()), mode="exact", metric="cosine")
+
+
 @scenario(2)
 def exact_from_the_file(_: Path) -> Any:
     return build(mine(make_batches()), mode="exact", memory_budget=0)

@@ -177,6 +177,11 @@ def test_equal_parts_are_those_of_all_ranks(outcomes: Outcomes) -> None:
     torch.testing.assert_close(two["prompts"], one["prompts"], rtol=1e-5, atol=1e-5)
 
 
+def test_directions_have_the_mean_length_of_all_tokens(outcomes: Outcomes) -> None:
+    one, three = outcomes.same("exact_directions_1"), outcomes.same("exact_directions_3")
+    torch.testing.assert_close(three["prompts"], one["prompts"], rtol=1e-5, atol=1e-5)
+
+
 def test_prompts_are_drawn_from_the_images_of_all_ranks(outcomes: Outcomes) -> None:
     for first, second, third in zip(*outcomes.of("drawn_from_all_with_an_empty_rank"), strict=True):
         assert_same(first, second)

@@ -3,7 +3,7 @@
 Neither touches the model around the block; `choose_engine` takes one of them.
 """
 
-from spt_fast.prompting.engines.attention import KeysValues, attend, attention_weights
+from spt_fast.prompting.engines.attention import KeysValues, attend, attention_weights, cross_attend
 from spt_fast.prompting.engines.cache import KeysValuesCache
 from spt_fast.prompting.engines.choice import choose_engine
 from spt_fast.prompting.engines.concat import (
@@ -31,6 +31,7 @@ __all__ = [
     "choose_engine",
     "concat_blocker",
     "concat_extras",
+    "cross_attend",
     "drop_prompts",
     "fit_extras",
     "known_blocks",

@@ -51,13 +51,26 @@ def attend(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None = 
 
     `position` is what the module takes beside x: the rotary embedding of the patches, or BEiT's shared bias.
     """
-    gate = attn.gate(x).sigmoid() if getattr(attn, "gate", None) is not None else None
-    out = _mix(attn, x, prompts, position)
-    # Older timm has no norm here.
+    return _leave(attn, x, _mix(attn, x, prompts, position))
+
+
+def cross_attend(attn: Any, x: Tensor, prompts: KeysValues) -> Tensor:
+    """timm's Attention with tokens x [B, N, D] as queries of prompts alone, [H, N_p, d]; [B, N, D]."""
+    heads = _project_queries(attn, x).reshape(*x.shape[:2], attn.num_heads, _head_width(attn))
+    q = _normed(attn, "q_norm", heads)
+    # All images have the same keys: their queries are one long sequence, without a copy of keys for each.
+    queries = q.flatten(0, 1).transpose(0, 1)
+    out = F.scaled_dot_product_attention(queries, prompts.keys, prompts.values, scale=attn.scale)
+    return _leave(attn, x, out.transpose(0, 1).reshape(*x.shape[:2], -1))
+
+
+def _leave(attn: Any, x: Tensor, out: Tensor) -> Tensor:
+    """What the module makes of its heads' outputs [B, N, H * d]."""
+    # Older timm has no norm and no gate here.
     if getattr(attn, "norm", None) is not None:
         out = attn.norm(out)
-    if gate is not None:
-        out = out * gate
+    if getattr(attn, "gate", None) is not None:
+        out = out * attn.gate(x).sigmoid()
     return attn.proj_drop(attn.proj(out))  # type: ignore[no-any-return]
 
 
@@ -135,6 +148,15 @@ def _fused_projection(attn: Any, x: Tensor, qkv: Callable[[Tensor], Tensor]) -> 
         return qkv(x)
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
     return qkv(x) + bias if attn.qkv_bias_separate else F.linear(x, attn.qkv.weight, bias)
+
+
+def _project_queries(attn: Any, x: Tensor) -> Tensor:
+    """Queries [..., N, H * d] alone."""
+    if type(attn.qkv) is not nn.Linear or "forward" in vars(attn.qkv) or has_hooks(attn.qkv):
+        return attn.qkv(x).chunk(3, dim=-1)[0]  # type: ignore[no-any-return]
+    first_key = attn.qkv.out_features // 3
+    bias = None if attn.qkv.bias is None else attn.qkv.bias[:first_key]
+    return F.linear(x, attn.qkv.weight[:first_key], bias)
 
 
 def _project_prompts(attn: Any, prompts: Tensor) -> tuple[Tensor, Tensor]:

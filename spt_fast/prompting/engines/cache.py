@@ -7,7 +7,7 @@ and values are then computed again. A write through `.data` changes neither, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,19 +26,20 @@ class KeysValuesCache:
     def get(
         self,
         where: tuple[int, int],
-        prompts: Tensor,
+        learned: Sequence[Tensor],
         dtype: torch.dtype,
         compute: Callable[[], KeysValues],
     ) -> KeysValues:
-        """What `compute()` gave in the same place with the same `prompts`, `dtype` and autocast.
+        """What `compute()` gave in the same place with the same `learned`, `dtype` and autocast.
 
         `where` is the number of a block and that of an attention in it.
         """
-        if prompts.is_inference():
+        if any(each.is_inference() for each in learned):
             # Tensors of inference mode have no version counter.
             return compute()
-        autocast = autocast_dtype(prompts.device.type)
-        key = (prompts.data_ptr(), prompts._version, prompts.device, dtype, autocast)
+        device = learned[0].device
+        versions = tuple((each.data_ptr(), each._version) for each in learned)
+        key = (versions, device, dtype, autocast_dtype(device.type))
         found = self._entries.get(where)
         if found is not None and found[0] == key:
             return found[1]

@@ -1,0 +1,94 @@
+"""What the methods share that are prompts with one more idea: their file, and prompts that are computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from spt_fast.methods.base import Blocks, Common
+from spt_fast.methods.file_format import TunedState
+from spt_fast.methods.prompted_vit import EngineWishes, PromptedViT
+from spt_fast.prompting.prompted_blocks import PromptedBlocks
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class PromptUse(Common, total=False):
+    """Arguments that every method of prompts has; see `PromptedViT`."""
+
+    pool_prompts: bool | None
+    engine: Literal["auto", "kv", "concat"]
+    prompt_dropout: float
+    allow_other_backbone: bool
+
+
+class PromptVariant(PromptedViT):
+    """Base of these methods. `prompts` are what the blocks take; the file has the options of the method."""
+
+    # Where the file has what the prompts start from.
+    _start = "prompts"
+
+    @staticmethod
+    def _blocker(block: nn.Module) -> str | None:
+        """Why the method cannot take a block, or None."""
+        return None
+
+    @classmethod
+    def _check_blocks(cls, blocks: Blocks) -> None:
+        for number, block in enumerate(blocks, start=1):
+            reason = cls._blocker(block)
+            if reason is not None:
+                raise TypeError(f"model cannot be tuned by {cls.method!r}: block {number}: {reason}")
+
+    @classmethod
+    def _choose_engine(
+        cls, model: nn.Module, blocks: Blocks, wanted: EngineWishes
+    ) -> tuple[Literal["kv", "concat"], str]:
+        cls._check_blocks(blocks)
+        return super()._choose_engine(model, blocks, wanted)
+
+    def _method_facts(self) -> dict[str, str]:
+        return {"method": self.method, "pool_prompts": str(self.pool_prompts)}
+
+    @classmethod
+    def _opens(cls, state: TunedState) -> bool:
+        return state.method == cls.method
+
+    @classmethod
+    def _built_as(cls, state: TunedState, model: nn.Module, **common: Any) -> Self:
+        if cls._start not in state.tensors:
+            raise ValueError(
+                f"a file of {state.method!r} must hold {cls._start}, got {sorted(state.tensors)}"
+            )
+        start = cls._start_of(state)
+        return cls(model, start, pool_prompts=state.pool_prompts, **state.options, **common)
+
+    @classmethod
+    def _start_of(cls, state: TunedState) -> Tensor:
+        """Prompts [L or 1, N_p, D] from which an object is built that then takes what the file holds."""
+        return state.tensors[cls._start]
+
+
+class ComputedPrompts(PromptVariant):
+    """Base of methods whose prompts a module `source` computes, without inputs, from what it learns."""
+
+    source: nn.Module
+    _start = "source.prompts"
+
+    def _make_source(self, values: Tensor) -> nn.Module:
+        """`values` [L or 1, N_p, D] are what the prompts start from."""
+        raise NotImplementedError
+
+    @property
+    def prompts(self) -> Tensor:  # type: ignore[override]
+        """[L or 1, N_p, D], as blocks take them, at least float32; computed anew each time."""
+        found: Tensor = self.source()
+        return found
+
+    def _learn(self, values: Tensor, *, frozen: bool) -> None:
+        self.source = self._make_source(values)
+
+    def _make_blocks(self, **how: Any) -> PromptedBlocks:
+        return PromptedBlocks(self._parameters, source=self.source, **how)
