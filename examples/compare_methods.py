@@ -3,10 +3,11 @@
     python examples/compare_methods.py runs.csv [--methods ssf lora ...] [--seeds 0 1 2]
     python examples/compare_methods.py runs.csv --table
 
-A run tunes the shipped backbone on ten images of each digit for 30 epochs in batches of 20, as `spt-fast demo`
-does, and appends a row: accuracy on the validation images and on the test images. Runs whose row is there
-are left out, so that a stopped comparison goes on. Rates are tried with the first seed. The one that is best
-by validation there is run with all seeds, and the table shows its test accuracy. Test images choose nothing.
+A run tunes the shipped backbone on ten images of each digit for 30 epochs in batches of 20, as `spt-fast
+demo` does, and appends a row: accuracy on the validation images and on the test images. Runs whose row is
+there are left out, so that a stopped comparison goes on. Rates are tried with the first seed. The one that is
+best by validation there is run with all seeds, and the table shows its test accuracy. Test images choose
+nothing.
 """
 
 from __future__ import annotations

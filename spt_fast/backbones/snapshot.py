@@ -19,6 +19,8 @@ HEAD_NORMS = ("none", "batch")
 _CAST_MODULES = (nn.Linear, nn.Conv2d)
 # Where a model that is taken over holds its snapshot, so that copies of it hold copies.
 _MARK = "_taken_over"
+# Modules with the children that they have.
+_Trees = list[tuple[nn.Module, dict[str, nn.Module | None]]]
 
 
 class ModelSnapshot:
@@ -38,6 +40,7 @@ class ModelSnapshot:
         self._placement = placement(model)
         self._originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._opened: list[str] = []
+        self._trees: _Trees = []
         setattr(model, _MARK, self)
 
     def open_weights(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -51,13 +54,19 @@ class ModelSnapshot:
             module._parameters[attribute] = nn.Parameter(original.detach().clone())
             self._opened.append(name)
 
+    def keep_tree(self, model: nn.Module) -> None:
+        """From now on anything may put other modules into the places of those of `model`."""
+        self._trees = _trees_of(model.modules())
+
     def opened(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights that `open_weights` replaced, by their names in the model."""
         return ((name, model.get_parameter(name)) for name in self._opened)
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """Within the context, weights that learn have their original values; for looking at these only."""
+        """Within the context, weights and modules are the original ones; for looking at these only."""
+        trees = _trees_of(module for module, _ in self._trees)
+        _plant(self._trees)
         learning = [(module, name, module._parameters[name]) for module, name, _ in self._originals]
         for module, name, original in self._originals:
             module._parameters[name] = original
@@ -66,6 +75,7 @@ class ModelSnapshot:
         finally:
             for module, name, parameter in learning:
                 module._parameters[name] = parameter
+            _plant(trees)
 
     def cast_frozen_weights(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Replace the frozen weights that autocast would cast in every step by copies in `dtype`.
@@ -94,6 +104,7 @@ class ModelSnapshot:
         if self.is_restored:
             return
         self.is_restored = True
+        _plant(self._trees)
         now = placement(model)
         vars(model).pop(_MARK, None)
         for module, forward in reversed(self._forwards):
@@ -124,6 +135,17 @@ class ModelSnapshot:
             classifier.to(device, dtype)
         for _, _, parameter in self._originals:
             parameter.data = parameter.data.to(device, dtype)
+
+
+def _trees_of(modules: Iterable[nn.Module]) -> _Trees:
+    return [(module, dict(module._modules)) for module in modules]
+
+
+def _plant(trees: _Trees) -> None:
+    """Give modules these children."""
+    for module, children in trees:
+        module._modules.clear()
+        module._modules.update(children)
 
 
 def find_snapshot(model: nn.Module) -> ModelSnapshot | None:

@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from spt_fast.backbones.anatomy import embed_dim
 from spt_fast.prompting.checks import check_layers
 from spt_fast.support.arguments import check_bool, check_choice, check_int, check_tensor
 
 
 class TimmMethods(nn.Module):
-    """Base of `PromptedViT`, whose `_run` runs the parts of `model` with prompts."""
+    """Base of tuned models, whose `_run` runs the parts of `model` with what they learn.
+
+    Those with prompts say how these go through the blocks.
+    """
 
     model: nn.Module
-    prompts: nn.Parameter
-    depth: str
-    pool_prompts: bool
+    depth: str = "deep"
+    pool_prompts: bool = False
     _num_blocks: int
     _num_prefix_tokens: int
     _fitting: Callable[[Tensor], Tensor]
@@ -64,7 +67,7 @@ class TimmMethods(nn.Module):
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits of what `forward_features` returned; with `pre_logits`, the classifier's inputs."""
         run = functools.partial(self._timms("forward_head"), pre_logits=check_bool("pre_logits", pre_logits))
-        width = self.prompts.shape[2]
+        width = embed_dim(self.model)
         if check_tensor("tokens", tokens).ndim != 3 or tokens.shape[2] != width:
             raise ValueError(f"tokens must be [B, N, {width}], got {list(tokens.shape)}")
         return self._run(run, tokens)  # type: ignore[no-any-return]
