@@ -118,14 +118,19 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_options(args: argparse.Namespace, recipe: Recipe) -> None:
     """Refuse before any work what would be refused after it."""
+    from spt_fast.methods.registry import METHODS
+
     validates = args.val_data is not None or args.val_split is not None
     for name, chooses in (("keep", recipe.keep == "best"), ("patience", recipe.patience is not None)):
         if chooses and not validates:
             raise ValueError(
                 f"{name}={getattr(recipe, name)!r} is chosen by validation images: give val_data or val_split"
             )
-    if args.prompts is not None and not recipe.needs_prototypes:
-        raise ValueError(f"prompts is for SPT, got {args.prompts} with method={recipe.method!r}")
+    if args.prompts is not None and METHODS[recipe.method_name].prompts not in ("prototypes", "any"):
+        raise ValueError(
+            f"prompts is for methods whose prompts may start from a file, got {args.prompts} with "
+            f"method={recipe.method!r}"
+        )
     if args.test_data is not None and args.eval_test is None:
         raise ValueError(f"test_data is for eval_test (--eval-test), got {args.test_data} without it")
 

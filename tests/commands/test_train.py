@@ -240,7 +240,10 @@ def test_test_images_are_asked_for_by_name_and_evaluated_once(folders, tmp_path,
         (("--save-every", "0"), "save_every must be an integer >= 1 or None, got 0"),
         (("--resume", "--overwrite"), "resume goes on with what is in out, and overwrite replaces it"),
         (("--patience", "2"), "patience=2 is chosen by validation images: give val_data or val_split"),
-        (("--method", "vpt-deep", "--prompts", "p.safetensors"), "prompts is for SPT, got p.safetensors"),
+        (
+            ("--method", "vpt-deep", "--prompts", "p.safetensors"),
+            "prompts is for methods whose prompts may start from a file, got p.safetensors",
+        ),
     ],
     ids=" ".join,
 )
