@@ -30,7 +30,7 @@ from spt_fast.methods.registry import METHODS
 from spt_fast.training import build, evaluate, fit
 from spt_fast.training.loop import shuffled_loader
 
-RATES = (1e-4, 1e-3, 1e-2, 1e-1)
+RATES = (1e-3, 1e-2, 1e-1)
 PER_CLASS, EPOCHS, BATCH, NUM_PROMPTS = 10, 30, 20, 20
 CLASSES = tuple(str(digit) for digit in range(10))
 Split = tuple[Tensor, Tensor]

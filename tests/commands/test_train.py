@@ -128,8 +128,8 @@ def test_training_images_are_augmented_and_those_of_eval_are_not(folders):
         (("--method", "vpt-deep", "--num-prompts", 4), "deep", 4),
         (("--method", "spt-shallow", "--num-prompts", 3), "shallow", 3),
         (("--freeze-prompts",), "deep", 20),
-        (("--method", "linear"), None, 0),
-        (("--method", "bias"), None, 0),
+        (("--method", "linear"), "deep", 0),
+        (("--method", "bias"), "deep", 0),
     ],
 )
 def test_other_starts(start, depth, num_prompts, folders, tmp_path):
