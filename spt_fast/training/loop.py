@@ -162,11 +162,11 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether all epochs are done, or validation has not improved for `patience` epochs."""
+        """Whether all epochs are done, or none of the last `patience` validations was a better one."""
         patience, seen = self.recipe.patience, self.history.val_accuracy
         if patience is not None and seen:
-            best = self.history.val_epochs[seen.index(max(seen))]
-            if self.epoch - best >= patience:
+            since_best = len(seen) - 1 - seen.index(max(seen))
+            if since_best >= patience:
                 return True
         return self.epoch >= self.recipe.epochs
 

@@ -262,6 +262,14 @@ def test_patience_ends_training_without_a_better_epoch(blobs, monkeypatch, patie
         train(make_net(), blobs, patience=2)
 
 
+def test_patience_counts_validations_and_not_epochs(blobs, monkeypatch):
+    given_accuracy(monkeypatch, [0.2, 0.6, 0.4, 0.5, 0.3])
+    loader = shuffled_loader(*blobs, batch_size=8, seed=0)
+    history = train(make_net(), blobs, val_loader=loader, epochs=15, patience=2, val_every=3)
+    assert history.val_epochs == [3, 6, 9, 12]
+    assert history.epochs == 12
+
+
 def test_the_best_epoch_wants_validation_images(blobs):
     with pytest.raises(ValueError, match="keep='best' is chosen by validation images"):
         train(make_net(), blobs, keep="best")
