@@ -235,10 +235,15 @@ def about(recipe: Recipe, facts: Mapping[str, Any], tuned: nn.Module, processes:
     }
 
 
+def check_prompts_learn(learn: bool) -> None:
+    """ValueError where NMI is to be measured and no prompts learn."""
+    if not learn:
+        raise ValueError("nmi=True (--nmi) follows prompts while they learn, but here no prompts learn")
+
+
 def _tracker(tuned: TunedViT, batches: int) -> NMITracker:
     prompts = getattr(tuned, "prompts", None)
-    if not isinstance(prompts, nn.Parameter) or not prompts.requires_grad:
-        raise ValueError("nmi=True (--nmi) follows prompts while they learn, but here no prompts learn")
+    check_prompts_learn(isinstance(prompts, nn.Parameter) and prompts.requires_grad)
     return NMITracker(tuned, every=max(1, batches // _NMI_PER_EPOCH))
 
 

@@ -262,6 +262,22 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, on
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (("--save-every", "0"), "save_every must be an integer >= 1 or None, got 0"),
+        (("--nmi", "--freeze-prompts"), "nmi=True (--nmi) follows prompts while they learn"),
+        (("--method-option", "bottleneck=8"), "'bottleneck' is no option of method 'spt-deep'"),
+    ],
+    ids=" ".join,
+)
+def test_bad_options_are_found_before_prototypes_are_built(
+    changes, expected, folders, tmp_path, only_error, monkeypatch
+):
+    monkeypatch.setattr("spt_fast.prototypes.build.build_prototypes", lambda *_, **__: pytest.fail("built"))
+    assert expected in only_error(train("--data", folders / "train", "--out", tmp_path, *changes), "train")
+
+
 def test_validation_images_that_are_trained_on_are_refused(folders, tmp_path, only_error, capsys):
     copied = shutil.copytree(folders / "odd", tmp_path / "val")
     shutil.copy(next((folders / "train" / "odd").iterdir()), copied / "odd" / "again.png")
