@@ -154,7 +154,9 @@ def _open_beside(
     if other is None and other_split is None:
         return None
     if other is None and not has_splits(data):
-        raise ValueError(f"{use}_split is for data sets with splits, but data is {data}")
+        raise ValueError(
+            f"{use}_split is for data sets with splits, but data is {data}: give {use}_data (--{use}-data) too"
+        )
     other = other or data
     other_split = other_split or default_split(other, use)
     if not takes_root(other):

@@ -226,6 +226,7 @@ def test_test_images_are_asked_for_by_name_and_evaluated_once(folders, tmp_path,
         (("--val-data", "{train}"), "must name other images than those of training"),
         (("--val-data", "{train}/../train/", "--val-split", "val"), "other images than those of training"),
         (("--val-split", "val"), "val_split is for data sets with splits"),
+        (("--eval-test",), "but data is {train}: give test_data (--test-data) too"),
         (("--val-data", "{foreign}"), "1 classes that the model does not know (prime); it knows 2 ("),
         (("--data", __file__), f"data: {__file__} is no folder; give a folder of images"),
         (("--cache-budget", "lots"), "cache_budget must be a number with a unit"),
@@ -250,7 +251,7 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, on
         "{root}": folders,
         **{f"{{{path.name}}}": path for path in folders.iterdir()},
     }
-    expected = expected.replace("{tmp}", str(tmp_path))
+    expected = expected.replace("{tmp}", str(tmp_path)).replace("{train}", str(folders / "train"))
     arguments = [*changes]
     for name, value in {"--data": "{train}", "--out": "{tmp}"}.items():
         arguments += [] if name in changes else [name, value]
