@@ -22,8 +22,8 @@ from spt_fast.training.evaluation import Evaluation
 from spt_fast.training.folder import RunFolder, run_folder
 from spt_fast.training.history import History
 from spt_fast.training.loop import Batches, Trainer
-from spt_fast.training.outputs import Outputs
-from spt_fast.training.recipe import Recipe
+from spt_fast.training.outputs import ABOUT_RUN, Outputs
+from spt_fast.training.recipe import Recipe, given_or_default
 from spt_fast.training.tensorboard import check_tensorboard
 
 
@@ -92,7 +92,8 @@ def train(
         nmi: measure the NMI of prompts and patch tokens about ten times in an epoch.
         tensorboard: write for TensorBoard too (extra: train).
         facts: more of what the run is of, such as the names of data and model: plain values. They are
-            written into run.yaml, and a run is resumed with the same ones only.
+            written into run.yaml, beside its own and under other names, and a run is resumed with the same
+            ones only.
         save_every: write the checkpoint after every so many steps too; None: after every epoch.
         progress: show a bar on stderr.
         process_group: of the processes that train together; None is the default group, or this process
@@ -143,7 +144,7 @@ def train_in(
     """`train` in a folder that is open already; `prototypes`, if given, are kept beside the run."""
     if not isinstance(tuned, TunedViT):
         raise TypeError(f"tuned must be a PromptedViT, or of another method, got {type(tuned).__name__}")
-    recipe = recipe or Recipe()
+    recipe = given_or_default(recipe)
     if save_every is not None:
         check_int("save_every", save_every, 1, "or None")
     if check_bool("tensorboard", tensorboard):
@@ -182,11 +183,12 @@ def run_facts(
     tuned: TunedViT, train_data: Any, val_data: Any, given: Mapping[str, Any]
 ) -> dict[str, str | int | float | bool | None]:
     """What a run is of, beside its recipe: the facts `given`, of the data and of the model."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"facts must map names to plain values, got {given!r:.60}")
     for name, value in given.items():
         if not isinstance(name, str) or not isinstance(value, str | int | float | bool | None):
             raise TypeError(f"facts must map names to plain values, got {name!r}: {value!r:.60}")
-    return {
-        **given,
+    found = {
         **_data_facts("", train_data),
         **({} if val_data is None else _data_facts("val_", val_data)),
         **{f"backbone_{name}": fact for name, fact in readable(describe(tuned.model)).items()},
@@ -195,6 +197,11 @@ def run_facts(
         "prompts_per_block": getattr(tuned, "num_prompts", 0),
         "trainable_parameters": sum(each.numel() for each in tuned.trainable_parameters()),
     }
+    if taken := [name for name in given if name in found or name in ABOUT_RUN]:
+        raise ValueError(
+            f"facts must have other names than those that run.yaml has already, got {', '.join(taken)}"
+        )
+    return {**given, **found}
 
 
 def _data_facts(prefix: str, data: Any) -> dict[str, str | int]:
