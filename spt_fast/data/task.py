@@ -155,7 +155,7 @@ def _open_beside(
         return None
     if other is None and not has_splits(data):
         raise ValueError(
-            f"{use}_split is for data sets with splits, but data is {data}: give {use}_data (--{use}-data) too"
+            f"{use}_split is for data sets with splits, but data is {data}: give {use}_data (--{use}-data)"
         )
     other = other or data
     other_split = other_split or default_split(other, use)
