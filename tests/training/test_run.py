@@ -419,6 +419,8 @@ def test_nmi_wants_prompts_that_learn(make_tuned: Any, loader: Loader, tmp_path:
     [
         ({"out": None}, TypeError, "out must be the name of a folder, a string or a Path, got None"),
         ({"recipe": "paper"}, TypeError, "recipe must be a Recipe, as .* got 'paper'"),
+        ({"recipe": Recipe(method="linear")}, ValueError, "method='linear' of the recipe .* has 'vpt-deep'"),
+        ({"recipe": Recipe(num_prompts=7)}, ValueError, "num_prompts=7 of the recipe is not that .* has 2;"),
         ({"facts": "birds"}, TypeError, "facts must map names to plain values, got 'birds'"),
         ({"facts": {"recipe": "mine"}}, ValueError, "facts must have other names than those .*, got recipe"),
         ({"facts": {"tuned_method": "mine", "data": "birds"}}, ValueError, "got tuned_method$"),
