@@ -206,7 +206,7 @@ def run_facts(
 
 
 def _check_is_of(recipe: Recipe, tuned: TunedViT) -> None:
-    """ValueError where the recipe states another method or number of prompts: run.yaml would say what was not done."""
+    """ValueError where the recipe states what `tuned` is not: run.yaml would say what was not done."""
     stated = {
         "method": (recipe.method, tuned.method),
         "num_prompts": (recipe.num_prompts, _num_prompts(tuned)),
