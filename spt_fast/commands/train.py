@@ -119,7 +119,15 @@ def run(args: argparse.Namespace) -> None:
 def _check_options(args: argparse.Namespace, recipe: Recipe) -> None:
     """Refuse before any work what would be refused after it."""
     from spt_fast.methods.registry import METHODS
+    from spt_fast.support.arguments import check_int
+    from spt_fast.training.build import method_options
+    from spt_fast.training.outputs import check_prompts_learn
 
+    method_options(recipe)
+    if args.save_every is not None:
+        check_int("save_every", args.save_every, 1, "or None")
+    if args.nmi:
+        check_prompts_learn(recipe.has_prompts and not recipe.freeze_prompts)
     validates = args.val_data is not None or args.val_split is not None
     for name, chooses in (("keep", recipe.keep == "best"), ("patience", recipe.patience is not None)):
         if chooses and not validates:

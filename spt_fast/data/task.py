@@ -77,7 +77,9 @@ def open_task(
     options |= {"root": root, "split": split, "class_names": train.class_names}
     options["tuned"] = train.loader.preprocessing
     val = open_validation_images(data, model, val_data=val_data, val_split=val_split, **options)
-    if chooses and (val_data or val_split) and (test_data or test_split):
+    # An empty test_split asks for test images, too.
+    tests = test_data is not None or test_split is not None
+    if chooses and (val_data or val_split) and tests:
         _check_others("test", test_data or data, test_split, val_data or data, val_split, "validation", "val")
     test = open_test_images(data, model, test_data=test_data, test_split=test_split, **options)
     lines = [f"training: {line}" for line in train.loader.description]
@@ -152,7 +154,9 @@ def _open_beside(
     if other is None and other_split is None:
         return None
     if other is None and not has_splits(data):
-        raise ValueError(f"{use}_split is for data sets with splits, but data is {data}")
+        raise ValueError(
+            f"{use}_split is for data sets with splits, but data is {data}: give {use}_data (--{use}-data)"
+        )
     other = other or data
     other_split = other_split or default_split(other, use)
     if not takes_root(other):

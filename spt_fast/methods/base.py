@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from spt_fast.backbones.anatomy import get_blocks, image_dtype, num_prefix_tokens
-from spt_fast.backbones.identity import describe, describe_norm
+from spt_fast.backbones.identity import check_backbone, describe, describe_norm
 from spt_fast.backbones.snapshot import HEAD_NORMS, ModelSnapshot, check_free, classifiers, replace_head
 from spt_fast.methods.file_format import TunedState, check_finite, check_shapes
 from spt_fast.methods.parameter_groups import parameter_groups as groups_of
@@ -159,6 +159,9 @@ class TunedViT(TimmMethods):
                 f"{os.fspath(path)} was tuned by {state.method!r}, which is no {cls.__name__}; "
                 "spt_fast.load_tuned takes the method from the file"
             )
+        check_takeable(model)
+        # Before anything else: on another backbone every other difference would only confuse.
+        check_backbone(path, state.facts, model, allow_other_backbone=allow_other_backbone)
         state.check_pooling(path, model)
         # The file replaces all values; drawing them must leave the caller's random state alone.
         with seeded(0):

@@ -9,7 +9,7 @@ if TYPE_CHECKING or not is_the_command():
     from spt_fast.training.build import build
     from spt_fast.training.evaluation import Evaluation, evaluate, evaluate_classes
     from spt_fast.training.history import History
-    from spt_fast.training.loop import Trainer, fit
+    from spt_fast.training.loop import Trainer, fit, shuffled_loader
     from spt_fast.training.optimizer import LearningRates, create_optimizer, warmup_cosine
     from spt_fast.training.predictions import Prediction, predict
     from spt_fast.training.recipe import Recipe
@@ -29,6 +29,7 @@ __all__ = [
     "evaluate_classes",
     "fit",
     "predict",
+    "shuffled_loader",
     "train",
     "warmup_cosine",
 ]

@@ -14,9 +14,10 @@ from spt_fast.backbones.identity import check_backbone
 from spt_fast.backbones.pooling import stated_pooling
 from spt_fast.methods import registry
 from spt_fast.methods.base import TunedViT
+from spt_fast.prompting.checks import check_class_names
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.randomness import seeded
-from spt_fast.training.recipe import Recipe
+from spt_fast.training.recipe import Recipe, given_or_default
 
 # VPT's: the classes start with this probability each.
 _PRIOR = 0.01
@@ -47,6 +48,10 @@ def build(
         TypeError, ValueError: `prompts` are missing, or given to a method that takes none, or are not as
             many as the recipe says; the model was opened in another form; or as `PromptedViT`.
     """
+    recipe = given_or_default(recipe)
+    check_class_names(class_names, None)
+    if not class_names:
+        raise ValueError("class_names must hold a name for each class, got none")
     start = _start(model, recipe, prompts, allow_other_backbone)
     given = method_options(recipe)
     for name, value in (

@@ -137,6 +137,7 @@ def evaluate_classes(
     class_names: Sequence[str] | None = None,
     *,
     processes: Processes = ALONE,
+    argument: str = "loader",
 ) -> Evaluation:
     """Which images of a loader are taken for which class; images and errors as in `evaluate`.
 
@@ -144,6 +145,7 @@ def evaluate_classes(
         class_names: one for each logit; None takes `tuned.class_names`, or else the labels as text.
         processes: those that evaluate together, each with a loader over its own share of the images, of which
             some may be empty; all of them get the whole.
+        argument: what the caller calls `loader`, for messages.
 
     Raises:
         ValueError: also where the number of names is not that of the logits.
@@ -151,7 +153,7 @@ def evaluate_classes(
     counts: Counter[tuple[int, int]] = Counter()
     names: tuple[str, ...] | None = None
     with processes.together():
-        for labels, predicted, width in _labels_and_predictions(tuned, loader):
+        for labels, predicted, width in _labels_and_predictions(tuned, loader, argument):
             names = names or names_of_logits(tuned, width, class_names)
             counts.update(zip(labels.tolist(), predicted.tolist(), strict=True))
     shares = processes.gather((counts, names))
@@ -159,7 +161,7 @@ def evaluate_classes(
     names = next((found for _, found in shares if found is not None), None)
     found = {pair: count for pair, count in counts.items() if pair[0] != IGNORED_LABEL}
     if names is None or not found:
-        raise _nothing_to_count(counts.total())
+        raise _nothing_to_count(counts.total(), argument)
     return Evaluation(names, found)
 
 
@@ -232,14 +234,16 @@ def device_of(tuned: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _labels_and_predictions(tuned: nn.Module, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, int]]:
+def _labels_and_predictions(
+    tuned: nn.Module, loader: Iterable[Any], argument: str = "loader"
+) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Labels [B] and the places of the largest logits [B], on the CPU, and the number of logits, by batch.
 
     Each batch is read while the device is at the next one.
     """
     check_gives_logits(tuned)
     if not isinstance(loader, Iterable):
-        raise TypeError(f"loader must be an iterable of batches, got {type(loader).__name__}")
+        raise TypeError(f"{argument} must be an iterable of batches, got {type(loader).__name__}")
     seen = 0
     unread: deque[tuple[int, Tensor, OnTheWay, int]] = deque()
 
@@ -255,7 +259,7 @@ def _labels_and_predictions(tuned: nn.Module, loader: Iterable[Any]) -> Iterator
 
     with inference(tuned):
         for index, batch in enumerate(loader):
-            where = f"batch {index} of loader"
+            where = f"batch {index} of {argument}"
             logits, labels, _ = forward(tuned, batch, torch.device("cpu"), where)
             # In one transfer: -1 stands for NaN.
             largest = logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
@@ -267,9 +271,9 @@ def _labels_and_predictions(tuned: nn.Module, loader: Iterable[Any]) -> Iterator
             yield read_next()
 
 
-def _nothing_to_count(seen: int) -> ValueError:
+def _nothing_to_count(seen: int, argument: str = "loader") -> ValueError:
     kind = f"labels other than {IGNORED_LABEL}" if seen else "images"
-    return ValueError(f"loader must give at least one image with a label, got no {kind}")
+    return ValueError(f"{argument} must give at least one image with a label, got no {kind}")
 
 
 def _input_dtype(tuned: nn.Module) -> torch.dtype:

@@ -133,6 +133,7 @@ def run_folder(
         processes: those that train together; errors of rank 0 are raised by all of them.
 
     Raises:
+        TypeError: `out` is no name.
         FileExistsError: there are results, and neither `resume` nor `overwrite`; or `resume`, and there is
             no checkpoint beside them.
         ValueError: both are given, another run writes there now, or its checkpoint cannot be read.
@@ -140,6 +141,8 @@ def run_folder(
     """
     if check_bool("resume", resume) and check_bool("overwrite", overwrite):
         raise ValueError("resume goes on with what is in out, and overwrite replaces it: give one of them")
+    if not isinstance(out, str | os.PathLike):
+        raise TypeError(f"out must be the name of a folder, a string or a Path, got {out!r}")
     folder = Path(out)
     with ExitStack() as stack:
         found: Checkpoint | None = None

@@ -16,7 +16,9 @@ from spt_fast.data.identity import labels_of
 from spt_fast.data.loading import ImageLoader
 from spt_fast.data.loading import shuffled_loader as shuffled_loader
 from spt_fast.data.prefetch import ahead
+from spt_fast.support.arguments import check_bool
 from spt_fast.support.distributed import ALONE, Processes
+from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.progress import progress_bar
 from spt_fast.support.randomness import seed_all, seed_of, seeded
 from spt_fast.training.drop_path import stochastic_depth
@@ -31,7 +33,7 @@ from spt_fast.training.learned import Average, learned, take_back
 from spt_fast.training.losses import Losses
 from spt_fast.training.objective import Objective
 from spt_fast.training.optimizer import LearningRates, create_optimizer
-from spt_fast.training.recipe import Recipe
+from spt_fast.training.recipe import Recipe, given_or_default
 from spt_fast.training.sources import Source, find_source
 from spt_fast.training.step import Stepper, channels_last
 
@@ -71,14 +73,15 @@ def fit(
 
     Raises:
         TypeError: `train_loader` has no length, `val_loader` is an iterator, which can be read only once, a
-            batch holds something else, or an argument is of the wrong type.
-        ValueError: a field is unknown or out of range, a loader or a batch is empty, labels have another
+            batch holds something else, a field is unknown, or an argument is of the wrong type.
+        ValueError: a field is out of range, a loader or a batch is empty, labels have another
             shape or are no classes of the model, no parameter requires a gradient, or one that does is
             float16.
         FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate. It is raised
-            some steps later, so that no step waits for its loss; the model has taken them.
+            some steps later, so that no step waits for its loss; the model has taken them. Or the logits of
+            a validation image are NaN.
     """
-    recipe = (recipe or Recipe()).replace(**fields)
+    recipe = given_or_default(recipe).replace(**fields)
     return Trainer(tuned, train_loader, val_loader, recipe, progress=progress).run(on_epoch=on_epoch)
 
 
@@ -111,11 +114,11 @@ class Trainer:
         processes: Processes = ALONE,
         progress: bool = True,
     ) -> None:
-        self.tuned, self.recipe = tuned, recipe or Recipe()
+        self.tuned, self.recipe = tuned, given_or_default(recipe)
         check_gives_logits(tuned)
         _check_loaders(train_loader, val_loader, self.recipe)
         self._train_loader, self._val_loader = train_loader, val_loader
-        self._processes, self._progress = processes, progress
+        self._processes, self._progress = processes, check_bool("progress", progress)
         self._batches = _count_batches(train_loader)
         self._steps = -(-self._batches // self.recipe.accumulate)
         self._device = device_of(tuned)
@@ -148,6 +151,9 @@ class Trainer:
         Raises:
             As `fit`.
         """
+        for name, callback in (("on_epoch", on_epoch), ("on_step", on_step)):
+            if callback is not None and not callable(callback):
+                raise TypeError(f"{name} must be callable or None, got {callback!r}")
         if not self.is_done:
             with self._prepared() as source, self._bar() as bar:
                 while not self.is_done:
@@ -162,11 +168,11 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether all epochs are done, or validation has not improved for `patience` epochs."""
+        """Whether all epochs are done, or none of the last `patience` validations was a better one."""
         patience, seen = self.recipe.patience, self.history.val_accuracy
         if patience is not None and seen:
-            best = self.history.val_epochs[seen.index(max(seen))]
-            if self.epoch - best >= patience:
+            since_best = len(seen) - 1 - seen.index(max(seen))
+            if since_best >= patience:
                 return True
         return self.epoch >= self.recipe.epochs
 
@@ -304,8 +310,19 @@ class Trainer:
     def _evaluate(self, source: Source) -> Evaluation:
         names = getattr(self.tuned, "class_names", None)
         assert source.validation is not None
-        with self._stepper.autocast():
-            return evaluate_classes(source.evaluated, source.validation, names, processes=self._processes)
+        try:
+            with self._stepper.autocast():
+                return evaluate_classes(
+                    source.evaluated,
+                    source.validation,
+                    names,
+                    processes=self._processes,
+                    argument="val_loader",
+                )
+        except NonFiniteError as error:
+            raise FloatingPointError(
+                f"{error}, in the validation after epoch {self.epoch + 1}; lower lr, if it is not the image"
+            ) from error
 
     def _losses_of(self, epoch: int, total: float = 0.0, count: int = 0) -> Losses:
         return Losses(epoch, total=total, count=count, processes=self._processes)

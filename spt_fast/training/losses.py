@@ -85,9 +85,11 @@ class Losses:
         sent, steps = self._sent.popleft()
         for loss, count, step in zip(*sent.read(), steps, strict=True):
             if not math.isfinite(loss):
+                learned = self._epoch > 1 or step.number > 1
+                advice = "lower lr" if learned else "nothing was learned before: look at images and weights"
                 raise FloatingPointError(
                     f"loss is {loss} at epoch {self._epoch}, step {step.number}, learning rate "
-                    f"{step.rate:.2g}; lower lr"
+                    f"{step.rate:.2g}; {advice}"
                 )
             self._total += loss
             self._count += int(count)

@@ -42,6 +42,8 @@ from spt_fast.training.recipe import Recipe
 from spt_fast.training.tensorboard import Board
 
 TEST_COLUMNS = ("weights", "images", "accuracy", "mean_class_accuracy")
+# What `run.yaml` says beside the facts of a run, and the fact that is added here.
+ABOUT_RUN = ("recipe", "versions", "device", "processes", "nmi")
 # How often NMI is measured in an epoch, where it has as many batches.
 _NMI_PER_EPOCH = 10
 
@@ -195,7 +197,7 @@ class Outputs:
             self._processes.on_rank_0(lambda: self._tuned.save(path, overwrite=True))
 
     def _evaluate(self, images: Iterable[Any]) -> Evaluation:
-        return evaluate_classes(self._tuned, images, processes=self._processes)
+        return evaluate_classes(self._tuned, images, processes=self._processes, argument="test_data")
 
     def _draw(self) -> None:
         """The figures, by rank 0 alone."""
@@ -235,10 +237,15 @@ def about(recipe: Recipe, facts: Mapping[str, Any], tuned: nn.Module, processes:
     }
 
 
+def check_prompts_learn(learn: bool) -> None:
+    """ValueError where NMI is to be measured and no prompts learn."""
+    if not learn:
+        raise ValueError("nmi=True (--nmi) follows prompts while they learn, but here no prompts learn")
+
+
 def _tracker(tuned: TunedViT, batches: int) -> NMITracker:
     prompts = getattr(tuned, "prompts", None)
-    if not isinstance(prompts, nn.Parameter) or not prompts.requires_grad:
-        raise ValueError("nmi=True (--nmi) follows prompts while they learn, but here no prompts learn")
+    check_prompts_learn(isinstance(prompts, nn.Parameter) and prompts.requires_grad)
     return NMITracker(tuned, every=max(1, batches // _NMI_PER_EPOCH))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from spt_fast.methods.registry import METHODS
 from spt_fast.support.names import nearest
+from spt_fast.training.recipe_values import check_optimizer, check_options
 
 GROUPS = ("model", "images", "optimisation", "choice")
 # The images of a step for which `lr_scale: batch` leaves rates as they are, as in VPT.
@@ -30,7 +31,7 @@ def _field(group: str, default: Any, help: str, choices: tuple[str, ...] = (), *
     """
     metadata = {"group": group, "help": help, "choices": choices, "bounds": bounds}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata=metadata)
+        return dataclasses.field(default_factory=dict, metadata=metadata, hash=False)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -166,6 +167,8 @@ class Recipe:
     def from_yaml(cls, path: str | os.PathLike[str], **changes: Any) -> Recipe:
         """The recipe of a YAML file, whose keys are fields; fields that it leaves out have their defaults.
 
+        Of the `run.yaml` of a run it takes the recipe, and nothing of what the run was of.
+
         Args:
             changes: fields that win over the file's.
 
@@ -183,19 +186,26 @@ class Recipe:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{source} is no valid YAML: it is not UTF-8") from error
-        return cls._of(read_yaml(text, source), source, changes)
+        values = read_yaml(text, source)
+        of_run = values.get("recipe")
+        return cls._of(of_run if isinstance(of_run, Mapping) else values, source, changes)
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> Recipe:
         """A recipe that ships with the package, one of `names()`; `changes` as in `from_yaml`.
 
         Raises:
-            TypeError: `changes` has a name that is no field.
+            TypeError: `changes` has a name that is no field, or `name` is no text.
             ValueError: there is no such recipe, or a value is wrong.
         """
         shipped = _shipped()
+        if not isinstance(name, str):
+            raise TypeError(f"recipe must be one of Recipe.names(), got {name!r}")
         if name not in shipped:
-            raise ValueError(f"recipe must be one of Recipe.names(), got {name!r}{nearest(name, shipped)}")
+            raise ValueError(
+                "recipe must be one of Recipe.names(), or on the command line a YAML file, "
+                f"got {name!r}{nearest(name, shipped)}"
+            )
         return cls._of(shipped[name], f"recipe {name}", changes)
 
     @staticmethod
@@ -357,9 +367,9 @@ class Option(NamedTuple):
         if self.name == "seed":
             return check_seed(value)
         if self.name == "optimizer":
-            return _check_optimizer(value)
+            return check_optimizer(value)
         if self.kind is dict:
-            return _check_options(self.name, value)
+            return check_options(self.name, value)
         if self.choices:
             return check_choice(self.name, value, self.choices)
         if self.kind is bool:
@@ -374,6 +384,20 @@ def options() -> tuple[Option, ...]:
     """The fields of `Recipe`, in their order."""
     hints = get_type_hints(Recipe)
     return tuple(_option(field, hints[field.name]) for field in dataclasses.fields(Recipe))
+
+
+def given_or_default(recipe: Recipe | None) -> Recipe:
+    """`recipe`, or that of the defaults where it is None.
+
+    Raises:
+        TypeError: it is something else, such as the name of one.
+    """
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise TypeError(
+            "recipe must be a Recipe, as spt_fast.Recipe(epochs=20) or Recipe.named('paper') gives one, or "
+            f"None, got {recipe!r:.60}"
+        )
+    return recipe or Recipe()
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -404,32 +428,6 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
         optional,
         field.metadata["bounds"],
     )
-
-
-def _check_options(name: str, value: Any) -> dict[str, Any]:
-    """A mapping of names to numbers, words, switches or None; which there are is known to the method."""
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a mapping, such as {{'bottleneck': 8}}, got {value!r}")
-    for option, given in value.items():
-        if not (isinstance(option, str) and isinstance(given, bool | int | float | str | None)):
-            raise TypeError(
-                f"{name} must hold numbers, words, true, false or null, got {option!r}: {given!r}"
-            )
-    return dict(value)
-
-
-def _check_optimizer(value: Any) -> str:
-    from timm.optim import list_optimizers  # type: ignore[attr-defined]
-
-    if value == "adahessian":
-        raise ValueError("optimizer must be one without second derivatives, got 'adahessian'")
-    known = [str(name) for name in list_optimizers()]
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(
-            "optimizer must be a name of timm.optim.list_optimizers(), "
-            f"got {value!r}{nearest(str(value), known)}"
-        )
-    return value
 
 
 @cache

@@ -22,8 +22,8 @@ from spt_fast.training.evaluation import Evaluation
 from spt_fast.training.folder import RunFolder, run_folder
 from spt_fast.training.history import History
 from spt_fast.training.loop import Batches, Trainer
-from spt_fast.training.outputs import Outputs
-from spt_fast.training.recipe import Recipe
+from spt_fast.training.outputs import ABOUT_RUN, Outputs
+from spt_fast.training.recipe import Recipe, given_or_default
 from spt_fast.training.tensorboard import check_tensorboard
 
 
@@ -92,7 +92,8 @@ def train(
         nmi: measure the NMI of prompts and patch tokens about ten times in an epoch.
         tensorboard: write for TensorBoard too (extra: train).
         facts: more of what the run is of, such as the names of data and model: plain values. They are
-            written into run.yaml, and a run is resumed with the same ones only.
+            written into run.yaml, beside its own and under other names, and a run is resumed with the same
+            ones only.
         save_every: write the checkpoint after every so many steps too; None: after every epoch.
         progress: show a bar on stderr.
         process_group: of the processes that train together; None is the default group, or this process
@@ -102,8 +103,8 @@ def train(
         FileExistsError: `out` holds results, and neither `resume` nor `overwrite` is given.
         ImportError: `tensorboard`, and it is not installed.
         TypeError, FloatingPointError: as `fit`.
-        ValueError: as `fit`; another run writes into `out` now; its checkpoint cannot be read, or is of
-            another recipe, data or model.
+        ValueError: as `fit`; the recipe states another method or number of prompts than `tuned` has; another
+            run writes into `out` now; its checkpoint cannot be read, or is of another recipe, data or model.
         OSError: a file cannot be written. The last whole checkpoint stays.
     """
     processes = find_processes(process_group)
@@ -143,7 +144,8 @@ def train_in(
     """`train` in a folder that is open already; `prototypes`, if given, are kept beside the run."""
     if not isinstance(tuned, TunedViT):
         raise TypeError(f"tuned must be a PromptedViT, or of another method, got {type(tuned).__name__}")
-    recipe = recipe or Recipe()
+    recipe = given_or_default(recipe)
+    _check_is_of(recipe, tuned)
     if save_every is not None:
         check_int("save_every", save_every, 1, "or None")
     if check_bool("tensorboard", tensorboard):
@@ -182,19 +184,44 @@ def run_facts(
     tuned: TunedViT, train_data: Any, val_data: Any, given: Mapping[str, Any]
 ) -> dict[str, str | int | float | bool | None]:
     """What a run is of, beside its recipe: the facts `given`, of the data and of the model."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"facts must map names to plain values, got {given!r:.60}")
     for name, value in given.items():
         if not isinstance(name, str) or not isinstance(value, str | int | float | bool | None):
             raise TypeError(f"facts must map names to plain values, got {name!r}: {value!r:.60}")
-    return {
-        **given,
+    found = {
         **_data_facts("", train_data),
         **({} if val_data is None else _data_facts("val_", val_data)),
         **{f"backbone_{name}": fact for name, fact in readable(describe(tuned.model)).items()},
         "tuned_method": tuned.method,
         **{f"tuned_{name}": value for name, value in tuned.options.items()},
-        "prompts_per_block": getattr(tuned, "num_prompts", 0),
+        "prompts_per_block": _num_prompts(tuned),
         "trainable_parameters": sum(each.numel() for each in tuned.trainable_parameters()),
     }
+    if taken := [name for name in given if name in found or name in ABOUT_RUN]:
+        raise ValueError(
+            f"facts must have other names than those that run.yaml has already, got {', '.join(taken)}"
+        )
+    return {**given, **found}
+
+
+def _check_is_of(recipe: Recipe, tuned: TunedViT) -> None:
+    """ValueError where the recipe states what `tuned` is not: run.yaml would say what was not done."""
+    stated = {
+        "method": (recipe.method, tuned.method),
+        "num_prompts": (recipe.num_prompts, _num_prompts(tuned)),
+    }
+    for name, (wanted, found) in stated.items():
+        if wanted is not None and wanted != found:
+            raise ValueError(
+                f"{name}={wanted!r} of the recipe is not that of tuned, which has {found!r}; "
+                "training.build makes the model of a recipe"
+            )
+
+
+def _num_prompts(tuned: TunedViT) -> int:
+    found: int = getattr(tuned, "num_prompts", 0)
+    return found
 
 
 def _data_facts(prefix: str, data: Any) -> dict[str, str | int]:

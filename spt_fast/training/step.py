@@ -94,6 +94,8 @@ class Stepper:
 
     def _loss(self, module: nn.Module, share: _Share) -> Tensor:
         """The sum of the losses of a batch."""
+        if len(share.images) == 1:
+            _check_one_is_enough(module, share.where)
         inputs, targets = self._objective.prepare(move(share.images, self._device), share.labels)
         logits = logits_of(module, inputs)
         count_labels(share.labels, logits.shape[1], share.where)
@@ -106,6 +108,14 @@ class Stepper:
             nn.utils.clip_grad_norm_(parameters, self._recipe.clip_grad)
         self.scaler.step(self._optimizer)
         self.scaler.update()
+
+
+def _check_one_is_enough(module: nn.Module, where: str) -> None:
+    if any(isinstance(each, nn.BatchNorm1d) and each.training for each in module.modules()):
+        raise ValueError(
+            f"{where} must hold two images or more for the batch norm before the head, got 1; leave out a "
+            "last batch that is not full (drop_last=True, --drop-last), or take another batch_size"
+        )
 
 
 @contextmanager

@@ -226,6 +226,7 @@ def test_test_images_are_asked_for_by_name_and_evaluated_once(folders, tmp_path,
         (("--val-data", "{train}"), "must name other images than those of training"),
         (("--val-data", "{train}/../train/", "--val-split", "val"), "other images than those of training"),
         (("--val-split", "val"), "val_split is for data sets with splits"),
+        (("--eval-test",), "but data is {train}: give test_data (--test-data)"),
         (("--val-data", "{foreign}"), "1 classes that the model does not know (prime); it knows 2 ("),
         (("--data", __file__), f"data: {__file__} is no folder; give a folder of images"),
         (("--cache-budget", "lots"), "cache_budget must be a number with a unit"),
@@ -253,7 +254,7 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, on
         "{root}": folders,
         **{f"{{{path.name}}}": path for path in folders.iterdir()},
     }
-    expected = expected.replace("{tmp}", str(tmp_path))
+    expected = expected.replace("{tmp}", str(tmp_path)).replace("{train}", str(folders / "train"))
     arguments = [*changes]
     for name, value in {"--data": "{train}", "--out": "{tmp}"}.items():
         arguments += [] if name in changes else [name, value]
@@ -263,6 +264,22 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, on
         arguments = [argument.replace(name, str(path)) for argument in arguments]
     assert expected in only_error(train(*arguments), "train")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (("--save-every", "0"), "save_every must be an integer >= 1 or None, got 0"),
+        (("--nmi", "--freeze-prompts"), "nmi=True (--nmi) follows prompts while they learn"),
+        (("--method-option", "bottleneck=8"), "'bottleneck' is no option of method 'spt-deep'"),
+    ],
+    ids=" ".join,
+)
+def test_bad_options_are_found_before_prototypes_are_built(
+    changes, expected, folders, tmp_path, only_error, monkeypatch
+):
+    monkeypatch.setattr("spt_fast.prototypes.build.build_prototypes", lambda *_, **__: pytest.fail("built"))
+    assert expected in only_error(train("--data", folders / "train", "--out", tmp_path, *changes), "train")
 
 
 def test_validation_images_that_are_trained_on_are_refused(folders, tmp_path, only_error, capsys):

@@ -72,6 +72,12 @@ def test_splits_of_one_data_set(model: nn.Module) -> None:
     assert [each.num_images for each in (task.train, task.val, task.test)] == [897, 300, 600]
     with pytest.raises(ValueError, match="must name other images than those of validation, got digits"):
         open_task(model, "digits", test_split="val", chooses=True, **options)
+    options["val_split"] = "test"
+    # Asked for without a name, it is the split to test with, here that of validation.
+    with pytest.raises(ValueError, match="must name other images than those of validation, got digits"):
+        open_task(model, "digits", test_split="", chooses=True, **options)
+    assert open_task(model, "digits", test_split="", **options).test.num_images == 600
+    options["val_split"] = "val"
     assert open_task(model, "digits", test_split="val", **options).test.num_images == 300
     with pytest.raises(ValueError, match="must name other images than those of training, got digits"):
         open_task(model, "digits", test_split="train", **options)

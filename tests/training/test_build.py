@@ -36,7 +36,7 @@ def test_spt_starts_from_prototypes_or_a_file_of_them(
         assert torch.equal(tuned.prompts, prototypes.prompts)
         assert (tuned.depth, tuned.class_names) == ("deep", ("a", "b"))
         assert tuned.head.out_features == 2
-    shallow = build(make_vit(), Recipe(method="spt-shallow"), prototypes.prompts[:1], class_names="ab")
+    shallow = build(make_vit(), Recipe(method="spt-shallow"), prototypes.prompts[:1], class_names=("a", "b"))
     assert (shallow.depth, list(shallow.prompts.shape)) == ("shallow", [1, 2, 32])
 
 
@@ -62,21 +62,25 @@ def test_vpt_draws_its_prompts(
 
 def test_any_method_is_built_with_its_options(make_vit: Callable[..., nn.Module]) -> None:
     for fields, learning in (({"method": "linear"}, 0), ({"method": "bias"}, 11 * 32 * 3 + 2 * 32)):
-        assert build(make_vit(), Recipe(**fields), class_names="ab").num_trainable(head=False) == learning
+        assert (
+            build(make_vit(), Recipe(**fields), class_names=("a", "b")).num_trainable(head=False) == learning
+        )
     options = {"method_options": {"num_blocks": 2}}
-    tuned = build(make_vit(), Recipe(method="partial", **options), class_names="ab")
+    tuned = build(make_vit(), Recipe(method="partial", **options), class_names=("a", "b"))
     assert (tuned.method, tuned.options) == ("partial", {"num_blocks": 2})
     with pytest.raises(ValueError, match=r"'num_blocks' is no option of method 'bias', .*; partial have it"):
-        build(make_vit(), Recipe(method="bias", **options), class_names="ab")
+        build(make_vit(), Recipe(method="bias", **options), class_names=("a", "b"))
     with pytest.raises(
         ValueError, match=r"'engin' is no option of method 'spt-deep', .*; did you mean engine"
     ):
-        build(make_vit(), Recipe(method_options={"engin": "kv"}), torch.ones(3, 2, 32), class_names="ab")
+        build(
+            make_vit(), Recipe(method_options={"engin": "kv"}), torch.ones(3, 2, 32), class_names=("a", "b")
+        )
 
 
 def test_the_recipe_reaches_the_model(make_vit: Callable[..., nn.Module]) -> None:
     recipe = Recipe(method="vpt-deep", freeze_prompts=True, prompt_dropout=0.25, weight_dtype="bf16")
-    tuned = build(make_vit(), recipe, class_names="abc")
+    tuned = build(make_vit(), recipe, class_names=("a", "b", "c"))
     assert not tuned.prompts.requires_grad
     assert (tuned.prompt_dropout.p, tuned.weight_dtype) == (0.25, torch.bfloat16)
 
@@ -105,7 +109,9 @@ def test_prompts_that_do_not_fit_the_recipe_are_refused(
     fields: dict[str, Any], given: object, message: str, vit: nn.Module, prototypes: Prototypes
 ) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        build(vit, Recipe(**fields), None if given is None else prototypes.prompts, class_names="abc")
+        build(
+            vit, Recipe(**fields), None if given is None else prototypes.prompts, class_names=("a", "b", "c")
+        )
     assert vit.head.out_features == 5
 
 
@@ -113,16 +119,16 @@ def test_prompts_of_another_kind_or_backbone_are_refused(
     make_vit: Callable[..., nn.Module], prototypes: Prototypes, tmp_path: Path
 ) -> None:
     with pytest.raises(TypeError, match="prompts must be Prototypes, a file of them or a tensor, got int"):
-        build(make_vit(), Recipe(), 4, class_names="abc")  # type: ignore[arg-type]
+        build(make_vit(), Recipe(), 4, class_names=("a", "b", "c"))  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError):
-        build(make_vit(), Recipe(), tmp_path / "none.safetensors", class_names="abc")
+        build(make_vit(), Recipe(), tmp_path / "none.safetensors", class_names=("a", "b", "c"))
     prototypes.save(tmp_path / "prompts.safetensors")
     other = make_vit()
     nn.init.zeros_(other.blocks[0].attn.qkv.weight)
     with pytest.raises(ValueError, match="allow_other_backbone"):
-        build(other, Recipe(), tmp_path / "prompts.safetensors", class_names="abc")
+        build(other, Recipe(), tmp_path / "prompts.safetensors", class_names=("a", "b", "c"))
     file = tmp_path / "prompts.safetensors"
-    tuned = build(other, Recipe(), file, class_names="abc", allow_other_backbone=True)
+    tuned = build(other, Recipe(), file, class_names=("a", "b", "c"), allow_other_backbone=True)
     assert torch.equal(tuned.prompts, prototypes.prompts)
 
 
@@ -168,7 +174,7 @@ def test_a_batch_norm_before_the_head(
 ) -> None:
     """MAE's linear probe: features of a batch have mean 0 and variance 1 while training; it is saved."""
     recipe = Recipe(method="linear", head_norm="batch", head_init="trunc_normal", head_std=0.1)
-    tuned = build(make_vit(), recipe, class_names="abc")
+    tuned = build(make_vit(), recipe, class_names=("a", "b", "c"))
     assert sum(each.numel() for each in tuned.trainable_parameters()) == 33 * 3
     images = make_images(6)
     with torch.no_grad():
@@ -207,13 +213,15 @@ def test_a_batch_norm_wants_a_linear_head(make_vit: Callable[..., nn.Module]) ->
 
 @pytest.mark.parametrize("pool", ["avg", "avg-with-prompts"])
 def test_the_pooling_of_the_recipe(pool: Any, make_vit: Callable[..., nn.Module]) -> None:
-    tuned = build(make_vit(global_pool="avg"), Recipe(method="vpt-deep", pool=pool), class_names="abc")
+    tuned = build(
+        make_vit(global_pool="avg"), Recipe(method="vpt-deep", pool=pool), class_names=("a", "b", "c")
+    )
     assert tuned.pool_prompts is (pool == "avg-with-prompts")
 
 
 def test_a_model_in_another_form_is_refused(make_vit: Callable[..., nn.Module]) -> None:
     def built(model: nn.Module, **fields: Any) -> TunedViT:
-        return build(model, Recipe(method="vpt-deep", **fields), class_names="abc")
+        return build(model, Recipe(method="vpt-deep", **fields), class_names=("a", "b", "c"))
 
     with pytest.raises(
         ValueError, match=r"^pool='avg' of the recipe needs a model that was opened so, .*'token'$"
@@ -233,4 +241,15 @@ def test_a_model_in_another_form_is_refused(make_vit: Callable[..., nn.Module]) 
 def test_models_that_are_opened_as_the_recipe_says_fit() -> None:
     recipe = Recipe(method="vpt-deep", pool="avg", norm="new")
     model = open_model("shipped", pool=recipe.pool, norm=recipe.norm)
-    assert build(model, recipe, class_names="abc").pool_prompts is False
+    assert build(model, recipe, class_names=("a", "b", "c")).pool_prompts is False
+
+
+@pytest.mark.parametrize("names", ["ab", [], [1, 2]])
+def test_names_of_classes_are_checked(make_vit, names):
+    with pytest.raises(ValueError, match="class_names must"):
+        build(make_vit(), Recipe(method="linear"), class_names=names)
+
+
+def test_a_recipe_that_is_a_name_is_refused(make_vit):
+    with pytest.raises(TypeError, match=r"recipe must be a Recipe, as .* got 'paper'"):
+        build(make_vit(), "paper", class_names=("a", "b"))

@@ -262,6 +262,14 @@ def test_patience_ends_training_without_a_better_epoch(blobs, monkeypatch, patie
         train(make_net(), blobs, patience=2)
 
 
+def test_patience_counts_validations_and_not_epochs(blobs, monkeypatch):
+    given_accuracy(monkeypatch, [0.2, 0.6, 0.4, 0.5, 0.3])
+    loader = shuffled_loader(*blobs, batch_size=8, seed=0)
+    history = train(make_net(), blobs, val_loader=loader, epochs=15, patience=2, val_every=3)
+    assert history.val_epochs == [3, 6, 9, 12]
+    assert history.epochs == 12
+
+
 def test_the_best_epoch_wants_validation_images(blobs):
     with pytest.raises(ValueError, match="keep='best' is chosen by validation images"):
         train(make_net(), blobs, keep="best")
@@ -584,3 +592,59 @@ def test_parameters_in_float16_are_refused(
     with pytest.raises(ValueError, match=r"model\.head\.weight is float16, in which AdamW"):
         fit(tuned, make_loader(8), epochs=1, progress=False)
     assert 0 <= evaluate(tuned, make_loader(8)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "paper"}, "recipe must be a Recipe, as .* got 'paper'"),
+        ({"recipe": {"epochs": 1}}, "recipe must be a Recipe, as .* got {'epochs': 1}"),
+        ({"progress": "no"}, "progress must be True or False, got 'no'"),
+        ({"on_epoch": 3}, "on_epoch must be callable or None, got 3"),
+    ],
+)
+def test_recipes_and_callbacks_of_another_type_are_named(blobs, options, message):
+    loader = shuffled_loader(*blobs, batch_size=8, seed=0)
+    with pytest.raises(TypeError, match=message):
+        fit(make_net(), loader, **{"progress": False, **options})
+
+
+def test_errors_in_validation_images_name_their_loader(blobs):
+    images, labels = blobs
+    loader = shuffled_loader(*blobs, batch_size=8, seed=0)
+    with pytest.raises(ValueError, match="batch 0 of val_loader must hold labels from 0"):
+        fit(make_net(), loader, [(images, labels + 100)], epochs=1, progress=False)
+    with pytest.raises(ValueError, match="val_loader must give at least one image"):
+        fit(make_net(), loader, [], epochs=1, progress=False)
+
+
+def test_weights_that_the_last_step_of_an_epoch_broke_are_a_loss_that_is_nan(blobs):
+    loader = [blobs]
+    with pytest.raises(FloatingPointError, match="gave NaN, in the validation after epoch 1; lower lr"):
+        fit(
+            make_net(),
+            loader,
+            loader,
+            epochs=2,
+            optimizer="sgd",
+            lr=1e38,
+            schedule="constant",
+            warmup_epochs=0,
+            progress=False,
+        )
+
+
+def test_a_first_loss_that_is_nan_is_not_put_down_to_the_rate(blobs):
+    images, labels = blobs
+    with pytest.raises(FloatingPointError, match=r"epoch 1, step 1, .*; nothing was learned before: look at"):
+        fit(make_net(), [(images * float("nan"), labels)], epochs=1, progress=False)
+
+
+def test_a_batch_of_one_image_is_named_where_a_batch_norm_needs_two(blobs):
+    images, labels = blobs
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(images[0].numel()), nn.Linear(images[0].numel(), 3))
+    loader = [(images[:8], labels[:8]), (images[:1], labels[:1])]
+    with pytest.raises(
+        ValueError, match=r"batch 1 of train_loader must hold two images .* got 1; .*--drop-last"
+    ):
+        fit(net, loader, epochs=1, progress=False)

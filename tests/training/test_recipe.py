@@ -262,17 +262,38 @@ def test_values_by_task() -> None:
     assert (vpt.num_prompts, vpt.peak_lr, vpt.peak_prompt_lr) == (200, 0.25, 0.25)
 
 
+NOT_A_NAME = "recipe must be one of Recipe.names(), or on the command line a YAML file, got "
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("paper-vatb", "recipe must be one of Recipe.names(), got 'paper-vatb'; did you mean paper-vtab or"),
+        ("paper-vatb", f"{NOT_A_NAME}'paper-vatb'; did you mean paper-vtab or"),
         (
             "davpt-mae-vtab",
-            "recipe must be one of Recipe.names(), got 'davpt-mae-vtab'; did you mean davpt-mae-vtab/",
+            f"{NOT_A_NAME}'davpt-mae-vtab'; did you mean davpt-mae-vtab/",
         ),
-        ("", "recipe must be one of Recipe.names(), got ''"),
+        ("", f"{NOT_A_NAME}''"),
     ],
 )
 def test_other_names_are_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         Recipe.named(name)
+
+
+def test_the_recipe_of_a_run_is_read_back(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=7, method="partial", method_options={"num_blocks": 2})
+    text = "".join(f"  {line}\n" for line in recipe.to_yaml().splitlines())
+    file = tmp_path / "run.yaml"
+    file.write_text(f"recipe:\n{text}model: shipped\nversions:\n  torch: 2.14.1\n", encoding="utf-8")
+    assert Recipe.from_yaml(file, seed=1) == recipe.replace(seed=1)
+
+
+def test_a_recipe_is_the_key_of_a_dict() -> None:
+    given = Recipe(method="partial", method_options={"num_blocks": 2})
+    assert {given: "here"}[given.replace()] == "here"
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"recipe must be one of Recipe.names\(\), got None"):
+        Recipe.named(None)  # type: ignore[arg-type]

@@ -414,6 +414,33 @@ def test_nmi_wants_prompts_that_learn(make_tuned: Any, loader: Loader, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"out": None}, TypeError, "out must be the name of a folder, a string or a Path, got None"),
+        ({"recipe": "paper"}, TypeError, "recipe must be a Recipe, as .* got 'paper'"),
+        ({"recipe": Recipe(method="linear")}, ValueError, "method='linear' of the recipe .* has 'vpt-deep'"),
+        ({"recipe": Recipe(num_prompts=7)}, ValueError, "num_prompts=7 of the recipe is not that .* has 2;"),
+        ({"facts": "birds"}, TypeError, "facts must map names to plain values, got 'birds'"),
+        ({"facts": {"recipe": "mine"}}, ValueError, "facts must have other names than those .*, got recipe"),
+        ({"facts": {"tuned_method": "mine", "data": "birds"}}, ValueError, "got tuned_method$"),
+    ],
+)
+def test_other_arguments_are_refused(
+    make_tuned: Any, loader: Loader, tmp_path: Path, options: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train(
+            make_tuned(), loader, **{"out": tmp_path / "out", "recipe": QUICK, "progress": False, **options}
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_recipe_in_a_folder_starts_another_run(make_tuned: Any, loader: Loader, tmp_path: Path) -> None:
+    run = train(make_tuned(), loader, recipe=QUICK.replace(ema=0.9), out=tmp_path / "a", progress=False)
+    assert Recipe.from_yaml(run.paths["run.yaml"], ema=None) == QUICK
+
+
 def test_tensorboard_is_asked_for_before_training(
     make_tuned: Any, loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
