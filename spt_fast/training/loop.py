@@ -121,6 +121,7 @@ class Trainer:
         self._processes, self._progress = processes, check_bool("progress", progress)
         self._batches = _count_batches(train_loader)
         self._steps = -(-self._batches // self.recipe.accumulate)
+        self._images: int | None = getattr(train_loader, "num_images", None)
         self._device = device_of(tuned)
         self.optimizer = create_optimizer(tuned, self.recipe)
         objective = _objective(self.recipe, tuned, train_loader)
@@ -262,10 +263,10 @@ class Trainer:
             group = list(islice(batches, self.recipe.accumulate))
             if not group:
                 break
-            self._take_step(source.module, group)
+            images = self._take_step(source.module, group)
             self.step += 1
             self._seconds = time.perf_counter() - started
-            bar.update(len(group))
+            bar.update(len(group) if self._images is None else images * self._processes.size)
             if on_step is not None and self.step < self._steps:
                 on_step(self)
         self.history.loss.append(self._losses.mean())
@@ -289,12 +290,14 @@ class Trainer:
         if self.recipe.keep == "best" and self.history.kept_epoch == self.epoch:
             self._best = learned(self.tuned)
 
-    def _take_step(self, module: nn.Module, group: Sequence[Any]) -> None:
+    def _take_step(self, module: nn.Module, group: Sequence[Any]) -> int:
+        """One step; the number of its images here."""
         self._rates.set(self.epoch * self._steps + self.step)
         loss, count = self._stepper.take(module, group, self.step * self.recipe.accumulate)
         if self.average is not None:
             self.average.update()
         self._losses.add(loss, count, self.step + 1, self._rates.rates()[0])
+        return count
 
     def _validate(self, source: Source) -> None:
         epoch = self.epoch + 1
@@ -331,10 +334,16 @@ class Trainer:
         return seed_of(self.recipe.seed, self.epoch, step, self._processes.rank)
 
     def _bar(self) -> Any:
-        done = self.epoch * self._batches + self.step * self.recipe.accumulate
-        show = self._progress and self._processes.rank == 0
-        total = self.recipe.epochs * self._batches
-        return progress_bar(show=show, total=total, initial=done, unit="batch", desc="train")
+        """Of images, and so of images/s, where the loader knows how many there are; else of batches."""
+        epoch = self._batches if self._images is None else self._images
+        share = self.step / self._steps
+        return progress_bar(
+            show=self._progress and self._processes.rank == 0,
+            total=self.recipe.epochs * epoch,
+            initial=round((self.epoch + share) * epoch),
+            unit="batch" if self._images is None else "image",
+            desc="train",
+        )
 
 
 def _objective(recipe: Recipe, tuned: nn.Module, train_loader: Any) -> Objective:

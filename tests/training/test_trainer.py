@@ -339,6 +339,17 @@ class TestResume:
             trainer.load_state_dict(state)
 
 
+@pytest.mark.parametrize(("own", "unit", "total"), [(True, "image", 44), (False, "batch", 12)])
+def test_the_bar_counts_images_where_they_are_known(tuned, images, monkeypatch, capsys, own, unit, total):
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    loader = shuffled_loader(*images, batch_size=4, seed=0) if own else batches_of(images, 4)
+    options = {name: value for name, value in CONSTANT.items() if name != "progress"}
+    fit(tuned, loader, epochs=2, accumulate=3, **options)
+    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert f"{total}/{total}" in last
+    assert f"{unit}/s" in last or f"s/{unit}" in last
+
+
 def test_a_compiled_run_is_the_run(tuned, images, monkeypatch):
     """With the compiler's own capture and without its code for machines, which takes long."""
     compiled: list[nn.Module] = []
