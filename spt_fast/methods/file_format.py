@@ -18,7 +18,7 @@ from spt_fast.data.transforms import PREPROCESSING, Preprocessing
 from spt_fast.prompting.checks import check_class_names
 from spt_fast.support.arguments import check_bool, check_choice, check_tensor
 from spt_fast.support.errors import NonFiniteError
-from spt_fast.support.files import read_kind, read_safetensors, write_safetensors
+from spt_fast.support.files import read_safetensors, write_safetensors
 
 PROMPTED_KIND, TUNED_KIND = "prompted_vit", "tuned_vit"
 # The shape of the head tells the number of classes; their names, and what is done to images, are read. The
@@ -92,19 +92,17 @@ class TunedState:
             ValueError: it is truncated, or no file of a tuned model, or a fact or a tensor is missing, not
                 finite or cannot be read.
         """
-        kind = TUNED_KIND if read_kind(path) == TUNED_KIND else PROMPTED_KIND
-        state = cls(*read_safetensors(path, kind=kind))
+        state = cls(*read_safetensors(path, kind=PROMPTED_KIND, or_kind=TUNED_KIND))
         try:
-            state._check(prompted=kind == PROMPTED_KIND)
+            state._check()
         except (TypeError, ValueError, RuntimeError) as error:
             raise _not_valid(path, error) from error
         return state
 
-    def _check(self, *, prompted: bool) -> None:
-        if prompted:
+    def _check(self) -> None:
+        # Older files, which hold prompts, do not say so.
+        if self.facts.get("method", "spt-").startswith(("spt-", "vpt-")):
             self._check_prompts()
-        elif "method" not in self.facts:
-            raise ValueError("it holds no method")
         for name, tensor in self.tensors.items():
             check_finite(name, tensor)
         check_choice("norm", self.facts.get("norm", "own"), NORMS)

@@ -136,10 +136,16 @@ def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
         raise ValueError(f"{source} is truncated or not a safetensors file ({error})") from error
 
 
-def read_safetensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+Contents = tuple[dict[str, Tensor], dict[str, str]]
+
+
+def read_safetensors(path: str | os.PathLike[str], *, kind: str, or_kind: str | None = None) -> Contents:
     """Read what `write_safetensors` wrote: the tensors (CPU, independent of the file) and the metadata.
 
     The two keys that `write_safetensors` adds are not part of the metadata returned.
+
+    Args:
+        kind, or_kind: what the file may hold.
 
     Raises:
         FileNotFoundError, IsADirectoryError: as `check_input_path`.
@@ -148,7 +154,8 @@ def read_safetensors(path: str | os.PathLike[str], *, kind: str) -> tuple[dict[s
     """
     with open_safetensors(path) as file:
         metadata = dict(file.metadata() or {})
-        _check_header(Path(path), metadata, kind)
+        is_other = or_kind is not None and metadata.get(_KIND_KEY) == or_kind
+        _check_header(Path(path), metadata, str(or_kind) if is_other else kind)
         # Copied, because tensors of a memory-mapped file change when the file does.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     del metadata[_KIND_KEY], metadata[_VERSION_KEY]

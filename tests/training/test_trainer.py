@@ -290,8 +290,10 @@ class TestResume:
         )
         return Trainer(tuned, *self.loaders(images, kind), RECIPE, progress=False)
 
-    @pytest.mark.parametrize("kind", ["ours", "generator", "global"])
-    @pytest.mark.parametrize("stop", [1, 2, 3, 5, 8, 12])
+    @pytest.mark.parametrize(
+        ("kind", "stop"),
+        [*(("ours", stop) for stop in (1, 3, 5, 8, 12)), ("generator", 2), ("generator", 6), ("global", 5)],
+    )
     def test_it_ends_bitwise_as_an_unbroken_run(self, make_vit, images, kind, stop):
         whole = self.trainer(make_vit, images, kind)
         unbroken = whole.run()
