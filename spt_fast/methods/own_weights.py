@@ -12,6 +12,7 @@ They add nothing, so that `merge` gives a plain model of timm.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class OwnWeights(TunedViT):
-    """Base of the methods that learn weights of the model; `_wanted` names them."""
+    """Base of the methods that learn weights of the model; `_wants` says which."""
 
     merges = True
 
     def __init__(
-        self, model: nn.Module, options: dict[str, int] | None = None, **common: Unpack[Common]
+        self, model: nn.Module, options: Mapping[str, int] | None = None, **common: Unpack[Common]
     ) -> None:
         super().__init__(model, options or {}, **common)
         self._take_over()
@@ -59,9 +60,6 @@ class LinearProbe(OwnWeights):
 
     method = "linear"
 
-    def __init__(self, model: nn.Module, **common: Unpack[Common]) -> None:
-        super().__init__(model, **common)
-
     def _wants(self, name: str, blocks: Blocks) -> bool:
         return False
 
@@ -70,9 +68,6 @@ class Bias(OwnWeights):
     """Every tensor of the model whose name ends in `bias`."""
 
     method = "bias"
-
-    def __init__(self, model: nn.Module, **common: Unpack[Common]) -> None:
-        super().__init__(model, **common)
 
     def _wants(self, name: str, blocks: Blocks) -> bool:
         return name.rpartition(".")[2].endswith("bias")
@@ -109,9 +104,6 @@ class Full(OwnWeights):
     """All weights of the model: fine-tuning."""
 
     method = "full"
-
-    def __init__(self, model: nn.Module, **common: Unpack[Common]) -> None:
-        super().__init__(model, **common)
 
     def _wants(self, name: str, blocks: Blocks) -> bool:
         return True

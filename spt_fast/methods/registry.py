@@ -108,7 +108,7 @@ def options(name: str) -> Mapping[str, Any]:
     """
     method = find(name)
     parameters = inspect.signature(method.load()).parameters.values()
-    left_out = {"model", _START, *_COMMON, *method.fixed}
+    left_out = {"model", "options", _START, *_COMMON, *method.fixed}
     keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {
         **{

@@ -203,13 +203,6 @@ def logits_of(tuned: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def forward(tuned: nn.Module, batch: object, device: torch.device, where: str) -> tuple[Tensor, Tensor, int]:
-    """Logits [B, classes] and labels [B] of a batch, on `device`, and how many of the labels count."""
-    images, labels = labelled_batch(batch, where)
-    logits = logits_of(tuned, images)
-    return logits, move(labels, device), count_labels(labels, logits.shape[1], where)
-
-
 def check_gives_logits(tuned: nn.Module) -> None:
     """Refuse what is no model, and a backbone without a head: its features would pass for logits.
 
@@ -260,7 +253,10 @@ def _labels_and_predictions(
     with inference(tuned):
         for index, batch in enumerate(loader):
             where = f"batch {index} of {argument}"
-            logits, labels, _ = forward(tuned, batch, torch.device("cpu"), where)
+            images, labels = labelled_batch(batch, where)
+            logits = logits_of(tuned, images)
+            labels = labels.cpu()
+            count_labels(labels, logits.shape[1], where)
             # In one transfer: -1 stands for NaN.
             largest = logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
             unread.append((seen, labels, OnTheWay(largest), logits.shape[1]))

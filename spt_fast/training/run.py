@@ -196,7 +196,7 @@ def run_facts(
         "tuned_method": tuned.method,
         **{f"tuned_{name}": value for name, value in tuned.options.items()},
         "prompts_per_block": _num_prompts(tuned),
-        "trainable_parameters": sum(each.numel() for each in tuned.trainable_parameters()),
+        "trainable_parameters": tuned.num_trainable(),
     }
     if taken := [name for name in given if name in found or name in ABOUT_RUN]:
         raise ValueError(

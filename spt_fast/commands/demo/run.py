@@ -85,7 +85,7 @@ def run_method(
         method=method,
         seed=seed,
         rates=rates,
-        trainable_parameters=sum(each.numel() for each in tuned.trainable_parameters()),
+        trainable_parameters=tuned.num_trainable(),
         prototype_seconds=seconds,
         train_seconds=history.train_seconds,
         val_epochs=history.val_epochs,
