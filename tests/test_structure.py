@@ -25,6 +25,7 @@ WINGS = (
     "plots",
     "analysis",
     "training",
+    "study",
     "commands",
 )
 # Files of the package itself; `__init__` gathers the public names, `__main__` starts the command line.
