@@ -113,6 +113,11 @@ class Preprocessing:
     def __str__(self) -> str:
         return f"--resize {self.resize} --mean-std {self.mean_std}"
 
+    def mean_and_std(self, model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What pixels in [0, 1] are normalised with, a number for each channel that `model` takes."""
+        config = {**_config(model), **self._normalisation(model)}
+        return tuple(config["mean"]), tuple(config["std"])
+
     def _normalisation(self, model: nn.Module) -> Mapping[str, Any]:
         if self.mean_std == "model":
             return {}

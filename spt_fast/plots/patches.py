@@ -65,7 +65,7 @@ def nearest_patches(
     if layer >= layers:
         raise ValueError(f"layer must be 0 to {layers - 1}, got {layer}")
     chosen = _chosen(prompts, count)
-    pictures = _as_colours(found.pictures[layer, chosen].numpy(), mean, std)
+    pictures = as_colours(found.pictures[layer, chosen].numpy(), mean, std)
     rows, k = pictures.shape[:2]
     size = _INCHES * (1 + _GAP)
     panels = open_panels(1, ax, width=size * k + 0.7, height=size * rows + 0.25)
@@ -95,8 +95,8 @@ def _per_channel(name: str, values: Sequence[float], channels: int) -> Values:
     return array.reshape(-1, 1, 1)
 
 
-def _as_colours(pixels: Values, mean: Sequence[float] | None, std: Sequence[float] | None) -> Values:
-    """[P, k, C, H, W] to [P, k, H, W, 3] in [0, 1]."""
+def as_colours(pixels: Values, mean: Sequence[float] | None, std: Sequence[float] | None) -> Values:
+    """[P, k, C, H, W] to [P, k, H, W, 3] in [0, 1]; arguments and errors as in `nearest_patches`."""
     if (mean is None) != (std is None):
         raise ValueError("mean and std must be given together")
     if mean is None or std is None:

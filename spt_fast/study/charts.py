@@ -165,9 +165,7 @@ def _frame(across: _Scale, up: _Scale, x: Axis, y: Axis) -> Html:
     for tick in up.labelled(_APART["y"]):
         height = f"{up.place(tick):.1f}"
         parts.append(element("line", x1=_LEFT, x2=right, y1=height, y2=height, class_="rule"))
-        parts.append(
-            element("text", _number(tick), x=_LEFT - 6, y=height, dy="0.35em", class_="end")
-        )
+        parts.append(element("text", _number(tick), x=_LEFT - 6, y=height, dy="0.35em", class_="end"))
     for tick in across.labelled(_APART["x"]):
         place = f"{across.place(tick):.1f}"
         parts.append(element("line", x1=place, x2=place, y1=bottom, y2=bottom + 4, class_="axis"))
@@ -199,9 +197,7 @@ def _thinned(line: Line) -> Line:
     """With fewer points where there are more than can be seen."""
     every = -(-len(line.x) // _MOST_POINTS)
     chosen = range((len(line.x) - 1) % every, len(line.x), every)
-    return Line(
-        line.name, [line.x[i] for i in chosen], [[row[i] for i in chosen] for row in line.values]
-    )
+    return Line(line.name, [line.x[i] for i in chosen], [[row[i] for i in chosen] for row in line.values])
 
 
 def _marker(look: int, x: float, y: float, told: str) -> Html:

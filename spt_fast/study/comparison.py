@@ -70,8 +70,12 @@ def comparison(rows: Sequence[Row]) -> Comparison:
     grouped: dict[str, dict[str, list[Row]]] = {}
     for row in sorted(chosen, key=lambda row: row.seed):
         grouped.setdefault(names[row.run], {}).setdefault(row.task, []).append(row)
-    cells = {arm: {task: _cell(found, tested) for task, found in tasks.items()} for arm, tasks in grouped.items()}
-    whole = Comparison("test" if tested else "validation", tuple(dict.fromkeys(row.task for row in rows)), cells)
+    cells = {
+        arm: {task: _cell(found, tested) for task, found in tasks.items()} for arm, tasks in grouped.items()
+    }
+    whole = Comparison(
+        "test" if tested else "validation", tuple(dict.fromkeys(row.task for row in rows)), cells
+    )
     order = sorted(cells, key=lambda arm: (whole.mean(arm) is None, -(whole.mean(arm) or 0.0), arm))
     return Comparison(whole.measure, whole.tasks, {arm: cells[arm] for arm in order})
 

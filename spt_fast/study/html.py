@@ -9,7 +9,19 @@ from importlib.resources import files
 
 # The page may use what it holds, and nothing else: no scripts, no files, no network.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_EMPTY_ELEMENTS = {"br", "col", "image", "img", "meta", "rect", "line", "polyline", "polygon", "circle", "path"}
+_EMPTY_ELEMENTS = {
+    "br",
+    "col",
+    "image",
+    "img",
+    "meta",
+    "rect",
+    "line",
+    "polyline",
+    "polygon",
+    "circle",
+    "path",
+}
 
 
 class Html(str):
@@ -86,11 +98,10 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *,
     Args:
         names: columns from the left that name a row, flush left; all others are numbers, flush right.
     """
-    head = element("tr", [element("th", cell, scope="col", class_=_side(i, names)) for i, cell in enumerate(header)])
-    body = [
-        element("tr", [_cell(i, cell, names) for i, cell in enumerate(row)])
-        for row in rows
-    ]
+    head = element(
+        "tr", [element("th", cell, scope="col", class_=_side(i, names)) for i, cell in enumerate(header)]
+    )
+    body = [element("tr", [_cell(i, cell, names) for i, cell in enumerate(row)]) for row in rows]
     whole = element("table", element("thead", head), element("tbody", body))
     # With a tabindex it can be scrolled by keyboard.
     return element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=caption)
@@ -123,9 +134,7 @@ def heat_table(
 
 def page(title: str, lead: Html, sections: Sequence[Section]) -> str:
     """A whole document with a table of contents; it holds its style and asks for nothing."""
-    links = [
-        element("li", element("a", section.title, href=f"#{section.anchor}")) for section in sections
-    ]
+    links = [element("li", element("a", section.title, href=f"#{section.anchor}")) for section in sections]
     contents = element("nav", element("p", "Contents"), element("ul", links), aria_label="Contents")
     parts = [
         element("section", element("h2", section.title), section.body, id=section.anchor)
