@@ -18,9 +18,9 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "report",
         help="a study as one HTML page",
-        description="Tables, curves, NMI, CKA, confusion and the patches nearest to prompts, before and after "
-        "tuning, in one HTML page that asks for nothing else. What cannot be shown is said in the page and on "
-        "stderr.",
+        description="Tables, curves, NMI, CKA, confusion, and the patches nearest to prompts before and "
+        "after tuning, in one HTML page that asks for nothing else. What cannot be shown is said in the page and "
+        "on stderr.",
         epilog="example: spt-fast report study --root data",
     )
     parser.add_argument(

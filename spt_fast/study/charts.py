@@ -14,6 +14,7 @@ from spt_fast.study.html import Html, element, markup
 
 # Colours of the style sheet; beyond them, lines are dashed too.
 COLOURS = 8
+PERCENT = (0.0, 100.0)
 _WIDTH, _HEIGHT = 320, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 38
 # Units of the drawing between labels of an axis, at least.
@@ -91,8 +92,8 @@ def legend(names: Sequence[str], looks: Mapping[str, int]) -> Html:
     items = []
     for name in names:
         look = looks.get(name, 0)
-        line = element("line", x1=0, y1=6, x2=26, y2=6, class_="line")
-        sample = element("g", line, _marker(look, 13, 6, ""), style=_colour(look))
+        line = element("line", x1=0, y1=6, x2=26, y2=6, class_="line", stroke_dasharray=_dashes(look))
+        sample = element("g", line, _marker(look, 13, 6, ""), **_style(look))
         items.append(element("li", element("svg", sample, viewBox="0 0 26 12", aria_hidden="true"), name))
     return element("ul", items, class_="legend")
 
@@ -183,14 +184,13 @@ def _drawn(line: Line, look: int, across: _Scale, up: _Scale) -> Html:
         band = [(across.place(x), up.place(low)) for x, (low, _) in zip(line.x, line.extremes, strict=True)]
         back = [(across.place(x), up.place(high)) for x, (_, high) in zip(line.x, line.extremes, strict=True)]
         parts.append(element("polygon", points=_points([*band, *reversed(back)]), class_="band"))
-    dashes = None if look < COLOURS else "5 3"
-    parts.append(element("polyline", points=_points(points), class_="line", stroke_dasharray=dashes))
+    parts.append(element("polyline", points=_points(points), class_="line", stroke_dasharray=_dashes(look)))
     every = -(-len(points) // _MOST_MARKERS)
     # The last point always has one.
     for index in range((len(points) - 1) % every, len(points), every):
         told = f"{line.name}: {mean[index]:.4g} at {_number(line.x[index])}"
         parts.append(_marker(look, *points[index], told))
-    return element("g", parts, style=_colour(look))
+    return element("g", parts, **_style(look))
 
 
 def _thinned(line: Line) -> Line:
@@ -231,8 +231,13 @@ def _points(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _colour(look: int) -> str:
-    return f"--c:var(--c{look % COLOURS})"
+def _style(look: int) -> dict[str, str | None]:
+    """Its colour; beyond the colours, markers are hollow."""
+    return {"style": f"--c:var(--c{look % COLOURS})", "class_": None if look < COLOURS else "hollow"}
+
+
+def _dashes(look: int) -> str | None:
+    return None if look < COLOURS else "4 2.5"
 
 
 def _number(value: float) -> str:

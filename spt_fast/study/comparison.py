@@ -81,7 +81,7 @@ def comparison(rows: Sequence[Row]) -> Comparison:
 
 
 def chosen_rows(rows: Iterable[Row]) -> list[Row]:
-    """Of each arm's search in each task the run with the best validation accuracy; of equals that of least lr."""
+    """Of each arm's search in each task the run with the best validation accuracy; of equals the least lr."""
     best: dict[tuple[str, str], Row] = {}
     for row in rows:
         if row.stage != "search" or row.val_accuracy is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from typing import TypeAlias
 
 # The page may use what it holds, and nothing else: no scripts, no files, no network.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -30,7 +31,7 @@ class Html(str):
     __slots__ = ()
 
 
-Content = str | Iterable[str]
+Content: TypeAlias = "str | Iterable[Content]"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ def note(*parts: Content) -> Html:
 def folded(summary: str, *parts: Content, is_open: bool = False) -> Html:
     """What a reader may open."""
     return element("details", element("summary", summary), *parts, open=is_open)
+
+
+def facts(values: Mapping[str, str]) -> Html:
+    """Names and what they are, in lines that break where they are long."""
+    return element("dl", [(element("dt", name), element("dd", value)) for name, value in values.items()])
 
 
 def grid(items: Iterable[str], kind: str = "charts") -> Html:

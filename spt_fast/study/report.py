@@ -15,6 +15,7 @@ import torch
 from spt_fast.study.charts import COLOURS
 from spt_fast.study.comparison import Comparison, arm_names, comparison
 from spt_fast.study.html import Html, Section, element, markup, page, paragraph
+from spt_fast.study.report_against import lengths_section, shares_section
 from spt_fast.study.report_confusion import classes_section, confusion_section
 from spt_fast.study.report_input import StudyFolder
 from spt_fast.study.report_prompts import (
@@ -25,7 +26,7 @@ from spt_fast.study.report_prompts import (
     nmi_by_block,
     patches_section,
 )
-from spt_fast.study.report_results import against_lengths, against_shares, chosen_values, results, summary
+from spt_fast.study.report_results import chosen_values, costs, results, summary
 from spt_fast.study.report_training import curves_section, nmi_charts, search_section
 from spt_fast.study.runs import Row, runs_path
 from spt_fast.support.arguments import check_bool, check_device, check_int
@@ -117,8 +118,8 @@ def _page(study: StudyFolder, opening: Opening | None) -> str:
         chosen_values(compared, study.rows),
         search_section(study, looks),
         curves_section(study, looks),
-        against_lengths(study),
-        against_shares(study),
+        lengths_section(study),
+        shares_section(study),
         _nmi_section(study, looks, prompts),
         cka_section(prompts),
         confusion_section(study, compared),
@@ -131,6 +132,7 @@ def _page(study: StudyFolder, opening: Opening | None) -> str:
         there.append(patches)
     elif opening is None:
         study.missing.append("no thumbnails and no CKA: they were not asked for")
+    there.append(costs(study.rows))
     return page(_title(study, compared), _lead(study, compared), there)
 
 
@@ -156,8 +158,8 @@ def _nmi_section(
 ) -> Section | None:
     parts = [part for part in (nmi_charts(study, looks), nmi_by_block(prompts, looks)) if part is not None]
     told = paragraph(
-        "What prompts share with the patch tokens that enter the same block: normalised mutual information (eq. 7, 8). "
-        "The larger it is, the more alike the two are."
+        "What prompts share with the patch tokens that enter the same block: normalised mutual information "
+        "(eq. 7, 8). The larger it is, the more alike the two are."
     )
     return Section("nmi", "NMI of prompts and tokens", markup(told, parts)) if parts else None
 
@@ -169,9 +171,12 @@ def _title(study: StudyFolder, compared: Comparison) -> str:
 def _lead(study: StudyFolder, compared: Comparison) -> Html:
     rows = study.rows
     arms, seeds = len({row.arm for row in rows}), len({row.seed for row in rows})
-    tasks = len(compared.tasks)
-    counted = f"{_count(arms, 'arm')} on {_count(tasks, 'task')}, {_count(seeds, 'seed')}, {_count(len(rows), 'run')}."
-    parts = [paragraph(counted)]
+    parts = [
+        paragraph(
+            f"{_count(arms, 'arm')} on {_count(len(compared.tasks), 'task')}, {_count(seeds, 'seed')}, "
+            f"{_count(len(rows), 'run')}."
+        )
+    ]
     if study.missing:
         told = [element("li", line) for line in study.missing]
         parts.append(

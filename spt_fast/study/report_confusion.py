@@ -44,9 +44,9 @@ def confusion_section(study: StudyFolder, compared: Comparison) -> Section | Non
     if not parts:
         return None
     told = paragraph(
-        "Test images of each arm's first seed: rows are labels, columns what they were taken for, and the shade is "
-        f"the share of a label's images. Of more than {_MOST_CLASSES} classes the most frequent confusions are "
-        "listed instead. The best arm of a task comes first."
+        "Test images of each arm's first seed: rows are labels, columns what they were taken for, and the "
+        f"shade is the share of a label's images. Of more than {_MOST_CLASSES} classes the most frequent "
+        "confusions are listed instead. The best arm of a task comes first."
     )
     return Section("confusion", "Confusion", markup(told, parts))
 
@@ -67,8 +67,8 @@ def classes_section(study: StudyFolder, compared: Comparison) -> Section | None:
     if not parts:
         return None
     told = paragraph(
-        "Accuracy on test images in percent, first seed, from the worst class to the best as the best arm of the "
-        f"task has it; of many classes the {_EXTREMES} at each end."
+        "Accuracy on test images in percent, first seed, from the worst class to the best as the best arm of "
+        f"the task has it; of many classes the {_EXTREMES} at each end."
     )
     return Section("classes", "Classes", markup(told, parts))
 

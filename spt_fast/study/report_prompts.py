@@ -1,12 +1,13 @@
-"""Sections of a report for which model and images are opened: prompts against tokens, and their nearest patches."""
+"""Sections of a report for which model and images are opened: CKA, NMI, and nearest patches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,12 @@ from spt_fast.study.html import (
 )
 from spt_fast.study.pictures import patch_picture
 from spt_fast.study.report_input import SWEEP_NAME, StudyFolder
-from spt_fast.study.report_training import Looks, charts_of
+from spt_fast.study.report_training import Looks, task_charts
 from spt_fast.study.runs import Row
 from spt_fast.support.errors import one_line
 from spt_fast.training.folder import PROTOTYPES_NAME, TUNED_NAME
+
+Found = TypeVar("Found")
 
 # What is shown of a block: prompts, and patches nearest to each.
 PROMPTS, PATCHES = 6, 4
@@ -100,14 +103,20 @@ def look_at_prompts(study: StudyFolder, compared: Comparison, opening: Opening) 
     if not chosen:
         study.missing.append("no thumbnails and no CKA: no final run of SPT has kept its weights")
         return {}
-    with _noted(study, "no thumbnails and no CKA"):
-        model = _open_model(study, next(iter(chosen.values())), opening)
-        return {
-            task: found
-            for task, arms in chosen.items()
-            if (found := _look(study, task, arms, model, opening))
-        }
-    return {}
+    model = _tried(study, "no thumbnails and no CKA", partial(_open_model, study, opening))
+    if model is None:
+        return {}
+    found = {}
+    for task, arms in chosen.items():
+        looked = _tried(
+            study,
+            f"no thumbnails and no CKA of {task}",
+            # The images too: where they are not there, this is where it shows.
+            lambda task=task, arms=arms: _Workbench(study, task, model, opening).look(arms),
+        )
+        if looked is not None:
+            found[task] = looked
+    return found
 
 
 def cka_section(found: Mapping[str, TaskPrompts]) -> Section | None:
@@ -117,8 +126,8 @@ def cka_section(found: Mapping[str, TaskPrompts]) -> Section | None:
         parts.append(element("h3", task))
         parts.append(grid((_cka(name, each) for name, each in prompts.analyses.items()), "heats"))
     told = paragraph(
-        "Linear CKA (App. B.4) of the prompts of a block, in rows, and the patch tokens that enter a block, in "
-        "columns. 1 means that they spread alike over the channels."
+        "Linear CKA (App. B.4) of the prompts of a block, in rows, and the patch tokens that enter a block, "
+        "in columns. 1 means that they spread alike over the channels."
     )
     return Section("cka", "CKA of prompts and tokens", markup(told, parts)) if parts else None
 
@@ -140,7 +149,7 @@ def nmi_by_block(found: Mapping[str, TaskPrompts], looks: Looks) -> Html | None:
     return markup(
         element("h3", "By block, before and after tuning"),
         paragraph(f"Measured for this page on up to {images} training images of each task.", class_="quiet"),
-        charts_of(lines, mine, Axis("block", whole=True), Axis("NMI (eq. 8)", from_zero=True)),
+        task_charts(lines, mine, Axis("block", whole=True), Axis("NMI (eq. 8)", from_zero=True)),
     )
 
 
@@ -153,13 +162,13 @@ def patches_section(study: StudyFolder, found: Mapping[str, TaskPrompts], room: 
         return None
     told = [
         paragraph(
-            f"What prompts look at: for each of {PROMPTS} prompts of a block, in rows, the {PATCHES} patches of the "
-            "task's own training images whose tokens are nearest to it, the nearest first, at most one of an "
-            "image. The patch is framed; around it is what lies around it in the image."
+            f"What prompts look at: for each of {PROMPTS} prompts of a block, in rows, the {PATCHES} patches "
+            "of the task's own training images whose tokens are nearest to it, the nearest first, and at most "
+            "one of an image. The patch is framed; around it is what lies around it in the image."
         ),
         paragraph(
-            "Before tuning, prompts are prototypes of these tokens, so patches of a row look alike and distances are "
-            "small. Tuning moves prompts to where they help to tell classes apart, which need not be near any patch."
+            "Before tuning, prompts are prototypes of these tokens. Tuning moves them to where they help to "
+            "tell classes apart, which need not be near any patch, and with them the tokens of later blocks."
         ),
     ]
     return Section("patches", "Nearest patches", markup(told, parts))
@@ -182,16 +191,16 @@ def _arms(study: StudyFolder, compared: Comparison, task: str) -> dict[str, Row]
     return chosen
 
 
-@contextmanager
-def _noted(study: StudyFolder, what: str) -> Iterator[None]:
-    """Errors of files, data and models end up as a line of `missing`."""
+def _tried(study: StudyFolder, what: str, action: Callable[[], Found]) -> Found | None:
+    """What `action` gives; None after an error of files, data or models, which is noted."""
     try:
-        yield
+        return action()
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         study.missing.append(f"{what}: {one_line(error)}")
+        return None
 
 
-def _open_model(study: StudyFolder, arms: Mapping[str, Row], opening: Opening) -> nn.Module:
+def _open_model(study: StudyFolder, opening: Opening) -> nn.Module:
     """The backbone that sweep.yaml names.
 
     Raises:
@@ -214,14 +223,6 @@ def _open_model(study: StudyFolder, arms: Mapping[str, Row], opening: Opening) -
     ).to(opening.device)
 
 
-def _look(
-    study: StudyFolder, task: str, arms: Mapping[str, Row], model: nn.Module, opening: Opening
-) -> TaskPrompts | None:
-    with _noted(study, f"no thumbnails and no CKA of {task}"):
-        return _Workbench(study, task, model, opening).look(arms)
-    return None
-
-
 class _Workbench:
     """One task's images, and what is done with them; the model comes back as it was after each step."""
 
@@ -236,13 +237,18 @@ class _Workbench:
         images = self._images(made, self._opening.max_images)
         with self._prompted(tuned_path) as tuned:
             after_values = tuned.prompts.detach().cpu().float()
-            analyses = {f"{arm}": self._analyse(tuned, images)}
+            analyses = {arm: self._analyse(tuned, images)}
             shown = slice(0, min(PROMPTS, after_values.shape[1]))
             after = self._nearest(tuned.prompts.detach()[:, shown], tuned, images)
         prototypes, rebuilt = self._prototypes(row, made, after_values)
         before = self._nearest(prototypes[:, shown], self._model, images)
-        depth = "deep" if len(prototypes) > 1 else "shallow"
-        started = PromptedViT(self._model, prototypes, depth=depth, num_classes=0, pool_prompts=False)
+        started = PromptedViT(
+            self._model,
+            prototypes,
+            depth="deep" if len(prototypes) > 1 else "shallow",
+            num_classes=0,
+            pool_prompts=False,
+        )
         try:
             analyses = {f"{arm}, before tuning": self._analyse(started, images), **analyses}
         finally:

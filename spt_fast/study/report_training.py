@@ -1,21 +1,19 @@
-"""Sections of a report on how runs went: what the search saw, loss and accuracy by epoch, NMI by epoch and block."""
+"""Sections of a report on how runs went: the search, loss and accuracy by epoch, NMI by epoch and block."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from spt_fast.plots.data import NmiCurve, Values, nmi_curves, training_of_epochs
-from spt_fast.study.charts import Axis, Line, legend, line_chart
+from spt_fast.study.charts import PERCENT, Axis, Line, legend, line_chart
 from spt_fast.study.comparison import arm_names, chosen_rows
 from spt_fast.study.html import Html, Section, element, figure, grid, markup, paragraph
 from spt_fast.study.report_input import StudyFolder
-from spt_fast.study.report_results import PERCENT
 from spt_fast.study.runs import Row
 from spt_fast.support.yaml_text import read_yaml
 from spt_fast.training.folder import HISTORY_NAME, NMI_NAME, RUN_NAME
@@ -38,11 +36,11 @@ def search_section(study: StudyFolder, looks: Looks) -> Section | None:
     if not lines:
         return None
     told = paragraph(
-        "Accuracy on validation images after the last epoch, against the learning rate: what values were chosen "
-        "by. Where a search tried other values too, a point is the best of them. A best value at the end of a "
-        "line says that the search was too narrow."
+        "Accuracy on validation images after the last epoch, against the learning rate: what values were "
+        "chosen by. Where a search tried other values too, a point is the best of them. A best value at the "
+        "end of a line says that the search was too narrow."
     )
-    charts = _charts(lines, looks, Axis("learning rate", logarithmic=True), _ACCURACY)
+    charts = task_charts(lines, looks, Axis("learning rate", logarithmic=True), _ACCURACY)
     return Section("search", "Search", markup(told, charts))
 
 
@@ -60,14 +58,14 @@ def curves_section(study: StudyFolder, looks: Looks) -> Section | None:
     parts = [
         paragraph("Mean over seeds, with a band from the least to the largest."),
         element("h3", "Training loss"),
-        _charts(loss, looks, _EPOCH, Axis("training loss", from_zero=True)),
+        task_charts(loss, looks, _EPOCH, Axis("training loss", from_zero=True)),
     ]
     if accuracy:
         scaled = {task: [_in_percent(line) for line in lines] for task, lines in accuracy.items()}
         parts += [
             element("h3", "Validation accuracy"),
             paragraph(f"It is {whose}.", class_="quiet"),
-            _charts(scaled, looks, _EPOCH, _ACCURACY),
+            task_charts(scaled, looks, _EPOCH, _ACCURACY),
         ]
     return Section("curves", "Training curves", markup(parts))
 
@@ -76,7 +74,8 @@ def nmi_charts(study: StudyFolder, looks: Looks) -> Html | None:
     """NMI of prompts and tokens by epoch, the mean over blocks, and by block after the last epoch."""
     measured = [row for row in study.rows if study.run_file(row, NMI_NAME) is not None]
     final = [row for row in measured if row.stage == "final"] or measured
-    over_time, by_block = {}, {}
+    over_time: ByTask = {}
+    by_block: ByTask = {}
     curves = {row.run: study.read(row, NMI_NAME, _only_curve) for row in final}
     for (task, name), rows in _grouped(final).items():
         found = [(row, curve) for row in rows if (curve := curves[row.run]) is not None]
@@ -90,21 +89,10 @@ def nmi_charts(study: StudyFolder, looks: Looks) -> Html | None:
     by_epoch = all(_steps_per_epoch(study, row) for row in final)
     return markup(
         element("h3", "While training, mean over blocks"),
-        _charts(over_time, looks, Axis("epoch" if by_epoch else "step", whole=True), nmi),
+        task_charts(over_time, looks, Axis("epoch" if by_epoch else "step", whole=True), nmi),
         element("h3", "By block, at the end"),
-        _charts(by_block, looks, Axis("block", whole=True), nmi),
+        task_charts(by_block, looks, Axis("block", whole=True), nmi),
     )
-
-
-def charts_of(lines: ByTask, looks: Looks, x: Axis, y: Axis) -> Html:
-    """A legend, and a chart for each task."""
-    return _charts(lines, looks, x, y)
-
-
-@dataclass(frozen=True)
-class _Curves:
-    loss: Values
-    accuracy: Values
 
 
 def _of_rates(arm: str, by_rate: Mapping[float, float]) -> Line:
@@ -112,7 +100,8 @@ def _of_rates(arm: str, by_rate: Mapping[float, float]) -> Line:
     return Line(arm, rates, [[100 * by_rate[rate] for rate in rates]])
 
 
-def _charts(lines: ByTask, looks: Looks, x: Axis, y: Axis) -> Html:
+def task_charts(lines: ByTask, looks: Looks, x: Axis, y: Axis) -> Html:
+    """A legend, and a chart for each task."""
     names = list(dict.fromkeys(line.name for found in lines.values() for line in found))
     charts = [
         figure([element("b", task), f" {y.label}"], line_chart(found, looks, x=x, y=y, title=task))
@@ -183,7 +172,9 @@ def _steps_per_epoch(study: StudyFolder, row: Row) -> int | None:
     """Batches of an epoch; None where run.yaml is not there to tell."""
     found = study.read(row, RUN_NAME, lambda path: read_yaml(path.read_text(encoding="utf-8"), str(path)))
     recipe = (found or {}).get("recipe")
-    size = recipe.get("batch_size") if isinstance(recipe, Mapping) else None
+    if not isinstance(recipe, Mapping):
+        return None
+    size = recipe.get("batch_size")
     if not isinstance(size, int) or size < 1:
         return None
     whole = row.train_images // size
