@@ -19,8 +19,8 @@ def add(commands: Commands) -> None:
         "report",
         help="a study as one HTML page",
         description="Tables, curves, NMI, CKA, confusion, and the patches nearest to prompts before and "
-        "after tuning, in one HTML page that asks for nothing else. What cannot be shown is said in the page and "
-        "on stderr.",
+        "after tuning, in one HTML page that asks for nothing else. What cannot be shown is said in the "
+        "page and on stderr.",
         epilog="example: spt-fast report study --root data",
     )
     parser.add_argument(

@@ -80,16 +80,24 @@ def comparison(rows: Sequence[Row]) -> Comparison:
     return Comparison(whole.measure, whole.tasks, {arm: cells[arm] for arm in order})
 
 
-def chosen_rows(rows: Iterable[Row]) -> list[Row]:
-    """Of each arm's search in each task the run with the best validation accuracy; of equals the least lr."""
+def chosen_rows(rows: Sequence[Row]) -> list[Row]:
+    """The runs of the search with the values that were chosen: those of the final runs.
+
+    Of an arm without final runs in a task it is the best by validation accuracy; of equals that of least lr.
+    """
+    chosen = {_values(row) for row in rows if row.stage == "final"}
+    settled = {(row.task, row.arm) for row in rows if row.stage == "final"}
+    found: list[Row] = []
     best: dict[tuple[str, str], Row] = {}
     for row in rows:
+        key = (row.task, row.arm)
         if row.stage != "search" or row.val_accuracy is None:
             continue
-        held = best.get((row.task, row.arm))
-        if held is None or _rank(row) > _rank(held):
-            best[row.task, row.arm] = row
-    return list(best.values())
+        if key in settled:
+            found += [row] * (_values(row) in chosen)
+        elif key not in best or _rank(row) > _rank(best[key]):
+            best[key] = row
+    return [*found, *best.values()]
 
 
 def arm_names(rows: Iterable[Row]) -> dict[str, str]:
@@ -105,6 +113,11 @@ def arm_names(rows: Iterable[Row]) -> dict[str, str]:
 def _full_name(row: Row) -> str:
     prompts = "" if row.num_prompts is None else f"{row.num_prompts} prompts"
     return ", ".join(part for part in (row.arm, prompts, row.options.replace(";", ", ")) if part)
+
+
+def _values(row: Row) -> tuple[object, ...]:
+    """What tells apart the runs of an arm, but for stage and seed."""
+    return row.task, row.arm, row.num_prompts, row.lr, row.weight_decay, row.options
 
 
 def _rank(row: Row) -> tuple[float, float]:

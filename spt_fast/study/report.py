@@ -103,7 +103,7 @@ def write_report(
     study = StudyFolder.open(runs)
     content = _page(study, opening if patches else None).encode()
     write_bytes(target, content, overwrite=overwrite)
-    return Report(target, len(content), tuple(study.missing))
+    return Report(target, len(content), tuple(dict.fromkeys(study.missing)))
 
 
 def _page(study: StudyFolder, opening: Opening | None) -> str:
@@ -159,7 +159,7 @@ def _nmi_section(
     parts = [part for part in (nmi_charts(study, looks), nmi_by_block(prompts, looks)) if part is not None]
     told = paragraph(
         "What prompts share with the patch tokens that enter the same block: normalised mutual information "
-        "(eq. 7, 8). The larger it is, the more alike the two are."
+        "(eq. 7, 8)."
     )
     return Section("nmi", "NMI of prompts and tokens", markup(told, parts)) if parts else None
 
@@ -178,7 +178,7 @@ def _lead(study: StudyFolder, compared: Comparison) -> Html:
         )
     ]
     if study.missing:
-        told = [element("li", line) for line in study.missing]
+        told = [element("li", line) for line in dict.fromkeys(study.missing)]
         parts.append(
             element("div", element("p", "What this page does not show:"), element("ul", told), class_="note")
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 from spt_fast.study.runs import Row, read_runs, runs_path
 from spt_fast.support.errors import one_line
 from spt_fast.support.yaml_text import read_yaml
+from spt_fast.training.folder import PROTOTYPES_NAME
 
 SWEEP_NAME = "sweep.yaml"
 RUNS_FOLDER, PROTOTYPES_FOLDER = "runs", "prototypes"
@@ -59,6 +61,37 @@ class StudyFolder:
         """A file of a run's folder; None where it is not there."""
         path = self.path / RUNS_FOLDER / row.run / name
         return path if path.is_file() else None
+
+    @property
+    def root(self) -> str | None:
+        """Where the data of the study lay; None where it does not say."""
+        found = self.sweep.get("root")
+        return None if found is None else str(found)
+
+    def split(self, task: str) -> str | None:
+        """The split of a task that the study names for training; None where it names none."""
+        data = self.sweep.get("data")
+        for entry in data if isinstance(data, list) else [data]:
+            if isinstance(entry, Mapping) and entry.get("data") == task and entry.get("split") is not None:
+                return str(entry["split"])
+        return None
+
+    def prototypes_file(self, row: Row) -> Path | None:
+        """Of the prototypes that a run started from: its own, or the shared one if one alone fits the run."""
+        own = self.run_file(row, PROTOTYPES_NAME)
+        if own is not None:
+            return own
+        # As a sweep names them: task, stage, strategy, other words, number, batch and seed.
+        start = f"{glob.escape(Path(row.task).name)}-{row.stage}-{row.strategy}-"
+        found = [
+            path
+            for path in (self.path / PROTOTYPES_FOLDER).glob(
+                f"{start}*-n{row.num_prompts}-*seed{row.seed}.safetensors"
+            )
+            if [word for word in ("first", "last") if f"-{word}-" in path.name]
+            == [row.source] * (row.source != "own")
+        ]
+        return found[0] if len(found) == 1 else None
 
     def read(self, row: Row, name: str, reader: Callable[[Path], Found]) -> Found | None:
         """What `reader` makes of a file of a run; None where it is not there or damaged, which is noted."""

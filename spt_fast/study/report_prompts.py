@@ -41,7 +41,7 @@ from spt_fast.study.report_input import SWEEP_NAME, StudyFolder
 from spt_fast.study.report_training import Looks, task_charts
 from spt_fast.study.runs import Row
 from spt_fast.support.errors import one_line
-from spt_fast.training.folder import PROTOTYPES_NAME, TUNED_NAME
+from spt_fast.training.folder import TUNED_NAME
 
 Found = TypeVar("Found")
 
@@ -49,8 +49,6 @@ Found = TypeVar("Found")
 PROMPTS, PATCHES = 6, 4
 # A picture is as many pixels wide at least, with whole patches around the one it is of.
 _LEAST_PIXELS = 20
-# CKA of more blocks has no room for numbers.
-_MOST_NUMBERS = 12
 _TIMM_OPTIONS = ("img_size", "in_chans")
 
 
@@ -111,8 +109,7 @@ def look_at_prompts(study: StudyFolder, compared: Comparison, opening: Opening) 
         looked = _tried(
             study,
             f"no thumbnails and no CKA of {task}",
-            # The images too: where they are not there, this is where it shows.
-            lambda task=task, arms=arms: _Workbench(study, task, model, opening).look(arms),
+            partial(_Workbench(study, task, model, opening).look, arms),
         )
         if looked is not None:
             found[task] = looked
@@ -124,10 +121,10 @@ def cka_section(found: Mapping[str, TaskPrompts]) -> Section | None:
     parts = []
     for task, prompts in found.items():
         parts.append(element("h3", task))
-        parts.append(grid((_cka(name, each) for name, each in prompts.analyses.items()), "heats"))
+        parts.append(grid((_cka(name, each) for name, each in prompts.analyses.items()), "maps"))
     told = paragraph(
         "Linear CKA (App. B.4) of the prompts of a block, in rows, and the patch tokens that enter a block, "
-        "in columns. 1 means that they spread alike over the channels."
+        "in columns, in hundredths. 100 means that they spread alike over the channels."
     )
     return Section("cka", "CKA of prompts and tokens", markup(told, parts)) if parts else None
 
@@ -163,7 +160,7 @@ def patches_section(study: StudyFolder, found: Mapping[str, TaskPrompts], room: 
     told = [
         paragraph(
             f"What prompts look at: for each of {PROMPTS} prompts of a block, in rows, the {PATCHES} patches "
-            "of the task's own training images whose tokens are nearest to it, the nearest first, and at most "
+            "of the task's own training images whose tokens are nearest to it, nearest first, and at most "
             "one of an image. The patch is framed; around it is what lies around it in the image."
         ),
         paragraph(
@@ -268,11 +265,12 @@ class _Workbench:
 
     def _images(self, made: Preprocessing | None, max_images: int | None) -> ImageLoader:
         opening = self._opening
-        root = opening.root if opening.root is not None else self._study.sweep.get("root")
+        root = opening.root if opening.root is not None else self._study.root
         return open_images(
             self._task,
             self._model,
             root=root if takes_root(self._task) else None,
+            split=self._study.split(self._task),
             batch_size=opening.batch_size,
             workers=opening.workers,
             bad_images="skip",
@@ -313,7 +311,7 @@ class _Workbench:
         Raises:
             ValueError: they are not as many as the prompts.
         """
-        path = prototypes_file(self._study, row)
+        path = self._study.prototypes_file(row)
         if path is not None:
             found, rebuilt = Prototypes.load(path), False
         else:
@@ -340,16 +338,10 @@ class _Workbench:
         return found.repeat_layer(0) if row.source == "first" else found
 
 
-def prototypes_file(study: StudyFolder, row: Row) -> Path | None:
-    """The file of the prototypes that a run started from; None where the study did not keep it."""
-    return study.run_file(row, PROTOTYPES_NAME)
-
-
 def _cka(name: str, found: Analysis) -> Html:
     values = found.cka.tolist()
     blocks = [str(block) for block in range(1, len(values) + 1)]
-    few = len(blocks) <= _MOST_NUMBERS
-    labels = [[f"{value:.2f}" if few else "" for value in row] for row in values]
+    labels = [[str(round(100 * value)) for value in row] for row in values]
     table = heat_table(f"CKA of {name}", (blocks, blocks), values, labels, corner="block")
     return figure(element("b", name), table)
 

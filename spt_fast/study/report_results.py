@@ -81,7 +81,7 @@ def results(compared: Comparison) -> Section:
 
 def chosen_values(compared: Comparison, rows: Sequence[Row]) -> Section:
     """The values with which each arm was run, and what chose them."""
-    search = {(row.task, row.arm): row for row in chosen_rows(rows)}
+    search = {(row.task, row.arm, row.num_prompts, row.options): row for row in chosen_rows(rows)}
     header = (
         "task", "arm", "rate", "prompts' rate", "weight decay", "prompts", "other values", "images", "seeds",
         "validation", "s per run",
@@ -92,7 +92,8 @@ def chosen_values(compared: Comparison, rows: Sequence[Row]) -> Section:
             if task not in cells:
                 continue
             found = cells[task].rows
-            row, chose = found[0], search.get((task, found[0].arm))
+            row = found[0]
+            chose = search.get((task, row.arm, row.num_prompts, row.options))
             lines.append(
                 (
                     task, arm, f"{row.lr:g}", _optional(row.prompt_lr, ".3g"), f"{row.weight_decay:g}",

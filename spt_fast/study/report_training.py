@@ -127,7 +127,7 @@ def _curves(
     for (task, name), group in _grouped(rows).items():
         found = [study.read(row, HISTORY_NAME, training_of_epochs) for row in group]
         curves = [part(each) for each in found if each is not None]
-        curves = [curve for curve in curves if len(curve)]
+        curves = [curve for curve in curves if len(curve) and np.isfinite(curve).all()]
         if curves:
             lines.setdefault(task, []).append(
                 _stacked(name, [(curve[:, 0], curve[:, 1]) for curve in curves])
