@@ -130,10 +130,8 @@ def _page(study: StudyFolder, opening: Opening | None) -> str:
     patches = patches_section(study, prompts, max(room, 0))
     if patches is not None:
         there.append(patches)
-    elif opening is None:
-        study.missing.append("no thumbnails and no CKA: they were not asked for")
     there.append(costs(study.rows))
-    return page(_title(study, compared), _lead(study, compared), there)
+    return page(_title(study), _lead(study, compared, asked=opening is not None), there)
 
 
 def looks_of(rows: Sequence[Row]) -> dict[str, int]:
@@ -164,11 +162,11 @@ def _nmi_section(
     return Section("nmi", "NMI of prompts and tokens", markup(told, parts)) if parts else None
 
 
-def _title(study: StudyFolder, compared: Comparison) -> str:
+def _title(study: StudyFolder) -> str:
     return f"Study {study.path.resolve().name}"
 
 
-def _lead(study: StudyFolder, compared: Comparison) -> Html:
+def _lead(study: StudyFolder, compared: Comparison, *, asked: bool) -> Html:
     rows = study.rows
     arms, seeds = len({row.arm for row in rows}), len({row.seed for row in rows})
     parts = [
@@ -177,6 +175,8 @@ def _lead(study: StudyFolder, compared: Comparison) -> Html:
             f"{_count(len(rows), 'run')}."
         )
     ]
+    if not asked:
+        parts.append(paragraph("CKA and nearest patches were not asked for."))
     if study.missing:
         told = [element("li", line) for line in dict.fromkeys(study.missing)]
         parts.append(

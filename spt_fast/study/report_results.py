@@ -13,6 +13,8 @@ from spt_fast.study.runs import Row
 from spt_fast.support.yaml_text import write_yaml
 
 NOTHING = "–"
+# Longer tables are folded.
+_MOST_LINES = 40
 
 
 def summary(study: StudyFolder, compared: Comparison) -> Section:
@@ -41,19 +43,18 @@ def summary(study: StudyFolder, compared: Comparison) -> Section:
 def results(compared: Comparison) -> Section:
     """Accuracy by arm and task."""
     tasks = compared.tasks
-    header = ["arm", "learned", *tasks, *(["mean"] if len(tasks) > 1 else [])]
-    rows = []
-    for arm, cells in compared.cells.items():
-        accuracies = [_accuracy(cells.get(task)) for task in tasks]
-        mean = compared.mean(arm)
-        rows.append(
-            [
-                arm,
-                _range([row.learned for cell in cells.values() for row in cell.rows]),
-                *accuracies,
-                *([NOTHING if mean is None else f"{100 * mean:.2f}"] if len(tasks) > 1 else []),
-            ]
-        )
+    several = len(tasks) > 1
+    # Beside the names: of many tasks the last are out of sight.
+    header = ["arm", "learned", *(["mean"] if several else []), *_short(tasks)]
+    rows = [
+        [
+            arm,
+            _range([row.learned for cell in cells.values() for row in cell.rows]),
+            *([_percent(compared.mean(arm))] if several else []),
+            *(_accuracy(cells.get(task)) for task in tasks),
+        ]
+        for arm, cells in compared.cells.items()
+    ]
     test = compared.measure == "test"
     what = (
         "Accuracy on test images in percent, of the final runs"
@@ -107,7 +108,10 @@ def chosen_values(compared: Comparison, rows: Sequence[Row]) -> Section:
         "What the runs above were made with. “validation” is the accuracy in percent for which the search "
         "chose these values, on images that were not learned from."
     )
-    return Section("values", "Chosen values", markup(told, table("Chosen values", header, lines, names=2)))
+    shown = table("Chosen values", header, lines, names=2)
+    if len(lines) > _MOST_LINES:
+        shown = folded(f"{len(lines)} configurations", shown)
+    return Section("values", "Chosen values", markup(told, shown))
 
 
 def costs(rows: Sequence[Row]) -> Section:
@@ -160,6 +164,12 @@ def _accuracy(cell: Cell | None) -> str:
 
 def _percent(value: float | None) -> str:
     return NOTHING if value is None else f"{100 * value:.2f}"
+
+
+def _short(tasks: Sequence[str]) -> list[str]:
+    """Without the folder that all of them lie in, such as vtab/."""
+    folders = {task.rpartition("/")[0] for task in tasks}
+    return [task.rpartition("/")[2] for task in tasks] if len(folders) == 1 else list(tasks)
 
 
 def _optional(value: float | None, form: str) -> str:
