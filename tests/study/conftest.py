@@ -22,8 +22,8 @@ def make_row() -> RowMaker:
     def make(run: str = "run", **values: Any) -> Row:
         given = {
             "stage": "final", "backbone": "tiny", "task": "birds", "arm": "spt-deep", "method": "spt-deep",
-            "strategy": "kmeans", "source": "own", "num_prompts": 4, "lr": 0.01, "weight_decay": 1e-4, "epochs": 3,
-            "prompt_lr": 0.3, "seed": 0, "train_images": 100, "learned": 384, "trainable": 500,
+            "strategy": "kmeans", "source": "own", "num_prompts": 4, "lr": 0.01, "weight_decay": 1e-4,
+            "epochs": 3, "prompt_lr": 0.3, "seed": 0, "train_images": 100, "learned": 384, "trainable": 500,
             "backbone_parameters": 10_000, "loss": 0.5, "seconds": 12.0,
         }  # fmt: skip
         return Row(run=run, **{**given, **values})
