@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -228,32 +228,24 @@ class _Workbench:
         self._cache = ImageCache("auto", device=opening.device)
 
     def look(self, arms: Mapping[str, Row]) -> TaskPrompts:
+        """What there is to see of the prompts of the first of `arms`, and CKA and NMI of the others."""
         (arm, row), *others = arms.items()
-        tuned_path = self._weights(row)
-        made = recorded(tuned_path)
+        path = self._weights(row)
+        made = recorded(path)
         images = self._images(made, self._opening.max_images)
-        with self._prompted(tuned_path) as tuned:
-            after_values = tuned.prompts.detach().cpu().float()
-            analyses = {arm: self._analyse(tuned, images)}
-            shown = slice(0, min(PROMPTS, after_values.shape[1]))
-            after = self._nearest(tuned.prompts.detach()[:, shown], tuned, images)
-        prototypes, rebuilt = self._prototypes(row, made, after_values)
-        before = self._nearest(prototypes[:, shown], self._model, images)
-        started = PromptedViT(
-            self._model,
-            prototypes,
-            depth="deep" if len(prototypes) > 1 else "shallow",
-            num_classes=0,
-            pool_prompts=False,
-        )
-        try:
-            analyses = {f"{arm}, before tuning": self._analyse(started, images), **analyses}
-        finally:
-            started.release()
+        with self._prompted(path) as tuned:
+            tuned_prompts = tuned.prompts.detach().cpu().float()
+            after = self._nearest(tuned_prompts, tuned, images)
+            analysed = self._analyse(tuned, images)
+        prototypes, rebuilt = self._prototypes(row, made, tuned_prompts)
+        before = self._nearest(prototypes, self._model, images)
+        with self._started_from(prototypes) as tuned:
+            analyses = {f"{arm}, before tuning": self._analyse(tuned, images), arm: analysed}
         for other, its_row in others:
             with self._prompted(self._weights(its_row)) as tuned:
                 analyses[other] = self._analyse(tuned, images)
-        moved = (after_values - prototypes).norm(dim=(1, 2)) / prototypes.norm(dim=(1, 2)).clamp_min(1e-12)
+        length = prototypes.norm(dim=(1, 2)).clamp_min(1e-12)
+        moved = (tuned_prompts - prototypes).norm(dim=(1, 2)) / length
         mean, std = (made or Preprocessing()).mean_and_std(self._model)
         return TaskPrompts(arm, analyses, before, after, moved.tolist(), mean, std, rebuilt)
 
@@ -288,15 +280,25 @@ class _Workbench:
         finally:
             tuned.release()
 
+    @contextmanager
+    def _started_from(self, prototypes: Tensor) -> Iterator[PromptedViT]:
+        depth: Literal["deep", "shallow"] = "deep" if len(prototypes) > 1 else "shallow"
+        tuned = PromptedViT(self._model, prototypes, depth=depth, num_classes=0, pool_prompts=False)
+        try:
+            yield tuned
+        finally:
+            tuned.release()
+
     def _analyse(self, tuned: PromptedViT, images: ImageLoader) -> Analysis:
         return analyse(tuned, images, max_images=None, progress=self._opening.progress)
 
     def _nearest(self, prompts: Tensor, model: nn.Module, images: ImageLoader) -> NearestPatches:
+        """Of the prompts that are shown."""
         inner = model.model if isinstance(model, PromptedViT) else model
         patch = min(patch_size(inner))
         context = next(n for n in range(1, _LEAST_PIXELS + 1) if (2 * n + 1) * patch >= _LEAST_PIXELS)
         return nearest_patches(
-            prompts,
+            prompts[:, :PROMPTS],
             model,
             images,
             k=PATCHES,
@@ -377,7 +379,7 @@ def _blocks(study: StudyFolder, task: str, prompts: TaskPrompts, room: int) -> l
 
 
 def _how_rebuilt() -> tuple[str, ...]:
-    return (" The prototypes that they started from were built again for this page.",)
+    return (" The prototypes that they started from were built again for this page, of all training images.",)
 
 
 def _block(task: str, prompts: TaskPrompts, layer: int) -> Html:

@@ -146,3 +146,13 @@ def test_files_keep_it():
     for text in ("{", '{"resize": "other"}', '{"size": 3}', "[]"):
         with pytest.raises(ValueError, match="preprocessing must be resize and mean_std in JSON"):
             Preprocessing.from_json(text)
+
+
+def test_mean_and_std_are_those_of_the_transform():
+    assert Preprocessing().mean_and_std(Sized()) == ((0.5,) * 3, (0.25,) * 3)
+    assert Preprocessing(mean_std="imagenet").mean_and_std(Sized()) == (
+        tuple(IMAGENET[0]),
+        tuple(IMAGENET[1]),
+    )
+    grey = Preprocessing(mean_std="imagenet").mean_and_std(Sized((1, 224, 224)))
+    assert grey == ((pytest.approx(sum(IMAGENET[0]) / 3),), (pytest.approx(sum(IMAGENET[1]) / 3),))
