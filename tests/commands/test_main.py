@@ -14,7 +14,7 @@ from spt_fast.commands import main as cli
 from spt_fast.commands import options
 from spt_fast.commands.demo import compare
 
-COMMANDS = ("demo", "prototypes", "train", "eval", "predict", "nmi", "doctor")
+COMMANDS = ("demo", "prototypes", "train", "eval", "predict", "nmi", "report", "doctor")
 
 
 def test_help_names_every_command(capsys):
