@@ -97,6 +97,7 @@ def test_commands_of_one_process_are_refused_under_torchrun(command, tmp_path, m
         "eval": ("--model", "shipped", "--data", "digits", "--tuned", "t.safetensors"),
         "predict": ("--model", "shipped", "--tuned", "t.safetensors", "photo.png"),
         "nmi": ("--model", "shipped", "--data", "digits", "--random", "2"),
+        "report": ("study",),
     }
     error = only_error(cli.main([command, *options.get(command, ())]), command)
     assert f"{command} runs in one process, got WORLD_SIZE=2" in error
