@@ -117,8 +117,9 @@ class _Scale:
 def _scale(values: Sequence[float], axis: Axis, ends: tuple[float, float]) -> _Scale:
     low, high = min(values), max(values)
     distinct = sorted(set(values))
-    # Few values are asked for by name, such as rates and lengths; many are a range.
-    by_name = len(distinct) <= 6 and not axis.from_zero and axis.limits[0] == -math.inf
+    # Few values are asked for by name, such as rates and lengths; many are a range, as are parts of epochs.
+    counted = not axis.whole or all(float(value).is_integer() for value in distinct)
+    by_name = len(distinct) <= 6 and counted and not axis.from_zero and axis.limits[0] == -math.inf
     if axis.logarithmic:
         ticks = distinct if by_name else _decades(low, high)
         low, high = _widened(math.log10(low), math.log10(high), 0.05)

@@ -23,7 +23,7 @@ Values = Mapping[str, float]
 def lengths_section(study: StudyFolder) -> Section | None:
     """Accuracy against the number of prompts."""
     charts = _against(study, _LENGTH)
-    told = paragraph("Runs that differ in the number of prompts per block and in nothing else.")
+    told = paragraph("Runs that differ in the number of prompts per block and in nothing else but rates.")
     return Section("lengths", "Prompt length", markup(told, charts)) if charts else None
 
 
@@ -31,7 +31,9 @@ def shares_section(study: StudyFolder) -> Section | None:
     """Accuracy against the share or number of images, and against any other number that varied."""
     names = [*dict.fromkeys(name for row in study.rows for name in _options(row)), _IMAGES]
     parts = [part for name in names if (part := _against(study, name)) is not None]
-    told = paragraph("Runs that differ in one number, such as the share of the images, and in nothing else.")
+    told = paragraph(
+        "Runs that differ in one number, such as the share of the images, and in nothing else but rates."
+    )
     return Section("shares", "Share of the data", markup(told, parts)) if parts else None
 
 

@@ -159,7 +159,7 @@ def patches_section(study: StudyFolder, found: Mapping[str, TaskPrompts], room: 
         return None
     told = [
         paragraph(
-            f"What prompts look at: for each of {PROMPTS} prompts of a block, in rows, the {PATCHES} patches "
+            f"What prompts look at: for up to {PROMPTS} prompts of a block, in rows, the {PATCHES} patches "
             "of the task's own training images whose tokens are nearest to it, nearest first, and at most "
             "one of an image. The patch is framed; around it is what lies around it in the image."
         ),

@@ -60,7 +60,8 @@ def curves_section(study: StudyFolder, looks: Looks) -> Section | None:
         element("h3", "Training loss"),
         task_charts(loss, looks, _EPOCH, Axis("training loss", from_zero=True)),
     ]
-    if accuracy:
+    # Some runs are validated once, at their end.
+    if any(len(line.x) > 1 for lines in accuracy.values() for line in lines):
         scaled = {task: [_in_percent(line) for line in lines] for task, lines in accuracy.items()}
         parts += [
             element("h3", "Validation accuracy"),

@@ -164,3 +164,11 @@ def test_seeds_are_a_band():
     (low, _, _, high) = [float(pair.split(",")[1]) for pair in band.split()]
     ((_, middle), _) = polylines(chart)[0]
     assert high < middle < low
+
+
+def test_parts_of_epochs_have_whole_labels():
+    chart = line_chart(
+        [Line("a", [0.5, 1, 1.5, 2], [[1, 2, 3, 4]])], {}, x=Axis("epoch", whole=True), y=Axis("y"), title=""
+    )
+    labels = re.findall(r'class="middle">([^<]*)</text>', chart)
+    assert labels == ["1", "2"]

@@ -388,3 +388,10 @@ def test_data_as_the_study_names_it(study):
     found = StudyFolder(study, (), {"root": "data", "data": ["a", {"data": "b", "split": "half"}]})
     assert (found.root, found.split("a"), found.split("b")) == ("data", None, "half")
     assert StudyFolder(study, (), {}).root is None
+
+
+def test_runs_that_were_validated_once_have_no_curve(study):
+    assert "Validation accuracy</h3>" in page_of(study)
+    for path in (study / "runs").glob("*-0.*/train.csv"):
+        path.write_text("epoch,loss,val_accuracy\n1,1.0,\n2,0.5,0.7\n")
+    assert "Validation accuracy</h3>" not in page_of(study)
