@@ -76,9 +76,7 @@ def _difference(differences: Sequence[float], of: Literal["tasks", "seeds"]) -> 
     )
 
 
-def mean_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE
-) -> tuple[float, float] | None:
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
     """The Student-t interval of the mean of independent draws; None of fewer than two values."""
     spread = deviation(values)
     if spread is None:
