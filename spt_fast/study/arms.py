@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from spt_fast.study.columns import one_name
 from spt_fast.study.runs import Row, read_runs, runs_path
+from spt_fast.study.statistics import mean
 from spt_fast.support.arguments import check_choice
 
 Backbone = Literal["mae", "moco", "supervised"]
@@ -66,8 +67,8 @@ class Arm:
             return []
         seeds = [seed for seed in found[0] if all(seed in each for each in found)]
         if not seeds:
-            return [sum(sum(each.values()) / len(each) for each in found) / len(found)]
-        return [sum(each[seed] for each in found) / len(found) for seed in seeds]
+            return [mean([mean(list(each.values())) for each in found])]
+        return [mean([each[seed] for each in found]) for seed in seeds]
 
 
 def _per_cent(row: Row) -> float:

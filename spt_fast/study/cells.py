@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from spt_fast.study.arms import Arm
 from spt_fast.study.statistics import Difference, deviation, mean
 
 Kind = Literal["published", "other papers", "ours"]
@@ -80,6 +81,18 @@ class Table:
     title: str
     sections: tuple[Section, ...]
     notes: tuple[str, ...] = ()
+
+
+def on_task(arm: Arm, task: str) -> Cell:
+    """Mean and spread over the seeds of a task."""
+    return over_seeds(arm.means([task])) if task in arm.runs else NOT_RUN
+
+
+def mean_of_tasks(arm: Arm, tasks: Sequence[str]) -> Cell:
+    """The mean over tasks, of those that were run; the cell says how many, where these are not all."""
+    run = [task for task in tasks if task in arm.runs]
+    note = f"{len(run)} of {len(tasks)} tasks" if len(run) < len(tasks) else ""
+    return over_seeds(arm.means(run), note=note)
 
 
 def over_seeds(values: Sequence[float], *, digits: int = 2, note: str = "") -> Cell:
