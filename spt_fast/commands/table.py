@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the tables, or write them to a file."""
     from spt_fast.study.arms import read_studies
     from spt_fast.study.formats import format_tables
-    from spt_fast.study.tables import COMPARISON, make_tables
+    from spt_fast.study.tables import TABLES, make_tables
     from spt_fast.support.files import check_output_path, write_bytes
 
     if args.overwrite and args.out is None:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         check_output_path(args.out, overwrite=args.overwrite)
     tables = make_tables(
         read_studies(args.runs),
-        args.table or [COMPARISON],
+        args.table or TABLES[:1],
         against=args.against,
         backbone=args.backbone,
         published=args.published,

@@ -15,6 +15,8 @@ from spt_fast.study.runs import Row
 NAMES = ("1", "4", "s2")
 _CUB = "fgvc/cub"
 _DEPTHS = ("shallow", "deep")
+# Each block from its own tokens.
+_OWN = ("", "own")
 _ACCURACY = (
     "Accuracy in per cent; ours are means ± sample standard deviation over seeds, on test images. In "
     "parentheses: how much more than the first row, of random prompts."
@@ -37,11 +39,7 @@ def times_table(rows: Sequence[Row], *, show_published: bool = True) -> Table:
     for row in block.rows:
         if show_published:
             lines.append(published_line(row, block.columns))
-        built = [
-            run
-            for run in rows
-            if run.method == "spt-deep" and run.prototype_seconds and run.strategy == row.strategy
-        ]
+        built = [run for run in rows if _built_prototypes(run) and run.strategy == row.strategy]
         lines += _times(row, built, len(block.columns))
     return Table(
         name="1",
@@ -58,6 +56,10 @@ def times_table(rows: Sequence[Row], *, show_published: bool = True) -> Table:
     )
 
 
+def _built_prototypes(run: Row) -> bool:
+    return run.method == "spt-deep" and run.source in _OWN and run.prototype_seconds is not None
+
+
 def _times(row: PublishedRow, runs: Sequence[Row], columns: int) -> list[TableRow]:
     if not runs:
         return [not_run_line(f"{row.name}, ours", columns)]
@@ -67,10 +69,10 @@ def _times(row: PublishedRow, runs: Sequence[Row], columns: int) -> list[TableRo
         groups.setdefault(key, []).append(run.prototype_seconds or 0.0)
     return [
         TableRow(
-            label=f"{row.name}, ours ({title(task)}, {images} images, {prompts} prompts, {backbone})",
+            label=f"{row.name}, ours ({task}, {images} images, {prompts} prompts, {backbone})",
             kind="ours",
             source=backbone,
-            cells=(*[NOT_RUN] * (columns - 1), over_seeds(seconds, note="s")),
+            cells=(*[NOT_RUN] * (columns - 1), over_seeds(seconds, unit="s")),
         )
         for (backbone, task, images, prompts), seconds in groups.items()
     ]
@@ -138,7 +140,7 @@ def starts_table(arms: Sequence[Arm], *, show_published: bool = True) -> Table:
 
 
 def _is_start(arm: Arm) -> bool:
-    return arm.method in ("spt-deep", "vpt-deep") and arm.source in ("", "own")
+    return arm.method in ("spt-deep", "vpt-deep") and arm.source in _OWN
 
 
 def blocks_table(arms: Sequence[Arm], *, show_published: bool = True) -> Table:
@@ -183,7 +185,7 @@ def _of_block(block: Block, column: str, task: str, name: str, depth: str = "") 
 
 def _of_task(task: str, backbone: str, depth: str = "") -> _Column:
     return _Column(
-        name=f"{title(task)} {depth}".strip(),
+        name=f"{task} {depth}".strip(),
         task=task,
         fits=lambda arm: arm.backbone == backbone and arm.method.endswith(depth),
     )

@@ -20,6 +20,7 @@ class Cell:
         value: a number, or None where there are words.
         digits: decimals that it is shown with.
         signed: whether a plus is shown.
+        unit: shown behind the number.
         spread: sample standard deviation over seeds; None of a single one.
         interval: ends of a 95 % interval.
         text: the words, where there is no number; "" leaves the place empty.
@@ -29,6 +30,7 @@ class Cell:
     value: float | None = None
     digits: int = 2
     signed: bool = False
+    unit: str = ""
     spread: float | None = None
     interval: tuple[float, float] | None = None
     text: str = ""
@@ -95,11 +97,11 @@ def mean_of_tasks(arm: Arm, tasks: Sequence[str]) -> Cell:
     return over_seeds(arm.means(run), note=note)
 
 
-def over_seeds(values: Sequence[float], *, digits: int = 2, note: str = "") -> Cell:
+def over_seeds(values: Sequence[float], *, unit: str = "", note: str = "") -> Cell:
     """Mean and spread of one number for each seed; "not run" of none."""
     if not values:
         return NOT_RUN
-    return Cell(value=mean(values), digits=digits, spread=deviation(values), note=note)
+    return Cell(value=mean(values), spread=deviation(values), unit=unit, note=note)
 
 
 def of_difference(difference: Difference | None) -> Cell:

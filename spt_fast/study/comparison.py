@@ -15,7 +15,6 @@ from spt_fast.study.cells import (
     of_difference,
     on_task,
 )
-from spt_fast.study.columns import title
 from spt_fast.study.runs import Row
 from spt_fast.study.statistics import mean, paired_difference
 from spt_fast.support.names import nearest
@@ -61,7 +60,7 @@ def _section(arms: Sequence[Arm], against: str | None) -> Section:
     reference = _reference(arms, against)
     several = len(tasks) > 1
     columns = (
-        *map(title, tasks),
+        *tasks,
         *((f"mean of {len(tasks)} tasks",) if several else ()),
         *((f"against {reference.name}",) if reference is not None else ()),
         "lr",

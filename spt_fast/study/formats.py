@@ -16,6 +16,7 @@ _CSV_COLUMNS = (
     "source",
     "column",
     "value",
+    "unit",
     "spread",
     "low",
     "high",
@@ -60,6 +61,7 @@ def shown(cell: Cell) -> str:
     if cell.interval is not None:
         low, high = (f"{end:{sign}.{cell.digits}f}" for end in cell.interval)
         number += f" [{low}, {high}]"
+    number = f"{number} {cell.unit}".rstrip()
     return f"{number} ({cell.note})" if cell.note else number
 
 
@@ -120,8 +122,9 @@ def _latex_section(table: Table, section: Section) -> str:
 
 
 def _latex_line(cells: Iterable[str]) -> str:
-    # In front of a line, LaTeX would take a bracket for an argument of the line break before it.
-    return f"{{}}{' & '.join(cells)} \\\\"
+    text = " & ".join(cells)
+    # LaTeX would take these for arguments of the line break before them.
+    return f"{{}}{text} \\\\" if text.startswith(("[", "*")) else f"{text} \\\\"
 
 
 def _latex_cell(cell: Cell) -> str:
@@ -151,7 +154,7 @@ def _csv(tables: Sequence[Table]) -> str:
 def _csv_line(table: Table, section: Section, row: TableRow, column: str, cell: Cell) -> tuple[object, ...]:
     low, high = cell.interval or (None, None)
     place = (table.name, section.title, row.label, row.kind, row.source, column)
-    return (*place, cell.value, cell.spread, low, high, cell.text, cell.note)
+    return (*place, cell.value, cell.unit, cell.spread, low, high, cell.text, cell.note)
 
 
 FORMATS: Mapping[str, Callable[[Sequence[Table]], str]] = {

@@ -23,7 +23,8 @@ def methods_table(name: str, arms: Sequence[Arm], *, show_published: bool = True
 
     A section for each backbone of the published table, and one for each other backbone of the runs. Below the
     published row of a method come our arms of this method, or a row that says "not run"; methods that the
-    table does not have come last.
+    table does not have come last. Arms of Tables 4 and S2, with frozen prompts or those of one block for all,
+    are left out.
 
     Args:
         name: of the table.
@@ -32,6 +33,7 @@ def methods_table(name: str, arms: Sequence[Arm], *, show_published: bool = True
     """
     blocks = published(name)
     columns = blocks[0].columns
+    arms = [arm for arm in arms if arm.source in ("", "own") and not arm.frozen_prompts]
     backbones = list(dict.fromkeys(block.backbone for block in blocks))
     here = [
         _section(
@@ -124,5 +126,8 @@ def _other_backbones(columns: Sequence[str], arms: Sequence[Arm]) -> list[Sectio
 
 
 def _known_as(arms: Sequence[Arm]) -> tuple[str, ...]:
-    names = dict.fromkeys(arm.backbone for arm in arms)
-    return (f"Our runs here have the backbone {', '.join(names)}.",) if names else ()
+    if not arms:
+        return ()
+    names = ", ".join(dict.fromkeys(arm.backbone for arm in arms))
+    epochs = ", ".join(map(str, sorted({row.epochs for arm in arms for row in arm.rows()})))
+    return (f"Our runs here: backbone {names}; epochs: {epochs} (the paper: 100).",)

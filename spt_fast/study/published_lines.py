@@ -19,8 +19,8 @@ def figure_cell(figure: Figure | None) -> Cell:
     """A published number as it was printed."""
     if figure is None:
         return EMPTY
-    note = figure.unit if figure.gain is None else f"{figure.gain:+.1f}"
-    return Cell(value=figure.value, digits=figure.digits, note=note)
+    note = "" if figure.gain is None else f"{figure.gain:+.1f}"
+    return Cell(value=figure.value, digits=figure.digits, unit=figure.unit, note=note)
 
 
 def not_run_line(label: str, columns: int) -> TableRow:
