@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="comparison (default), 1, 2, 3, 4, s2, s3, s4; several give several tables",
+        help="behind RUNS: comparison (default), 1, 2, 3, 4, s2, s3, s4, or several of them",
     )
     parser.add_argument(
         "--format", choices=_FORMATS, default="markdown", help="of the tables (default: markdown)"
