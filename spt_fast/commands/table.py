@@ -59,9 +59,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the tables, or write them to a file."""
-    from spt_fast.study.arms import read_studies
-    from spt_fast.study.formats import format_tables
-    from spt_fast.study.tables import TABLES, make_tables
+    from spt_fast.study.tables import TABLES, format_tables, make_tables, read_studies
     from spt_fast.support.files import check_output_path, write_bytes
 
     if args.overwrite and args.out is None:

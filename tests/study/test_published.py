@@ -6,10 +6,10 @@ import pytest
 
 from spt_fast.data.vtab import TASKS
 from spt_fast.methods import names
-from spt_fast.study import published_checks
-from spt_fast.study.columns import GROUPS, PARAMETERS, one_name
-from spt_fast.study.published import FILES, Figure, PublishedRow, _figure, published, table_title
-from spt_fast.study.published_checks import mismatches
+from spt_fast.study.tables import published_checks
+from spt_fast.study.tables.columns import GROUPS, PARAMETERS, one_name
+from spt_fast.study.tables.published import FILES, Figure, PublishedRow, _figure, published, table_title
+from spt_fast.study.tables.published_checks import mismatches
 
 # Printed parameters that are not what the methods learn of ViT-B/16; several are cut, not rounded.
 DO_NOT_ADD_UP = {

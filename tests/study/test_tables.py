@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from spt_fast.commands.main import main
-from spt_fast.study.arms import arms_of, published_backbone, read_studies
-from spt_fast.study.cells import Cell, Section, Table, TableRow
-from spt_fast.study.formats import format_tables, shown
 from spt_fast.study.runs import Row, write_runs
-from spt_fast.study.tables import TABLES, make_tables
+from spt_fast.study.tables.arms import arms_of, published_backbone, read_studies
+from spt_fast.study.tables.cells import Cell, Section, Table, TableRow
+from spt_fast.study.tables.formats import format_tables, shown
+from spt_fast.study.tables.make import TABLES, make_tables
 
 MAE = "vit_base_patch16_224.mae"
 SUPERVISED = "vit_base_patch16_224.augreg_in21k"
@@ -478,8 +478,8 @@ def test_a_half_written_file_is_refused(study: Path, capsys: pytest.CaptureFixtu
 
 def test_the_choices_of_the_command_are_those_of_the_library() -> None:
     from spt_fast.commands import table
-    from spt_fast.study.arms import BACKBONES
-    from spt_fast.study.formats import FORMATS
+    from spt_fast.study.tables.arms import BACKBONES
+    from spt_fast.study.tables.formats import FORMATS
 
     assert tuple(FORMATS) == table._FORMATS
     assert table._BACKBONES == BACKBONES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from spt_fast.study.cells import Cell, Section, Table, TableRow
+from spt_fast.study.tables.cells import Cell, Section, Table, TableRow
 from spt_fast.support.arguments import check_choice
 from spt_fast.support.tables import csv_bytes
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from spt_fast.study.arms import Arm
-from spt_fast.study.cells import (
+from spt_fast.study.runs import Row
+from spt_fast.study.statistics import mean, paired_difference
+from spt_fast.study.tables.arms import Arm
+from spt_fast.study.tables.cells import (
     EMPTY,
     Cell,
     Section,
@@ -15,8 +17,6 @@ from spt_fast.study.cells import (
     of_difference,
     on_task,
 )
-from spt_fast.study.runs import Row
-from spt_fast.study.statistics import mean, paired_difference
 from spt_fast.support.names import nearest
 
 NAME = "comparison"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from spt_fast.study.cells import EMPTY, NOT_RUN, Cell, Kind, TableRow
-from spt_fast.study.published import Figure, PublishedRow
+from spt_fast.study.tables.cells import EMPTY, NOT_RUN, Cell, Kind, TableRow
+from spt_fast.study.tables.published import Figure, PublishedRow
 
 
 def published_line(row: PublishedRow, columns: Sequence[str]) -> TableRow:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from spt_fast.study.columns import one_name
 from spt_fast.study.runs import Row, read_runs, runs_path
 from spt_fast.study.statistics import mean
+from spt_fast.study.tables.columns import one_name
 from spt_fast.support.arguments import check_choice
 
 Backbone = Literal["mae", "moco", "supervised"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from spt_fast.study.arms import BACKBONE_TITLES, Arm
-from spt_fast.study.cells import NOT_RUN, Cell, Section, Table, TableRow, on_task, over_seeds
-from spt_fast.study.columns import one_name, title
-from spt_fast.study.published import Block, PublishedRow, published, table_title
-from spt_fast.study.published_lines import figure_cell, not_run_line, published_line, sources
 from spt_fast.study.runs import Row
+from spt_fast.study.tables.arms import BACKBONE_TITLES, Arm
+from spt_fast.study.tables.cells import NOT_RUN, Cell, Section, Table, TableRow, on_task, over_seeds
+from spt_fast.study.tables.columns import one_name, title
+from spt_fast.study.tables.published import Block, PublishedRow, published, table_title
+from spt_fast.study.tables.published_lines import figure_cell, not_run_line, published_line, sources
 
 NAMES = ("1", "4", "s2")
 _CUB = "fgvc/cub"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from spt_fast.study import ablations, paper_tables
-from spt_fast.study.arms import arms_of
-from spt_fast.study.cells import Table
-from spt_fast.study.comparison import NAME as COMPARISON
-from spt_fast.study.comparison import comparison
 from spt_fast.study.runs import Row
+from spt_fast.study.tables import ablations, paper_tables
+from spt_fast.study.tables.arms import arms_of
+from spt_fast.study.tables.cells import Table
+from spt_fast.study.tables.comparison import NAME as COMPARISON
+from spt_fast.study.tables.comparison import comparison
 from spt_fast.support.names import nearest
 
 TABLES = (COMPARISON, "1", "2", "3", "4", "s2", "s3", "s4")
@@ -24,7 +24,7 @@ def make_tables(
     backbone: str | None = None,
     published: bool = True,
 ) -> list[Table]:
-    """Tables of runs, as plain data; `spt_fast.study.formats.format_tables` writes them.
+    """Tables of runs, as plain data; `spt_fast.study.tables.format_tables` writes them.
 
     >>> rows = read_studies(["study"])
     >>> print(format_tables(make_tables(rows, ["comparison", "2"]), "markdown"))
@@ -33,12 +33,12 @@ def make_tables(
     prototypes.
 
     Args:
-        rows: of `spt_fast.study.arms.read_studies`.
+        rows: of `spt_fast.study.tables.read_studies`.
         names: of TABLES, in any case; "comparison" has the study's own arms and tasks, the others are tables
             of the paper.
         against: the arm that "comparison" compares the others with; None is "vpt-deep", or else the first.
         backbone: which published backbone that of the runs is: "mae", "moco" or "supervised"; None goes by
-            its name (`spt_fast.study.arms.published_backbone`).
+            its name (`spt_fast.study.tables.arms.published_backbone`).
         published: whether the paper's rows, and those of later papers, stand beside ours.
 
     Raises:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spt_fast.study.arms import BACKBONE_TITLES, Arm
-from spt_fast.study.cells import NOT_RUN, Cell, Section, Table, TableRow, mean_of_tasks, on_task
-from spt_fast.study.columns import GROUPS, PARAMETERS, title
-from spt_fast.study.published import Block, PublishedRow, published, table_title
-from spt_fast.study.published_lines import not_run_line, published_line, sources
 from spt_fast.study.statistics import mean
+from spt_fast.study.tables.arms import BACKBONE_TITLES, Arm
+from spt_fast.study.tables.cells import NOT_RUN, Cell, Section, Table, TableRow, mean_of_tasks, on_task
+from spt_fast.study.tables.columns import GROUPS, PARAMETERS, title
+from spt_fast.study.tables.published import Block, PublishedRow, published, table_title
+from spt_fast.study.tables.published_lines import not_run_line, published_line, sources
 
 NAMES = ("2", "3", "s3", "s4")
 _NOTES = (

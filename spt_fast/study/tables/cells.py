@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from spt_fast.study.arms import Arm
 from spt_fast.study.statistics import Difference, deviation, mean
+from spt_fast.study.tables.arms import Arm
 
 Kind = Literal["published", "other papers", "ours"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from spt_fast.data.fgvc import SETS
 from spt_fast.data.vtab import TASKS
-from spt_fast.study.columns import GROUPS, PARAMETERS
-from spt_fast.study.published import FILES, Block, Figure, PublishedRow, published
 from spt_fast.study.statistics import mean
+from spt_fast.study.tables.columns import GROUPS, PARAMETERS
+from spt_fast.study.tables.published import FILES, Block, Figure, PublishedRow, published
 
 _WIDTH = 768  # of ViT-B
 # What methods learn of ViT-B/16, without the head, where the paper's settings are known (docs/methods.md); of
