@@ -251,7 +251,9 @@ def _facts(args: argparse.Namespace) -> dict[str, Any]:
 
 def _rates(tuned: TunedViT, recipe: Recipe) -> str:
     """How fast prompts and head learn: the prompts' rate may be a default that depends on them."""
-    groups = tuned.parameter_groups(recipe.peak_lr, recipe.peak_prompt_lr)
-    names = ("prompts" if group["name"] == "prompts" else "head" for group in groups)
-    rates = {name: f"{group['lr']:.3g}" for name, group in zip(names, groups, strict=True)}
-    return "learning rates: " + ", ".join(f"{name} {rate}" for name, rate in rates.items())
+    found: dict[str, list[str]] = {}
+    for group in tuned.parameter_groups(recipe.peak_lr, recipe.peak_prompt_lr):
+        name = "prompts" if group["name"] == "prompts" else "head"
+        rates = found.setdefault(name, [])
+        rates += [] if (rate := f"{group['lr']:.3g}") in rates else [rate]
+    return "learning rates: " + ", ".join(f"{name} {' and '.join(rates)}" for name, rates in found.items())

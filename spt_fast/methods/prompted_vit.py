@@ -201,6 +201,10 @@ class PromptedViT(Measures, TunedViT):
         finally:
             self._blocks.cache = outer
 
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        """What the prompts are made of, frozen or not: those that get `prompt_lr` (`parameter_groups`)."""
+        return [self.prompts]
+
     def extra_repr(self) -> str:
         layers, num_prompts, width = self.prompts.shape
         return f"prompts=[{layers}, {num_prompts}, {width}], depth={self.depth!r}, engine={self.engine!r}"

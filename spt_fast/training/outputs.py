@@ -12,6 +12,7 @@ from torch import nn
 
 from spt_fast.analysis.nmi_tracker import NMIHistory, NMITracker
 from spt_fast.methods.base import TunedViT
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.plots import nmi_over_epochs, training_curves
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.files import write_bytes
@@ -244,8 +245,8 @@ def check_prompts_learn(learn: bool) -> None:
 
 
 def _tracker(tuned: TunedViT, batches: int) -> NMITracker:
-    prompts = getattr(tuned, "prompts", None)
-    check_prompts_learn(isinstance(prompts, nn.Parameter) and prompts.requires_grad)
+    made_of = tuned.prompt_parameters() if isinstance(tuned, PromptedViT) else []
+    check_prompts_learn(any(parameter.requires_grad for parameter in made_of))
     return NMITracker(tuned, every=max(1, batches // _NMI_PER_EPOCH))
 
 
