@@ -1,7 +1,8 @@
 """SNF: a flow on each of the two skip connections of a block (Wang et al., CVPR 2023).
 
 x = F1(x) + attn(norm1(x)) and then x = F2(x) + mlp(norm2(x)), with timm's LayerScale and drop path, in the
-blocks of its ViT, EVA and BEiT that normalise first. F is an affine flow and then K planar ones, on each token by itself:
+blocks of its ViT, EVA and BEiT that normalise first. F is an affine flow and then K planar ones, on each
+token by itself:
 
     z_0 = mu + exp(s) * x                            start: mu = s = 0, the model
     z_k = z_(k-1) + u_k tanh(w_k . z_(k-1) + b_k)    start: u, w, b uniform in +-0.01, nearly the model
