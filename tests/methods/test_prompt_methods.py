@@ -765,7 +765,7 @@ class TestProjectedVPT:
         for wrong in (0, 2.5, "6", True):
             with pytest.raises((TypeError, ValueError), match="project must be an integer >= 1 or None"):
                 tune(make_random(), f"vpt-{depth}", project=wrong)
-        with pytest.raises(ValueError, match="'project' is no option of method .*; vpt-deep, vpt-shallow"):
+        with pytest.raises(ValueError, match=r"'project' is no option of method .*; vpt-deep, vpt-shallow"):
             tune(make_random(), f"spt-{depth}", project=6)
 
 
