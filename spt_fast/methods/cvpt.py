@@ -86,12 +86,12 @@ class CVPT(PromptVariant):
     def _method_facts(self) -> dict[str, str]:
         return {"method": self.method}
 
-    def _learn(self, values: Tensor, *, frozen: bool) -> None:
+    def _learn(self, values: Tensor) -> None:
         if values.shape[1] == 0:
             raise ValueError(
                 "prompts must be at least one for 'cvpt', whose tokens look at nothing else, got 0"
             )
-        super()._learn(values, frozen=frozen)
+        super()._learn(values)
 
     def _make_blocks(self, **how: Any) -> PromptedBlocks:
         return _CrossedBlocks(self._parameters, **how)

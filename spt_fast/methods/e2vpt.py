@@ -74,8 +74,8 @@ class E2VPT(ComputedPrompts):
             reason = f"{type(block).__name__} has several attentions"
         return reason
 
-    def _learn(self, values: Tensor, *, frozen: bool) -> None:
-        super()._learn(values, frozen=frozen)
+    def _learn(self, values: Tensor) -> None:
+        super()._learn(values)
         attentions: list[Any] = [kv_attentions(block)[0][1] for block in get_blocks(self.model)]
         sizes = {(each.num_heads, each.proj.in_features // each.num_heads) for each in attentions}
         if len(sizes) > 1:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class PromptUse(Common, total=False):
     """Arguments that every method of prompts has; see `PromptedViT`."""
 
+    freeze_prompts: bool
     pool_prompts: bool | None
     engine: Literal["auto", "kv", "concat"]
     prompt_dropout: float
@@ -93,7 +94,7 @@ class ComputedPrompts(PromptVariant):
     def prompt_parameters(self) -> list[nn.Parameter]:
         return list(self.source.parameters())
 
-    def _learn(self, values: Tensor, *, frozen: bool) -> None:
+    def _learn(self, values: Tensor) -> None:
         self.source = self._make_source(values)
 
     def _make_blocks(self, **how: Any) -> PromptedBlocks:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # What every method has, what every method of prompts has, and what only the prompts start from.
 _COMMON = ("num_classes", "head_norm", "weight_dtype")
 _OF_PROMPTS: Mapping[str, Any] = {
+    "freeze_prompts": False,
     "engine": "auto",
     "pool_prompts": None,
     "prompt_dropout": 0.0,

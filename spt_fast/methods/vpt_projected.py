@@ -31,7 +31,6 @@ class ProjectedVPT(ComputedPrompts):
         prompts: how many there are in a block.
         depth: "deep" or "shallow".
         project: d, their width.
-        freeze_prompts: train the head only; the layer is frozen too.
         use: options of `PromptedViT`.
 
     Attributes:
@@ -50,19 +49,13 @@ class ProjectedVPT(ComputedPrompts):
         *,
         depth: Literal["deep", "shallow"] = "deep",
         project: int,
-        freeze_prompts: bool = False,
         **use: Unpack[PromptUse],
     ) -> None:
         check_choice("depth", depth, ("deep", "shallow"))
         project = check_int("project", project, 1, "or None")
         count = check_int("prompts", prompts, 0)
         self._own_options = {"depth": depth, "project": project}
-        super().__init__(model, count, depth=depth, freeze_prompts=freeze_prompts, **use)
-
-    def _learn(self, values: Tensor, *, frozen: bool) -> None:
-        super()._learn(values, frozen=frozen)
-        if frozen:
-            self.source.requires_grad_(False)
+        super().__init__(model, count, depth=depth, **use)
 
     def _make_source(self, values: Tensor) -> nn.Module:
         layers, count, width = values.shape

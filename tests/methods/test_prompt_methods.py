@@ -29,6 +29,7 @@ from spt_fast.methods.parameter_groups import parameter_groups
 from spt_fast.methods.registry import METHODS, load_tuned, options, tune
 from spt_fast.training import fit
 from spt_fast.training.build import build as build_by_recipe
+from spt_fast.training.features import trains_head_only
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "class-token": {},
@@ -767,6 +768,16 @@ class TestProjectedVPT:
                 tune(make_random(), f"vpt-{depth}", project=wrong)
         with pytest.raises(ValueError, match=r"'project' is no option of method .*; vpt-deep, vpt-shallow"):
             tune(make_random(), f"spt-{depth}", project=6)
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_frozen_prompts_leave_the_head_to_learn(form: str, make_random: MakeViT, images: Tensor) -> None:
+    name, given = FORMS[form]
+    tuned: Any = tune(make_random(), name, prompts=4, num_classes=3, freeze_prompts=True, **given)
+    assert tuned.num_trainable(head=False) == 0
+    assert trains_head_only(tuned)
+    tuned(images).sum().backward()
+    assert [parameter.grad is None for parameter in tuned.trainable_parameters()] == [False, False]
 
 
 def test_all_that_prompts_are_made_of_has_their_rate(make_random: MakeViT) -> None:
