@@ -21,6 +21,15 @@ from spt_fast.training.recipe import Recipe, given_or_default
 
 # VPT's: the classes start with this probability each.
 _PRIOR = 0.01
+# Options of methods that have a place of their own.
+_SAID_ELSEWHERE = {
+    **{
+        name: f"the recipe's {name}"
+        for name in ("freeze_prompts", "prompt_dropout", "head_norm", "weight_dtype")
+    },
+    "pool_prompts": "the recipe's pool",
+    "allow_other_backbone": "allow_other_backbone (--allow-other-backbone)",
+}
 
 
 def build(
@@ -84,10 +93,15 @@ def method_options(recipe: Recipe) -> dict[str, Any]:
     """The options of the method that a recipe states, checked by their names.
 
     Raises:
-        ValueError: one is none of the method.
+        ValueError: one is none of the method, or has a place of its own.
     """
     name = recipe.method_name
     given = dict(recipe.method_options)
+    for option in given:
+        if option in _SAID_ELSEWHERE and option in (*registry.options(name), "head_norm", "weight_dtype"):
+            raise ValueError(
+                f"method_options must not hold {option!r}, which is said by {_SAID_ELSEWHERE[option]}"
+            )
     # Fields of their own, because all methods of this kind have them.
     for field, default in (("freeze_prompts", False), ("prompt_dropout", 0.0)):
         if (value := getattr(recipe, field)) != default:
