@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -232,7 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--start", type=Path, help="a backbone.safetensors whose encoder to begin with")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.image_size % args.patch_size:
         parser.error(
             f"--image-size must be a multiple of --patch-size, got {args.image_size}, {args.patch_size}"
@@ -240,17 +240,33 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse_arguments()
-    torch.manual_seed(args.seed)
-    # Few tokens: on CPUs plain products beat the fused attention, whose backward is slow in bfloat16.
-    set_fused_attn(args.device != "cpu")
-    args.out.mkdir(parents=True, exist_ok=True)
+def open_images(args: argparse.Namespace) -> tuple[Tensor, tuple[list[float], list[float]]]:
+    """All images as bytes on the device, and their channel statistics."""
     images = load_images(args.folder, args.image_size)
     if len(images) < args.batch_size:
         raise SystemExit(f"--batch-size must be at most {len(images)}, the images, got {args.batch_size}")
-    statistics = channel_statistics(images)
-    images = images.to(args.device)
+    return images.to(args.device), channel_statistics(images)
+
+
+def build_model(architecture: dict[str, int], args: argparse.Namespace) -> MaskedAutoencoder:
+    """A new model by the seed, with the encoder of `--start` if there is one."""
+    torch.manual_seed(args.seed)
+    model = MaskedAutoencoder(architecture, args.decoder_width, args.mask_ratio)
+    if args.start is not None:
+        model.encoder.load_state_dict({name: value.float() for name, value in load_file(args.start).items()})
+    return model.to(args.device)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
+    backbone = check_output_path(args.out / "backbone.safetensors", overwrite=True)
+    if checkpoint.exists() and not args.resume:
+        raise SystemExit(f"--out must be a folder without a run, got {args.out}: go on with --resume")
+    # Few tokens: on CPUs plain products beat the fused attention, whose backward is slow in bfloat16.
+    set_fused_attn(args.device != "cpu")
+    images, statistics = open_images(args)
     architecture = {
         "img_size": args.image_size,
         "patch_size": args.patch_size,
@@ -258,13 +274,8 @@ def main() -> None:
         "depth": args.depth,
         "num_heads": args.heads,
     }
-    model = MaskedAutoencoder(architecture, args.decoder_width, args.mask_ratio)
-    if args.start is not None:
-        model.encoder.load_state_dict({name: value.float() for name, value in load_file(args.start).items()})
-    model.to(args.device)
+    model = build_model(architecture, args)
     optimizer = build_optimizer(model, args.lr, args.weight_decay)
-    checkpoint, log = args.out / "checkpoint.pt", args.out / "log.jsonl"
-    backbone = check_output_path(args.out / "backbone.safetensors", overwrite=True)
     first_epoch = 0
     if args.resume:
         state = torch.load(checkpoint, map_location=args.device, weights_only=True)
@@ -277,8 +288,8 @@ def main() -> None:
         loss = train_epoch(model, optimizer, images, statistics, epoch, args)
         facts = {"architecture": architecture, "mean": statistics[0], "std": statistics[1]}
         facts |= {"epochs": epoch + 1, "loss": loss}
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
         save_encoder(model, backbone, facts)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
         save_checkpoint(state, checkpoint)
         with log.open("a") as stream:
             stream.write(json.dumps(facts | {"seconds": time.time() - started}) + "\n")

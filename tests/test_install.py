@@ -111,7 +111,7 @@ def test_versions_agree():
         assert spt_fast.__version__ == importlib.metadata.version("spt_fast")
 
 
-@pytest.mark.parametrize("folder", ["assets", "training/recipes"])
+@pytest.mark.parametrize("folder", ["assets", "training/recipes", "study/tables/published"])
 def test_package_is_typed_and_ships_its_files(folder):
     assert (PACKAGE / "py.typed").is_file()
     source = {path.name for path in (ROOT / "spt_fast" / folder).iterdir()}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spt_fast.commands import options
 from spt_fast.commands.recipe_options import add_recipe, recipe_of
+from spt_fast.commands.train_start import find_start
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from spt_fast.data.cache import ImageCache
     from spt_fast.data.task import TaskImages
     from spt_fast.methods.base import TunedViT
-    from spt_fast.prototypes.result import Prototypes
     from spt_fast.training.folder import RunFolder
     from spt_fast.training.recipe import Recipe
 
@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="of `spt-fast prototypes`, for SPT (default: prototypes of the training images, built first)",
+        help="of `spt-fast prototypes`: where prompts start (default: as --prompt-init says)",
     )
     options.add_allow_other_backbone(prompts)
     _add_output(parser)
@@ -134,6 +134,11 @@ def _check_options(args: argparse.Namespace, recipe: Recipe) -> None:
             raise ValueError(
                 f"{name}={getattr(recipe, name)!r} is chosen by validation images: give val_data or val_split"
             )
+    if args.prompts is not None and recipe.prompt_init is not None:
+        raise ValueError(
+            f"prompts and prompt_init both say where prompts start, got {args.prompts} and "
+            f"{recipe.prompt_init!r}: give one of them"
+        )
     if args.prompts is not None and METHODS[recipe.method_name].prompts not in ("prototypes", "any"):
         raise ValueError(
             f"prompts is for methods whose prompts may start from a file, got {args.prompts} with "
@@ -155,11 +160,11 @@ def _train_in(folder: RunFolder, args: argparse.Namespace, recipe: Recipe) -> No
     if kept := folder.what_is_kept():
         lines.append(f"resume: {kept}")
     processes.on_rank_0(lambda: print("\n".join(lines)))
-    prototypes = _prototypes(folder, args, recipe, model, cache)
+    start = find_start(folder, args, recipe, model, cache)
     tuned = build(
         model,
         recipe,
-        args.prompts or prototypes,
+        args.prompts or start,
         class_names=images.train.class_names,
         allow_other_backbone=args.allow_other_backbone,
     )
@@ -178,7 +183,7 @@ def _train_in(folder: RunFolder, args: argparse.Namespace, recipe: Recipe) -> No
             tensorboard=args.tensorboard,
             facts=_facts(args),
             save_every=args.save_every,
-            prototypes=prototypes,
+            start=start,
         )
     sets = [each for each in (images.train, images.val, images.test) if each is not None]
     unreadable = processes.gather([each.loader.unreadable for each in sets])
@@ -220,24 +225,6 @@ def _open(
     return model, cache, images
 
 
-def _prototypes(
-    folder: RunFolder, args: argparse.Namespace, recipe: Recipe, model: nn.Module, cache: ImageCache | None
-) -> Prototypes | None:
-    """Those of the training images, where prompts start from them; a run that goes on has them already."""
-    from spt_fast.prototypes.build import build_prototypes
-
-    if args.prompts is not None or not recipe.needs_prototypes:
-        return None
-    if (kept := folder.prototypes()) is not None:
-        return kept
-    images = options.open_images(args, model, in_classes=True, cache=cache, processes=folder.processes)
-    options.check_num_prompts(recipe.num_prompts, recipe.depth, model, images.num_images)
-    with options.nothing_readable_explained(images):
-        return build_prototypes(
-            model, images, num_prompts=recipe.num_prompts, depth=recipe.depth, seed=recipe.seed
-        )
-
-
 def _facts(args: argparse.Namespace) -> dict[str, Any]:
     """The names of model, images and prompts, without the folders that they lie in."""
     names = ("model", "checkpoint", "data", "split", "val_data", "val_split", "prompts")
@@ -251,7 +238,9 @@ def _facts(args: argparse.Namespace) -> dict[str, Any]:
 
 def _rates(tuned: TunedViT, recipe: Recipe) -> str:
     """How fast prompts and head learn: the prompts' rate may be a default that depends on them."""
-    groups = tuned.parameter_groups(recipe.peak_lr, recipe.peak_prompt_lr)
-    names = ("prompts" if group["name"] == "prompts" else "head" for group in groups)
-    rates = {name: f"{group['lr']:.3g}" for name, group in zip(names, groups, strict=True)}
-    return "learning rates: " + ", ".join(f"{name} {rate}" for name, rate in rates.items())
+    found: dict[str, list[str]] = {}
+    for group in tuned.parameter_groups(recipe.peak_lr, recipe.peak_prompt_lr):
+        name = "prompts" if group["name"] == "prompts" else "head"
+        rates = found.setdefault(name, [])
+        rates += [] if (rate := f"{group['lr']:.3g}") in rates else [rate]
+    return "learning rates: " + ", ".join(f"{name} {' and '.join(rates)}" for name, rates in found.items())

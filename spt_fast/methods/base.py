@@ -156,7 +156,7 @@ class TunedViT(TimmMethods):
         """
         if not cls._opens(state):
             raise ValueError(
-                f"{os.fspath(path)} was tuned by {state.method!r}, which is no {cls.__name__}; "
+                f"{os.fspath(path)} was tuned by {state.tuned_by}, which is no {cls.__name__}; "
                 "spt_fast.load_tuned takes the method from the file"
             )
         check_takeable(model)

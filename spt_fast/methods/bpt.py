@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from spt_fast.methods.prompt_variant import ComputedPrompts, PromptUse
-from spt_fast.ops.autocast import autocast_dtype
+from spt_fast.methods.prompt_variant import ComputedPrompts, PromptUse, without_autocast
 from spt_fast.support.arguments import check_choice, check_int
 
 if TYPE_CHECKING:
@@ -102,11 +101,7 @@ class _Product(nn.Module):
 
     def forward(self) -> Tensor:
         right = torch.cat((self.fixed, self.right))
-        # In the precision of the factors also under autocast, as with the option `weight_dtype`.
-        if autocast_dtype(right.device.type) is None:
-            return self.left @ right
-        with torch.autocast(right.device.type, enabled=False):
-            return self.left @ right
+        return without_autocast(lambda: self.left @ right, right.device)
 
 
 def _drawn(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:

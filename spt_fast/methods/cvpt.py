@@ -18,17 +18,18 @@ output through the layer scale, is our reading: the model is not among the relea
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from timm.models.vision_transformer import Attention, Block  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
+from spt_fast.backbones.anatomy import block_input_hooks
 from spt_fast.methods.base import Blocks
 from spt_fast.methods.prompt_variant import PromptUse, PromptVariant
 from spt_fast.methods.prompted_vit import EngineWishes
 from spt_fast.prompting.checks import check_block_call
-from spt_fast.prompting.engines import cross_attend, kv_blocker
+from spt_fast.prompting.engines import cross_attend, cross_weights, kv_blocker, prompt_keys_values
 from spt_fast.prompting.prompted_blocks import PromptedBlocks
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class CVPT(PromptVariant):
     def __init__(
         self, model: nn.Module, prompts: Prototypes | Tensor | int, **use: Unpack[PromptUse]
     ) -> None:
-        # What averages prompts too averages what there is.
+        # A model that was opened to average prompts too averages what there is.
         use["pool_prompts"] = use.get("pool_prompts") or False
         super().__init__(model, prompts, depth="deep", **use)
 
@@ -85,19 +86,34 @@ class CVPT(PromptVariant):
     def _method_facts(self) -> dict[str, str]:
         return {"method": self.method}
 
-    def _learn(self, values: Tensor, *, frozen: bool) -> None:
+    def _learn(self, values: Tensor) -> None:
         if values.shape[1] == 0:
             raise ValueError(
                 "prompts must be at least one for 'cvpt', whose tokens look at nothing else, got 0"
             )
-        super()._learn(values, frozen=frozen)
+        super()._learn(values)
 
     def _make_blocks(self, **how: Any) -> PromptedBlocks:
         return _CrossedBlocks(self._parameters, **how)
 
     def attention_maps(self, images: Tensor, layers: Iterable[int] | None = None) -> list[Tensor]:
-        """Not for this method: its tokens and prompts share no softmax."""
-        raise TypeError("attention_maps needs prompts in self-attention, which 'cvpt' does not have")
+        """How much each token attends to each prompt in the cross-attention of a block, [B, H, N, N_p].
+
+        Tokens have a softmax of their own, that of the model, and so no columns here. Otherwise as of
+        `PromptedViT`.
+        """
+        return super().attention_maps(images, layers)
+
+    def _maps_of(self, wanted: list[int], run: Callable[[], object]) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+
+        def measure(index: int, x: Tensor) -> None:
+            if index in wanted:
+                found[index] = _cross_weights(self.prompted_blocks[index], x, self.prompts[index])
+
+        with block_input_hooks(self.prompted_blocks, measure):
+            run()
+        return [found[index] for index in wanted]
 
 
 class _CrossedBlocks(PromptedBlocks):
@@ -108,6 +124,17 @@ class _CrossedBlocks(PromptedBlocks):
     def _run_crossed(self, index: int, block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         check_block_call(block, x, args, kwargs, ())
         prompts = self._keys_values(index, 0, block.norm1, block.attn, x.dtype)
-        x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        x = _behind_attention(block, x)
         x = x + block.drop_path1(block.ls1(cross_attend(block.attn, block.norm1(x), prompts)))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
+
+
+def _behind_attention(block: Any, x: Tensor) -> Tensor:
+    return x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))  # type: ignore[no-any-return]
+
+
+def _cross_weights(block: Any, x: Tensor, prompts: Tensor) -> Tensor:
+    """The softmax weights [B, H, N, N_p] of the cross-attention, of what enters the block."""
+    prompts = prompts.to(x.dtype)
+    keys_values = prompt_keys_values(block.norm1, block.attn, prompts)
+    return cross_weights(block.attn, block.norm1(_behind_attention(block, x)), keys_values)

@@ -74,8 +74,8 @@ class E2VPT(ComputedPrompts):
             reason = f"{type(block).__name__} has several attentions"
         return reason
 
-    def _learn(self, values: Tensor, *, frozen: bool) -> None:
-        super()._learn(values, frozen=frozen)
+    def _learn(self, values: Tensor) -> None:
+        super()._learn(values)
         attentions: list[Any] = [kv_attentions(block)[0][1] for block in get_blocks(self.model)]
         sizes = {(each.num_heads, each.proj.in_features // each.num_heads) for each in attentions}
         if len(sizes) > 1:
@@ -86,6 +86,16 @@ class E2VPT(ComputedPrompts):
         drawn = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound)
         self.kv_prompts = nn.Parameter(drawn.to(values))
 
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        return [*super().prompt_parameters(), self.kv_prompts]
+
+    def num_trainable(self, head: bool = True) -> int:
+        """As of every method; of pruned prompts, what is left."""
+        mask: Any = self.source.mask
+        # Tensors without numbers have nothing pruned.
+        pruned = 0 if mask.is_meta else int((mask == 0).sum()) * len(self.prompts)
+        return super().num_trainable(head) - pruned * self.prompt_parameters()[0].requires_grad
+
     def _make_source(self, values: Tensor) -> nn.Module:
         return MaskedPrompts(values)
 
@@ -93,8 +103,11 @@ class E2VPT(ComputedPrompts):
         return _E2Blocks(self._parameters, source=self.source, **how)
 
     def attention_maps(self, images: Tensor, layers: Iterable[int] | None = None) -> list[Tensor]:
-        """Not for this method: the keys that are no prompts would be missing."""
-        raise TypeError("attention_maps needs prompts that are tokens, and 'e2vpt' has others too")
+        """As of `PromptedViT`, [B, H, N, N + N_p + M]: the keys that are no prompts come last."""
+        return super().attention_maps(images, layers)
+
+    def _more_keys(self, layer: int, of_prompts: KeysValues) -> KeysValues:
+        return with_more(of_prompts, self.kv_prompts[layer])
 
 
 class MaskedPrompts(nn.Module):
@@ -123,12 +136,15 @@ class _E2Blocks(PromptedBlocks):
     def _keys_values(
         self, index: int, number: int, norm: nn.Module | None, attention: nn.Module, dtype: torch.dtype
     ) -> KeysValues:
-        learned: Tensor = self._parameters["kv_prompts"]
-        more_keys, more_values = learned[index, 0], learned[index, -1]
-        if self._has_tokens(index, len(learned)):
-            return KeysValues(more_keys.to(dtype), more_values.to(dtype))
-        keys, values = super()._keys_values(index, number, norm, attention, dtype)
-        return KeysValues(
-            torch.cat((keys, more_keys.to(keys.dtype)), dim=-2),
-            torch.cat((values, more_values.to(values.dtype)), dim=-2),
-        )
+        more: Tensor = self._parameters["kv_prompts"]
+        if self._has_tokens(index, len(more)):
+            return KeysValues(more[index, 0].to(dtype), more[index, -1].to(dtype))
+        return with_more(super()._keys_values(index, number, norm, attention, dtype), more[index])
+
+
+def with_more(of_prompts: KeysValues, more: Tensor) -> KeysValues:
+    """Keys and values [H, N_p, d], and behind them those of `more` [1 or 2, H, M, d], in their dtype."""
+    return KeysValues(
+        torch.cat((of_prompts.keys, more[0].to(of_prompts.keys.dtype)), dim=-2),
+        torch.cat((of_prompts.values, more[-1].to(of_prompts.values.dtype)), dim=-2),
+    )

@@ -83,8 +83,8 @@ def prune(tuned: E2VPT, of: Importance, tokens: float = 0.5, pieces: float = 0.5
     goes = of.pieces[kept].argsort(dim=1, stable=True)[:, : int(pieces * NUM_PIECES)]
     stays = source.mask.new_ones(len(kept), NUM_PIECES).scatter_(1, goes, 0)
     mask = _pieces(source.mask[kept]) * stays[..., None]
-    source.prompts = nn.Parameter(source.prompts[:, kept].clone())
     source.mask = mask.flatten(1)
+    source.prompts = nn.Parameter(source.prompts[:, kept] * source.mask)
     return kept
 
 

@@ -100,8 +100,8 @@ class TunedState:
         return state
 
     def _check(self) -> None:
-        # Older files, which hold prompts, do not say so.
-        if self.facts.get("method", "spt-").startswith(("spt-", "vpt-")):
+        # Older files, which hold prompts, do not say so; those of projected prompts have options.
+        if self.facts.get("method", "spt-").startswith(("spt-", "vpt-")) and not self.options:
             self._check_prompts()
         for name, tensor in self.tensors.items():
             check_finite(name, tensor)
@@ -235,9 +235,15 @@ class TunedState:
         here, there = (("prompts" if "prompt_depth" in each.facts else each.method) for each in (self, own))
         if here != there:
             raise ValueError(
-                f"{os.fspath(path)} was tuned by {self.method!r}, but this model is tuned by {own.method!r}; "
-                "spt_fast.load_tuned takes the method from the file"
+                f"{os.fspath(path)} was tuned by {self.tuned_by}, but this model is tuned by "
+                f"{own.tuned_by}; spt_fast.load_tuned takes the method from the file"
             )
+
+    @property
+    def tuned_by(self) -> str:
+        """The method and its options, for errors."""
+        given = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"{self.method!r}{given and f' ({given})'}"
 
     def check_fits(
         self, path: str | os.PathLike[str], own: TunedState, *, allow_other_backbone: bool = False

@@ -75,8 +75,8 @@ class GateVPT(PromptVariant):
             reason = "its attention has no q_norm, behind which queries are divided by the temperature"
         return reason
 
-    def _learn(self, values: Tensor, *, frozen: bool) -> None:
-        super()._learn(values, frozen=frozen)
+    def _learn(self, values: Tensor) -> None:
+        super()._learn(values)
         depth = len(get_blocks(self.model))
         gates = values.new_full((depth - 1,), self.options["gate"])
         # A single block has no gate; DDP would wait for a gradient that never comes.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from spt_fast.methods.base import Blocks, Common
 from spt_fast.methods.file_format import TunedState
 from spt_fast.methods.prompted_vit import EngineWishes, PromptedViT
+from spt_fast.ops.autocast import autocast_dtype
 from spt_fast.prompting.prompted_blocks import PromptedBlocks
 
 if TYPE_CHECKING:
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 class PromptUse(Common, total=False):
     """Arguments that every method of prompts has; see `PromptedViT`."""
 
+    freeze_prompts: bool
     pool_prompts: bool | None
     engine: Literal["auto", "kv", "concat"]
     prompt_dropout: float
@@ -66,8 +70,8 @@ class PromptVariant(PromptedViT):
         return cls(model, start, pool_prompts=state.pool_prompts, **state.options, **common)
 
     @classmethod
-    def _start_of(cls, state: TunedState) -> Tensor:
-        """Prompts [L or 1, N_p, D] from which an object is built that then takes what the file holds."""
+    def _start_of(cls, state: TunedState) -> Tensor | int:
+        """Prompts [L or 1, N_p, D], or their number: an object of them then takes what the file holds."""
         return state.tensors[cls._start]
 
 
@@ -87,8 +91,19 @@ class ComputedPrompts(PromptVariant):
         found: Tensor = self.source()
         return found
 
-    def _learn(self, values: Tensor, *, frozen: bool) -> None:
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        return list(self.source.parameters())
+
+    def _learn(self, values: Tensor) -> None:
         self.source = self._make_source(values)
 
     def _make_blocks(self, **how: Any) -> PromptedBlocks:
         return PromptedBlocks(self._parameters, source=self.source, **how)
+
+
+def without_autocast(compute: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """`compute()` in the precision of what is learned, also under autocast and with `weight_dtype`."""
+    if autocast_dtype(device.type) is None:
+        return compute()
+    with torch.autocast(device.type, enabled=False):
+        return compute()

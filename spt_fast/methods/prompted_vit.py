@@ -64,7 +64,7 @@ class PromptedViT(Measures, TunedViT):
         depth: "deep" or "shallow".
         num_classes: size of a new head; None trains a copy of the model's head, which it must have; 0 is no
             head: the outputs are features [B, D], as in timm.
-        freeze_prompts: train the head only (Table 4a).
+        freeze_prompts: train the head only (Table 4a), and nothing else that a method of prompts adds.
         engine: "kv" adds the prompts to keys and values, computed once per step for the whole batch (deep
             only, in the blocks of docs/backbones.md); "concat" is the textbook form; "auto" takes "kv" where
             it is exact. Outputs and gradients are equal up to rounding.
@@ -133,7 +133,9 @@ class PromptedViT(Measures, TunedViT):
         self.depth, self.pool_prompts = depth, pool_prompts
         self.engine, self.engine_reason = engine, reason
         self.prompt_dropout = nn.Dropout(dropout)
-        self._learn(values, frozen=freeze_prompts)
+        self._learn(values)
+        if freeze_prompts:
+            self._freeze_own()
         self._blocks = self._make_blocks(
             engine=self.engine,
             depth=depth,
@@ -149,10 +151,16 @@ class PromptedViT(Measures, TunedViT):
         """The engine, and in one sentence why; errors as `choose_engine`."""
         return choose_engine(model, blocks, wanted.depth, wanted.engine, wanted.prompt_dropout)
 
-    def _learn(self, values: Tensor, *, frozen: bool) -> None:
+    def _learn(self, values: Tensor) -> None:
         """Add what the method learns beside the head; its prompts start from `values` [L or 1, N_p, D]."""
         # Without prompts there is nothing to learn; DDP would wait for a gradient that never comes.
-        self.prompts = nn.Parameter(values, requires_grad=not frozen and values.numel() > 0)
+        self.prompts = nn.Parameter(values, requires_grad=values.numel() > 0)
+
+    def _freeze_own(self) -> None:
+        """Let nothing learn of what `_learn` added."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("model."):
+                parameter.requires_grad_(False)
 
     def _make_blocks(self, **how: Any) -> PromptedBlocks:
         """What runs the blocks, without a reference to this object; `how` are options of `PromptedBlocks`."""
@@ -200,6 +208,10 @@ class PromptedViT(Measures, TunedViT):
             yield
         finally:
             self._blocks.cache = outer
+
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        """What the prompts are made of, frozen or not: those that get `prompt_lr` (`parameter_groups`)."""
+        return [self.prompts]
 
     def extra_repr(self) -> str:
         layers, num_prompts, width = self.prompts.shape

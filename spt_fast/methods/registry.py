@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # What every method has, what every method of prompts has, and what only the prompts start from.
 _COMMON = ("num_classes", "head_norm", "weight_dtype")
 _OF_PROMPTS: Mapping[str, Any] = {
+    "freeze_prompts": False,
     "engine": "auto",
     "pool_prompts": None,
     "prompt_dropout": 0.0,
@@ -38,6 +39,8 @@ class Method(NamedTuple):
         prompts: what prompts start from: "prototypes" (SPT), "random" (VPT) or "any"; None without prompts.
         num_prompts: of a model, where nothing else is asked for.
         depth: whether prompts enter each block, or the first one.
+        pools: whether its prompts are among the tokens that a head may average.
+        variants: file and name of the class that takes over where an option is given, by the option.
     """
 
     file: str
@@ -46,24 +49,30 @@ class Method(NamedTuple):
     prompts: str | None = None
     num_prompts: int | None = None
     depth: Literal["deep", "shallow"] = "deep"
+    pools: bool = True
+    variants: Mapping[str, tuple[str, str]] = {}
 
-    def load(self) -> type[TunedViT]:
-        """The class."""
-        module = import_module(f"spt_fast.methods.{self.file}")
-        found: type[TunedViT] = getattr(module, self.class_name)
+    def load(self, given: Mapping[str, Any] = {}) -> type[TunedViT]:
+        """The class, where these options of it are `given`."""
+        places = (place for option, place in self.variants.items() if option in given)
+        file, class_name = next(places, (self.file, self.class_name))
+        found: type[TunedViT] = getattr(import_module(f"spt_fast.methods.{file}"), class_name)
         return found
 
 
+_PROJECTED = {"project": ("vpt_projected", "ProjectedVPT")}
 # In the order of docs/methods.md.
 METHODS: Mapping[str, Method] = {
     "spt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "prototypes", 20),
     "spt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "prototypes", 100, "shallow"),
-    "vpt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "random", 20),
-    "vpt-shallow": Method("prompted_vit", "PromptedViT", {"depth": "shallow"}, "random", 100, "shallow"),
+    "vpt-deep": Method("prompted_vit", "PromptedViT", {"depth": "deep"}, "random", 20, variants=_PROJECTED),
+    "vpt-shallow": Method(
+        "prompted_vit", "PromptedViT", {"depth": "shallow"}, "random", 100, "shallow", variants=_PROJECTED
+    ),
     "gate-vpt": Method("gate_vpt", "GateVPT", prompts="any", num_prompts=100, depth="shallow"),
     "e2vpt": Method("e2vpt", "E2VPT", prompts="any", num_prompts=10),
     "vfpt": Method("vfpt", "VFPT", prompts="any", num_prompts=20),
-    "cvpt": Method("cvpt", "CVPT", prompts="any", num_prompts=20),
+    "cvpt": Method("cvpt", "CVPT", prompts="any", num_prompts=20, pools=False),
     "bpt": Method("bpt", "BPT", prompts="any", num_prompts=50),
     "adapter": Method("adapter", "Adapter"),
     "ssf": Method("ssf", "ScaleShiftFeatures"),
@@ -116,6 +125,7 @@ def options(name: str) -> Mapping[str, Any]:
             for each in parameters
             if each.name not in left_out and each.kind in keywords
         },
+        **dict.fromkeys(method.variants),
         **({} if method.prompts is None else _OF_PROMPTS),
     }
 
@@ -146,7 +156,11 @@ def tune(
     start = () if method.prompts is None else (_start(name, method, prompts),)
     if method.prompts is None and prompts is not None:
         raise ValueError(f"prompts must be None for method {name!r}, which has none, got {prompts!r:.60}")
-    build: Any = method.load()
+    # An option of a class of its own is off where it is None.
+    given = {
+        option: value for option, value in given.items() if value is not None or option not in method.variants
+    }
+    build: Any = method.load(given)
     tuned: TunedViT = build(model, *start, num_classes=num_classes, **method.fixed, **given)
     tuned.method = name
     return tuned
@@ -177,7 +191,7 @@ def of_state(state: TunedState, path: str | os.PathLike[str], model: nn.Module, 
     """`load_tuned` of a file that has been read: `state` is what it held, `path` its name for errors."""
     if state.method not in METHODS:
         raise ValueError(f"{os.fspath(path)} was tuned by {state.method!r}, which this version does not know")
-    tuned = METHODS[state.method].load().from_state(state, path, model, **options)
+    tuned = METHODS[state.method].load(state.options).from_state(state, path, model, **options)
     tuned.method = state.method
     return tuned
 

@@ -1,7 +1,8 @@
 """SNF: a flow on each of the two skip connections of a block (Wang et al., CVPR 2023).
 
-x = F1(x) + attn(norm1(x)) and then x = F2(x) + mlp(norm2(x)), with timm's LayerScale and drop path. F is an
-affine flow and then K planar ones, on each token by itself:
+x = F1(x) + attn(norm1(x)) and then x = F2(x) + mlp(norm2(x)), with timm's LayerScale and drop path, in the
+blocks of its ViT, EVA and BEiT that normalise first. F is an affine flow and then K planar ones, on each
+token by itself:
 
     z_0 = mu + exp(s) * x                            start: mu = s = 0, the model
     z_k = z_(k-1) + u_k tanh(w_k . z_(k-1) + b_k)    start: u, w, b uniform in +-0.01, nearly the model
@@ -16,6 +17,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.models import beit, eva
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _BOUND = 0.01
+# Of these forwards the one below is the same with flows on its skips.
+_FORWARDS = (Block.forward, eva.EvaBlock.forward, beit.Block.forward)
 
 
 class SkipFlows(TunedViT):
@@ -37,7 +41,8 @@ class SkipFlows(TunedViT):
         num_flows: K, the planar flows of each skip; 0 leaves the affine one.
 
     Raises:
-        TypeError: a block is no `Block` of timm's Vision Transformer, whose skips can be reached.
+        TypeError: a block is none of timm's that normalise first, one part after the other, so that its skips
+            can be reached: `Block` of its ViT and of BEiT, and `EvaBlock`.
     """
 
     method = "snf"
@@ -49,9 +54,9 @@ class SkipFlows(TunedViT):
 
     def _install(self, blocks: Blocks) -> None:
         for index, block in enumerate(blocks):
-            if type(block).forward is not Block.forward or "forward" in vars(block):
+            if type(block).forward not in _FORWARDS or "forward" in vars(block):
                 raise TypeError(
-                    "snf needs blocks that run as timm's Block of a Vision Transformer, "
+                    "snf needs blocks that run as timm's Block of a Vision Transformer or BEiT, or EvaBlock, "
                     f"but block {index + 1} is a {type(block).__name__}"
                 )
             first, second = (
@@ -96,5 +101,15 @@ class Flow(nn.Module):
 
 def _run_block(block: Any, first: Flow, second: Flow, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """timm's block with flows on its skips; what else it is called with is for its attention."""
-    x = first(x) + block.drop_path1(block.ls1(block.attn(block.norm1(x), *args, **kwargs)))
-    return second(x) + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
+    mixed = block.attn(block.norm1(x), *args, **kwargs)
+    x = first(x) + block.drop_path1(_scaled(block, "1", mixed))
+    x = second(x) + block.drop_path2(_scaled(block, "2", block.mlp(block.norm2(x))))
+    return x
+
+
+def _scaled(block: Any, number: str, branch: Tensor) -> Tensor:
+    """Through the block's LayerScale: a module in timm's ViT, elsewhere a vector or None."""
+    if hasattr(block, f"ls{number}"):
+        return getattr(block, f"ls{number}")(branch)  # type: ignore[no-any-return]
+    gamma = getattr(block, f"gamma_{number}")
+    return branch if gamma is None else gamma * branch

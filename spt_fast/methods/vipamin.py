@@ -38,6 +38,8 @@ from spt_fast.data.batches import image_batches
 from spt_fast.methods.base import check_takeable
 from spt_fast.support.arguments import check_choice, check_int, check_number, check_seed
 
+VIPAMIN_IMAGES = 256
+
 
 class _Means(NamedTuple):
     """Of one block, in float64."""
@@ -55,7 +57,7 @@ def vipamin_prompts(
     depth: Literal["deep", "shallow"] = "deep",
     k: int = 8,
     weight: float = 0.1,
-    max_images: int = 256,
+    max_images: int = VIPAMIN_IMAGES,
     seed: int = 0,
 ) -> Tensor:
     """What prompts may start from, [L or 1, N_p, D] in float32 on the CPU: `tune(model, name, prompts=...)`.
@@ -74,19 +76,9 @@ def vipamin_prompts(
         ValueError: an argument is out of range, the loader is empty; there are as many tokens as channels, so
             that nothing lies outside of what attention gives (not with `weight=0`).
     """
-    check_takeable(model)
-    check_choice("depth", depth, ("deep", "shallow"))
-    num_prompts, k = check_int("num_prompts", num_prompts, 1), check_int("k", k, 1)
-    max_images = check_int("max_images", max_images, 1)
-    if check_number("weight", weight, 0) > 1:
-        raise ValueError(f"weight must be a number from 0 to 1, got {weight}")
+    check_vipamin(model, num_prompts, depth=depth, k=k, weight=weight, max_images=max_images)
     generator = torch.Generator().manual_seed(check_seed(seed))
     blocks: list[Any] = list(get_blocks(model))[: 1 if depth == "shallow" else None]
-    for number, block in enumerate(blocks, start=1):
-        if type(block) is not Block or type(block.attn) is not Attention:
-            raise TypeError(
-                f"model must have plain blocks of timm's ViT, but block {number} is {type(block).__name__}"
-            )
     height, width = patch_size(model)
     bound = math.sqrt(6 / (3 * height * width + embed_dim(model)))
     means = _means(model, blocks, loader, max_images)
@@ -99,6 +91,30 @@ def vipamin_prompts(
             found = found + weight * _outside(block, of_block, others)
         prompts.append(found)
     return torch.stack(prompts).float()
+
+
+def check_vipamin(
+    model: nn.Module,
+    num_prompts: int = 20,
+    *,
+    depth: Literal["deep", "shallow"] = "deep",
+    k: int = 8,
+    weight: float = 0.1,
+    max_images: int = VIPAMIN_IMAGES,
+) -> None:
+    """Raise what `vipamin_prompts` would, as far as it is known without images."""
+    check_takeable(model)
+    check_choice("depth", depth, ("deep", "shallow"))
+    for name, value in (("num_prompts", num_prompts), ("k", k), ("max_images", max_images)):
+        check_int(name, value, 1)
+    if check_number("weight", weight, 0) > 1:
+        raise ValueError(f"weight must be a number from 0 to 1, got {weight}")
+    blocks: list[Any] = list(get_blocks(model))[: 1 if depth == "shallow" else None]
+    for number, block in enumerate(blocks, start=1):
+        if type(block) is not Block or type(block.attn) is not Attention:
+            raise TypeError(
+                f"model must have plain blocks of timm's ViT, but block {number} is {type(block).__name__}"
+            )
 
 
 def _alike(block: Any, means: _Means, anchors: Tensor, k: int) -> Tensor:

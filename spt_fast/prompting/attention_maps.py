@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.prompting.engines import (
+    KeysValues,
     attention_weights,
     kv_attentions,
     kv_extras,
@@ -21,6 +22,8 @@ from spt_fast.prompting.engines import (
 # Called with a layer, from 0, and the input x of its block; returns the prompts that it attends to,
 # [N_p, D] or [B, N_p, D], and the tokens of the image, [B, N, D].
 Split = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+# Called with a layer and the keys and values of its prompts; returns them with what a method adds.
+Extend = Callable[[int, KeysValues], KeysValues]
 
 
 def check_attention(blocks: Iterable[nn.Module]) -> None:
@@ -32,15 +35,22 @@ def check_attention(blocks: Iterable[nn.Module]) -> None:
 
 
 def attention_maps_of(
-    blocks: nn.ModuleList | nn.Sequential, wanted: list[int], split: Split, run: Callable[[], object]
+    blocks: nn.ModuleList | nn.Sequential,
+    wanted: list[int],
+    split: Split,
+    run: Callable[[], object],
+    extend: Extend,
 ) -> list[Tensor]:
-    """The weights [B, H, N, N + N_p] of each of the `wanted` blocks in a forward pass that `run` makes."""
+    """The weights [B, H, N, N + M] of each of the `wanted` blocks in a forward pass that `run` makes.
+
+    M are the prompts that `split` gives, and what `extend` adds.
+    """
     found: dict[int, Tensor] = {}
 
     def measure(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         prompts, tokens = split(index, args[0])
         position = next((kwargs[name] for name in kv_extras(block) if name in kwargs), None)
-        found[index] = _weights(block, tokens, prompts.to(tokens.dtype), position)
+        found[index] = _weights(block, tokens, prompts.to(tokens.dtype), position, partial(extend, index))
 
     with ExitStack() as stack:
         for index in set(wanted):
@@ -50,11 +60,17 @@ def attention_maps_of(
     return [found[index] for index in wanted]
 
 
-def _weights(block: nn.Module, tokens: Tensor, prompts: Tensor, position: Tensor | None) -> Tensor:
+def _weights(
+    block: nn.Module,
+    tokens: Tensor,
+    prompts: Tensor,
+    position: Tensor | None,
+    extend: Callable[[KeysValues], KeysValues],
+) -> Tensor:
     """Of all attentions in a block, as further heads."""
     weights = []
     for norm, attention in kv_attentions(block):
         normed = tokens if norm is None else norm.forward(tokens)
-        keys_values = prompt_keys_values(norm, attention, prompts)
+        keys_values = extend(prompt_keys_values(norm, attention, prompts))
         weights.append(attention_weights(attention, normed, keys_values, position))
     return torch.cat(weights, dim=1)

@@ -38,7 +38,7 @@ def initial_prompts(
     layers = len(get_blocks(model)) if depth == "deep" else 1
     values = getattr(prompts, "prompts", prompts)
     if isinstance(values, int | np.integer) and not isinstance(values, bool):
-        values = _random_prompts(model, layers, check_int("prompts", values, 0))
+        values = random_prompts(model, layers, check_int("prompts", values, 0), embed_dim(model))
     if not isinstance(values, Tensor):
         raise TypeError(f"prompts must be Prototypes, a tensor or an integer, got {type(prompts).__name__}")
     check_tensor("prompts", values)
@@ -52,12 +52,11 @@ def initial_prompts(
     return values.detach().to(device, torch.promote_types(dtype, torch.float32), copy=True)
 
 
-def _random_prompts(model: nn.Module, layers: int, num_prompts: int) -> Tensor:
-    """VPT's uniform initialisation: U(-v, v) with v = sqrt(6 / (3 * patch height * patch width + D))."""
-    height, width = patch_size(model)
-    bound = math.sqrt(6 / (3 * height * width + embed_dim(model)))
-    prompts = torch.empty(layers, num_prompts, embed_dim(model), dtype=torch.float32)
-    return prompts.uniform_(-bound, bound)
+def random_prompts(model: nn.Module, layers: int, num_prompts: int, width: int) -> Tensor:
+    """VPT's uniform initialisation: U(-v, v) with v = sqrt(6 / (3 * patch height * patch width + width))."""
+    sides = patch_size(model)
+    bound = math.sqrt(6 / (3 * sides[0] * sides[1] + width))
+    return torch.empty(layers, num_prompts, width, dtype=torch.float32).uniform_(-bound, bound)
 
 
 def _check_shape(values: Tensor, layers: int, width: int, depth: str, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spt_fast.backbones.anatomy import block_input_hooks, get_blocks
 from spt_fast.prompting.attention_maps import attention_maps_of, check_attention
 from spt_fast.prompting.checks import check_block_input, check_layers
+from spt_fast.prompting.engines import KeysValues
 from spt_fast.prompting.nmi import check_finite_nmi, nmi_per_image
 from spt_fast.prompting.timm_methods import TimmMethods
 from spt_fast.support.arguments import check_int
@@ -77,7 +78,7 @@ class Measures(TimmMethods):
         every = self.prompted_blocks
         wanted = check_layers("layers", layers, len(every))
         check_attention(every[index] for index in wanted)
-        return attention_maps_of(every, wanted, self._split_input, lambda: self.forward_features(images))
+        return self._maps_of(wanted, lambda: self.forward_features(images))
 
     def prompts_and_tokens(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """The prompts that a block attends to, and the patch tokens that enter it.
@@ -102,6 +103,14 @@ class Measures(TimmMethods):
         if self.depth == "deep" or layer == 0:
             return self.prompts[layer : layer + 1], tokens
         return tokens[:, num_patches:], tokens[:, :num_patches]
+
+    def _maps_of(self, wanted: list[int], run: Callable[[], object]) -> list[Tensor]:
+        """`attention_maps` of these blocks in a forward pass that `run` makes."""
+        return attention_maps_of(self.prompted_blocks, wanted, self._split_input, run, self._more_keys)
+
+    def _more_keys(self, layer: int, of_prompts: KeysValues) -> KeysValues:
+        """What the attention of a block takes beside tokens."""
+        return of_prompts
 
     def _split_input(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """The prompts [N_p, D] or [B, N_p, D] that a block attends to, and all tokens of the image in `x`."""

@@ -21,6 +21,15 @@ from spt_fast.training.recipe import Recipe, given_or_default
 
 # VPT's: the classes start with this probability each.
 _PRIOR = 0.01
+# Options of methods that have a place of their own.
+_SAID_ELSEWHERE = {
+    **{
+        name: f"the recipe's {name}"
+        for name in ("freeze_prompts", "prompt_dropout", "head_norm", "weight_dtype")
+    },
+    "pool_prompts": "the recipe's pool",
+    "allow_other_backbone": "allow_other_backbone (--allow-other-backbone)",
+}
 
 
 def build(
@@ -38,8 +47,8 @@ def build(
     Args:
         model: taken over, as `PromptedViT` does; opened with the pooling and norm of the recipe, where it
             states them.
-        prompts: what SPT's prompts start from: `Prototypes`, a file of `Prototypes.save`, or a tensor. VPT
-            draws its prompts, and "linear" has none.
+        prompts: what prompts start from: `Prototypes`, a file of `Prototypes.save`, or a tensor, as the
+            recipe's `prompts_from` says; None where they are random, or the method has none.
         class_names: of the labels 0, 1, ... in this order.
         allow_other_backbone: as in `PromptedViT`.
 
@@ -54,8 +63,9 @@ def build(
         raise ValueError("class_names must hold a name for each class, got none")
     start = _start(model, recipe, prompts, allow_other_backbone)
     given = method_options(recipe)
+    pools = registry.find(recipe.method_name).pools
     for name, value in (
-        ("pool_prompts", _pool_prompts(model, recipe)),
+        ("pool_prompts", _pool_prompts(model, recipe) if pools else None),
         ("allow_other_backbone", allow_other_backbone),
     ):
         if name in registry.options(recipe.method_name):
@@ -83,10 +93,15 @@ def method_options(recipe: Recipe) -> dict[str, Any]:
     """The options of the method that a recipe states, checked by their names.
 
     Raises:
-        ValueError: one is none of the method.
+        ValueError: one is none of the method, or has a place of its own.
     """
     name = recipe.method_name
     given = dict(recipe.method_options)
+    for option in given:
+        if option in _SAID_ELSEWHERE and option in (*registry.options(name), "head_norm", "weight_dtype"):
+            raise ValueError(
+                f"method_options must not hold {option!r}, which is said by {_SAID_ELSEWHERE[option]}"
+            )
     # Fields of their own, because all methods of this kind have them.
     for field, default in (("freeze_prompts", False), ("prompt_dropout", 0.0)):
         if (value := getattr(recipe, field)) != default:
@@ -134,8 +149,10 @@ def _start(
     allow_other_backbone: bool,
 ) -> Prototypes | Tensor | int | None:
     if prompts is None:
-        # Where prototypes are needed, the method says so.
+        _check_may_be_random(recipe)
         return recipe.num_prompts
+    if recipe.prompt_init == "random":
+        raise ValueError(f"prompts must be None for prompt_init='random', got {type(prompts).__name__}")
     if isinstance(prompts, str | os.PathLike):
         path = Path(prompts)
         prompts = Prototypes.load(path)
@@ -150,6 +167,16 @@ def _start(
             f"num_prompts of the recipe is {recipe.num_prompts}, but prompts are {values.shape[1]} per block"
         )
     return prompts
+
+
+def _check_may_be_random(recipe: Recipe) -> None:
+    """ValueError where a recipe states another start; SPT's own error says what it needs by itself."""
+    gives = {"prototypes": "spt_fast.build_prototypes", "vipamin": "spt_fast.methods.vipamin.vipamin_prompts"}
+    if recipe.prompt_init in gives:
+        raise ValueError(
+            f"prompts must be given for prompt_init={recipe.prompt_init!r}: "
+            f"{gives[recipe.prompt_init]}(model, loader) gives them"
+        )
 
 
 def _pool_prompts(model: nn.Module, recipe: Recipe) -> bool | None:

@@ -89,7 +89,8 @@ class Checkpoint:
         Raises:
             ValueError: something differs; the message names all that does.
         """
-        pairs = [(self.recipe, asdict(recipe)), (self.facts, facts)]
+        # Of an older version, which did not have all fields, they are the defaults.
+        pairs = [({**asdict(Recipe()), **self.recipe}, asdict(recipe)), (self.facts, facts)]
         lines = [
             f"{name}: {then.get(name)} in the folder, {now.get(name)} now"
             for then, now in pairs

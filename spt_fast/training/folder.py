@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from torch import Tensor
+
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_bool
 from spt_fast.support.distributed import ALONE, Processes
-from spt_fast.support.files import remove_leftovers, write_bytes
+from spt_fast.support.files import read_safetensors, remove_leftovers, write_bytes, write_safetensors
 from spt_fast.support.locks import folder_lock
 from spt_fast.support.results import result_folder
 from spt_fast.training.checkpoint import CHECKPOINT_NAME, Checkpoint
@@ -18,6 +20,7 @@ from spt_fast.training.evaluation import CLASSES_NAME, CONFUSION_NAME
 
 RUN_NAME = "run.yaml"
 PROTOTYPES_NAME = "prototypes.safetensors"
+START_NAME = "start.safetensors"
 TUNED_NAME = "tuned.safetensors"
 EMA_NAME = "ema.safetensors"
 HISTORY_NAME = "train.csv"
@@ -32,8 +35,9 @@ RESULT_NAMES = (
     TUNED_NAME, EMA_NAME, HISTORY_NAME, CLASSES_NAME, CONFUSION_NAME, NMI_NAME, TEST_NAME, TEST_CLASSES_NAME,
     TEST_CONFUSION_NAME, FIGURE_NAME, NMI_FIGURE_NAME,
 )  # fmt: skip
-FILE_NAMES = (CHECKPOINT_NAME, RUN_NAME, PROTOTYPES_NAME, *RESULT_NAMES)
+FILE_NAMES = (CHECKPOINT_NAME, RUN_NAME, PROTOTYPES_NAME, START_NAME, *RESULT_NAMES)
 TENSORBOARD_NAME = "tensorboard"
+_START_KIND = "prompt_start"
 
 
 class RunFolder:
@@ -82,11 +86,28 @@ class RunFolder:
         if self._is_ours and self.processes.rank == 0 and not self.what_is_kept():
             self._clear()
 
-    def prototypes(self) -> Prototypes | None:
-        """Those that the run started from; None where it starts now, or did not build any. On every rank."""
-        there = self.checkpoint is not None and self.processes.rank == 0 and self[PROTOTYPES_NAME].exists()
+    def write_start(self, prompts: Prototypes | Tensor) -> None:
+        """Keep what prompts start from, where the run built it; all ranks call it."""
+
+        def write() -> None:
+            if isinstance(prompts, Prototypes):
+                prompts.save(self[PROTOTYPES_NAME], overwrite=True)
+            else:
+                write_safetensors(
+                    self[START_NAME], {"prompts": prompts}, {}, kind=_START_KIND, overwrite=True
+                )
+
+        self.processes.on_rank_0(write)
+
+    def kept_start(self) -> Prototypes | Tensor | None:
+        """What `write_start` kept; None where the run starts now, or built nothing. On every rank."""
+        found: Prototypes | Tensor | None = None
         with self.processes.together():
-            found = Prototypes.load(self[PROTOTYPES_NAME]) if there else None
+            if self.checkpoint is not None and self.processes.rank == 0:
+                if self[PROTOTYPES_NAME].exists():
+                    found = Prototypes.load(self[PROTOTYPES_NAME])
+                elif self[START_NAME].exists():
+                    found = read_safetensors(self[START_NAME], kind=_START_KIND)[0]["prompts"]
         return self.processes.gather(found)[0]
 
     def paths(self) -> dict[str, Path]:

@@ -32,7 +32,7 @@ from spt_fast.training.history import History
 from spt_fast.training.learned import Average, learned, take_back
 from spt_fast.training.losses import Losses
 from spt_fast.training.objective import Objective
-from spt_fast.training.optimizer import LearningRates, create_optimizer
+from spt_fast.training.optimizer import LearningRates, check_groups, create_optimizer
 from spt_fast.training.recipe import Recipe, given_or_default
 from spt_fast.training.sources import Source, find_source
 from spt_fast.training.step import Stepper, channels_last
@@ -219,8 +219,10 @@ class Trainer:
         """Go on from where `state_dict` was taken.
 
         Raises:
-            KeyError, ValueError: the state is that of another model or recipe.
+            KeyError, ValueError: the state is that of another model or recipe, or of a version that groups
+                parameters otherwise.
         """
+        check_groups(self.optimizer, state["optimizer"])
         take_back(self.tuned, state["learned"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,6 +62,22 @@ def create_optimizer(tuned: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return optimizer
 
 
+def check_groups(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """ValueError where `state`, of `state_dict`, is of an optimiser with other groups.
+
+    torch compares their sizes alone, and would give the moments of one parameter to another.
+    """
+    then, now = (
+        [f"{group.get('name')} ({len(group['params'])})" for group in groups]
+        for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if then != now:
+        raise ValueError(
+            "optimizer must have the groups of the state, with as many parameters: "
+            f"{', '.join(then)}; got {', '.join(now)}. A run of another version of spt_fast starts anew"
+        )
+
+
 class LearningRates:
     """The rates of each step: a linear warm-up, then a cosine to `min_lr` at the last step, or the highest.
 
@@ -87,11 +104,12 @@ class LearningRates:
     def rates(self) -> tuple[float, float | None]:
         """The rates as they were set: of everything but prompts, and of prompts, if they learn.
 
-        Where only prompts learn, both are theirs.
+        Where only prompts learn, both are theirs. Of prompts that have several, it is the first.
         """
-        rates = {group["name"]: group["lr"] for group in self._optimizer.param_groups}
-        prompts = rates.pop("prompts", None)
-        return next(iter(rates.values()), prompts), prompts
+        rates = [(group["name"] == "prompts", group["lr"]) for group in self._optimizer.param_groups]
+        prompts = next((rate for of_prompts, rate in rates if of_prompts), None)
+        others = (rate for of_prompts, rate in rates if not of_prompts)
+        return next(others, prompts), prompts  # type: ignore[return-value]
 
     def _rate(self, peak: float, step: int) -> float:
         if self._recipe.schedule == "constant":

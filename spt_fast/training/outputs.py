@@ -8,10 +8,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spt_fast.analysis.nmi_tracker import NMIHistory, NMITracker
 from spt_fast.methods.base import TunedViT
+from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.plots import nmi_over_epochs, training_curves
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.files import write_bytes
@@ -27,7 +28,6 @@ from spt_fast.training.folder import (
     HISTORY_NAME,
     NMI_FIGURE_NAME,
     NMI_NAME,
-    PROTOTYPES_NAME,
     RUN_NAME,
     TENSORBOARD_NAME,
     TEST_CLASSES_NAME,
@@ -85,14 +85,13 @@ class Outputs:
         if folder.checkpoint is not None:
             self._go_on_from(folder.checkpoint)
 
-    def begin(self, *, overwrite: bool, prototypes: Prototypes | None = None) -> None:
-        """What is written before the first step of a run; nothing where it goes on."""
+    def begin(self, *, overwrite: bool, start: Prototypes | Tensor | None = None) -> None:
+        """What is written before the first step of a run; nothing where it goes on; see `train_in`."""
         if self._folder.checkpoint is not None:
             return
         self._folder.start(overwrite=overwrite)
-        if prototypes is not None:
-            path = self._folder[PROTOTYPES_NAME]
-            self._processes.on_rank_0(lambda: prototypes.save(path, overwrite=True))
+        if start is not None:
+            self._folder.write_start(start)
         self._folder.write({RUN_NAME: write_yaml(self._about).encode()})
         self.save()
 
@@ -244,8 +243,8 @@ def check_prompts_learn(learn: bool) -> None:
 
 
 def _tracker(tuned: TunedViT, batches: int) -> NMITracker:
-    prompts = getattr(tuned, "prompts", None)
-    check_prompts_learn(isinstance(prompts, nn.Parameter) and prompts.requires_grad)
+    made_of = tuned.prompt_parameters() if isinstance(tuned, PromptedViT) else []
+    check_prompts_learn(any(parameter.requires_grad for parameter in made_of))
     return NMITracker(tuned, every=max(1, batches // _NMI_PER_EPOCH))
 
 

@@ -42,7 +42,7 @@ def fit_pruned(
     start = {name: tensor.clone() for name, tensor in tuned.learned_state_dict().items()}
     first = fit(tuned, train_loader, val_loader, recipe, progress=progress, **fields)
     kept = prune(tuned, importance(tuned, train_loader), tokens, pieces)
-    start["source.prompts"] = start["source.prompts"][:, kept]
     start["source.mask"] = tuned.learned_state_dict()["source.mask"]
+    start["source.prompts"] = start["source.prompts"][:, kept] * start["source.mask"]
     tuned.load_learned_state_dict(start)
     return first, fit(tuned, train_loader, val_loader, recipe, progress=progress, **fields)

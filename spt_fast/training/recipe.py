@@ -13,13 +13,12 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from spt_fast.methods.registry import METHODS
 from spt_fast.support.names import nearest
-from spt_fast.training.recipe_values import check_optimizer, check_options
+from spt_fast.training.recipe_values import OF_PROMPTS, check_optimizer, check_options, check_prompt_init
+from spt_fast.training.shipped_recipes import shipped
 
 GROUPS = ("model", "images", "optimisation", "choice")
 # The images of a step for which `lr_scale: batch` leaves rates as they are, as in VPT.
 SCALE_BATCH = 256
-# What only prompts have; a method without any refuses values of these.
-_OF_PROMPTS = ("num_prompts", "prompt_lr", "prompt_dropout", "freeze_prompts")
 
 
 def _field(group: str, default: Any, help: str, choices: tuple[str, ...] = (), **bounds: float) -> Any:
@@ -31,7 +30,7 @@ def _field(group: str, default: Any, help: str, choices: tuple[str, ...] = (), *
     """
     metadata = {"group": group, "help": help, "choices": choices, "bounds": bounds}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata=metadata, hash=False)
+        return dataclasses.field(default_factory=dict, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -62,6 +61,14 @@ class Recipe:
     )
     num_prompts: int | None = _model(
         None, "prompts per block (unset: of SPT and VPT 20 deep, 100 shallow)", minimum=1
+    )
+    prompt_init: Literal["prototypes", "random", "vipamin"] | None = _model(
+        None,
+        "where prompts start: prototypes of the training images, VPT's random values, or VIPAMIN "
+        "(unset: of SPT prototypes, of the others random)",
+    )
+    prompt_init_options: Mapping[str, Any] = _model(
+        {}, "of vipamin: k, weight or max_images, such as k=32; may be repeated"
     )
     freeze_prompts: bool = _model(False, "learn the head only (Table 4a)")
     prompt_dropout: float = _model(
@@ -198,20 +205,20 @@ class Recipe:
             TypeError: `changes` has a name that is no field, or `name` is no text.
             ValueError: there is no such recipe, or a value is wrong.
         """
-        shipped = _shipped()
+        known = shipped()
         if not isinstance(name, str):
             raise TypeError(f"recipe must be one of Recipe.names(), got {name!r}")
-        if name not in shipped:
+        if name not in known:
             raise ValueError(
                 "recipe must be one of Recipe.names(), or on the command line a YAML file, "
-                f"got {name!r}{nearest(name, shipped)}"
+                f"got {name!r}{nearest(name, known)}"
             )
-        return cls._of(shipped[name], f"recipe {name}", changes)
+        return cls._of(known[name], f"recipe {name}", changes)
 
     @staticmethod
     def names() -> tuple[str, ...]:
         """The names that `named` takes, in alphabetical order; FAMILY/TASK where values differ by task."""
-        return tuple(_shipped())
+        return tuple(shipped())
 
     @classmethod
     def _of(cls, values: Mapping[str, Any], source: str, changes: Mapping[str, Any]) -> Recipe:
@@ -255,8 +262,9 @@ class Recipe:
 
     @property
     def depth(self) -> Literal["deep", "shallow"]:
-        """Where the prompts of `method` go in; "deep" where there are none."""
-        return METHODS[self.method_name].depth
+        """Where the prompts of `method` go in, as its options say; "deep" where there are none."""
+        is_shallow = self.method_options.get("depth") == "shallow"
+        return "shallow" if is_shallow else METHODS[self.method_name].depth
 
     @property
     def has_prompts(self) -> bool:
@@ -264,9 +272,17 @@ class Recipe:
         return METHODS[self.method_name].prompts is not None
 
     @property
+    def prompts_from(self) -> Literal["prototypes", "random", "vipamin"] | None:
+        """`prompt_init`, or where the prompts of `method` start where it is not stated; None without any."""
+        kind = METHODS[self.method_name].prompts
+        if self.prompt_init is None and kind is not None:
+            return "prototypes" if kind == "prototypes" else "random"
+        return self.prompt_init
+
+    @property
     def needs_prototypes(self) -> bool:
-        """Whether the prompts of `method` start from prototypes, and not from random values."""
-        return METHODS[self.method_name].prompts == "prototypes"
+        """Whether the prompts start from prototypes."""
+        return self.prompts_from == "prototypes"
 
     @property
     def warmup(self) -> float:
@@ -294,11 +310,15 @@ class Recipe:
         """Whether the length of a step is about the rate, whatever the gradient (docs/train.md)."""
         return not re.search("sgd|momentum|nesterov", self.optimizer)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recipe:
+        return self
+
     def _check_method(self) -> None:
         if self.has_prompts:
+            check_prompt_init(self.method_name, self.prompt_init, self.prompt_init_options)
             return
         defaults = {option.name: option.default for option in options()}
-        for name in _OF_PROMPTS:
+        for name in OF_PROMPTS:
             if (value := getattr(self, name)) != defaults[name]:
                 raise ValueError(
                     f"{name} is for prompts, which method={self.method!r} does not have, got {value!r}"
@@ -428,19 +448,3 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
         optional,
         field.metadata["bounds"],
     )
-
-
-@cache
-def _shipped() -> Mapping[str, Mapping[str, Any]]:
-    """The values of the recipes in recipes/, by name; a file with `tasks` has one for each of them."""
-    from spt_fast.support.yaml_text import read_yaml
-
-    found: dict[str, Mapping[str, Any]] = {}
-    for file in (Path(__file__).parent / "recipes").glob("*.yaml"):
-        values = read_yaml(file.read_text(encoding="utf-8"), file.name)
-        tasks = values.pop("tasks", None)
-        if tasks is None:
-            found[file.stem] = values
-        else:
-            found.update({f"{file.stem}/{task}": {**values, **own} for task, own in tasks.items()})
-    return dict(sorted(found.items()))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from spt_fast.backbones.identity import describe, readable
 from spt_fast.data.images import LabelledImages
@@ -139,9 +139,9 @@ def train_in(
     facts: Mapping[str, Any] | None = None,
     save_every: int | None = None,
     progress: bool = True,
-    prototypes: Prototypes | None = None,
+    start: Prototypes | Tensor | None = None,
 ) -> Run:
-    """`train` in a folder that is open already; `prototypes`, if given, are kept beside the run."""
+    """`train` in a folder that is open already; `start`, what prompts start from, is kept there if given."""
     if not isinstance(tuned, TunedViT):
         raise TypeError(f"tuned must be a PromptedViT, or of another method, got {type(tuned).__name__}")
     recipe = given_or_default(recipe)
@@ -172,7 +172,7 @@ def train_in(
         tensorboard=tensorboard,
     )
     with _explained(folder):
-        outputs.begin(overwrite=overwrite, prototypes=prototypes)
+        outputs.begin(overwrite=overwrite, start=start)
         with outputs.recording():
             trainer.run(on_epoch=outputs.after_epoch, on_step=_every(save_every, outputs))
         outputs.end()

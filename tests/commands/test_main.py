@@ -14,7 +14,7 @@ from spt_fast.commands import main as cli
 from spt_fast.commands import options
 from spt_fast.commands.demo import compare
 
-COMMANDS = ("demo", "prototypes", "train", "eval", "predict", "nmi", "report", "doctor")
+COMMANDS = ("demo", "prototypes", "train", "eval", "predict", "table", "report", "nmi", "doctor")
 
 
 def test_help_names_every_command(capsys):
@@ -96,6 +96,7 @@ def test_commands_of_one_process_are_refused_under_torchrun(command, tmp_path, m
     options = {
         "eval": ("--model", "shipped", "--data", "digits", "--tuned", "t.safetensors"),
         "predict": ("--model", "shipped", "--tuned", "t.safetensors", "photo.png"),
+        "table": ("study",),
         "nmi": ("--model", "shipped", "--data", "digits", "--random", "2"),
         "report": ("study",),
     }

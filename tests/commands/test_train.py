@@ -19,12 +19,15 @@ from spt_fast.commands import main as cli
 from spt_fast.commands import options
 from spt_fast.data import shipped
 from spt_fast.data.images import open_images, open_labelled_images
+from spt_fast.methods import vipamin
 from spt_fast.methods.parameter_groups import PROMPT_LR_FACTOR
+from spt_fast.support.files import read_safetensors
 from spt_fast.support.tables import read_csv
 from spt_fast.training.evaluation import Evaluation
 from spt_fast.training.folder import TUNED_NAME
 from spt_fast.training.history import HISTORY_COLUMNS
 from spt_fast.training.loop import fit
+from spt_fast.training.outputs import Outputs
 
 CLASSES = ("even", "odd")
 VPT = ("--method", "vpt-deep", "--num-prompts", 2)
@@ -128,6 +131,8 @@ def test_training_images_are_augmented_and_those_of_eval_are_not(folders):
         (("--method", "vpt-deep", "--num-prompts", 4), "deep", 4),
         (("--method", "spt-shallow", "--num-prompts", 3), "shallow", 3),
         (("--freeze-prompts",), "deep", 20),
+        (("--method", "vpt-deep", "--method-option", "project=4", "--num-prompts", 3, "--nmi"), "deep", 3),
+        (("--method", "vfpt", "--prompt-init", "prototypes", "--num-prompts", 3, "--nmi"), "deep", 3),
         (("--method", "linear"), "deep", 0),
         (("--method", "bias"), "deep", 0),
     ],
@@ -138,6 +143,42 @@ def test_other_starts(start, depth, num_prompts, folders, tmp_path):
     model = open_model("shipped", pool="avg-with-prompts" if num_prompts else "avg")
     tuned = spt_fast.load_tuned(tmp_path / TUNED_NAME, model)
     assert (getattr(tuned, "depth", None), getattr(tuned, "num_prompts", 0)) == (depth, num_prompts)
+
+
+def test_vipamin_starts_a_run_and_is_not_made_again(folders, tmp_path, monkeypatch, only_error):
+    how = ("--method", "bpt", "--num-prompts", 3, "--method-option", "rank=3")
+    init = ("--prompt-init", "vipamin", "--prompt-init-option", "k=2")
+    base = ("--data", folders / "train", "--epochs", 2, "--warmup-epochs", 0, *how, *init)
+    seen = []
+    original = vipamin.vipamin_prompts
+
+    def made(model, loader, count, **given):
+        seen.append((count, given, loader.num_images))
+        return original(model, loader, count, **given)
+
+    monkeypatch.setattr(vipamin, "vipamin_prompts", made)
+    assert train(*base, "--out", tmp_path / "unbroken") == 0
+    assert seen == [(3, {"k": 2, "depth": "deep", "seed": 0}, 24)]
+    kept = read_safetensors(tmp_path / "unbroken" / "start.safetensors", kind="prompt_start")[0]["prompts"]
+    model = open_model("shipped", pool="avg-with-prompts")
+    images = open_images(str(folders / "train"), model, workers=0, in_classes=True, max_images=256)
+    assert torch.equal(kept, original(model, images, 3, k=2))
+
+    written = Outputs.after_epoch
+
+    def stopped(*given):
+        written(*given)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Outputs, "after_epoch", stopped)
+    assert "no space left" in only_error(train(*base, "--out", tmp_path / "out"), "train")
+    monkeypatch.setattr(Outputs, "after_epoch", written)
+    monkeypatch.setattr(vipamin, "vipamin_prompts", lambda *_, **__: pytest.fail("made again"))
+    assert train(*base, "--out", tmp_path / "out", "--resume") == 0
+    for name in (TUNED_NAME, "start.safetensors", "run.yaml"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+    error = only_error(train(*base, "--prompts", "p.safetensors", "--out", tmp_path / "no"), "train")
+    assert "prompts and prompt_init both say where prompts start, got p.safetensors and 'vipamin'" in error
 
 
 def test_an_interrupted_run_goes_on(folders, tmp_path, only_error, monkeypatch, ctrl_c, capsys):

@@ -54,6 +54,9 @@ def test_what_matters_least_goes(tuned: Any, make_images: Callable[..., Tensor],
     of = Importance(torch.tensor([3.0, 1.0, 9.0, 2.0, 5.0, 4.0]), torch.rand(NUM_PROMPTS, 16))
     kept = prune(tuned, of, tokens=0.5, pieces=0.3)
     assert kept.tolist() == [2, 4, 5]
+    of_kv = tuned.kv_prompts.numel()
+    assert tuned.num_trainable(head=False) == DEPTH * 3 * WIDTH * 12 // 16 + of_kv
+    assert (tuned.source.prompts != 0).sum() == DEPTH * 3 * WIDTH * 12 // 16
     assert tuned.prompts.shape == (DEPTH, 3, WIDTH)
     for row, token in enumerate(kept.tolist()):
         smallest = set(of.pieces[token].argsort()[:4].tolist())
@@ -68,6 +71,7 @@ def test_what_matters_least_goes(tuned: Any, make_images: Callable[..., Tensor],
     loaded: Any = load_tuned(tmp_path / "file", tuned.release())
     assert torch.equal(loaded(images), expected)
     assert torch.equal(loaded.source.mask, tuned.source.mask)
+    assert loaded.num_trainable(head=False) == DEPTH * 3 * WIDTH * 12 // 16 + of_kv
     # As E2VPT from the prompts that are left.
     plain: Any = tune(loaded.release(), "e2vpt", prompts=loaded.prompts.detach())
     with torch.no_grad():

@@ -22,10 +22,14 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 import spt_fast
-from spt_fast import PromptedViT
+from spt_fast import PromptedViT, Recipe
+from spt_fast.backbones.anatomy import block_input_hooks
 from spt_fast.backbones.open import open_model
+from spt_fast.methods.parameter_groups import parameter_groups
 from spt_fast.methods.registry import METHODS, load_tuned, options, tune
 from spt_fast.training import fit
+from spt_fast.training.build import build as build_by_recipe
+from spt_fast.training.features import trains_head_only
 
 FLAVOURS: dict[str, dict[str, Any]] = {
     "class-token": {},
@@ -135,6 +139,20 @@ def cvpt(tuned: Any, blocks: Any, x: Tensor) -> Tensor:
         prompts = block.norm1(torch.stack([tuned.prompts[i]] * len(x)))
         x = mlp(block, x + block.ls1(attention(block.attn, block.norm1(x), prompts)))
     return x
+
+
+def heads_of(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, normalised, and values [B, H, N, d] of tokens [B, N, D]."""
+    parts = attn.qkv(x).reshape(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    return attn.q_norm(parts[0]), attn.k_norm(parts[1]), parts[2]
+
+
+def inputs_of(tuned: Any, images: Tensor) -> list[Tensor]:
+    """What enters each block."""
+    inputs: list[Tensor] = []
+    with block_input_hooks(tuned.model.blocks, lambda _, x: inputs.append(x)):
+        tuned(images)
+    return inputs
 
 
 class Case(NamedTuple):
@@ -541,10 +559,20 @@ class TestE2VPT:
         with pytest.raises((TypeError, ValueError), match=f"{next(iter(given))} must be"):
             tune(make_vit(), "e2vpt", **given)
 
-    def test_has_no_attention_maps(self, make_vit: MakeViT, images: Tensor) -> None:
-        tuned: Any = tune(make_vit(), "e2vpt", prompts=2)
-        with pytest.raises(TypeError, match="attention_maps needs prompts that are tokens"):
-            tuned.attention_maps(images)
+    @pytest.mark.parametrize("form", ["e2vpt", "e2vpt-apart"])
+    @pytest.mark.parametrize("engine", ["kv", "concat"])
+    def test_attention_maps_have_keys_that_are_no_prompts(
+        self, form: str, engine: Any, make_random: MakeViT, images: Tensor
+    ) -> None:
+        tuned = build(make_random(qk_norm=True), form, engine=engine)
+        inputs = inputs_of(tuned, images)
+        for index, (weights, x) in enumerate(zip(tuned.attention_maps(images), inputs, strict=True)):
+            block: Any = tuned.model.blocks[index]
+            q, k, _ = heads_of(block.attn, block.norm1(with_prompts(x, tuned.source.prompts[index])))
+            keys = torch.cat([k, torch.stack([tuned.kv_prompts[index, 0]] * len(x))], dim=2)
+            expected = (q @ keys.mT * block.attn.scale).softmax(-1)[:, :, : x.shape[1]]
+            assert weights.shape == (3, HEADS, 17, 17 + NUM_PROMPTS + 3)
+            torch.testing.assert_close(weights, expected)
 
 
 class TestVFPT:
@@ -635,8 +663,144 @@ class TestCVPT:
             tune(model, "cvpt", **given)
         tune(model, "linear").release()
 
-    def test_has_no_attention_maps(self, make_vit: MakeViT, images: Tensor) -> None:
-        tuned: Any = tune(make_vit(), "cvpt", prompts=2)
+    def test_attention_maps_are_those_of_the_cross_attention(
+        self, make_random: MakeViT, images: Tensor
+    ) -> None:
+        tuned = build(make_random(qk_norm=True, init_values=0.3), "cvpt")
         assert "cross-attention" in tuned.engine_reason
-        with pytest.raises(TypeError, match="attention_maps needs prompts in self-attention"):
-            tuned.attention_maps(images)
+        inputs = inputs_of(tuned, images)
+        for layer, weights in zip((2, 0), tuned.attention_maps(images, [-1, 0]), strict=True):
+            block: Any = tuned.model.blocks[layer]
+            x = inputs[layer] + block.ls1(attention(block.attn, block.norm1(inputs[layer])))
+            q = heads_of(block.attn, block.norm1(x))[0]
+            k = heads_of(block.attn, block.norm1(tuned.prompts[layer][None]))[1]
+            assert weights.shape == (3, HEADS, 17, NUM_PROMPTS)
+            torch.testing.assert_close(weights, (q @ k.mT * block.attn.scale).softmax(-1))
+
+    def test_a_recipe_may_average_prompts_that_are_no_tokens(self, images: Tensor) -> None:
+        recipe = Recipe(method="cvpt", pool="avg-with-prompts", num_prompts=2)
+        model = open_model("shipped", pool="avg-with-prompts")
+        tuned: Any = build_by_recipe(model, recipe, class_names=("a", "b"))
+        assert not tuned.pool_prompts
+
+
+@pytest.mark.parametrize("depth", ["deep", "shallow"])
+class TestProjectedVPT:
+    def made(self, model: nn.Module, depth: str, **use: Any) -> Any:
+        tuned = tune(model, f"vpt-{depth}", prompts=NUM_PROMPTS, project=6, **use)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in tuned.trainable_parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+        return tuned
+
+    def test_equals_the_textbook(self, depth: str, make_random: MakeViT, images: Tensor) -> None:
+        model, given = make_random().double(), images.double()
+        plain = copy.deepcopy(model)
+        tuned = self.made(model, depth, num_classes=7)
+
+        def blocks(tuned: Any, blocks: Any, x: Tensor) -> Tensor:
+            layer = tuned.source.projection
+            prompts = torch.stack([each @ layer.weight.T + layer.bias for each in tuned.source.prompts])
+            if depth == "deep":
+                return plain_deep(tuned, blocks, x, prompts)
+            count, x = x.shape[1], with_prompts(x, prompts[0])
+            for block in blocks:
+                x = mlp(block, x + block.ls1(attention(block.attn, block.norm1(x))))
+            return x[:, :count]
+
+        found, expected = tuned(given), logits_of_textbook(tuned, plain, blocks, given)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        theirs = gradients(tuned, expected)
+        for name, gradient in gradients(tuned, found).items():
+            assert gradient.any(), name
+            torch.testing.assert_close(gradient, theirs[name], rtol=1e-8, atol=1e-8)
+
+    def test_starts_and_counts_as_vpts_code(self, depth: str, make_random: MakeViT) -> None:
+        tuned: Any = tune(make_random(), f"vpt-{depth}", prompts=400, project=6)
+        layers = DEPTH if depth == "deep" else 1
+        assert tuned.method == f"vpt-{depth}"
+        assert tuned.prompts.shape == (layers, 400, WIDTH)
+        assert tuned.num_trainable(head=False) == layers * 400 * 6 + 7 * WIDTH
+        bound = (6 / (3 * 8 * 8 + 6)) ** 0.5
+        assert 0.99 * bound < tuned.source.prompts.abs().max() <= bound
+        assert tuned.source.projection.weight.std().item() == pytest.approx((2 / WIDTH) ** 0.5, rel=0.15)
+
+    def test_a_file_gives_it_back(
+        self, depth: str, make_random: MakeViT, images: Tensor, tmp_path: Path
+    ) -> None:
+        model = make_random()
+        before = model(images)
+        tuned = self.made(model, depth, num_classes=7)
+        expected, prompts = tuned(images), tuned.prompts.detach()
+        tuned.save(tmp_path / "file")
+        assert torch.equal(tuned.release()(images), before)
+        again: Any = load_tuned(tmp_path / "file", model)
+        assert (again.method, again.options) == (f"vpt-{depth}", {"depth": depth, "project": 6})
+        assert torch.equal(again(images), expected)
+        with pytest.raises(ValueError, match="merge is for methods that end in plain weights"):
+            again.merge()
+        again.release()
+        plain = tune(model, f"vpt-{depth}", num_classes=7)
+        with pytest.raises(ValueError, match=r"was tuned by 'vpt-\w+' \(depth='\w+', project=6\), but"):
+            plain.load(tmp_path / "file")
+        plain.release()
+        with pytest.raises(ValueError, match=r"project=6\), which is no PromptedViT; spt_fast.load_tuned"):
+            PromptedViT.from_file(tmp_path / "file", model)
+        # Without the layer, from what left it.
+        spt = tune(model, f"spt-{depth}", prompts=prompts)
+        assert torch.equal(spt.prompts, prompts)  # type: ignore[arg-type]
+
+    def test_stays_in_float32_under_autocast(self, depth: str, make_random: MakeViT, images: Tensor) -> None:
+        tuned = self.made(make_random(), depth)
+        exact = tuned.prompts
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(tuned.prompts, exact)
+            half = tuned(images)
+        assert torch.equal(self.made(make_random(), depth, weight_dtype="bf16")(images), half)
+
+    def test_freezes_and_needs_a_width(self, depth: str, make_random: MakeViT) -> None:
+        frozen = tune(make_random(), f"vpt-{depth}", project=6, freeze_prompts=True)
+        assert frozen.num_trainable(head=False) == 0
+        assert type(tune(make_random(), f"vpt-{depth}", project=None)) is PromptedViT
+        for wrong in (0, 2.5, "6", True):
+            with pytest.raises((TypeError, ValueError), match="project must be an integer >= 1 or None"):
+                tune(make_random(), f"vpt-{depth}", project=wrong)
+        with pytest.raises(ValueError, match=r"'project' is no option of method .*; vpt-deep, vpt-shallow"):
+            tune(make_random(), f"spt-{depth}", project=6)
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_frozen_prompts_leave_the_head_to_learn(form: str, make_random: MakeViT, images: Tensor) -> None:
+    name, given = FORMS[form]
+    tuned: Any = tune(make_random(), name, prompts=4, num_classes=3, freeze_prompts=True, **given)
+    assert tuned.num_trainable(head=False) == 0
+    assert trains_head_only(tuned)
+    tuned(images).sum().backward()
+    assert [parameter.grad is None for parameter in tuned.trainable_parameters()] == [False, False]
+
+
+def test_all_that_prompts_are_made_of_has_their_rate(make_random: MakeViT) -> None:
+    """By default each tensor has the rate of its own length; a rate that is given is that of all."""
+    cases: dict[str, tuple[dict[str, Any], list[str]]] = {
+        "bpt": ({"rank": 3}, ["source.left", "source.right"]),
+        "e2vpt": ({}, ["kv_prompts", "source.prompts"]),
+        "vpt-deep": ({"project": 6}, ["source.prompts", "source.projection.weight"]),
+        "vfpt": ({}, ["source.prompts"]),
+        "gate-vpt": ({}, ["prompts"]),
+    }
+    for name, (given, names) in cases.items():
+        tuned = tune(make_random(), name, prompts=NUM_PROMPTS, num_classes=3, **given)
+        parameters = dict(tuned.named_parameters())
+        groups = [
+            group for group in parameter_groups(nn.Sequential(tuned), 0.01) if group["name"] == "prompts"
+        ]
+        for group, key in zip(groups, names, strict=True):
+            [parameter] = group["params"]
+            assert parameter is parameters[key]
+            rms = parameter.detach().square().mean().sqrt().item()
+            assert group["lr"] == pytest.approx(0.3 * rms, rel=1e-5)
+        groups = tuned.parameter_groups(0.01, 0.5)
+        assert [group["name"] for group in groups] == ["head", "no_decay", "prompts"]
+        assert [len(group["params"]) for group in groups][-1] == len(names)
+        assert groups[-1]["lr"] == 0.5

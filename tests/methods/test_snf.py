@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor
 
@@ -29,6 +32,50 @@ def test_outputs_and_gradients_are_those_of_the_formula(pair, book, flavour, num
         return formula(flows[2 * index + 1], x, num_flows) + block.ls2(block.mlp(block.norm2(x)))
 
     both.check(both.plain.forward_head(book.vit(both.plain, both.images, block)))
+
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Beit(**SIZES, init_values=0.5, use_rel_pos_bias=True),
+        lambda: Beit(**SIZES, init_values=None, use_shared_rel_pos_bias=True),
+        lambda: Eva(**SIZES, init_values=0.5, use_rot_pos_emb=True, ref_feat_shape=(4, 4)),
+        lambda: Eva(**SIZES, swiglu_mlp=True, qkv_fused=False),
+    ],
+    ids=["beit", "beit-shared-bias", "eva-rope", "eva-separate"],
+)
+def test_eva_and_beit_have_the_same_skips(make, make_images):
+    """The branch of a part is what timm's own block adds to its input; the flows are on the rest."""
+    torch.manual_seed(3)
+    plain, images = make().double().eval(), make_images(2).double()
+    tuned = spt_fast.tune(copy.deepcopy(plain), "snf", num_flows=0).eval()
+    before = plain.forward_features(images)
+    torch.testing.assert_close(tuned.forward_features(images), before)
+    with torch.no_grad():
+        for flow in tuned.flows:
+            flow.shift.normal_(std=0.1)
+            flow.log_scale.normal_(std=0.1)
+    for index, block in enumerate(plain.blocks):
+        for part, flow in zip(("norm1", "norm2"), tuned.flows[2 * index : 2 * index + 2], strict=True):
+            swap_skip(block, part, flow)
+    found = tuned.forward_features(images)
+    torch.testing.assert_close(found, plain.forward_features(images))
+    assert (found - before).abs().max() > 0.01
+
+
+def swap_skip(block: Any, part: str, flow: Any) -> None:
+    """Let `block` add F(x) instead of x: what enters its drop path gets F(x) - x on top."""
+    entered: list[Tensor] = []
+    getattr(block, part).register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+
+    def add(_: Any, args: Any, branch: Tensor) -> Tensor:
+        x = entered.pop()
+        return branch + formula(flow, x, 0) - x
+
+    getattr(block, f"drop_path{part[-1]}").register_forward_hook(add)
 
 
 def test_starts_as_the_model_or_near_it(make_vit, make_images):

@@ -7,8 +7,18 @@ from html.parser import HTMLParser
 
 import pytest
 
-from spt_fast.study.charts import COLOURS, Axis, Line, legend, line_chart
-from spt_fast.study.html import Html, Section, element, facts, heat_table, markup, page, paragraph, table
+from spt_fast.study.report.charts import COLOURS, Axis, Line, legend, line_chart
+from spt_fast.study.report.html import (
+    Html,
+    Section,
+    element,
+    facts,
+    heat_table,
+    markup,
+    page,
+    paragraph,
+    table,
+)
 
 EVIL = "<b>&\"'</b>"
 

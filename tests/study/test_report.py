@@ -15,11 +15,11 @@ from PIL import Image
 
 import spt_fast
 from spt_fast.commands.main import BAD_INPUT, main
-from spt_fast.study import report_prompts
-from spt_fast.study.pictures import patch_picture
-from spt_fast.study.report import LARGEST_PAGE, looks_of, write_report
-from spt_fast.study.report_against import lengths_section, shares_section
-from spt_fast.study.report_input import StudyFolder, read_classes, read_confusion
+from spt_fast.study.report import prompts as report_prompts
+from spt_fast.study.report.against import lengths_section, shares_section
+from spt_fast.study.report.input import StudyFolder, read_classes, read_confusion
+from spt_fast.study.report.page import LARGEST_PAGE, looks_of, write_report
+from spt_fast.study.report.pictures import patch_picture
 from spt_fast.study.runs import read_runs, write_runs
 
 
@@ -322,7 +322,7 @@ def test_the_page_stays_small(with_weights, monkeypatch):
     study, _, _ = with_weights
     whole = page_of(study, patches=True)
     room = (whole.index('id="cost"') - whole.index('id="patches"')) // 2
-    monkeypatch.setattr("spt_fast.study.report._ROOM_FOR_PATCHES", room)
+    monkeypatch.setattr("spt_fast.study.report.page._ROOM_FOR_PATCHES", room)
     report = write_report(study, progress=False)
     text = report.path.read_text()
     assert text.count('class="patches"') == 2

@@ -78,6 +78,36 @@ def test_any_method_is_built_with_its_options(make_vit: Callable[..., nn.Module]
         )
 
 
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [
+        ("head_norm", "the recipe's head_norm"),
+        ("weight_dtype", "the recipe's weight_dtype"),
+        ("freeze_prompts", "the recipe's freeze_prompts"),
+        ("prompt_dropout", "the recipe's prompt_dropout"),
+        ("pool_prompts", "the recipe's pool"),
+        ("allow_other_backbone", r"allow_other_backbone \(--allow-other-backbone\)"),
+    ],
+)
+def test_what_has_a_place_of_its_own_is_no_option_of_the_method(
+    option: str, place: str, vit: nn.Module
+) -> None:
+    recipe = Recipe(method="vpt-deep", method_options={option: None})
+    with pytest.raises(ValueError, match=f"must not hold '{option}', which is said by {place}"):
+        build(vit, recipe, class_names=("a", "b"))
+
+
+@pytest.mark.parametrize("start", ["prototypes", "vipamin"])
+def test_a_stated_start_must_be_given(start: Any, vit: nn.Module, prototypes: Prototypes) -> None:
+    recipe = Recipe(method="bpt", prompt_init=start)
+    with pytest.raises(ValueError, match=f"prompts must be given for prompt_init='{start}': spt_fast"):
+        build(vit, recipe, class_names=("a", "b"))
+    with pytest.raises(ValueError, match="prompts must be None for prompt_init='random', got Prototypes"):
+        build(vit, recipe.replace(prompt_init="random"), prototypes, class_names=("a", "b"))
+    tuned = build(vit, recipe, prototypes.prompts, class_names=("a", "b"))
+    torch.testing.assert_close(tuned.prompts, prototypes.prompts)
+
+
 def test_the_recipe_reaches_the_model(make_vit: Callable[..., nn.Module]) -> None:
     recipe = Recipe(method="vpt-deep", freeze_prompts=True, prompt_dropout=0.25, weight_dtype="bf16")
     tuned = build(make_vit(), recipe, class_names=("a", "b", "c"))

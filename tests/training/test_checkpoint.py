@@ -113,6 +113,14 @@ def test_all_that_differs_is_named() -> None:
     assert f"{'; '.join(differ)}; give those of the folder" in str(raised.value)
 
 
+def test_a_field_that_an_older_version_did_not_have_is_its_default() -> None:
+    older = {name: value for name, value in asdict(Recipe()).items() if not name.startswith("prompt_init")}
+    then = checkpoint(recipe=older)
+    then.check_same(Recipe(), {"images": 40})
+    with pytest.raises(ValueError, match="prompt_init: None in the folder, vipamin now"):
+        then.check_same(Recipe(prompt_init="vipamin"), {"images": 40})
+
+
 def test_a_full_disk_leaves_the_last_whole_file(tmp_path: Path, child_environment: dict[str, str]) -> None:
     script = """
 import resource, sys, torch

@@ -13,7 +13,7 @@ from torch import nn
 
 from spt_fast import PromptedViT, Recipe
 from spt_fast.training.build import build
-from spt_fast.training.optimizer import LearningRates, create_optimizer
+from spt_fast.training.optimizer import LearningRates, check_groups, create_optimizer
 
 # Width, depth and parameters without a head, of the shapes of their layers.
 BACKBONES = {
@@ -203,3 +203,18 @@ def test_bad_steps_are_named() -> None:
         LearningRates(some_parameters(0.1), Recipe(), 0)
     with pytest.raises(ValueError, match="step must be an integer >= 0, got -1"):
         LearningRates(some_parameters(0.1), Recipe(), 1).set(-1)
+
+
+def test_moments_go_to_the_parameters_that_they_are_of(make_vit: Any) -> None:
+    """Groups of the same sizes in another order, as of a version that named them otherwise."""
+    tuned = build(make_vit(), Recipe(method="e2vpt", num_prompts=2), class_names=("a", "b"))
+    optimizer = create_optimizer(tuned, Recipe(method="e2vpt"))
+    state = optimizer.state_dict()
+    check_groups(optimizer, state)
+    names = [group["name"] for group in state["param_groups"]]
+    assert names == ["head", "no_decay", "prompts", "prompts"]
+    state["param_groups"][1]["name"], state["param_groups"][2]["name"] = "others", "no_decay"
+    with pytest.raises(ValueError, match=r"the groups of the state, .*: head \(1\), others \(1\), no_decay"):
+        check_groups(optimizer, state)
+    rates = LearningRates(optimizer, Recipe(method="e2vpt"), 3)
+    assert rates.rates() == (0.01, optimizer.param_groups[2]["lr"])

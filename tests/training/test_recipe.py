@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from spt_fast import Recipe
 from spt_fast.data.fgvc import SETS
@@ -292,6 +295,62 @@ def test_the_recipe_of_a_run_is_read_back(tmp_path: Path) -> None:
 def test_a_recipe_is_the_key_of_a_dict() -> None:
     given = Recipe(method="partial", method_options={"num_blocks": 2})
     assert {given: "here"}[given.replace()] == "here"
+
+
+def test_options_cannot_be_changed_and_are_plain_where_they_leave() -> None:
+    given = {"num_blocks": 2}
+    recipe = Recipe(method="partial", method_options=given)
+    given["num_blocks"] = 3
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        recipe.method_options["num_blocks"] = 3  # type: ignore[index]
+    assert recipe.method_options == {"num_blocks": 2}
+    assert repr(recipe.method_options) == "{'num_blocks': 2}"
+    plain = dataclasses.asdict(recipe)
+    assert type(plain["method_options"]) is dict
+    assert yaml.safe_load(yaml.safe_dump(plain)) == plain
+    assert Recipe(**plain) == recipe
+    for copied in (pickle.loads(pickle.dumps(recipe)), copy.deepcopy(recipe), copy.copy(recipe)):
+        assert copied == recipe
+        assert hash(copied) == hash(recipe)
+        assert type(copied.method_options) is type(recipe.method_options)
+    assert hash(recipe) != hash(recipe.replace(method_options={"num_blocks": 3}))
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [
+        ({}, "prototypes"),
+        ({"method": "vpt-deep"}, "random"),
+        ({"method": "bpt"}, "random"),
+        ({"method": "bpt", "prompt_init": "prototypes"}, "prototypes"),
+        ({"method": "spt-shallow", "prompt_init": "vipamin", "prompt_init_options": {"k": 2}}, "vipamin"),
+        ({"method": "linear"}, None),
+    ],
+)
+def test_where_prompts_start(given: dict[str, Any], start: str | None) -> None:
+    recipe = Recipe(**given)
+    assert recipe.prompts_from == start
+    assert recipe.needs_prototypes == (start == "prototypes")
+
+
+def test_depth_is_as_the_options_say() -> None:
+    assert Recipe(method="bpt").depth == "deep"
+    assert Recipe(method="bpt", method_options={"depth": "shallow"}).depth == "shallow"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt_init": "random"}, "prompt_init='random' is VPT, method='vpt-deep', not method='spt-deep'"),
+        ({"method": "vpt-deep", "prompt_init": "vipamin"}, "prompt_init must be 'random' for method='vpt"),
+        ({"prompt_init_options": {"k": 2}}, "prompt_init_options is for prompt_init='vipamin', got {'k': 2}"),
+        ({"prompt_init": "vipamin", "prompt_init_options": {"ks": 2}}, "prompt_init_options has 'ks', but"),
+        ({"method": "linear", "prompt_init": "vipamin"}, "prompt_init is for prompts, which method='linear'"),
+    ],
+)
+def test_starts_that_a_method_does_not_have_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        Recipe(**given)
 
 
 def test_a_name_that_is_no_text_is_refused() -> None:

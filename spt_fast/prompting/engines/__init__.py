@@ -3,7 +3,13 @@
 Neither touches the model around the block; `choose_engine` takes one of them.
 """
 
-from spt_fast.prompting.engines.attention import KeysValues, attend, attention_weights, cross_attend
+from spt_fast.prompting.engines.attention import (
+    KeysValues,
+    attend,
+    attention_weights,
+    cross_attend,
+    cross_weights,
+)
 from spt_fast.prompting.engines.cache import KeysValuesCache
 from spt_fast.prompting.engines.choice import choose_engine
 from spt_fast.prompting.engines.concat import (
@@ -32,6 +38,7 @@ __all__ = [
     "concat_blocker",
     "concat_extras",
     "cross_attend",
+    "cross_weights",
     "drop_prompts",
     "fit_extras",
     "known_blocks",

@@ -56,12 +56,23 @@ def attend(attn: Any, x: Tensor, prompts: KeysValues, position: Tensor | None = 
 
 def cross_attend(attn: Any, x: Tensor, prompts: KeysValues) -> Tensor:
     """timm's Attention with tokens x [B, N, D] as queries of prompts alone, [H, N_p, d]; [B, N, D]."""
-    heads = _project_queries(attn, x).reshape(*x.shape[:2], attn.num_heads, _head_width(attn))
-    q = _normed(attn, "q_norm", heads)
+    q = _queries(attn, x)
     # All images have the same keys: their queries are one long sequence, without a copy of keys for each.
     queries = q.flatten(0, 1).transpose(0, 1)
     out = F.scaled_dot_product_attention(queries, prompts.keys, prompts.values, scale=attn.scale)
     return _leave(attn, x, out.transpose(0, 1).reshape(*x.shape[:2], -1))
+
+
+def cross_weights(attn: Any, x: Tensor, prompts: KeysValues) -> Tensor:
+    """The softmax weights [B, H, N, N_p] of `cross_attend`."""
+    scores = (_queries(attn, x).transpose(1, 2) * attn.scale) @ prompts.keys.mT
+    return scores.softmax(dim=-1)  # type: ignore[no-any-return]
+
+
+def _queries(attn: Any, x: Tensor) -> Tensor:
+    """Queries [B, N, H, d] of tokens [B, N, D], normalised."""
+    heads = _project_queries(attn, x).reshape(*x.shape[:2], attn.num_heads, _head_width(attn))
+    return _normed(attn, "q_norm", heads)
 
 
 def _leave(attn: Any, x: Tensor, out: Tensor) -> Tensor:

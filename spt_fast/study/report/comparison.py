@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
+from spt_fast.study.names import arm_names
 from spt_fast.study.runs import Row
+from spt_fast.study.statistics import deviation, mean
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class Cell:
     @property
     def mean(self) -> float | None:
         """Over seeds; None where no run has an accuracy."""
-        return fmean(self.accuracies) if self.accuracies else None
+        return mean(self.accuracies) if self.accuracies else None
 
     @property
     def spread(self) -> float | None:
         """Standard deviation of a sample over seeds; None for fewer than two."""
-        return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+        return deviation(self.accuracies)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Comparison:
         """Of the arm's accuracies over all tasks; None where it lacks one."""
         means = [cell.mean for cell in self.cells[arm].values()]
         known = [mean for mean in means if mean is not None]
-        return fmean(known) if len(known) == len(self.tasks) else None
+        return mean(known) if len(known) == len(self.tasks) else None
 
     def best(self, task: str, arms: Iterable[str]) -> str | None:
         """The one of `arms` with the highest accuracy in a task, the first of equal ones."""
@@ -98,21 +99,6 @@ def chosen_rows(rows: Sequence[Row]) -> list[Row]:
         elif key not in best or _rank(row) > _rank(best[key]):
             best[key] = row
     return [*found, *best.values()]
-
-
-def arm_names(rows: Iterable[Row]) -> dict[str, str]:
-    """Run to the name of its arm, with what tells apart several configurations of one arm in one task."""
-    rows = list(rows)
-    found: dict[tuple[str, str], set[tuple[int | None, str]]] = {}
-    for row in rows:
-        found.setdefault((row.arm, row.task), set()).add((row.num_prompts, row.options))
-    several = {arm for (arm, _), configurations in found.items() if len(configurations) > 1}
-    return {row.run: _full_name(row) if row.arm in several else row.arm for row in rows}
-
-
-def _full_name(row: Row) -> str:
-    prompts = "" if row.num_prompts is None else f"{row.num_prompts} prompts"
-    return ", ".join(part for part in (row.arm, prompts, row.options.replace(";", ", ")) if part)
 
 
 def _values(row: Row) -> tuple[object, ...]:

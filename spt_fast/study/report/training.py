@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from spt_fast.plots.data import NmiCurve, Values, nmi_curves, training_of_epochs
-from spt_fast.study.charts import PERCENT, Axis, Line, legend, line_chart
-from spt_fast.study.comparison import arm_names, chosen_rows
-from spt_fast.study.html import Html, Section, element, figure, grid, markup, paragraph
-from spt_fast.study.report_input import StudyFolder
+from spt_fast.study.names import arm_names
+from spt_fast.study.report.charts import PERCENT, Axis, Line, legend, line_chart
+from spt_fast.study.report.comparison import chosen_rows
+from spt_fast.study.report.html import Html, Section, element, figure, grid, markup, paragraph
+from spt_fast.study.report.input import StudyFolder
 from spt_fast.study.runs import Row
 from spt_fast.support.yaml_text import read_yaml
 from spt_fast.training.folder import HISTORY_NAME, NMI_NAME, RUN_NAME

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from spt_fast.plots.patches import as_colours
-from spt_fast.study.html import Html, element
+from spt_fast.study.report.html import Html, element
 
 # Units of the drawing: a picture, and the column of labels.
 _SIDE, _LABELS = 16.0, 5.0

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spt_fast.study.charts import PERCENT, Axis, Line, legend, line_chart
-from spt_fast.study.html import Html, Section, element, figure, grid, markup, paragraph
-from spt_fast.study.report_input import StudyFolder
+from spt_fast.study.report.charts import PERCENT, Axis, Line, legend, line_chart
+from spt_fast.study.report.html import Html, Section, element, figure, grid, markup, paragraph
+from spt_fast.study.report.input import StudyFolder
 from spt_fast.study.runs import Row
 
 _LENGTH, _IMAGES, _SHARE = "prompts per block", "training images", "share"

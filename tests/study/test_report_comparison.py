@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from spt_fast.study.comparison import arm_names, chosen_rows, comparison
+from spt_fast.study.names import arm_names
+from spt_fast.study.report.comparison import chosen_rows, comparison
 
 
 def test_means_and_spreads_over_seeds(make_row):

@@ -159,7 +159,7 @@ def page(title: str, lead: Html, sections: Sequence[Section]) -> str:
 
 
 def _style() -> str:
-    return (files("spt_fast") / "study" / "report.css").read_text(encoding="utf-8")
+    return (files("spt_fast") / "study" / "report" / "report.css").read_text(encoding="utf-8")
 
 
 def _flat(parts: Iterable[Content]) -> Iterable[str]:

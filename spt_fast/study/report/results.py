@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
-from spt_fast.study.comparison import Cell, Comparison, chosen_rows
-from spt_fast.study.html import Section, element, facts, folded, markup, note, paragraph, table
-from spt_fast.study.report_input import StudyFolder
+from spt_fast.study.report.comparison import Cell, Comparison, chosen_rows
+from spt_fast.study.report.html import Section, element, facts, folded, markup, note, paragraph, table
+from spt_fast.study.report.input import StudyFolder
 from spt_fast.study.runs import Row
 from spt_fast.support.yaml_text import write_yaml
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from spt_fast.study.comparison import Comparison
-from spt_fast.study.html import (
+from spt_fast.study.report.comparison import Comparison
+from spt_fast.study.report.html import (
     Html,
     Section,
     element,
@@ -17,8 +17,8 @@ from spt_fast.study.html import (
     paragraph,
     table,
 )
-from spt_fast.study.report_input import Confusion, StudyFolder, read_classes, read_confusion
-from spt_fast.study.report_results import NOTHING
+from spt_fast.study.report.input import Confusion, StudyFolder, read_classes, read_confusion
+from spt_fast.study.report.results import NOTHING
 from spt_fast.study.runs import Row
 from spt_fast.training.folder import TEST_CLASSES_NAME, TEST_CONFUSION_NAME
 

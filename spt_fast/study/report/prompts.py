@@ -22,9 +22,9 @@ from spt_fast.data.names import takes_root
 from spt_fast.data.transforms import Preprocessing, recorded
 from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.prototypes import Prototypes, build_prototypes
-from spt_fast.study.charts import COLOURS, Axis, Line
-from spt_fast.study.comparison import Comparison
-from spt_fast.study.html import (
+from spt_fast.study.report.charts import COLOURS, Axis, Line
+from spt_fast.study.report.comparison import Comparison
+from spt_fast.study.report.html import (
     Html,
     Section,
     element,
@@ -36,9 +36,9 @@ from spt_fast.study.html import (
     note,
     paragraph,
 )
-from spt_fast.study.pictures import patch_picture
-from spt_fast.study.report_input import SWEEP_NAME, StudyFolder
-from spt_fast.study.report_training import Looks, task_charts
+from spt_fast.study.report.input import SWEEP_NAME, StudyFolder
+from spt_fast.study.report.pictures import patch_picture
+from spt_fast.study.report.training import Looks, task_charts
 from spt_fast.study.runs import Row
 from spt_fast.support.errors import one_line
 from spt_fast.training.folder import TUNED_NAME

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from spt_fast.study.html import Html, element, markup
+from spt_fast.study.report.html import Html, element, markup
 
 # Colours of the style sheet; beyond them, lines are dashed too.
 COLOURS = 8

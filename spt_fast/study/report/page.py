@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from spt_fast.study.charts import COLOURS
-from spt_fast.study.comparison import Comparison, arm_names, comparison
-from spt_fast.study.html import Html, Section, element, markup, page, paragraph
-from spt_fast.study.report_against import lengths_section, shares_section
-from spt_fast.study.report_confusion import classes_section, confusion_section
-from spt_fast.study.report_input import StudyFolder
-from spt_fast.study.report_prompts import (
+from spt_fast.study.names import arm_names
+from spt_fast.study.report.against import lengths_section, shares_section
+from spt_fast.study.report.charts import COLOURS
+from spt_fast.study.report.comparison import Comparison, comparison
+from spt_fast.study.report.confusion import classes_section, confusion_section
+from spt_fast.study.report.html import Html, Section, element, markup, page, paragraph
+from spt_fast.study.report.input import StudyFolder
+from spt_fast.study.report.prompts import (
     Opening,
     TaskPrompts,
     cka_section,
@@ -26,8 +27,8 @@ from spt_fast.study.report_prompts import (
     nmi_by_block,
     patches_section,
 )
-from spt_fast.study.report_results import chosen_values, costs, results, summary
-from spt_fast.study.report_training import curves_section, nmi_charts, search_section
+from spt_fast.study.report.results import chosen_values, costs, results, summary
+from spt_fast.study.report.training import curves_section, nmi_charts, search_section
 from spt_fast.study.runs import Row, runs_path
 from spt_fast.support.arguments import check_bool, check_device, check_int
 from spt_fast.support.files import check_output_path, write_bytes
