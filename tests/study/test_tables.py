@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,22 @@ TWO_ARMS = [
     *seeds("spt-deep", "vtab/flowers17", [0.60, 0.80], lr=0.1),
     *seeds("spt-deep", "digits", [0.80, 0.80]),
 ]
+
+
+def test_lengths_of_prompts_and_shares_of_the_data_that_are_compared_are_rows_of_their_own() -> None:
+    rows = [
+        *(run("spt-deep", "digits", 0.5, num_prompts=5, options=f"share={share}") for share in (0.1, 1.0)),
+        run("spt-deep", "digits", 0.5, num_prompts=10, options="share=1.0"),
+        run("linear", "digits", 0.5),
+    ]
+    rows = [replace(row, run=str(number)) for number, row in enumerate(rows)]
+    (table,) = make_tables(rows)
+    assert list(lines_of(table)) == [
+        "spt-deep, 5 prompts, share=0.1",
+        "spt-deep, 5 prompts, share=1.0",
+        "spt-deep, 10 prompts, share=1.0",
+        "linear",
+    ]
 
 
 def test_comparison_has_means_spreads_and_differences() -> None:

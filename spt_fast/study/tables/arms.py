@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from spt_fast.study.names import arm_names
 from spt_fast.study.runs import Row, read_runs, runs_path
 from spt_fast.study.statistics import mean
 from spt_fast.study.tables.columns import one_name
@@ -29,7 +30,7 @@ class Arm:
     """The final runs of an arm under one backbone.
 
     Attributes:
-        name: of the arm.
+        name: of the arm; with number of prompts and options where it has several of them in one task.
         backbone: as the runs name it.
         published_as: the published backbone that it is, or None.
         method, strategy, source, frozen_prompts: as in a run; the same in all of them.
@@ -115,10 +116,11 @@ def arms_of(rows: Sequence[Row], backbone: str | None = None) -> list[Arm]:
                 f"backbone must be left out of runs of several backbones, which are {', '.join(names)}, "
                 f"got {backbone!r}"
             )
+    titles = arm_names(finals)
     by_arm: dict[tuple[str, str], list[Row]] = {}
     for row in finals:
-        by_arm.setdefault((row.backbone, row.arm), []).append(row)
-    return [_arm(rows, backbone) for rows in by_arm.values()]
+        by_arm.setdefault((row.backbone, titles[row.run]), []).append(row)
+    return [_arm(title, rows, backbone) for (_, title), rows in by_arm.items()]
 
 
 def _nothing_to_show(rows: Sequence[Row]) -> str:
@@ -136,13 +138,13 @@ def _nothing_to_show(rows: Sequence[Row]) -> str:
     )
 
 
-def _arm(rows: Sequence[Row], backbone: str | None) -> Arm:
+def _arm(name: str, rows: Sequence[Row], backbone: str | None) -> Arm:
     first = rows[0]
     for row in rows:
         for fact in _FACTS:
             if getattr(row, fact) != getattr(first, fact):
                 raise ValueError(
-                    f"runs of arm {first.arm} differ in {fact}: {getattr(first, fact)!r} ({first.run}) and "
+                    f"runs of arm {name} differ in {fact}: {getattr(first, fact)!r} ({first.run}) and "
                     f"{getattr(row, fact)!r} ({row.run}); arms of several studies need names of their own"
                 )
     runs: dict[str, dict[int, Row]] = {}
@@ -150,12 +152,12 @@ def _arm(rows: Sequence[Row], backbone: str | None) -> Arm:
         seeds = runs.setdefault(one_name(row.task), {})
         if row.seed in seeds:
             raise ValueError(
-                f"runs of arm {row.arm} have {row.task}, seed {row.seed} twice ({seeds[row.seed].run} and "
+                f"runs of arm {name} have {row.task}, seed {row.seed} twice ({seeds[row.seed].run} and "
                 f"{row.run}); arms of several studies need names of their own"
             )
         seeds[row.seed] = row
     return Arm(
-        name=first.arm,
+        name=name,
         backbone=first.backbone,
         published_as=_check(backbone) or published_backbone(first.backbone, first.backbone_parameters),
         runs=runs,
