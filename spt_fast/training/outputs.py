@@ -58,6 +58,7 @@ class Outputs:
         batches: of an epoch.
         nmi: whether to measure it.
         tensorboard: whether to write for TensorBoard.
+        figures: whether to draw the curves at the end.
 
     Raises:
         ValueError: the folder's run is of another recipe, data or model.
@@ -72,13 +73,14 @@ class Outputs:
         batches: int,
         nmi: bool,
         tensorboard: bool,
+        figures: bool = True,
     ) -> None:
         self._folder, self._trainer = folder, trainer
         self._processes = folder.processes
         assert isinstance(trainer.tuned, TunedViT)
         self._tuned = trainer.tuned
         self._tracker = _tracker(self._tuned, batches) if nmi else None
-        self._tensorboard = tensorboard
+        self._tensorboard, self._figures = tensorboard, figures
         self._board: Board | None = None
         self._about = about(trainer.recipe, facts, self._tuned, self._processes.size)
         self._facts = {**facts, "nmi": nmi}
@@ -132,7 +134,8 @@ class Outputs:
         if checkpoint.finished:
             return
         self._save_weights()
-        self._processes.on_rank_0(self._draw)
+        if self._figures:
+            self._processes.on_rank_0(self._draw)
         self._folder.write_checkpoint(replace(checkpoint, finished=True))
 
     def test(self, images: Iterable[Any], facts: Mapping[str, Any]) -> Evaluation:

@@ -19,7 +19,7 @@ GROUPS = ("model", "images", "optimisation", "choice")
 # The images of a step for which `lr_scale: batch` leaves rates as they are, as in VPT.
 SCALE_BATCH = 256
 # What only prompts have; a method without any refuses values of these.
-_OF_PROMPTS = ("num_prompts", "prompt_lr", "prompt_dropout", "freeze_prompts")
+OF_PROMPTS = ("num_prompts", "prompt_lr", "prompt_dropout", "freeze_prompts")
 
 
 def _field(group: str, default: Any, help: str, choices: tuple[str, ...] = (), **bounds: float) -> Any:
@@ -298,7 +298,7 @@ class Recipe:
         if self.has_prompts:
             return
         defaults = {option.name: option.default for option in options()}
-        for name in _OF_PROMPTS:
+        for name in OF_PROMPTS:
             if (value := getattr(self, name)) != defaults[name]:
                 raise ValueError(
                     f"{name} is for prompts, which method={self.method!r} does not have, got {value!r}"
