@@ -31,7 +31,7 @@ def _labels(dataset: Any) -> tuple[int, ...] | None:
 
 
 def fingerprint_of(dataset: Any, class_names: Sequence[str], rows: Sequence[int] | None = None) -> str:
-    """16 hex digits of the names, the labels and the classes of the images, or of those with these indices."""
+    """16 hex digits of names, labels and classes of the images, or of those with these indices."""
     if isinstance(dataset, TensorDataset):
         names = [str(list(dataset.tensors[0].shape))]
     else:

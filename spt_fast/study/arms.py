@@ -130,7 +130,7 @@ def _read_start(where: str, given: Any, tasks: Sequence[Task], depth: str) -> St
     source = check_choice(f"{where}: source", given.get("source", "own"), _SOURCES)
     if source != "own" and depth == "shallow":
         raise ValueError(f"{where}: source={source!r} is for prompts in every block")
-    build = {
+    build: dict[str, Any] = {
         key: check_choice(f"{where}: {key}", given[key], _BUILD_CHOICES[key])
         for key in _BUILD_CHOICES
         if key in given

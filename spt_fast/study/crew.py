@@ -110,7 +110,7 @@ class Workers:
             RuntimeError: a worker died; or what a run raised.
         """
         pipes = {worker.pipe: number for number, worker in enumerate(self._workers) if number in self._of}
-        ready = connection.wait(list(pipes))[0]
+        ready: Any = connection.wait(list(pipes))[0]
         number = pipes[ready]
         planned = self._of.pop(number)
         try:

@@ -175,10 +175,11 @@ class Workshop:
         key = (task, recipe.augment, *reading.values())
         if key not in self._pools:
             given = dict(self._images)
-            given.pop("cache", None), given.pop("cache_budget", None)
+            for name in ("cache", "cache_budget"):
+                given.pop(name, None)
             images = open_task(
                 self._opened(recipe),
-                **task.names(),
+                **task.names(),  # type: ignore[arg-type]
                 training={"augment": recipe.augment},
                 chooses=task.val_data is not None or task.val_split is not None,
                 **{"workers": 4, **given},
@@ -246,7 +247,7 @@ class Workshop:
 
 
 def tidy(out: Path, planned: PlannedRun) -> None:
-    """Remove what a run does not need any more, once its row is written: its checkpoint, weights of a search."""
+    """Once its row is written, remove what a run does not need: its checkpoint, the weights of a search."""
     folder = out / RUNS_FOLDER / planned.name
     for name in (CHECKPOINT_NAME, *([TUNED_NAME] if planned.stage == "search" else [])):
         with suppress(FileNotFoundError):

@@ -88,7 +88,7 @@ class Ledger:
         write_runs(self._path, self.in_order())
 
     def in_order(self) -> list[Row]:
-        """The rows, in the order of the plan; the first that needs some prototypes has the seconds they took."""
+        """The rows, in the order of the plan; the first that needs some prototypes has their seconds."""
         found: list[Row] = []
         built: set[str | None] = set()
         for planned in self.planned():
@@ -102,20 +102,13 @@ class Ledger:
         return found
 
     def _check_known(self) -> None:
-        known = {
-            run.name: run
-            for group in self.plan.groups
-            for run in (
-                *group.search,
-                *(run for each in (group.search or [None]) for run in group.final(each)),
-            )
-        }
+        known = {run.name: run for group in self.plan.groups for run in group.possible}
         for row in self.rows.values():
             planned = known.get(row.run)
             if planned is None:
                 raise ValueError(
-                    f"{self._path} holds {row.run}, which is no run of this sweep: give the values, arms, tasks "
-                    "and seeds that it had, or another folder"
+                    f"{self._path} holds {row.run}, which is no run of this sweep: give the values, arms, "
+                    "tasks and seeds that it had, or another folder"
                 )
             expected = {
                 "stage": planned.stage,

@@ -1,4 +1,4 @@
-"""A sweep as it is asked for: models, data, arms, values to search, seeds; and every run that it stands for."""
+"""A sweep as it is asked for: model, data, arms, values to search, seeds; and the runs it stands for."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from spt_fast.training.recipe import Recipe, check_names
 
 # Columns of their own in runs.csv; other values that differ between runs go to its column `options`.
 _COLUMNS = ("lr", "weight_decay", "num_prompts", "epochs", "prompt_lr")
-_MODEL_OPTIONS = ("checkpoint", "pretrained", "model_options")
+_MODEL_OPTIONS = ("checkpoint", "pretrained", "img_size", "in_chans", "model_options")
 _NOT_IN_A_SWEEP = ("method", "method_options", "seed")
 _KEYS = (
-    "model", *_MODEL_OPTIONS, *IMAGE_OPTIONS, "data", "recipe", "arms", "search", "random", "compare", "images",
-    "seeds", "nmi",
+    "model", *_MODEL_OPTIONS, *IMAGE_OPTIONS, "data", "recipe", "arms", "search", "random", "compare",
+    "images", "seeds", "nmi",
 )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """An arm on a task, maybe with compared values: the runs among which validation chooses, and the final ones.
+    """An arm on a task, with compared values: runs among which validation chooses, and final ones.
 
     Attributes:
         search: runs by which values are chosen; none where there is nothing to choose.
@@ -105,8 +105,17 @@ class Group:
 
     def final(self, chosen: PlannedRun | None) -> list[PlannedRun]:
         """A run for each seed, with the values of the run of `search` that was chosen."""
-        place = 0 if chosen is None else self.search.index(chosen)
-        return [self._run("final", self.trials[place], seed) for seed in self.plan.seeds]
+        return self._finals[0 if chosen is None else self.search.index(chosen)]
+
+    @property
+    def possible(self) -> list[PlannedRun]:
+        """The runs of the search, and the final ones of whatever it chooses."""
+        return [*self.search, *(run for runs in self._finals for run in runs)]
+
+    @cached_property
+    def _finals(self) -> list[list[PlannedRun]]:
+        """For each trial."""
+        return [[self._run("final", trial, seed) for seed in self.plan.seeds] for trial in self.trials]
 
     @property
     def title(self) -> str:
@@ -118,6 +127,8 @@ class Group:
         subset = {**self.plan.images, **self.arm.images}
         subset |= {name: values.pop(name) for name in SUBSETS if name in values}
         values = {name: value for name, value in values.items() if self.arm.takes(name)}
+        # Of a search, the last validation counts.
+        values.setdefault("val_every", values.get("epochs", Recipe().epochs))
         recipe = Recipe(**{**values, "method": self.arm.method, "seed": seed})
         method_options(recipe)
         varied = {**self.compared, **trial}
@@ -202,13 +213,10 @@ class Plan:
         options = {key: given[key] for key in IMAGE_OPTIONS if given.get(key) is not None}
         tasks = read_tasks(given["data"])
         plan = cls(
-            model={
-                "model": given["model"],
-                **{k: given[k] for k in _MODEL_OPTIONS if given.get(k) is not None},
-            },
+            model=_model(given),
             image_options=options,
             tasks=tasks,
-            recipe=_shared_recipe(given.get("recipe")),
+            recipe=shared_recipe(given.get("recipe")),
             arms=read_arms(given["arms"], tasks),
             search=read_axes(given.get("search") or {}),
             random=None if given.get("random") is None else RandomSearch.of(given["random"]),
@@ -257,10 +265,7 @@ class Plan:
         for group in self.groups:
             _check_fields(group.arm.search, f"arms: {group.arm.name}: search")
             try:
-                runs = [
-                    *group.search,
-                    *(run for each in (group.search or [None]) for run in group.final(each)),
-                ]
+                runs = group.possible
             except (TypeError, ValueError) as error:
                 raise type(error)(f"arms: {group.arm.name}: {error}") from error
             for run in runs:
@@ -286,6 +291,16 @@ def _words(values: Mapping[str, Any]) -> list[str]:
     return [f"{name.replace('_', '')}{text_of(values[name])}" for name in sorted(values)]
 
 
+def _model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `open_model` is given, with the name as "model"; sizes are options of timm's."""
+    options = {name: given[name] for name in _MODEL_OPTIONS if given.get(name) is not None}
+    of_timm = {
+        **options.pop("model_options", {}),
+        **{name: options.pop(name) for name in ("img_size", "in_chans") if name in options},
+    }
+    return {"model": given["model"], **options, **({"model_options": of_timm} if of_timm else {})}
+
+
 def _seeds(given: Any) -> tuple[int, ...]:
     seeds = given if isinstance(given, list | tuple) else [given]
     if not seeds or len(set(seeds)) < len(seeds):
@@ -293,8 +308,12 @@ def _seeds(given: Any) -> tuple[int, ...]:
     return tuple(check_seed(seed, "seeds") for seed in seeds)
 
 
-def _shared_recipe(given: Any) -> dict[str, Any]:
-    """The values that a recipe states: of a mapping, a `Recipe`, a name or a file."""
+def shared_recipe(given: Any) -> dict[str, Any]:
+    """The values that a recipe states for all runs: of a mapping, a `Recipe`, a name or a file.
+
+    Raises:
+        TypeError, ValueError: a field is unknown, or is none that all runs can share.
+    """
     if given is None:
         values: dict[str, Any] = {}
     elif isinstance(given, Mapping):
@@ -310,11 +329,10 @@ def _shared_recipe(given: Any) -> dict[str, Any]:
     for name, chooses in (("keep", values.get("keep") == "best"), ("patience", values.get("patience"))):
         if chooses:
             raise ValueError(
-                f"recipe: {name}={values[name]!r} lets validation images choose an epoch, but final runs learn "
-                "from these, too: a sweep keeps the last epoch"
+                f"recipe: {name}={values[name]!r} lets validation images choose an epoch, but final runs "
+                "learn from these, too: a sweep keeps the last epoch"
             )
-    # Of a search, the last validation counts.
-    return {"val_every": values.get("epochs", Recipe().epochs), **values}
+    return values
 
 
 def _named_recipe(given: Any) -> Recipe:

@@ -1,4 +1,4 @@
-"""What a sweep is of, in its sweep.yaml; and how another one differs from it that would go on with its runs."""
+"""What a sweep is of, in its sweep.yaml; and how one differs that would go on with its runs."""
 
 from __future__ import annotations
 

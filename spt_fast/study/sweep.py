@@ -39,7 +39,7 @@ def sweep(
     dry_run: bool = False,
     say: Say = print,
 ) -> list[Row]:
-    """Tune by every arm on every task: choose values by validation, then train on all and test over the seeds.
+    """Tune by every arm on every task: validation chooses values, with which all seeds are then tested.
 
     >>> rows = spt_fast.study.sweep("sweep.yaml", out="studies/vtab")
 
@@ -73,7 +73,7 @@ def sweep(
         max_runs = check_int("max_runs", max_runs, 1)
     if max_minutes is not None:
         max_minutes = check_number("max_minutes", max_minutes, above=0)
-    asked = plan if isinstance(plan, Mapping) else _read_file(plan)
+    asked = plan if isinstance(plan, Mapping) else read_plan(plan)
     wanted = Plan.read(asked)
     folder = Path(out)
     if dry_run:
@@ -142,7 +142,13 @@ class _Work:
         return sum(seconds) / self._crew.size
 
 
-def _read_file(plan: str | os.PathLike[str]) -> dict[str, Any]:
+def read_plan(plan: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a sweep's YAML file holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML.
+    """
     path = check_input_path(plan, argument="sweep")
     return read_yaml(path.read_text(encoding="utf-8"), str(path))
 
@@ -160,7 +166,7 @@ def _check_is_same(plan: Plan, workshop: Workshop, folder: Path, say: Say) -> No
     then = read_record(folder)
     if then is None and (folder / RUNS_NAME).exists():
         raise ValueError(
-            f"out: {folder} holds {RUNS_NAME} without {SWEEP_NAME}, so that nobody knows what its runs are of; "
+            f"out: {folder} holds {RUNS_NAME} without {SWEEP_NAME}: what its runs are of is not known; "
             "give another folder"
         )
     if then is not None and (lines := differences(then, now)):
@@ -198,8 +204,8 @@ def _ended(ledger: Ledger, folder: Path, say: Say) -> list[Row]:
         say(f"wrote {folder / RUNS_NAME}: {len(rows)} runs")
     if failed := ledger.failed():
         raise FloatingPointError(
-            f"every run of the search diverged in {'; '.join(group.title for group in failed)}: nothing could "
-            "be chosen there; add smaller rates to search; the other runs are done"
+            f"every run of the search diverged in {'; '.join(group.title for group in failed)}: nothing "
+            "could be chosen there; add smaller rates to search; the other runs are done"
         )
     return rows
 

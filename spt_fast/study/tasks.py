@@ -80,11 +80,11 @@ def _completed(task: Task) -> Task:
     for use in ("val", "test"):
         if found[f"{use}_data"] is None and found[f"{use}_split"] is None:
             if has_splits(task.data):
-                found[f"{use}_split"] = default_split(task.data, use)  # type: ignore[arg-type]
+                found[f"{use}_split"] = default_split(task.data, use)
             elif use == "test":
                 raise ValueError(
-                    f"data: {task.data} has no splits: give test_data to test with, and val_data to choose by "
-                    "({data: A, val_data: B, test_data: C}; --val-data, --test-data)"
+                    f"data: {task.data} has no splits: give test_data, to test with, and val_data, to choose "
+                    "by ({data: A, val_data: B, test_data: C}; --val-data, --test-data)"
                 )
     return Task(**found)
 

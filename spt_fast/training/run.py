@@ -181,6 +181,7 @@ def train_in(
         nmi=check_bool("nmi", nmi),
         tensorboard=tensorboard,
         figures=figures,
+        features=features,
     )
     with _explained(folder):
         outputs.begin(overwrite=overwrite, prototypes=prototypes)

@@ -58,6 +58,15 @@ def find_source(
     )
 
 
+def kept_images(tuned: nn.Module, images: Any, store: FeatureStore | None) -> tuple[nn.Module, Iterable[Any]]:
+    """What to evaluate and on what: the head on features of `store`, where no more learns, else all."""
+    if store is not None and fits_memory(tuned, images) and trains_head_only(tuned):
+        features = store.of(tuned, images)
+        if features is not None:
+            return HeadOnly(tuned), features.in_order(images.rows)
+    return tuned, images
+
+
 def _keeps_features(tuned: nn.Module, train_loader: Any, recipe: Recipe) -> bool:
     images_change = recipe.mixup > 0 or recipe.cutmix > 0 or recipe.drop_path > 0
     return not images_change and fits_memory(tuned, train_loader) and trains_head_only(tuned)
