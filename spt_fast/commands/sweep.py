@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
     _add_work(parser)
     add_recipe(parser)
     # What is given differs from what is not.
-    parser.set_defaults(**dict.fromkeys((*_KEYS, "model_option"), argparse.SUPPRESS))
+    parser.set_defaults(**dict.fromkeys((*_KEYS, "model_option")))
     parser.set_defaults(run=run)
 
 
@@ -141,12 +141,9 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     from spt_fast.study.sweep import read_plan
 
     plan = {} if args.file is None else read_plan(args.file)
-    plan |= {
-        key: vars(args)[key] for key in _KEYS if vars(args).get(key, argparse.SUPPRESS) != argparse.SUPPRESS
-    }
-    pairs: Any = getattr(args, "model_option", argparse.SUPPRESS)
-    if pairs != argparse.SUPPRESS:
-        plan["model_options"] = dict(pairs)
+    plan |= {key: vars(args)[key] for key in _KEYS if vars(args)[key] is not None}
+    if args.model_option:
+        plan["model_options"] = dict(args.model_option)
     plan |= _tasks(args)
     plan |= _recipe(args, plan.get("recipe"))
     for key, value in (

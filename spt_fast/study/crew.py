@@ -138,9 +138,8 @@ class Workers:
 
 def _device_of(device: torch.device, number: int) -> str:
     """A GPU for each worker, in turns, unless one is named."""
-    if device.type == "cuda" and device.index is None:
-        return f"cuda:{number % torch.cuda.device_count()}"
-    return str(device)
+    several = device.type == "cuda" and str(device) == "cuda"
+    return f"cuda:{number % torch.cuda.device_count()}" if several else str(device)
 
 
 def _work(
