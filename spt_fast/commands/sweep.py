@@ -117,7 +117,7 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Sweep, or go on with it."""
-    from spt_fast.study.sweep import sweep
+    from spt_fast.study.sweeping import sweep
 
     sweep(
         plan_of(args),
@@ -138,7 +138,7 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is no YAML, or options contradict each other.
     """
-    from spt_fast.study.sweep import read_plan
+    from spt_fast.study.sweeping import read_plan
 
     plan = {} if args.file is None else read_plan(args.file)
     plan |= {key: vars(args)[key] for key in _KEYS if vars(args)[key] is not None}

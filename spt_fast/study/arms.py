@@ -107,6 +107,8 @@ def _read_arm(name: str, given: Any, tasks: Sequence[Task]) -> Arm:
     if method is None:
         raise ValueError(f"{where}: its name is none of a method's{nearest(name, METHODS)}; give method")
     check_choice(f"{where}: method", method, METHODS)
+    if METHODS[method].prompts is None and (wrong := [key for key in OF_PROMPTS if key in fields]):
+        raise ValueError(f"{where}: {wrong[0]} is for prompts, which {method} does not have")
     prototypes = given.get("prototypes") or {}
     if prototypes and METHODS[method].prompts != "prototypes":
         raise ValueError(f"{where}: prototypes are for methods that start from them, which {method} does not")

@@ -30,10 +30,9 @@ class Ledger:
         self.plan, self._path = plan, out / RUNS_NAME
         self.rows = {row.run: row for row in read_runs(self._path)} if self._path.exists() else {}
         self._check_known()
-        wanted = {planned.name for planned in self.planned()}
-        self.dropped = [name for name in self.rows if name not in wanted]
-        for name in self.dropped:
-            del self.rows[name]
+        self.dropped: list[str] = []
+        for group in plan.groups:
+            self._drop_old(group)
 
     def planned(self) -> Iterator[PlannedRun]:
         """The runs that are known now, in order: final ones once validation has chosen."""
@@ -81,6 +80,9 @@ class Ledger:
     def add(self, row: Row) -> None:
         """Take in the row of a run, and write all rows, in the order of the plan."""
         self.rows[row.run] = row
+        for group in self.plan.groups:
+            if any(row.run == run.name for run in group.search):
+                self._drop_old(group)
         self.write()
 
     def write(self) -> None:
@@ -91,7 +93,7 @@ class Ledger:
         """The rows, in the order of the plan; the first that needs some prototypes has their seconds."""
         found: list[Row] = []
         built: set[str | None] = set()
-        for planned in self.planned():
+        for planned in (run for group in self.plan.groups for run in group.possible):
             row = self.rows.get(planned.name)
             if row is None:
                 continue
@@ -100,6 +102,17 @@ class Ledger:
             built.add(planned.prototypes_name)
             found.append(row)
         return found
+
+    def _drop_old(self, group: Group) -> None:
+        """Forget final runs with other values than a search has chosen that got more values since."""
+        final = {run.name for run in self.final(group)}
+        if not final:
+            return
+        names = {run.name for run in group.possible if run.stage == "final"} - final
+        found = [name for name in self.rows if name in names]
+        for name in found:
+            del self.rows[name]
+        self.dropped += found
 
     def _check_known(self) -> None:
         known = {run.name: run for group in self.plan.groups for run in group.possible}

@@ -85,6 +85,7 @@ def sweep(
         _check_is_same(wanted, workshop, folder, say)
         ledger = Ledger(wanted, folder)
         _tidy(ledger, folder, say)
+        ledger.write()
         crew: Crew = Alone(workshop)
         if jobs > 1:
             crew = Workers(jobs, where, wanted.model, wanted.image_options, folder)
@@ -182,12 +183,6 @@ def _tidy(ledger: Ledger, folder: Path, say: Say) -> None:
     for planned in ledger.planned():
         if planned.name in ledger.rows:
             tidy(folder, planned)
-    if ledger.dropped:
-        say(
-            f"validation chooses other values now, so that {len(ledger.dropped)} final runs are left out of "
-            f"{RUNS_NAME}: {', '.join(ledger.dropped)}"
-        )
-        ledger.write()
     if ledger.rows:
         say(f"{folder} holds {len(ledger.rows)} of {ledger.plan.count()} runs; going on")
 
@@ -195,6 +190,11 @@ def _tidy(ledger: Ledger, folder: Path, say: Say) -> None:
 def _ended(ledger: Ledger, folder: Path, say: Say) -> list[Row]:
     """Say how the sweep ended, and what is not as it should be."""
     rows = ledger.in_order()
+    if ledger.dropped:
+        say(
+            f"validation chooses other values now: {len(ledger.dropped)} final runs with those before have "
+            f"left {RUNS_NAME}: {', '.join(ledger.dropped)}"
+        )
     if lost := [row.run for row in rows if row.stage == "final" and diverged(row)]:
         say(f"final runs that diverged, and have no test accuracy: {', '.join(lost)}")
     count = sum(number for _, number in ledger.left())
