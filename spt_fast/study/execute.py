@@ -212,7 +212,7 @@ class Workshop:
             return None, None
         path = self._out / PROTOTYPES_FOLDER / name
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._built(planned).save(path, overwrite=True)
         found = Prototypes.load(path)
         return found, float(found.metadata.get(_SECONDS, "nan"))

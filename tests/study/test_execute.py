@@ -65,6 +65,7 @@ def test_a_run_is_what_the_library_does_by_hand(model, tmp_path):
         )
         recipe = group.search[1].recipe
         tuned = spt_fast.training.build(model, recipe, protos, class_names=pool.class_names)
+        (rate,) = [each["lr"] for each in tuned.parameter_groups(recipe.lr) if each["name"] == "prompts"]
         run = spt_fast.train(
             tuned,
             pool.training(rows, seed=4),
@@ -79,7 +80,7 @@ def test_a_run_is_what_the_library_does_by_hand(model, tmp_path):
         assert row.val_accuracy == (None if val is None else run.history.val_accuracy[-1])
         assert row.test_accuracy == (None if test is None else run.test.accuracy)
         assert row.train_images == len(rows)
-        assert row.prompt_lr == max(run.history.prompt_lr)
+        assert row.prompt_lr == pytest.approx(rate)
     assert (search.stage, search.strategy, search.source, search.num_prompts) == (
         "search",
         "kmeans",
