@@ -129,9 +129,11 @@ class Workers:
 
     def end(self) -> None:
         """End the processes; a run that is not finished goes on from its checkpoint another time."""
-        for worker in self._workers:
+        for number, worker in enumerate(self._workers):
+            # One that waits for a run ends by itself, and gives back what it has.
             worker.pipe.close()
-            worker.process.terminate()
+            if number in self._of:
+                worker.process.terminate()
         for worker in self._workers:
             worker.process.join()
 
