@@ -7,6 +7,7 @@ import torch
 
 from spt_fast.data import shipped
 from spt_fast.data.cache import ImageCache
+from spt_fast.data.decode import open_image
 from spt_fast.data.images import open_images, open_labelled_images
 from spt_fast.data.pool import Pool, draw_share
 from spt_fast.data.task import open_task
@@ -79,11 +80,12 @@ def test_plain_gives_the_batches_of_open_images(photos):
 
 def test_with_a_cache_each_image_is_decoded_once_for_all_runs(photos, monkeypatch):
     decoded = []
-    load = open_image = __import__("spt_fast.data.datasets", fromlist=["open_image"]).open_image
-    monkeypatch.setattr(
-        "spt_fast.data.datasets.open_image", lambda path: (decoded.append(path), load(path))[1]
-    )
-    assert open_image is load
+
+    def noted(path):
+        decoded.append(path)
+        return open_image(path)
+
+    monkeypatch.setattr("spt_fast.data.datasets.open_image", noted)
     model = shipped.load_backbone()
     pool = opened(model, photos, ImageCache("ram", "1MiB"))
     plain = opened(model, photos)
