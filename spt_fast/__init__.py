@@ -10,7 +10,7 @@ from spt_fast.support.console import is_the_command
 
 # The command line imports what a command needs: torch takes seconds, which `spt-fast --help` can do without.
 if TYPE_CHECKING or not is_the_command():
-    from spt_fast import analysis, methods, plots, training
+    from spt_fast import analysis, methods, plots, study, training
     from spt_fast.analysis import NMITracker, nearest_patches
     from spt_fast.clustering import KMeans, StreamingKMeans
     from spt_fast.methods.prompted_vit import PromptedViT
@@ -45,6 +45,7 @@ __all__ = [
     "prompt_attention",
     "release",
     "sigmoid_nmi",
+    "study",
     "train",
     "training",
     "tune",

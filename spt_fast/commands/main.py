@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from spt_fast import __version__
-from spt_fast.commands import doctor, nmi, predict, prototypes, report, table, train
+from spt_fast.commands import doctor, nmi, predict, prototypes, report, sweep, table, train
 from spt_fast.commands import eval as eval_command
 from spt_fast.commands.demo import command as demo
 from spt_fast.support.console import CLOSED_PIPE, ClosedPipeError, flushed_output
@@ -25,7 +25,7 @@ from spt_fast.support.interrupts import INTERRUPTED, MESSAGE, raised_once
 BAD_INPUT = 2
 # Each has `add(commands)`, which declares its options, and `run(args)`, which may return an exit code. A
 # command that torchrun may start in several processes says so: `set_defaults(several_processes=True)`.
-COMMANDS = (demo, prototypes, train, eval_command, predict, table, report, nmi, doctor)
+COMMANDS = (demo, prototypes, train, eval_command, predict, sweep, table, report, nmi, doctor)
 # Raised with a message for the user; of others the class is part of the message.
 _EXPECTED = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 

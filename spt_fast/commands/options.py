@@ -49,11 +49,11 @@ def add_model_and_data(
     return images
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Options that name a model and its weights."""
     parser.add_argument(
         "--model",
-        required=True,
+        required=required,
         help="timm model name, 'shipped', or a file of examples/pretrain_backbone.py",
     )
     weights = parser.add_argument_group("a timm model")
@@ -191,7 +191,7 @@ def add_allow_other_backbone(parser: argparse.ArgumentParser | argparse._Argumen
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """The device of the model."""
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
 

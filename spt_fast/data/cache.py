@@ -135,6 +135,7 @@ class CachedImages(DecodedImages):
         self._dataset = dataset
         self._fixed, self._rest = tuple(fixed), tuple(rest)
         self.kept = kept
+        self.source: _Source | None = None
         self.transform = partial(_apply, self._rest)
         self.target_transform = dataset.target_transform
 
@@ -202,24 +203,25 @@ class CachedLoader(ImageLoader):
     def __init__(self, dataset: CachedImages, cache: ImageCache, **options: Any) -> None:
         super().__init__(dataset, **options)
         self._cached, self._cache = dataset, cache
-        self._source: _Source | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        if self._source is None and self._cached.is_pointwise() and self._cached.kept.is_complete():
-            self._source = _Source(self._cached, self._cache)
-            self._end_workers(None)
-        if self._source is None:
+        # One for all loaders of the data set: it may hold the bytes of all images on the device.
+        source = self._cached.source
+        if source is None and self._cached.is_pointwise() and self._cached.kept.is_complete():
+            source = self._cached.source = _Source(self._cached, self._cache)
+        if source is None:
             yield from super().__iter__()
             return
+        self._end_workers(None)
         for numbers in self.index_batches():
-            yield from self._checked(*self._source.batch(numbers))
+            yield from self._checked(*source.batch(self._cached, numbers))
 
 
 class _Source:
     """Batches of a data set whose images are all kept, in one size, or known to be unreadable."""
 
     def __init__(self, dataset: CachedImages, cache: ImageCache) -> None:
-        self._dataset, self._kept, self._device = dataset, dataset.kept, cache.device
+        self._kept, self._device = dataset.kept, cache.device
         table = dataset.table(self._kept.shape()[2])
         self._table = table.flatten().to(self._device)
         self._starts = 256 * torch.arange(len(table), dtype=torch.int32, device=self._device).view(-1, 1, 1)
@@ -228,13 +230,13 @@ class _Source:
             self._on_device = self._copied_to_device(len(dataset))
             self._kept.copied_to = str(self._device)
 
-    def batch(self, numbers: Sequence[int]) -> tuple[Any, list[Unreadable]]:
-        """Images and labels, or None where no image is readable, and what is unreadable."""
+    def batch(self, dataset: CachedImages, numbers: Sequence[int]) -> tuple[Any, list[Unreadable]]:
+        """Images and labels of its data set, or None where no image is readable, and what is unreadable."""
         if not numbers or not all(self._kept.holds(number) for number in numbers):
-            return collate_readable([self._dataset[number] for number in numbers])
+            return collate_readable([dataset[number] for number in numbers])
         labels = [self._kept.label(number) for number in numbers]
-        if self._dataset.target_transform is not None:
-            labels = [self._dataset.target_transform(label) for label in labels]
+        if dataset.target_transform is not None:
+            labels = [dataset.target_transform(label) for label in labels]
         return [self._normalised(self._bytes(numbers)), torch.tensor(labels)], []
 
     def _bytes(self, numbers: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 
-from spt_fast.data.cache import CachedLoader, ImageCache
+from spt_fast.data.cache import CachedImages, CachedLoader, ImageCache
 from spt_fast.data.channels import fit_images
 from spt_fast.data.datasets import DecodedImages, FileImages
 from spt_fast.data.files import list_files
@@ -108,8 +108,8 @@ class LabelledImages:
 
     @cached_property
     def labels(self) -> tuple[int, ...] | None:
-        """Of all images, in the order of the data set; None where only reading the images would tell."""
-        return labels_of(self.loader.dataset)
+        """Of these images, in the order of the data set; None where only reading the images would tell."""
+        return labels_of(self.loader.dataset, self.loader.rows)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,7 +117,7 @@ class LabelledImages:
 
         Pixels are not looked at. Images in memory are known by their labels and shapes.
         """
-        return fingerprint_of(self.loader.dataset, self.class_names)
+        return fingerprint_of(self.loader.dataset, self.class_names, self.loader.rows)
 
 
 def open_labelled_images(
@@ -213,7 +213,7 @@ def open_labelled_images(
         "in_step": training,
         "shuffle": training,
         "drop_last": drop_last,
-        "weights": _balanced(opened.dataset, data) if balance == "sampler" else None,
+        "weights": balanced_weights(opened.dataset, data) if balance == "sampler" else None,
     }
     if not training:
         batch_size = -(-check_int("batch_size", batch_size, 1) // processes.size)
@@ -326,9 +326,25 @@ def _loader(
         "pin_memory": torch.cuda.is_available(),
         **order,
     }
-    if cache is None or not isinstance(dataset, DecodedImages) or not cache.works_with(workers):
+    return (
+        ImageLoader(dataset, **options)
+        if cache is None
+        else cached_loader(dataset, opened.title, cache, **options)
+    )
+
+
+def cached_loader(dataset: Any, title: str, cache: ImageCache, **options: Any) -> ImageLoader:
+    """An `ImageLoader` that keeps decoded images, where there are any to keep and its workers can share them.
+
+    Args:
+        title: of the data set, as `ImageCache.summary` calls it.
+        options: of `ImageLoader`.
+    """
+    if isinstance(dataset, CachedImages):
+        return CachedLoader(dataset, cache, **options)
+    if not isinstance(dataset, DecodedImages) or not cache.works_with(options.get("num_workers", 0)):
         return ImageLoader(dataset, **options)
-    return CachedLoader(cache.wrap(dataset, opened.title), cache, **options)
+    return CachedLoader(cache.wrap(dataset, title), cache, **options)
 
 
 def _class_names(opened: Opened, data: str) -> tuple[str, ...]:
@@ -357,15 +373,19 @@ def _renumber(dataset: Any, data: str, found: Sequence[str], class_names: Sequen
         dataset.target_transform = places.__getitem__
 
 
-def _balanced(dataset: Any, data: str) -> Tensor:
-    """For each image 1 / (images of its class)."""
+def balanced_weights(dataset: Any, data: str, rows: Sequence[int] | None = None) -> Tensor:
+    """For each image of a data set 1 / (images of its class among `rows`, which are all by default).
+
+    Raises:
+        ValueError: the labels are not known without the images; `data` is the name.
+    """
     labels = labels_of(dataset)
     if labels is None:
         raise ValueError(
             f"balance='sampler' needs the labels of all images, but {data} gives them only with the images"
         )
-    counts = Counter(labels)
-    return torch.tensor([1 / counts[label] for label in labels], dtype=torch.float64)
+    counts = Counter(labels if rows is None else [labels[row] for row in rows])
+    return torch.tensor([1 / max(1, counts[label]) for label in labels], dtype=torch.float64)
 
 
 def _order(dataset: Any, seed: int, max_images: int | None, processes: Processes) -> dict[str, list[int]]:

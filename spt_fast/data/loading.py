@@ -109,6 +109,11 @@ class ImageLoader:
         return len(self._loader)
 
     @property
+    def rows(self) -> Sequence[int] | None:
+        """The indices in `dataset` of the images that are taken; None is all of them."""
+        return None if self._order is None else self._order.images
+
+    @property
     def is_balanced(self) -> bool:
         """Whether images are drawn by weights, so that all classes come equally often."""
         return self._order is not None and self._order.weights is not None

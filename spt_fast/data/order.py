@@ -25,9 +25,9 @@ class Order:
         count: of images in the data set.
         batch_size: of all processes together where `in_step`, else of each.
         shuffle: a new order in each epoch, which `seed` decides.
-        weights: [count] float64; each epoch draws `count` images with replacement, with chances in proportion
-            to these; None takes each image once.
-        images: the images to take, in this order; None is all of them.
+        weights: [count] float64; each epoch draws as many images as there are to take with replacement, with
+            chances in proportion to these; None takes each image once.
+        images: the images to take, in this order unless it is shuffled; None is all of them.
         drop_last: leave out a last batch that is smaller than the others.
         processes: those that share the images.
         in_step: all processes share each batch, so that they have the same number of batches; one may have no
@@ -67,11 +67,11 @@ class Order:
     def _order(self, epoch: int) -> Tensor:
         """All images of an epoch, those of other processes too."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, "order"))
+        taken = torch.arange(self.count) if self.images is None else torch.tensor(self.images)
         if self.weights is not None:
-            return torch.multinomial(self.weights, self.count, replacement=True, generator=generator)
-        if self.shuffle:
-            return torch.randperm(self.count, generator=generator)
-        return torch.arange(self.count) if self.images is None else torch.tensor(self.images)
+            weights = self.weights[taken]
+            return taken[torch.multinomial(weights, len(taken), replacement=True, generator=generator)]
+        return taken[torch.randperm(len(taken), generator=generator)] if self.shuffle else taken
 
     @cached_property
     def _spans(self) -> list[range]:

@@ -1,4 +1,4 @@
-"""The table of a study's runs, runs.csv: a row for each run that is finished, read and written whole."""
+"""A study's folder, and the table in it: runs.csv has a row for each finished run, read and written whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from typing import Any, Literal, get_args
 from spt_fast.support.files import check_input_path, write_bytes
 from spt_fast.support.tables import csv_bytes
 
-RUNS_NAME = "runs.csv"
+# What lies in a study's folder beside each other: what it is of, the table of its runs, and folders with a
+# folder for each run, and with the prototypes that runs share.
+SWEEP_NAME, RUNS_NAME = "sweep.yaml", "runs.csv"
+RUNS_FOLDER, PROTOTYPES_FOLDER = "runs", "prototypes"
 Stage = Literal["search", "final"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 

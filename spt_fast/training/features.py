@@ -6,7 +6,7 @@ that are the same in every epoch. The head then sees the rows that it would see 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,14 +47,21 @@ class Features:
     Attributes:
         rows: [M, D], on the device of the model.
         labels: [M] int64, in host memory.
+        batch: how many images were computed at a time.
     """
 
     rows: Tensor
     labels: Tensor
+    batch: int
 
     @classmethod
-    def of(cls, tuned: nn.Module, loader: ImageLoader) -> Features | None:
-        """One pass over the images; None where the head is not all that follows, or an image is missing."""
+    def of(cls, tuned: nn.Module, loader: ImageLoader, known: Iterable[Features] = ()) -> Features | None:
+        """One pass over the images; None where the head is not all that follows, or an image is missing.
+
+        Args:
+            known: features of the same data set, maybe by another model. Where those of the first batch are
+                the same bits, they are returned, and the pass ends.
+        """
         rows: list[Tensor] = []
         labels: list[Tensor] = []
         with inference(tuned), _inputs_of(tuned) as inputs:
@@ -67,12 +74,18 @@ class Features:
                 # With the first batch it is seen whether the head gives the logits.
                 if not rows and not torch.equal(HeadOnly(tuned)(features), logits):
                     return None
+                if not rows and (same := next((each for each in known if each.begins_with(features)), None)):
+                    return same
                 inputs.clear()  # of that comparison
                 rows.append(features)
                 labels.append(of_batch)
         if sum(map(len, rows)) != len(loader.dataset):
             return None
-        return cls(torch.cat(rows), torch.cat(labels))
+        return cls(torch.cat(rows), torch.cat(labels), len(rows[0]))
+
+    def begins_with(self, rows: Tensor) -> bool:
+        """Whether `rows` are those of the first batch, and it was as large."""
+        return self.batch == len(rows) and torch.equal(self.rows[: self.batch], rows)
 
     def batches(self, indices: Iterable[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and labels of images, batch by batch."""
@@ -80,9 +93,33 @@ class Features:
             at = torch.tensor(chosen)
             yield self.rows[at.to(self.rows.device, non_blocking=True)], self.labels[at]
 
-    def in_order(self) -> list[tuple[Tensor, Tensor]]:
-        """Rows and labels of all images, as one batch."""
-        return [(self.rows, self.labels)]
+    def in_order(self, indices: Sequence[int] | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Rows and labels of all images, or of some, as one batch."""
+        return [(self.rows, self.labels)] if indices is None else list(self.batches([list(indices)]))
+
+
+class FeatureStore:
+    """Features that outlive a run: later runs whose models give the same ones look at one batch alone.
+
+    Each entry is a function of the data set, the model and the size of a batch, whoever computed it.
+
+    Args:
+        limit: how many entries are kept, the last that were used.
+    """
+
+    def __init__(self, limit: int = 8) -> None:
+        self._limit = limit
+        # With the data sets, so that no other one gets the number of one that is gone.
+        self._entries: list[tuple[Any, Features]] = []
+
+    def of(self, tuned: nn.Module, loader: ImageLoader) -> Features | None:
+        """As `Features.of`."""
+        known = [features for dataset, features in self._entries if dataset is loader.dataset]
+        found = Features.of(tuned, loader, known)
+        if found is not None:
+            others = [entry for entry in self._entries if entry[1] is not found]
+            self._entries = [*others, (loader.dataset, found)][-self._limit :]
+        return found
 
 
 class HeadOnly(nn.Module):
@@ -109,7 +146,7 @@ def fits_memory(tuned: nn.Module, loader: Any) -> bool:
         return False
     device = device_of(tuned)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    return 4 * width * loader.num_images <= _SHARE * free
+    return 4 * width * len(loader.dataset) <= _SHARE * free
 
 
 def _changes(module: nn.Module) -> bool:

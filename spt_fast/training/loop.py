@@ -28,6 +28,7 @@ from spt_fast.training.evaluation import (
     device_of,
     evaluate_classes,
 )
+from spt_fast.training.features import FeatureStore
 from spt_fast.training.history import History
 from spt_fast.training.learned import Average, learned, take_back
 from spt_fast.training.losses import Losses
@@ -92,6 +93,7 @@ class Trainer:
         tuned, train_loader, val_loader, recipe, progress: as in `fit`.
         processes: those that train together: each has a loader of its own share of every batch, of which some
             may be empty, and of the validation images.
+        features: what other runs on the same data sets have left, where nothing but the head learns.
 
     Attributes:
         history: what the run has seen so far.
@@ -113,12 +115,14 @@ class Trainer:
         *,
         processes: Processes = ALONE,
         progress: bool = True,
+        features: FeatureStore | None = None,
     ) -> None:
         self.tuned, self.recipe = tuned, given_or_default(recipe)
         check_gives_logits(tuned)
         _check_loaders(train_loader, val_loader, self.recipe)
         self._train_loader, self._val_loader = train_loader, val_loader
         self._processes, self._progress = processes, check_bool("progress", progress)
+        self._features = features
         self._batches = _count_batches(train_loader)
         self._steps = -(-self._batches // self.recipe.accumulate)
         self._images: int | None = getattr(train_loader, "num_images", None)
@@ -248,9 +252,8 @@ class Trainer:
             stack.enter_context(stochastic_depth(self.tuned, recipe.drop_path))
             stack.enter_context(channels_last(self.tuned, recipe.channels_last))
             with self._stepper.autocast():
-                source = find_source(
-                    self.tuned, self._train_loader, self._val_loader, recipe, self._processes
-                )
+                loaders = self._train_loader, self._val_loader
+                source = find_source(self.tuned, *loaders, recipe, self._processes, self._features)
             yield source
 
     def _train_epoch(self, source: Source, bar: Any, on_step: Callable[[Trainer], None] | None) -> None:
@@ -361,7 +364,7 @@ def _objective(recipe: Recipe, tuned: nn.Module, train_loader: Any) -> Objective
 
 def _class_counts(loader: Any, num_classes: int | None) -> list[int]:
     """The number of images of each class."""
-    labels = labels_of(loader.dataset) if isinstance(loader, ImageLoader) else None
+    labels = labels_of(loader.dataset, loader.rows) if isinstance(loader, ImageLoader) else None
     if labels is None or num_classes is None:
         raise ValueError(
             "balance='loss' needs a model that states num_classes and a loader that knows its labels, as "

@@ -22,6 +22,7 @@ from spt_fast.support.versions import installed_version
 from spt_fast.support.yaml_text import write_yaml
 from spt_fast.training.checkpoint import Checkpoint
 from spt_fast.training.evaluation import Evaluation, device_of, evaluate_classes
+from spt_fast.training.features import FeatureStore
 from spt_fast.training.folder import (
     EMA_NAME,
     FIGURE_NAME,
@@ -39,6 +40,7 @@ from spt_fast.training.folder import (
 from spt_fast.training.history import History
 from spt_fast.training.loop import Trainer
 from spt_fast.training.recipe import Recipe
+from spt_fast.training.sources import kept_images
 from spt_fast.training.tensorboard import Board
 
 TEST_COLUMNS = ("weights", "images", "accuracy", "mean_class_accuracy")
@@ -58,6 +60,8 @@ class Outputs:
         batches: of an epoch.
         nmi: whether to measure it.
         tensorboard: whether to write for TensorBoard.
+        figures: whether to draw the curves at the end.
+        features: of test images, which other runs have left.
 
     Raises:
         ValueError: the folder's run is of another recipe, data or model.
@@ -72,13 +76,15 @@ class Outputs:
         batches: int,
         nmi: bool,
         tensorboard: bool,
+        figures: bool = True,
+        features: FeatureStore | None = None,
     ) -> None:
         self._folder, self._trainer = folder, trainer
         self._processes = folder.processes
         assert isinstance(trainer.tuned, TunedViT)
         self._tuned = trainer.tuned
         self._tracker = _tracker(self._tuned, batches) if nmi else None
-        self._tensorboard = tensorboard
+        self._tensorboard, self._figures, self._features = tensorboard, figures, features
         self._board: Board | None = None
         self._about = about(trainer.recipe, facts, self._tuned, self._processes.size)
         self._facts = {**facts, "nmi": nmi}
@@ -131,7 +137,8 @@ class Outputs:
         if checkpoint.finished:
             return
         self._save_weights()
-        self._processes.on_rank_0(self._draw)
+        if self._figures:
+            self._processes.on_rank_0(self._draw)
         self._folder.write_checkpoint(replace(checkpoint, finished=True))
 
     def test(self, images: Iterable[Any], facts: Mapping[str, Any]) -> Evaluation:
@@ -196,7 +203,9 @@ class Outputs:
             self._processes.on_rank_0(lambda: self._tuned.save(path, overwrite=True))
 
     def _evaluate(self, images: Iterable[Any]) -> Evaluation:
-        return evaluate_classes(self._tuned, images, processes=self._processes, argument="test_data")
+        module, batches = kept_images(self._tuned, images, self._features)
+        names = self._tuned.class_names
+        return evaluate_classes(module, batches, names, processes=self._processes, argument="test_data")
 
     def _draw(self) -> None:
         """The figures, by rank 0 alone."""

@@ -19,6 +19,7 @@ from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_bool, check_int
 from spt_fast.support.distributed import find_processes
 from spt_fast.training.evaluation import Evaluation
+from spt_fast.training.features import FeatureStore
 from spt_fast.training.folder import RunFolder, run_folder
 from spt_fast.training.history import History
 from spt_fast.training.loop import Batches, Trainer
@@ -140,8 +141,16 @@ def train_in(
     save_every: int | None = None,
     progress: bool = True,
     start: Prototypes | Tensor | None = None,
+    features: FeatureStore | None = None,
+    figures: bool = True,
 ) -> Run:
-    """`train` in a folder that is open already; `start`, what prompts start from, is kept there if given."""
+    """`train` in a folder that is open already.
+
+    Args:
+        start: what prompts start from; kept beside the run, if there is any.
+        features: as `Trainer` takes them.
+        figures: whether to draw the curves at the end.
+    """
     if not isinstance(tuned, TunedViT):
         raise TypeError(f"tuned must be a PromptedViT, or of another method, got {type(tuned).__name__}")
     recipe = given_or_default(recipe)
@@ -161,6 +170,7 @@ def train_in(
         recipe,
         processes=folder.processes,
         progress=progress,
+        features=features,
     )
     known = run_facts(tuned, train_data, val_data, facts or {})
     outputs = Outputs(
@@ -170,6 +180,8 @@ def train_in(
         batches=len(_loader(train_data)),
         nmi=check_bool("nmi", nmi),
         tensorboard=tensorboard,
+        figures=figures,
+        features=features,
     )
     with _explained(folder):
         outputs.begin(overwrite=overwrite, start=start)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spt_fast.support.distributed import Processes
-from spt_fast.training.features import Features, HeadOnly, fits_memory, trains_head_only
+from spt_fast.training.features import Features, FeatureStore, HeadOnly, fits_memory, trains_head_only
 from spt_fast.training.recipe import Recipe
 
 
@@ -37,12 +37,18 @@ def find_source(
     val_loader: Iterable[Any] | None,
     recipe: Recipe,
     processes: Processes,
+    store: FeatureStore | None = None,
 ) -> Source:
-    """Features where they do not change while `tuned` is trained, and otherwise images."""
+    """Features where they do not change while `tuned` is trained, and otherwise images.
+
+    Args:
+        store: of features that other runs have left; None is an empty one.
+    """
     if processes.size == 1 and _keeps_features(tuned, train_loader, recipe):
-        features = Features.of(tuned, train_loader)
+        store = store or FeatureStore()
+        features = store.of(tuned, train_loader)
         if features is not None:
-            return _of_features(tuned, features, train_loader, val_loader)
+            return _of_features(tuned, features, train_loader, val_loader, store)
     module = torch.compile(tuned) if recipe.compile else tuned
     return Source(
         processes.parallel(module),  # type: ignore[arg-type]
@@ -52,12 +58,23 @@ def find_source(
     )
 
 
+def kept_images(tuned: nn.Module, images: Any, store: FeatureStore | None) -> tuple[nn.Module, Iterable[Any]]:
+    """What to evaluate and on what: the head on features of `store`, where no more learns, else all."""
+    if store is not None and fits_memory(tuned, images) and trains_head_only(tuned):
+        features = store.of(tuned, images)
+        if features is not None:
+            return HeadOnly(tuned), features.in_order(images.rows)
+    return tuned, images
+
+
 def _keeps_features(tuned: nn.Module, train_loader: Any, recipe: Recipe) -> bool:
     images_change = recipe.mixup > 0 or recipe.cutmix > 0 or recipe.drop_path > 0
     return not images_change and fits_memory(tuned, train_loader) and trains_head_only(tuned)
 
 
-def _of_features(tuned: nn.Module, features: Features, train_loader: Any, val_loader: Any) -> Source:
+def _of_features(
+    tuned: nn.Module, features: Features, train_loader: Any, val_loader: Any, store: FeatureStore
+) -> Source:
     head = HeadOnly(tuned)
 
     def batches(epoch: int, skip: int) -> Iterator[Any]:
@@ -66,10 +83,10 @@ def _of_features(tuned: nn.Module, features: Features, train_loader: Any, val_lo
 
     if val_loader is None or not fits_memory(tuned, val_loader):
         return Source(head, tuned, batches, val_loader)
-    of_val = Features.of(tuned, val_loader)
+    of_val = store.of(tuned, val_loader)
     if of_val is None:
         return Source(head, tuned, batches, val_loader)
-    return Source(head, head, batches, of_val.in_order())
+    return Source(head, head, batches, of_val.in_order(val_loader.rows))
 
 
 def _batches_of(loader: Any, epoch: int, skip: int) -> Iterator[Any]:

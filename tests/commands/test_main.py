@@ -14,7 +14,7 @@ from spt_fast.commands import main as cli
 from spt_fast.commands import options
 from spt_fast.commands.demo import compare
 
-COMMANDS = ("demo", "prototypes", "train", "eval", "predict", "table", "report", "nmi", "doctor")
+COMMANDS = ("demo", "prototypes", "train", "eval", "predict", "sweep", "table", "report", "nmi", "doctor")
 
 
 def test_help_names_every_command(capsys):
@@ -99,6 +99,7 @@ def test_commands_of_one_process_are_refused_under_torchrun(command, tmp_path, m
         "table": ("study",),
         "nmi": ("--model", "shipped", "--data", "digits", "--random", "2"),
         "report": ("study",),
+        "sweep": ("--model", "shipped", "--data", "digits", "--methods", "linear", "--out", "out"),
     }
     error = only_error(cli.main([command, *options.get(command, ())]), command)
     assert f"{command} runs in one process, got WORLD_SIZE=2" in error

@@ -10,13 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spt_fast.study.runs import Row, read_runs, runs_path
+from spt_fast.study.runs import PROTOTYPES_FOLDER, RUNS_FOLDER, SWEEP_NAME, Row, read_runs, runs_path
 from spt_fast.support.errors import one_line
 from spt_fast.support.yaml_text import read_yaml
 from spt_fast.training.folder import PROTOTYPES_NAME
-
-SWEEP_NAME = "sweep.yaml"
-RUNS_FOLDER, PROTOTYPES_FOLDER = "runs", "prototypes"
 
 Found = TypeVar("Found")
 

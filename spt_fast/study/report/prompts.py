@@ -36,10 +36,10 @@ from spt_fast.study.report.html import (
     note,
     paragraph,
 )
-from spt_fast.study.report.input import SWEEP_NAME, StudyFolder
+from spt_fast.study.report.input import StudyFolder
 from spt_fast.study.report.pictures import patch_picture
 from spt_fast.study.report.training import Looks, task_charts
-from spt_fast.study.runs import Row
+from spt_fast.study.runs import SWEEP_NAME, Row
 from spt_fast.support.errors import one_line
 from spt_fast.training.folder import TUNED_NAME
 
