@@ -1,10 +1,11 @@
-"""Images in as many channels as a model takes: colour, or grey."""
+"""Images in as many channels as a model takes, colour or grey, and images in memory in its size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch.nn.functional as F
 from torch import Tensor
 
 COLOUR, GREY = 3, 1
@@ -24,8 +25,10 @@ def fit_transform(transform: Callable[[Any], Any], channels: int) -> Callable[[A
     return cast(Callable[[Any], Any], Compose([Grayscale(), *steps]))
 
 
-def fit_images(images: Tensor, channels: int) -> Tensor:
-    """Grey images [B, 3, H, W], whose channels are equal up to scale, as [B, channels, H, W]."""
+def fit_images(images: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
+    """Grey images [B, 3, H, W], whose channels are equal up to scale, as [B, channels, *size]; bilinear."""
+    if tuple(images.shape[-2:]) != size:
+        images = F.interpolate(images, size=size, mode="bilinear")
     return images if _check(channels) == COLOUR else images.mean(1, keepdim=True)
 
 

@@ -25,7 +25,7 @@ from spt_fast.data.names import (
     Use,
     open_data,
 )
-from spt_fast.data.transforms import Preprocessing, channels_of, choose, default_augment, papers_rows
+from spt_fast.data.transforms import Preprocessing, channels_of, choose, default_augment, papers_rows, size_of
 from spt_fast.support.arguments import check_bool, check_choice, check_int, check_seed
 from spt_fast.support.distributed import ALONE, Processes
 
@@ -286,13 +286,13 @@ def _transformed(
     training: bool = False,
     use: Use = "train",
 ) -> tuple[Preprocessing | None, list[str]]:
-    """Give the data set its transform; what that is, and lines that say so. The digits need none."""
+    """Give the data set its transform; what that is, and lines that say so. The digits are resized alone."""
     if opened.kind == "digits":
         for name, value in (("resize", resize), ("mean_std", mean_std), ("augment", augment)):
             if value is not None:
                 raise ValueError(f"{name} is for images in files, got {value!r} for the digits")
         images, labels = opened.dataset.tensors
-        opened.dataset.tensors = fit_images(images, channels_of(model)), labels
+        opened.dataset.tensors = fit_images(images, channels_of(model), size_of(model)), labels
         return None, []
     chosen = choose(opened.kind, resize, mean_std, tuned)
     augment = (augment or default_augment(opened.kind)) if training else "none"

@@ -86,7 +86,7 @@ class Preprocessing:
     def describe(self, model: nn.Module, augment: str = "none") -> str:
         """One line: what is done."""
         config = _config(model)
-        height, width = config["input_size"][-2:]
+        height, width = size_of(model)
         words = {"size": f"{width} x {height}", "interpolation": config["interpolation"]}
         resized = f"--resize {self.resize} ({_RESIZE_WORDS[self.resize]}, {{interpolation}})"
         augmented = _AUGMENT_WORDS[check_choice("augment", augment, AUGMENTS)]
@@ -195,6 +195,12 @@ def channels_of(model: nn.Module) -> int:
     """Of the images that a model takes."""
     channels: int = _config(model)["input_size"][0]
     return channels
+
+
+def size_of(model: nn.Module) -> tuple[int, int]:
+    """Height and width of the images that a model takes, in pixels."""
+    height, width = _config(model)["input_size"][-2:]
+    return height, width
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

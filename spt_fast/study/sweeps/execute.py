@@ -174,7 +174,7 @@ class Workshop:
         reading = {name: getattr(recipe, name) for name in ("batch_size", "resize", "mean_std")}
         key = (task, recipe.augment, *reading.values())
         if key not in self._pools:
-            given = dict(self._images)
+            given = {name: value for name, value in self._images.items() if task.takes(name)}
             for name in ("cache", "cache_budget"):
                 given.pop(name, None)
             images = open_task(

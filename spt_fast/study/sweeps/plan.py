@@ -261,6 +261,10 @@ class Plan:
         _check_fields(self.compare, "compare", SUBSETS)
         if both := [name for name in self.compare if name in self.search]:
             raise ValueError(f"compare and search must have other fields, got {', '.join(both)} in both")
+        for option, value in self.image_options.items():
+            if value and not any(task.takes(option) for task in self.all_tasks()):
+                tasks = ", ".join(task.data for task in self.tasks)
+                raise ValueError(f"{option} is for other data than {tasks}, got {value}")
         names: set[str] = set()
         for group in self.groups:
             _check_fields(group.arm.search, f"arms: {group.arm.name}: search")

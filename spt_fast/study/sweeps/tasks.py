@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spt_fast.data.names import default_split, has_splits
+from spt_fast.data.names import default_split, has_splits, kind_of, takes_root
 from spt_fast.support.names import nearest
 
 # How images are found and read, for all tasks of a sweep.
@@ -37,6 +37,13 @@ class Task:
     def names(self) -> dict[str, str]:
         """The arguments of `open_task` that are stated."""
         return {key: value for key, value in asdict(self).items() if key in _KEYS and value is not None}
+
+    def takes(self, option: str) -> bool:
+        """Whether an option of IMAGE_OPTIONS is for this data: not all lie below a root, or are fetched."""
+        sources = [name for name in (self.data, self.val_data, self.test_data) if name is not None]
+        if option == "root":
+            return any(map(takes_root, sources))
+        return option != "download" or "timm" in map(kind_of, sources)
 
 
 def read_tasks(given: Any, taken: Sequence[str] = ()) -> tuple[Task, ...]:

@@ -35,6 +35,13 @@ def test_tasks_with_the_same_end_of_a_name_have_longer_names():
     assert [task.name for task in plan.tasks] == ["cars", "fgvc-cars"]
 
 
+def test_a_root_is_for_the_tasks_that_lie_below_one(tmp_path):
+    plan = read(data=["digits", "vtab/cars"], root=str(tmp_path), download=False)
+    assert [task.takes("root") for task in plan.tasks] == [False, True]
+    with pytest.raises(ValueError, match="root is for other data than digits, got x"):
+        read(root="x")
+
+
 def test_a_grid_has_all_combinations_and_prompts_only_where_there_are_any():
     axes = {"lr": [1e-3, 1e-2], "num_prompts": [5, 10, 20]}
     plan = read(arms=["vpt-deep", "linear"], search=axes, recipe={"num_prompts": 7, "epochs": 3})
