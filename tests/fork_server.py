@@ -2,14 +2,15 @@
 
     python fork_server.py FOLDER
 
-Reads a JSON object a line: a script's text, arguments, folder and seconds to live. A fork of this process runs
-it there as `python -c` would, with one thread; its output goes to FOLDER/stdout and FOLDER/stderr. The exit
-code is printed, negative for a signal.
+Reads a JSON object a line: the text of a script, its arguments, its folder and its seconds to live. A fork of
+this process runs it there as `python -c` would, with one thread; its output goes to FOLDER/stdout and
+FOLDER/stderr. The exit code is printed, negative for a signal.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
@@ -17,12 +18,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# What the scripts import, some of it late: whatever is missing here is imported by every rank of every script.
-import torchvision.transforms.v2  # noqa: F401
+from PIL import Image
 
-import spt_fast.commands.main
-import spt_fast.data.images
-import spt_fast.training  # noqa: F401
+# What scripts import, some of it late: what is missing here, every rank and run of theirs imports for itself.
+PRELOADED = (
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_pdf",
+    "matplotlib.projections",
+    "spt_fast.commands.main",
+    "spt_fast.data.images",
+    "spt_fast.plots.training_figures",
+    "spt_fast.training.run",
+    "timm.optim",
+    "torch.distributed.fsdp",
+    "torch.distributed.launcher",
+)
 
 
 def become(script: str, arguments: list[str], folder: str, seconds: int, output: Path) -> None:
@@ -39,6 +49,9 @@ def become(script: str, arguments: list[str], folder: str, seconds: int, output:
 
 def main() -> None:
     output = Path(sys.argv[1])
+    for name in PRELOADED:
+        importlib.import_module(name)
+    Image.init()
     answers = os.fdopen(os.dup(1), "w")
     # What is here now is never garbage: collectors of the forks need not look at it, and so copy it.
     gc.freeze()
