@@ -341,7 +341,7 @@ def test_the_loop_in_mixed_precision_steps_as_in_float32(
     own_loop: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float16 the scaler works; nothing of its scale is left in a step."""
-    images, labels = (tensor[:32] for tensor in shipped.load_digits("val"))
+    images, labels = (tensor[:64] for tensor in shipped.load_digits("val"))
     monkeypatch.setitem(own_loop, "train_loader", [(images, labels)])
     tuned = own_loop["tuned"].train()
     for dtype in (torch.bfloat16, torch.float16):
