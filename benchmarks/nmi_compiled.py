@@ -9,6 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
 
 import torch
 
@@ -54,6 +58,11 @@ def compile_all(arch: int, least_scores: int = 0) -> Iterator[tuple[str, Compile
         yield f"sweep{' gradient' if gradient else ''} {tiles.SWEEP_PROMPTS} x {tiles.SWEEP_TOKENS}", compiled
 
 
+def list_all(least_scores: int, arch: int) -> list[tuple[str, Compiled]]:
+    """`compile_all` as a process can return it."""
+    return list(compile_all(arch, least_scores))
+
+
 def fused_tiles(least_scores: int) -> list[tuple[int, int]]:
     """Padded prompts and tokens of every tile of the fused kernel with at least so many scores."""
     sides = [2**power for power in range(4, 9)]
@@ -71,16 +80,21 @@ def main() -> None:
     options = parser.parse_args()
     if not options.json:
         print("python -m benchmarks.nmi_compiled")
-    for arch in options.archs:
-        for name, found in compile_all(arch, options.least_scores):
-            if options.json:
-                print(json.dumps({"arch": arch, "kernel": name} | found._asdict()), flush=True)
-            else:
-                print(
-                    f"sm_{arch:<4d}{name:23s}{found.registers:4d} registers{found.spills:5d} B spilled"
-                    f"{found.shared:8d} B shared",
-                    flush=True,
-                )
+    # A process on each core: they are forked here, so that what compiles is imported once.
+    import_module("spt_fast.ops.nmi_triton")
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        for arch, kernels in zip(
+            options.archs, pool.map(partial(list_all, options.least_scores), options.archs), strict=True
+        ):
+            for name, found in kernels:
+                if options.json:
+                    print(json.dumps({"arch": arch, "kernel": name} | found._asdict()), flush=True)
+                else:
+                    print(
+                        f"sm_{arch:<4d}{name:23s}{found.registers:4d} registers{found.spills:5d} B spilled"
+                        f"{found.shared:8d} B shared",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

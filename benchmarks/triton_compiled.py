@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from spt_fast.ops import prompt_attention_tiles as rules
@@ -116,21 +119,28 @@ def main() -> None:
         cases = [
             Case(kernel, arch, dtype, int(width)) for arch in options.archs for kernel, dtype, width in chosen
         ]
-    for case in cases:
-        if case.kernel not in options.kernels:
-            continue
-        tile, found = tile_of(case), compile_case(case)
-        if options.json:
-            print(json.dumps(case._asdict() | tile._asdict() | found._asdict()), flush=True)
-        else:
-            print(
-                f"{case.kernel:22s} sm_{case.arch:<4d}{case.dtype:5s} d={case.width:<4d}"
-                f"{tile.rows:4d} x {tile.step:<3d}{tile.warps} warps {tile.stages} stages"
-                f"{found.registers:5d} registers{found.spills:4d} B spilled, {found.loop_spills} in the loop"
-                f"{found.shared:8d} B shared{found.in_flight:3d} copies under way"
-                f"{found.tensor_products:5d} tensor products",
-                flush=True,
-            )
+    cases = [case for case in cases if case.kernel in options.kernels]
+    # A process on each core: they are forked here, so that what compiles is imported once.
+    import_module("spt_fast.ops.prompt_attention_triton")
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        for case, found in zip(cases, pool.map(compile_case, cases), strict=True):
+            tell(case, found, as_json=options.json)
+
+
+def tell(case: Case, found: Compiled, *, as_json: bool) -> None:
+    """Print what a case compiles to."""
+    tile = tile_of(case)
+    if as_json:
+        print(json.dumps(case._asdict() | tile._asdict() | found._asdict()), flush=True)
+        return
+    print(
+        f"{case.kernel:22s} sm_{case.arch:<4d}{case.dtype:5s} d={case.width:<4d}"
+        f"{tile.rows:4d} x {tile.step:<3d}{tile.warps} warps {tile.stages} stages"
+        f"{found.registers:5d} registers{found.spills:4d} B spilled, {found.loop_spills} in the loop"
+        f"{found.shared:8d} B shared{found.in_flight:3d} copies under way"
+        f"{found.tensor_products:5d} tensor products",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

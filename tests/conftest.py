@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from typing import Any
 # Read when torch is loaded: threads that wait sleep instead of spinning. The tests are many small ops, which
 # take ten times as long where spinning threads keep each other from the cores of a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# With pytest-xdist, the processes are what the cores are shared by.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read when Triton is imported, by whatever comes first: without a GPU its kernels run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
 # The tests run the kernels themselves, checked or not, and leave the user's cache folder alone.
@@ -225,8 +229,46 @@ def loader(make_loader: Callable[..., list[Batch]]) -> list[Batch]:
     return make_loader()
 
 
-# Runs behind a script that defines `work(rank)`. The ranks are forks of one process, so that imports are paid
-# once; each ends without the group's farewell, which waits for ranks that are gone.
+RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def run_script(
+    tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]
+) -> Iterator[RunScript]:
+    """Run a script in a fork of a process that has imported torch, timm and the package: `fork_server.py`.
+
+    `run(script, folder, *arguments, seconds=240)` gives exit code, standard output and standard error. For
+    what hangs on the start of Python itself (its flags, the environment) start Python instead.
+    """
+    output = tmp_path_factory.mktemp("fork_server")
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(output)],
+        env={**child_environment, "OMP_NUM_THREADS": "1"},
+        cwd=output,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def run(
+        script: str, folder: Path, *arguments: str, seconds: int = 240
+    ) -> subprocess.CompletedProcess[str]:
+        request = {"script": script, "arguments": arguments, "folder": str(folder), "seconds": seconds}
+        print(json.dumps(request), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        said, errors = ((output / name).read_text() for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(script, code, said, errors)
+
+    with server:
+        yield run
+        server.stdin.close()
+
+
+# Runs behind a script that defines `work(rank)`. Each rank ends without the group's farewell, which waits for
+# ranks that are gone.
 _FORK_TWO_RANKS = """
 import datetime as _datetime, os as _os, sys as _sys, traceback as _traceback
 import torch as _torch, torch.distributed as _dist
@@ -259,19 +301,11 @@ _sys.exit(any([_os.waitpid(child, 0)[1] for child in _children]))
 
 
 @pytest.fixture
-def run_two_ranks(tmp_path: Path) -> Callable[[str], None]:
+def run_two_ranks(tmp_path: Path, run_script: RunScript) -> Callable[[str], None]:
     """Run a script's `work(rank)` in two gloo processes in `tmp_path`; errors of theirs fail the test."""
 
     def run(script: str) -> None:
-        done = subprocess.run(
-            [sys.executable, "-c", script + _FORK_TWO_RANKS],
-            env={**os.environ, "PYTHONPATH": str(Path(spt_fast.__file__).parents[1])},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        done = run_script(script + _FORK_TWO_RANKS, tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
 
     return run

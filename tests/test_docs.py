@@ -282,35 +282,47 @@ def test_what_readme_calls_equivalent_is(vit: VisionTransformer) -> None:
     torch.testing.assert_close(tuned.model.blocks[1](names["x"]), names["y"])
 
 
-@pytest.fixture
-def own_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that docs/own-loop.md leaves behind, on few digits; Lightning's module is a plain one."""
+@pytest.fixture(scope="module")
+def own_loop_ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The names and the folder that docs/own-loop.md leaves behind, on few digits; Lightning is a stub."""
     splits = {split: shipped.load_digits(split) for split in ("train", "val")}
-    monkeypatch.setattr(shipped, "load_digits", lambda split: tuple(tensor[:64] for tensor in splits[split]))
     lightning = types.SimpleNamespace(LightningModule=torch.nn.Module)
-    monkeypatch.setitem(sys.modules, "lightning", lightning)
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("own_loop")
     names: dict[str, Any] = {}
-    for block in python_of("docs/own-loop.md"):
-        exec(block, names)
-    return names
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shipped, "load_digits", lambda split: tuple(tensor[:64] for tensor in splits[split]))
+        patch.setitem(sys.modules, "lightning", lightning)
+        patch.chdir(folder)
+        for block in python_of("docs/own-loop.md"):
+            exec(block, names)
+    return names, folder
 
 
-def test_the_own_loop_trains_resumes_and_saves(own_loop: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture
+def own_loop(own_loop_ran: tuple[dict[str, Any], Path]) -> Iterator[dict[str, Any]]:
+    """The names, and what has learned as the page leaves it."""
+    names, _ = own_loop_ran
+    learned = {name: value.clone() for name, value in names["tuned"].learned_state_dict().items()}
+    yield names
+    names["tuned"].load_learned_state_dict(learned)
+
+
+def test_the_own_loop_trains_resumes_and_saves(own_loop_ran: tuple[dict[str, Any], Path]) -> None:
     """What the page's own assertions leave open."""
-    learned, state = own_loop["tuned"].learned_state_dict(), torch.load(tmp_path / "last.pt")
+    own_loop, folder = own_loop_ran
+    learned, state = own_loop["tuned"].learned_state_dict(), torch.load(folder / "last.pt")
     assert state["tuned"].keys() == state["ema"].keys() == learned.keys()
     changes = [float((state["tuned"][name] - learned[name]).abs().max()) for name in ("prompts", "head.bias")]
     assert min(changes) > 1e-3
     assert own_loop["optimizer"].param_groups[0]["lr"] < 1e-6
-    saved = spt_fast.PromptedViT.from_file(tmp_path / "digits.safetensors", shipped.load_backbone())
+    saved = spt_fast.PromptedViT.from_file(folder / "digits.safetensors", shipped.load_backbone())
     assert torch.equal(saved.prompts, state["ema"]["prompts"])
 
 
 def test_the_modules_for_trainers_carry_what_learned(own_loop: dict[str, Any]) -> None:
     tuned, tuning = own_loop["tuned"], own_loop["tuning"]
     classifier = own_loop["Classifier"](tuned)
-    images, labels = shipped.load_digits("val")
+    images, labels = (tensor[:16] for tensor in shipped.load_digits("val"))
     optimizer = tuning.configure_optimizers()
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     assert {*map(id, parameters)} == {*map(id, tuned.trainable_parameters())}
@@ -325,10 +337,12 @@ def test_the_modules_for_trainers_carry_what_learned(own_loop: dict[str, Any]) -
         assert torch.equal(tuned.prompts, before["prompts"])
 
 
-def test_the_loop_in_mixed_precision_steps_as_in_float32(own_loop: dict[str, Any]) -> None:
+def test_the_loop_in_mixed_precision_steps_as_in_float32(
+    own_loop: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float16 the scaler works; nothing of its scale is left in a step."""
-    images, labels = shipped.load_digits("val")
-    own_loop["train_loader"] = [(images, labels)]
+    images, labels = (tensor[:64] for tensor in shipped.load_digits("val"))
+    monkeypatch.setitem(own_loop, "train_loader", [(images, labels)])
     tuned = own_loop["tuned"].train()
     for dtype in (torch.bfloat16, torch.float16):
         tuned.zero_grad()

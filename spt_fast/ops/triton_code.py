@@ -124,11 +124,13 @@ def _resources(cubin: bytes) -> tuple[int, int, int]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _output([knobs.nvidia.cuobjdump.path, "-res-usage", str(path)])
-        assembly = _output([knobs.nvidia.nvdisasm.path, "-c", str(path)])
-    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if match is None:
-        raise RuntimeError(f"cuobjdump gave no resource usage: {usage}")
-    return int(match[1]), int(match[2]), spills_in_loop(assembly)
+        match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        if match is None:
+            raise RuntimeError(f"cuobjdump gave no resource usage: {usage}")
+        registers, stack = int(match[1]), int(match[2])
+        # nvdisasm takes half a second, and without a stack there is nothing to look for.
+        in_loop = spills_in_loop(_output([knobs.nvidia.nvdisasm.path, "-c", str(path)])) if stack else 0
+    return registers, stack, in_loop
 
 
 def _output(command: list[str]) -> str:

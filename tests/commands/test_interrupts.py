@@ -120,19 +120,10 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def outcomes(folders, tmp_path_factory, child_environment):
+def outcomes(folders, tmp_path_factory, run_script):
     """Exit code, processes left and folder of each moment."""
     place = tmp_path_factory.mktemp("interrupted")
-    done = subprocess.run(
-        [sys.executable, "-c", f"DATA = {str(folders / 'train')!r}\n{_MOMENTS}"],
-        env={**child_environment, "OMP_NUM_THREADS": "1"},
-        cwd=place,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_script(f"DATA = {str(folders / 'train')!r}\n{_MOMENTS}", place)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     return {name: (each, place / name.replace(" ", "_")) for name, each in found.items()}

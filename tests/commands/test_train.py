@@ -242,8 +242,14 @@ def test_test_images_are_asked_for_by_name_and_evaluated_once(folders, tmp_path,
     assert f"test accuracy {accuracy:.2%} of {images:.0f} images\n" in printed
     assert evaluate("--tuned", out / TUNED_NAME, "--data", folders / "odd", "--workers", 0) == 0
     assert f"accuracy {accuracy:.2%} of {images:.0f} images" in capsys.readouterr().out
-    digits = ("--data", "digits", *VPT, "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 300)
-    assert train(*digits, "--eval-test", "--out", tmp_path / "digits") == 0
+
+
+def test_test_images_of_a_data_set_are_its_test_split(tmp_path, monkeypatch, capsys):
+    def not_trained(*_: object, **__: object) -> None:
+        raise ValueError("not trained")
+
+    monkeypatch.setattr("spt_fast.training.run.Trainer", not_trained)
+    assert train("--data", "digits", *VPT, "--eval-test", "--out", tmp_path / "digits") == 2
     assert "test: digits, split test: 600 images" in capsys.readouterr().out
 
 

@@ -10,7 +10,10 @@ import ctypes
 import importlib
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +47,28 @@ def benchmark_modules():
         return [importlib.import_module(f"benchmarks.{name}") for name in names]
 
 
+WHOLE = CSRC / "kmeans_cuda.cu"
+TWO_READS = EMULATION.parent / "native" / "two_reads.cu"
+ARCHITECTURES = ("80", "90a", "100", "120")
+
+
+@pytest.fixture(scope="module")
+def compiled(benchmark_modules, tmp_path_factory) -> Iterator[Callable[[str, Path], dict[str, Any]]]:
+    """The kernels of a source for an architecture. All are compiled at once, two at a time."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    cuda_sources, _ = benchmark_modules
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {
+            (arch, source): pool.submit(
+                cuda_sources.inspect, nvcc, arch, tmp_path_factory.mktemp("nvcc"), source
+            )
+            for arch, source in [("90a", WHOLE), *((arch, TWO_READS) for arch in ARCHITECTURES)]
+        }
+        yield lambda arch, source: jobs[arch, source].result()
+
+
 # What a warp issued for an ordinary tile when this was written, and 3 % for another nvcc.
 TILES = {
     "one_read_kernel<bf16, 2, 6, 3>": (12, 0, 865),
@@ -53,12 +78,9 @@ TILES = {
 }
 
 
-def test_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(tmp_path, benchmark_modules):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc is not installed")
+def test_kernels_use_tensor_cores_and_wide_copies_and_do_not_spill(compiled, benchmark_modules):
     cuda_sources, cuda_hot_path = benchmark_modules
-    kernels = cuda_sources.inspect(nvcc, "90a", tmp_path)
+    kernels = compiled("90a", WHOLE)
     for name, kernel in kernels.items():
         assert kernel.spill_bytes == 0, name
     found = {hot: [name for name in kernels if name.startswith(hot)] for hot in cuda_sources.HOT}
@@ -82,13 +104,10 @@ WIDE = {f"accumulate_kernel<{dtype}, uint4>" for dtype in ("fp32", "fp16", "bf16
 NARROW = {f"accumulate_kernel<{dtype}>" for dtype in ("fp32", "fp16", "bf16")}
 
 
-@pytest.mark.parametrize("arch", ["80", "90a", "100", "120"])
-def test_sums_keep_16_loads_in_flight_and_do_not_spill(tmp_path, benchmark_modules, arch):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc is not installed")
-    cuda_sources, cuda_hot_path = benchmark_modules
-    kernels = cuda_sources.inspect(nvcc, arch, tmp_path, EMULATION.parent / "native" / "two_reads.cu")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sums_keep_16_loads_in_flight_and_do_not_spill(compiled, benchmark_modules, arch):
+    _, cuda_hot_path = benchmark_modules
+    kernels = compiled(arch, TWO_READS)
     assert {name for name in kernels if name.startswith("accumulate_kernel")} == WIDE | NARROW
     for name, kernel in kernels.items():
         assert kernel.spill_bytes == 0, name

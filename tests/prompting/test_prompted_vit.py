@@ -6,8 +6,6 @@ import copy
 import gc
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -518,7 +516,7 @@ class TestTracing:
         make_random: MakeViT,
         make_images: MakeImages,
         tmp_path: Path,
-        child_environment: dict[str, str],
+        run_script: Callable[..., Any],
     ) -> None:
         tuned = PromptedViT(make_random(depth=2), make_prompts(2)).eval()
         torch.export.save(torch.export.export(tuned, (make_images(3),)), tmp_path / "tuned.pt2")
@@ -528,7 +526,8 @@ import torch, spt_fast
 images, expected = torch.load("expected.pt")
 torch.testing.assert_close(torch.export.load("tuned.pt2").module()(images), expected)
 """
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=child_environment, check=True)
+        done = run_script(code, tmp_path)
+        assert done.returncode == 0, done.stderr
 
 
 class TestRelease:

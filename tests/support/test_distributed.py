@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +43,9 @@ class Outcomes:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]) -> Outcomes:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, run_script: Callable[..., Any]) -> Outcomes:
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, str(RANKS_SCRIPT), str(folder)],
-        cwd=folder,
-        env=child_environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(RANKS_SCRIPT.read_text(), folder, str(folder))
     return Outcomes(folder, done.stderr)
 
 

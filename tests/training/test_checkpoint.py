@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
-import subprocess
-import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,7 @@ def test_a_field_that_an_older_version_did_not_have_is_its_default() -> None:
         then.check_same(Recipe(prompt_init="vipamin"), {"images": 40})
 
 
-def test_a_full_disk_leaves_the_last_whole_file(tmp_path: Path, child_environment: dict[str, str]) -> None:
+def test_a_full_disk_leaves_the_last_whole_file(tmp_path: Path, run_script: Callable[..., Any]) -> None:
     script = """
 import resource, sys, torch
 from spt_fast.training.checkpoint import Checkpoint
@@ -133,15 +132,8 @@ try:
 except OSError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=child_environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    done = run_script(script, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "cannot write c.pt: File too large" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
     assert len(Checkpoint.read(tmp_path / "c.pt").trainer["values"]) == 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -177,22 +176,14 @@ print(json.dumps({"kills": kills, "said": open("said").read()}))
 
 @pytest.fixture(scope="module")
 def outcomes(
-    tmp_path_factory: pytest.TempPathFactory, child_environment: dict[str, str]
+    tmp_path_factory: pytest.TempPathFactory, run_script: Callable[..., Any]
 ) -> tuple[Path, dict[str, Any]]:
     """The folder of the runs that were killed, and what was found there."""
     place = tmp_path_factory.mktemp("runs")
     # Other moments every time; what fails is printed.
     seed = int.from_bytes(os.urandom(3), "big")
     print(f"seed {seed}")
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT + _OUTCOMES.replace("SEED", str(seed))],
-        env={**child_environment, "OMP_NUM_THREADS": "1"},
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_script(_SCRIPT + _OUTCOMES.replace("SEED", str(seed)), place)
     assert done.returncode == 0, done.stderr[-3000:]
     return place, json.loads(done.stdout.splitlines()[-1])
 
