@@ -14,6 +14,9 @@ from typing import Any
 # Read when torch is loaded: threads that wait sleep instead of spinning. The tests are many small ops, which
 # take ten times as long where spinning threads keep each other from the cores of a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# With pytest-xdist, cores are shared by its processes.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read when Triton is imported, by whatever comes first: without a GPU its kernels run in its interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidiactl") else "1")
 # The tests run the kernels themselves, checked or not, and leave the user's cache folder alone.
