@@ -14,7 +14,7 @@ from typing import Any
 # Read when torch is loaded: threads that wait sleep instead of spinning. The tests are many small ops, which
 # take ten times as long where spinning threads keep each other from the cores of a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# With pytest-xdist, the processes are what the cores are shared by.
+# With pytest-xdist, cores are shared by its processes.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read when Triton is imported, by whatever comes first: without a GPU its kernels run in its interpreter.
@@ -258,9 +258,10 @@ def run_script(
     ) -> subprocess.CompletedProcess[str]:
         request = {"script": script, "arguments": arguments, "folder": str(folder), "seconds": seconds}
         print(json.dumps(request), file=server.stdin, flush=True)
-        code = int(server.stdout.readline())
+        code = server.stdout.readline()
+        assert code, "the fork server has ended"
         said, errors = ((output / name).read_text() for name in ("stdout", "stderr"))
-        return subprocess.CompletedProcess(script, code, said, errors)
+        return subprocess.CompletedProcess(script, int(code), said, errors)
 
     with server:
         yield run

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from spt_fast.ops import triton_code
 from spt_fast.ops.triton_code import copies_in_flight, spills_in_loop, unordered_writes
 
 
@@ -37,3 +40,20 @@ def test_spills_count_in_the_shortest_loop_that_multiplies() -> None:
     multiplying[1:1] = ["LDL.64 R4, [R1+0x8]", "STL [R1], R4"]
     assert spills_in_loop(assembly(*outer, *copying, *multiplying, *end)) == 2
     assert spills_in_loop(assembly(*outer, *copying, *end)) == 0
+
+
+@pytest.mark.parametrize(("stack", "in_loop"), [(0, 0), (8, 1)])
+def test_code_is_disassembled_only_where_something_is_on_the_stack(
+    stack: int, in_loop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    asked = []
+
+    def output(command: list[str]) -> str:
+        asked.append(command[1])
+        loop = assembly(".L_x_1", "LDL R2, [R1]", "FFMA R2, R2, R2, R2", "@P0 BRA `(.L_x_1)")
+        return loop if command[1] == "-c" else f" Function f:\n  REG:40 STACK:{stack} SHARED:0"
+
+    monkeypatch.setattr(triton_code, "_output", output)
+    assert triton_code._resources(b"") == (40, stack, in_loop)
+    assert asked == ["-res-usage", "-c"][: 1 + in_loop]
