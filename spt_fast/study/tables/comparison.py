@@ -76,12 +76,21 @@ def _section(arms: Sequence[Arm], against: str | None) -> Section:
             TableRow(label=arm.name, kind="ours", source=arm.backbone, cells=_cells(arm, tasks, reference))
             for arm in arms
         ),
-        notes=(_seeds(arms), *([] if reference is not None else [f"No run of {against} has this backbone."])),
+        notes=(_seeds(arms), *_missing(arms, against)),
     )
 
 
+def _missing(arms: Sequence[Arm], against: str | None) -> list[str]:
+    if against is None or any(arm.name == against for arm in arms):
+        return []
+    return [f"No run of {against} has this backbone."]
+
+
 def _reference(arms: Sequence[Arm], against: str | None) -> Arm | None:
+    """The arm that others are compared with; None where there is none, or are no others."""
     by_name = {arm.name: arm for arm in arms}
+    if len(arms) == 1:
+        return None
     return by_name.get("vpt-deep", arms[0]) if against is None else by_name.get(against)
 
 

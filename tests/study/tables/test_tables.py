@@ -72,6 +72,11 @@ TWO_ARMS = [
 ]
 
 
+def test_one_arm_is_compared_with_none() -> None:
+    (table,) = make_tables(seeds("linear", "digits", [0.5, 0.6]))
+    assert list(lines_of(table)["linear"])[:2] == ["digits", "lr"]
+
+
 def test_lengths_of_prompts_and_shares_of_the_data_that_are_compared_are_rows_of_their_own() -> None:
     rows = [
         *(run("spt-deep", "digits", 0.5, num_prompts=5, options=f"share={share}") for share in (0.1, 1.0)),
