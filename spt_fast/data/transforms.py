@@ -86,7 +86,7 @@ class Preprocessing:
     def describe(self, model: nn.Module, augment: str = "none") -> str:
         """One line: what is done."""
         config = _config(model)
-        height, width = size_of(model)
+        height, width = config["input_size"][-2:]
         words = {"size": f"{width} x {height}", "interpolation": config["interpolation"]}
         resized = f"--resize {self.resize} ({_RESIZE_WORDS[self.resize]}, {{interpolation}})"
         augmented = _AUGMENT_WORDS[check_choice("augment", augment, AUGMENTS)]
@@ -198,8 +198,9 @@ def channels_of(model: nn.Module) -> int:
 
 
 def size_of(model: nn.Module) -> tuple[int, int]:
-    """Height and width of the images that a model takes, in pixels."""
-    height, width = _config(model)["input_size"][-2:]
+    """Height and width of the images that a model takes, in pixels; timm's 224 where nothing says it."""
+    embedded = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = embedded or _config(model)["input_size"][-2:]
     return height, width
 
 

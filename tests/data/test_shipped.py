@@ -8,8 +8,10 @@ from importlib.resources import files
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from spt_fast.data import shipped
+from spt_fast.data.images import open_labelled_images
 
 ASSETS = files("spt_fast") / "assets"
 
@@ -96,3 +98,20 @@ def test_truncated_backbone_is_refused(tmp_path):
 def test_foreign_safetensors_is_no_backbone():
     with pytest.raises(ValueError, match=r"was not written by examples/pretrain_backbone\.py"):
         shipped.load_backbone(ASSETS.joinpath("digits.safetensors"))
+
+
+@pytest.mark.parametrize("patches", [(48, 32), 16], ids=["not square", "square"])
+def test_digits_come_in_the_size_of_the_model(patches):
+    model = VisionTransformer(
+        img_size=patches, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=0
+    )
+    loader = open_labelled_images("digits", model, split="val", batch_size=7).loader
+    images, labels = next(iter(loader))
+    assert images.shape[2:] == ((48, 32) if patches == (48, 32) else (16, 16))
+    original, known = shipped.load_digits("val")
+    expected = torch.nn.functional.interpolate(original, size=images.shape[2:], mode="bilinear")
+    dataset = loader.dataset.tensors
+    torch.testing.assert_close(dataset[0], expected)
+    assert torch.equal(dataset[1], known)
+    assert model(images).shape == (7, 16)
+    assert len(labels) == 7

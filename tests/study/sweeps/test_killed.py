@@ -35,9 +35,9 @@ PLAN = {
         "last": {"method": "spt-deep", "num_prompts": 3, "prototypes": {"source": "last"}},
         "linear": {},
     },
-    "search": {"lr": [1e-3, 1e-2]},
+    "search": {"lr": [1e-3, 3e-3, 1e-2]},
     "images": {"share": 0.5},
-    "seeds": [0, 1],
+    "seeds": [0, 1, 2],
     "nmi": True,
 }
 
@@ -62,10 +62,10 @@ draw = random.Random(seed)
 for number in range(kills):
     before = rows()
     child = start("broken")
-    # Some moment of the run after the first one that it finishes.
+    # Some moment of the run after the first one that it finishes; well before twelve runs are through.
     while rows() == before:
         time.sleep(0.01)
-    time.sleep(draw.uniform(0, whole / 12))
+    time.sleep(draw.uniform(0, whole / 24))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it ended before it was killed"
     print(f"killed with {rows()} rows", flush=True)
@@ -90,7 +90,7 @@ def test_a_sweep_killed_five_times_ends_with_the_same_table(tmp_path, child_envi
     assert rows == sorted(set(rows))
     unbroken, broken = (_without_seconds(tmp_path / name / "runs.csv") for name in ("unbroken", "broken"))
     assert broken == unbroken
-    assert len(unbroken) == 1 + 2 * (2 + 2)
+    assert len(unbroken) == 1 + 2 * (3 + 3)
     assert not list((tmp_path / "broken").glob("runs/*/checkpoint.pt"))
     finals = [line[0] for line in unbroken if line[1] == "final"]
     for name in finals:
