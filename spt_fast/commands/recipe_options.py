@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from spt_fast.commands.options import key_and_value
 
 if TYPE_CHECKING:
-    from spt_fast.training.recipe import Option, Recipe
+    from spt_fast.training.recipe import Recipe
+    from spt_fast.training.recipe_values import Option
 
 # What an option says for None.
 UNSET = "unset"

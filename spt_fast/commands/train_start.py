@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from spt_fast.commands import options
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from spt_fast.data.cache import ImageCache
+    from spt_fast.data.loading import ImageLoader
     from spt_fast.prototypes.result import Prototypes
     from spt_fast.support.distributed import Processes
     from spt_fast.training.folder import RunFolder
@@ -21,50 +24,44 @@ def find_start(
     folder: RunFolder, args: argparse.Namespace, recipe: Recipe, model: nn.Module, cache: ImageCache | None
 ) -> Prototypes | Tensor | None:
     """What prompts start from, made of training images; a run that goes on has it already."""
-    from spt_fast.methods.registry import METHODS
-
     if args.prompts is not None or recipe.prompts_from not in ("prototypes", "vipamin"):
         return None
     if (kept := folder.kept_start()) is not None:
         return kept
-    count = recipe.num_prompts or METHODS[recipe.method_name].num_prompts
-    assert count is not None
-    if recipe.prompts_from == "prototypes":
-        return _prototypes(folder.processes, args, recipe, model, cache, count)
-    return _vipamin(folder.processes, args, recipe, model, cache, count)
+    open_images = partial(options.open_images, args, model, in_classes=True, cache=cache)
+    make = _prototypes if recipe.prompts_from == "prototypes" else _vipamin
+    return make(recipe, model, open_images, folder.processes)
 
 
 def _prototypes(
-    processes: Processes,
-    args: argparse.Namespace,
-    recipe: Recipe,
-    model: nn.Module,
-    cache: ImageCache | None,
-    count: int,
+    recipe: Recipe, model: nn.Module, open_images: Callable[..., ImageLoader], processes: Processes
 ) -> Prototypes:
     from spt_fast.prototypes.build import build_prototypes
 
-    images = options.open_images(args, model, in_classes=True, cache=cache, processes=processes)
+    count = _count(recipe)
+    images = open_images(processes=processes)
     options.check_num_prompts(count, recipe.depth, model, images.num_images)
     with options.nothing_readable_explained(images):
         return build_prototypes(model, images, num_prompts=count, depth=recipe.depth, seed=recipe.seed)
 
 
 def _vipamin(
-    processes: Processes,
-    args: argparse.Namespace,
-    recipe: Recipe,
-    model: nn.Module,
-    cache: ImageCache | None,
-    count: int,
+    recipe: Recipe, model: nn.Module, open_images: Callable[..., ImageLoader], processes: Processes
 ) -> Tensor:
     """Of a few images, drawn at random: each process looks at all of them, and all take what rank 0 found."""
     from spt_fast.methods.vipamin import VIPAMIN_IMAGES, check_vipamin, vipamin_prompts
 
+    count = _count(recipe)
     given: dict[str, Any] = {**recipe.prompt_init_options, "depth": recipe.depth}
     check_vipamin(model, count, **given)
     most = given.get("max_images", VIPAMIN_IMAGES)
-    images = options.open_images(args, model, in_classes=True, cache=cache, max_images=most)
+    images = open_images(max_images=most)
     with options.nothing_readable_explained(images):
         found = vipamin_prompts(model, images, count, seed=recipe.seed, **given)
     return processes.gather(found)[0]
+
+
+def _count(recipe: Recipe) -> int:
+    count = recipe.prompts_per_block
+    assert count is not None
+    return count

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from spt_fast.methods.registry import METHODS
 from spt_fast.support.names import nearest
-from spt_fast.training.recipe_values import OF_PROMPTS, check_optimizer, check_options, check_prompt_init
+from spt_fast.training.recipe_values import OF_PROMPTS, Option, check_prompt_init
 from spt_fast.training.shipped_recipes import shipped
 
 GROUPS = ("model", "images", "optimisation", "choice")
@@ -285,6 +285,11 @@ class Recipe:
         return self.prompts_from == "prototypes"
 
     @property
+    def prompts_per_block(self) -> int | None:
+        """`num_prompts`, or as many as `method` has where it is not stated; None where there are none."""
+        return self.num_prompts or METHODS[self.method_name].num_prompts
+
+    @property
     def warmup(self) -> float:
         """`warmup_epochs`, or a tenth of `epochs` where it is not stated."""
         return 0.1 * self.epochs if self.warmup_epochs is None else self.warmup_epochs
@@ -351,52 +356,6 @@ class Recipe:
             )
         if self.amp == "fp16" and self.weight_dtype is not None:
             raise ValueError(f"amp='fp16' and weight_dtype={self.weight_dtype!r} contradict each other")
-
-
-class Option(NamedTuple):
-    """A field of `Recipe` as an option sees it.
-
-    Attributes:
-        kind: bool, int, float, str, or dict.
-        choices: the words that a str may be; empty where any may.
-        optional: whether None is allowed.
-        bounds: of a number: as in `support.arguments.check_number`.
-    """
-
-    name: str
-    group: str
-    help: str
-    default: Any
-    kind: type
-    choices: tuple[str, ...]
-    optional: bool
-    bounds: Mapping[str, Any]
-
-    def check(self, value: Any) -> Any:
-        """`value` in the type of the field; TypeError or ValueError where it is none of its values."""
-        from spt_fast.support.arguments import (
-            check_bool,
-            check_choice,
-            check_int,
-            check_number,
-            check_seed,
-        )
-
-        if value is None and self.optional:
-            return None
-        if self.name == "seed":
-            return check_seed(value)
-        if self.name == "optimizer":
-            return check_optimizer(value)
-        if self.kind is dict:
-            return check_options(self.name, value)
-        if self.choices:
-            return check_choice(self.name, value, self.choices)
-        if self.kind is bool:
-            return check_bool(self.name, value)
-        if self.kind is int:
-            return check_int(self.name, value, int(self.bounds["minimum"]))
-        return check_number(self.name, value, **self.bounds)
 
 
 @cache

@@ -1,9 +1,9 @@
-"""Values of a recipe that are neither plain numbers nor words of a list: how they are checked."""
+"""Values of a recipe: what an option says of its own, and how they are checked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from spt_fast.methods.registry import METHODS
 from spt_fast.support.names import nearest
@@ -94,3 +94,49 @@ def check_optimizer(value: Any) -> str:
             f"got {value!r}{nearest(str(value), known)}"
         )
     return value
+
+
+class Option(NamedTuple):
+    """A field of `Recipe` as an option sees it.
+
+    Attributes:
+        kind: bool, int, float, str, or dict.
+        choices: the words that a str may be; empty where any may.
+        optional: whether None is allowed.
+        bounds: of a number: as in `support.arguments.check_number`.
+    """
+
+    name: str
+    group: str
+    help: str
+    default: Any
+    kind: type
+    choices: tuple[str, ...]
+    optional: bool
+    bounds: Mapping[str, Any]
+
+    def check(self, value: Any) -> Any:
+        """`value` in the type of the field; TypeError or ValueError where it is none of its values."""
+        from spt_fast.support.arguments import (
+            check_bool,
+            check_choice,
+            check_int,
+            check_number,
+            check_seed,
+        )
+
+        if value is None and self.optional:
+            return None
+        if self.name == "seed":
+            return check_seed(value)
+        if self.name == "optimizer":
+            return check_optimizer(value)
+        if self.kind is dict:
+            return check_options(self.name, value)
+        if self.choices:
+            return check_choice(self.name, value, self.choices)
+        if self.kind is bool:
+            return check_bool(self.name, value)
+        if self.kind is int:
+            return check_int(self.name, value, int(self.bounds["minimum"]))
+        return check_number(self.name, value, **self.bounds)

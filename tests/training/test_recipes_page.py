@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from spt_fast import Recipe
-from spt_fast.training.recipe import GROUPS, Option, options
+from spt_fast.training.recipe import GROUPS, options
+from spt_fast.training.recipe_values import Option
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 

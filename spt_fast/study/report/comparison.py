@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from spt_fast.study.names import arm_names
 from spt_fast.study.runs import Row
 from spt_fast.study.statistics import deviation, mean
+from spt_fast.study.sweeps.choice import best
 
 
 @dataclass(frozen=True)
@@ -88,26 +89,18 @@ def chosen_rows(rows: Sequence[Row]) -> list[Row]:
     """
     chosen = {_values(row) for row in rows if row.stage == "final"}
     settled = {(row.task, row.arm) for row in rows if row.stage == "final"}
-    found: list[Row] = []
-    best: dict[tuple[str, str], Row] = {}
-    for row in rows:
-        key = (row.task, row.arm)
-        if row.stage != "search" or row.val_accuracy is None:
-            continue
-        if key in settled:
-            found += [row] * (_values(row) in chosen)
-        elif key not in best or _rank(row) > _rank(best[key]):
-            best[key] = row
-    return [*found, *best.values()]
+    searched = [row for row in rows if row.stage == "search" and row.val_accuracy is not None]
+    open_ones: dict[tuple[str, str], list[Row]] = {}
+    for row in searched:
+        if (row.task, row.arm) not in settled:
+            open_ones.setdefault((row.task, row.arm), []).append(row)
+    found = [best(tried) for tried in open_ones.values()]
+    return [*(row for row in searched if _values(row) in chosen), *(row for row in found if row is not None)]
 
 
 def _values(row: Row) -> tuple[object, ...]:
     """What tells apart the runs of an arm, but for stage and seed."""
     return row.task, row.arm, row.num_prompts, row.lr, row.weight_decay, row.options
-
-
-def _rank(row: Row) -> tuple[float, float]:
-    return row.val_accuracy or 0.0, -row.lr
 
 
 def _cell(rows: Sequence[Row], tested: bool) -> Cell:

@@ -23,7 +23,7 @@ from spt_fast.prototypes.build import build_prototypes
 from spt_fast.prototypes.options import choose_capacity
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.study.runs import PROTOTYPES_FOLDER, RUNS_FOLDER, Row
-from spt_fast.study.sweeps.plan import PlannedRun, num_prompts_of
+from spt_fast.study.sweeps.plan import PlannedRun
 from spt_fast.study.sweeps.tasks import Task
 from spt_fast.support.memory import free_memory
 from spt_fast.training.build import build
@@ -174,9 +174,11 @@ class Workshop:
         reading = {name: getattr(recipe, name) for name in ("batch_size", "resize", "mean_std")}
         key = (task, recipe.augment, *reading.values())
         if key not in self._pools:
-            given = {name: value for name, value in self._images.items() if task.takes(name)}
-            for name in ("cache", "cache_budget"):
-                given.pop(name, None)
+            given = {
+                name: value
+                for name, value in self._images.items()
+                if task.takes(name) and name not in ("cache", "cache_budget")
+            }
             images = open_task(
                 self._opened(recipe),
                 **task.names(),  # type: ignore[arg-type]
@@ -215,7 +217,7 @@ class Workshop:
 
     def _vipamin(self, planned: PlannedRun) -> Tensor:
         """Of a few images, and so made anew for every run."""
-        recipe, number = planned.recipe, num_prompts_of(planned.recipe)
+        recipe, number = planned.recipe, planned.recipe.prompts_per_block
         assert number is not None
         pool = self._pool(planned.task, recipe)
         images = pool.plain(_rows(pool, planned), seed=recipe.seed)
@@ -233,7 +235,7 @@ class Workshop:
 
     def _built(self, planned: PlannedRun) -> Prototypes:
         start, recipe = planned.arm.prototypes, planned.recipe
-        number = num_prompts_of(recipe)
+        number = recipe.prompts_per_block
         assert number is not None
         pool = self._pool(start.task or planned.task, recipe)
         rows = _rows(pool, planned)

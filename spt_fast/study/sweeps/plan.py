@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from spt_fast.methods.registry import METHODS
 from spt_fast.study.runs import Stage
 from spt_fast.study.sweeps.arms import Arm, read_arms
 from spt_fast.study.sweeps.search import RandomSearch, Trial, Values, read_axes, trials
@@ -60,7 +59,7 @@ class PlannedRun:
             return None
         start, recipe = self.arm.prototypes, self.recipe
         source = start.task or self.task
-        number = num_prompts_of(recipe)
+        number = recipe.prompts_per_block
         how = {name: value for name in ("resize", "mean_std") if (value := getattr(recipe, name))}
         parts = [
             source.name,
@@ -146,7 +145,7 @@ class Group:
         )
 
     def _name(self, recipe: Recipe, others: Mapping[str, Any], stage: str) -> str:
-        number = num_prompts_of(recipe)
+        number = recipe.prompts_per_block
         varied = {name for name in (*self.compared, *self.plan.search, *self.arm.search)}
         parts = [
             self.task.name,
@@ -276,11 +275,6 @@ class Plan:
                 if run.name in names:
                     raise ValueError(f"two runs would have the name {run.name}: give arms other names")
                 names.add(run.name)
-
-
-def num_prompts_of(recipe: Recipe) -> int | None:
-    """Prompts per block, also where the recipe leaves the number to the method; None where there are none."""
-    return recipe.num_prompts or METHODS[recipe.method_name].num_prompts
 
 
 def text_of(value: Any) -> str:

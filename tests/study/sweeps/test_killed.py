@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 # All sweeps are forks of one process that has imported everything; images and backbone are few and tiny.
 _SCRIPT = r"""
@@ -74,16 +72,8 @@ assert os.waitpid(start("broken"), 0)[1] == 0
 _KILLS = 5
 
 
-def test_a_sweep_killed_five_times_ends_with_the_same_table(tmp_path, child_environment):
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(_KILLS), "0"],
-        cwd=tmp_path,
-        env=child_environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+def test_a_sweep_killed_five_times_ends_with_the_same_table(tmp_path, run_script):
+    done = run_script(_SCRIPT, tmp_path, str(_KILLS), "0", seconds=500)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [int(count) for count in re.findall(r"killed with (\d+) rows", done.stdout)]
     assert len(rows) == _KILLS
