@@ -25,7 +25,7 @@ from spt_fast.commands.demo.run import classifier
 from spt_fast.data.shipped import few_per_class, load_backbone, load_digits
 from spt_fast.training.loop import fit, shuffled_loader
 
-HEAD_RATE = 1e-2
+HEAD_RATE = 3e-3
 
 
 def random_prompts(num_prompts: int, seed: int) -> Tensor:

@@ -150,7 +150,7 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
         ("arms", args.methods),
         ("search", args.search and dict(args.search)),
         ("compare", args.compare and dict(args.compare)),
-        ("random", args.random and {"trials": args.random, "seed": args.random_seed}),
+        ("random", None if args.random is None else {"trials": args.random, "seed": args.random_seed}),
         (
             "images",
             {name: vars(args)[name] for name in ("share", "per_class") if vars(args)[name] is not None},

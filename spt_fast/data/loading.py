@@ -6,11 +6,13 @@ import copy
 import gc
 import os
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -89,6 +91,7 @@ class ImageLoader:
             DataLoader,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            worker_init_fn=_be_quiet_when_left,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(seed),
         )
@@ -251,6 +254,20 @@ class _Pass:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _be_quiet_when_left(_worker: int) -> None:
+    """In a worker: no traceback where the process that fetches its batches ends meanwhile.
+
+    A thread of multiprocessing hands batches over, and gives `sys.excepthook` the error of such an end.
+    """
+    report = sys.excepthook
+
+    def unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, ConnectionError | EOFError):
+            report(kind, error, trace)
+
+    sys.excepthook = unless_left
 
 
 @contextmanager

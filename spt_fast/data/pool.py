@@ -97,9 +97,19 @@ class Pool:
             ValueError: there are no validation images; both `share` and `per_class` are given, or one is out
                 of range; the labels are not known without reading the images.
         """
-        found = self._part(part)
+        return self.drawn(self._part(part), share=share, per_class=per_class, seed=seed)
+
+    def drawn(
+        self,
+        rows: Sequence[int],
+        *,
+        share: float | None = None,
+        per_class: int | None = None,
+        seed: int = 0,
+    ) -> list[int]:
+        """As many of these places as are asked for, in their order; the rest is as in `rows`."""
         if share is None and per_class is None:
-            return list(found)
+            return list(rows)
         if share is not None and per_class is not None:
             raise ValueError(f"images must be share or per_class, got {share} and {per_class}")
         known = labels_of(self._plain)
@@ -108,12 +118,13 @@ class Pool:
                 "images: share and per_class need the labels of all images, which these data give only with "
                 "the images"
             )
-        labels = torch.tensor(known)[found.start : found.stop]
+        labels = torch.tensor([known[row] for row in rows])
         if per_class is not None:
-            drawn = few_per_class(labels, per_class, seed=seed)
+            places = few_per_class(labels, per_class, seed=seed)
         else:
-            drawn = draw_share(labels, check_number("share", share, above=0), seed=seed)
-        return sorted((drawn + found.start).tolist())
+            assert share is not None
+            places = draw_share(labels, share, seed=seed)
+        return [rows[place] for place in sorted(places.tolist())]
 
     def training(
         self,
@@ -224,8 +235,7 @@ def draw_share(labels: Tensor, share: float, *, seed: int) -> Tensor:
     Raises:
         ValueError: `share` is not above 0 and at most 1.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must be above 0 and at most 1, got {share}")
+    share = check_number("share", share, above=0, maximum=1)
     generator = torch.Generator().manual_seed(check_seed(seed))
     drawn = []
     for label in torch.unique(labels).tolist():

@@ -24,7 +24,7 @@ from spt_fast.support.randomness import seeded
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-BACKBONE_NAME = "spt_fast_mae_tiny_patch4_32"
+BACKBONE_NAME = "spt_fast_mae_tiny_patch8_64"
 DIGITS_MAX = 16
 DIGITS_CLASSES = tuple(map(str, range(10)))
 # Rows of the file, which keeps the order of the collection: neighbours are alike (same writers), and
@@ -34,7 +34,7 @@ _ARCHITECTURE_KEYS = {"img_size", "patch_size", "embed_dim", "depth", "num_heads
 
 
 def load_backbone(path: str | Path | None = None) -> VisionTransformer:
-    """The shipped ViT without a head, float32, in eval mode: [B, 3, 32, 32] -> [B, D].
+    """The shipped ViT without a head, float32, in eval mode: [B, 3, 64, 64] -> [B, D].
 
     `path` names another file written by examples/pretrain_backbone.py. Mean, standard deviation
     and image size are in `model.pretrained_cfg`, where timm looks for them.
@@ -85,7 +85,7 @@ def load_digits(split: str) -> tuple[Tensor, Tensor]:
         split: "train" (897 images), "val" (300) or "test" (600).
 
     Returns:
-        images [M, 3, 32, 32] float32, upsampled bilinearly from 8x8 and normalised with the
+        images [M, 3, 64, 64] float32, upsampled bilinearly from 8x8 and normalised with the
         backbone's mean and standard deviation, and labels [M] int64 in 0..9.
 
     Raises:

@@ -79,7 +79,7 @@ def prompt_attention_backward(
     if not images and on_cpu:
         return nothing, *_prompt_gradients(grad, q, prompt_k, prompt_v, out, lse, scale)
     tokens = q.shape[2]
-    differentiate = _flash_backward if on_cpu else differentiate_plainly
+    differentiate = _differentiate_on_cpu if on_cpu else differentiate_plainly
     dq, dk, dv = differentiate(
         grad.transpose(1, 2), q, join_prompts(k, prompt_k), join_prompts(v, prompt_v), out.transpose(1, 2),
         lse, 0.0, False, scale=scale,
@@ -106,8 +106,20 @@ def _prompt_gradients(
     sequences = (_one_image(tensor) for tensor in (grad, q.transpose(1, 2), out))
     grad, q, out = (sequence.transpose(1, 2) for sequence in sequences)
     sums = lse.transpose(0, 1).flatten(1)[None]
-    _, dk, dv = _flash_backward(grad, q, prompt_k[None], prompt_v[None], out, sums, 0.0, False, scale=scale)
+    _, dk, dv = _differentiate_on_cpu(
+        grad, q, prompt_k[None], prompt_v[None], out, sums, 0.0, False, scale=scale
+    )
     return dk[0].contiguous(), dv[0].contiguous()
+
+
+def _differentiate_on_cpu(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dropout: float, causal: bool, *, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """PyTorch's flash kernel in float32 at least: narrow, it takes longer, in float16 several times."""
+    (grad, _), (q, dtype), (k, _), (v, _), (out, _) = map(_widened, (grad, q, k, v, out))
+    dq, dk, dv = _flash_backward(grad, q, k, v, out, lse, dropout, causal, scale=scale)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,16 @@ def arm_names(rows: Iterable[Row]) -> dict[str, str]:
     for row in rows:
         found.setdefault((row.arm, row.task), set()).add((row.num_prompts, row.options))
     several = {arm for (arm, _), configurations in found.items() if len(configurations) > 1}
-    return {row.run: _full_name(row) if row.arm in several else row.arm for row in rows}
+    common = {arm: set.intersection(*(set(_words(row)) for row in rows if row.arm == arm)) for arm in several}
+    return {
+        row.run: ", ".join([row.arm, *(word for word in _words(row) if word not in common[row.arm])])
+        if row.arm in several
+        else row.arm
+        for row in rows
+    }
 
 
-def _full_name(row: Row) -> str:
-    prompts = "" if row.num_prompts is None else f"{row.num_prompts} prompts"
-    return ", ".join(part for part in (row.arm, prompts, row.options.replace(";", ", ")) if part)
+def _words(row: Row) -> dict[str, None]:
+    """What a configuration is told apart by, in order."""
+    prompts = [] if row.num_prompts is None else [f"{row.num_prompts} prompts"]
+    return dict.fromkeys([*prompts, *(option for option in row.options.split(";") if option)])

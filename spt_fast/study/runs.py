@@ -151,6 +151,9 @@ def _row(cells: dict[str, str], where: str) -> Row:
             values[field.name] = _KINDS[str(field.type)](cell)
         except ValueError:
             raise ValueError(f"{where}: {field.name} must be {field.type}, got {cell!r}") from None
+    for name in ("val_accuracy", "test_accuracy"):
+        if values[name] is not None and not 0 <= values[name] <= 1:
+            raise ValueError(f"{where}: {name} must be in [0, 1], got {cells[name]!r}")
     return Row(**values)
 
 

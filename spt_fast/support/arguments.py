@@ -39,21 +39,23 @@ def check_number(
     *,
     above: float | None = None,
     below: float | None = None,
+    maximum: float | None = None,
     otherwise: str = "",
 ) -> float:
-    """`value` as a finite float of at least `minimum`, greater than `above`, and less than `below`.
+    """`value` as a finite float in `minimum`..`maximum`, greater than `above`, and less than `below`.
 
     Raises:
         TypeError: not a number.
         ValueError: NaN, infinite or out of range.
     """
-    signs = ((">=", minimum), (">", above), ("<", below))
+    signs = ((">=", minimum), (">", above), ("<", below), ("<=", maximum))
     bounds = " and ".join(f"{sign} {bound:g}" for sign, bound in signs if bound is not None)
     allowed = " ".join(part for part in ("a finite number", bounds, otherwise) if part)
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} must be {allowed}, got {value!r}")
     too_small = (minimum is not None and value < minimum) or (above is not None and value <= above)
-    if not math.isfinite(value) or too_small or (below is not None and value >= below):
+    too_large = (maximum is not None and value > maximum) or (below is not None and value >= below)
+    if not math.isfinite(value) or too_small or too_large:
         raise ValueError(f"{name} must be {allowed}, got {value}")
     return float(value)
 

@@ -115,7 +115,7 @@ def test_the_shipped_backbone_is_normalised_after_the_average(
     pool: str, make_images: Callable[..., Tensor]
 ) -> None:
     tuned = PromptedViT(open_model("shipped", pool=pool), 5, num_classes=3).eval()
-    images, plain = make_images(), load_backbone()
+    images, plain = make_images(size=64), load_backbone()
     with torch.no_grad():
         x = plain._pos_embed(plain.patch_embed(images))
         outputs = x

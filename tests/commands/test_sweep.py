@@ -55,6 +55,11 @@ def test_a_range_and_folders():
     assert found["data"] == [{"data": "train", "val_data": "val", "test_data": "test"}]
 
 
+def test_no_trials_are_not_taken_for_all_of_them():
+    with pytest.raises(ValueError, match="random: trials must be an integer >= 1, got 0"):
+        Plan.read(plan(*BASE, "--search", "lr=1,2", "--random", 0))
+
+
 def test_options_win_over_the_file(tmp_path):
     path = tmp_path / "plan.yaml"
     path.write_text("model: a\ndata: digits\narms: {linear: {}}\nrecipe: {epochs: 9, lr: 1.0}\nseeds: [5]\n")

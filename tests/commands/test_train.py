@@ -105,7 +105,7 @@ def test_the_run_is_the_same_with_and_without_a_cache_and_says_what_is_kept(fold
         assert train(*base, "--cache", *cache, "--out", tmp_path / name) == 0
         printed = capsys.readouterr().out
         assert ("decoded images are kept in memory, up to 1.0 MiB\n" in printed) is (name == "kept")
-        assert (f"{folders / 'train'}: kept 24 of 24 images (0.1 MiB)\n" in printed) is (name == "kept")
+        assert (f"{folders / 'train'}: kept 24 of 24 images (0.3 MiB)\n" in printed) is (name == "kept")
         assert (f"{folders / 'odd'}: kept " in printed) is (name == "kept")
     kept, off = (reopened(tmp_path / name / TUNED_NAME) for name in ("kept", "off"))
     assert torch.equal(kept.prompts, off.prompts)
@@ -122,7 +122,7 @@ def test_training_images_are_augmented_and_those_of_eval_are_not(folders):
     augmented = open_labelled_images(str(folders / "train"), model, workers=0, training=True, seed=1)
     epochs = [torch.cat([images for images, _ in augmented.loader]) for _ in range(2)]
     assert not torch.equal(*epochs)
-    assert epochs[0].shape == (augmented.num_images, 3, 32, 32)
+    assert epochs[0].shape == (augmented.num_images, 3, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -441,8 +441,8 @@ def test_both_rates_are_said_and_written(folders, tmp_path, capsys):
         0.002,
     )
     assert train(*base, "--out", tmp_path / "default") == 0
-    # VPT's uniform values for patches of 4 x 4 and width 128 have about this root mean square.
-    expected = PROMPT_LR_FACTOR * 0.002 * (2 / (3 * 4 * 4 + 128)) ** 0.5
+    # VPT's uniform values for patches of 8 x 8 and width 192 have about this root mean square.
+    expected = PROMPT_LR_FACTOR * 0.002 * (2 / (3 * 8 * 8 + 192)) ** 0.5
     said = re.search(r"^learning rates: head 0.002, prompts (\S+)$", capsys.readouterr().out, re.MULTILINE)
     assert float(said[1]) == pytest.approx(expected, rel=0.1)
     assert train(*base, "--prompt-lr", 0.5, "--freeze-prompts", "--out", tmp_path / "frozen") == 0
@@ -496,7 +496,7 @@ def test_random_weights_are_the_same_every_time():
     torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("change", [{"patch_size": "8x8"}, {"num_blocks": "7"}])
+@pytest.mark.parametrize("change", [{"patch_size": "4x4"}, {"num_blocks": "7"}])
 def test_prototypes_of_another_backbone_are_refused(change, tmp_path, only_error):
     model = shipped.load_backbone()
     images = [shipped.load_digits("val")[0][:8]]

@@ -107,7 +107,7 @@ def test_images_that_are_not_augmented_come_in_the_same_order(workers, folder, b
     expected = epochs_of(plain, 3)
     assert_same_bits(epochs_of(kept, 3), expected)
     assert [labels.tolist() for _, labels in expected[0]] != [labels.tolist() for _, labels in expected[1]]
-    assert cache.summary() == [f"{folder}: kept 7 of 7 images (0.0 MiB)"]
+    assert cache.summary() == [f"{folder}: kept 7 of 7 images (0.1 MiB)"]
 
 
 def test_each_image_is_decoded_once(folder, backbone, decoded):
@@ -132,8 +132,8 @@ def test_prototypes_and_training_decode_once_together(training, folder, backbone
 
 
 def test_what_does_not_fit_is_decoded_anew(folder, backbone, decoded):
-    """32 x 32 pixels of three bytes: three images fit."""
-    cache = ImageCache("ram", 10_000)
+    """64 x 64 pixels of three bytes: three images fit."""
+    cache = ImageCache("ram", 40_000)
     loader = open_labelled_images(str(folder), backbone, workers=0, cache=cache).loader
     epochs_of(loader, 2)
     assert len(decoded) == 7 + 4

@@ -125,7 +125,7 @@ def test_missing_files_are_counted_and_named_or_skipped(write, tmp_path):
     (images, labels), *rest = list(opened.loader)
     assert not rest
     assert labels.tolist() == [0]
-    assert images.shape == (1, 3, 32, 32)
+    assert images.shape == (1, 3, 64, 64)
     assert sorted(opened.loader.unreadable) == [str(tmp_path / "c.png"), str(tmp_path / "gone/b.png")]
 
 

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -322,3 +323,24 @@ def test_workers_do_not_collect_what_the_parent_is_done_with(capfd):
     assert len(list(loader)) == 4
     gc.collect()
     assert capfd.readouterr().err == f"{os.getpid()}\n"
+
+
+class _Left(Dataset):
+    """What the thread that hands over a worker's batches does with an error."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        for error in (ConnectionResetError("the parent is gone"), EOFError(), ValueError("a real one")):
+            sys.excepthook(type(error), error, None)
+        return torch.zeros(1), 0
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_worker_says_nothing_of_a_parent_that_is_gone(capfd, monkeypatch):
+    # torch.distributed leaves a hook of its own behind, which says the rank.
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    list(ImageLoader(_Left(), num_images=1, num_workers=1))
+    assert capfd.readouterr().err == "ValueError: a real one\n"
+    assert sys.excepthook is sys.__excepthook__

@@ -115,7 +115,7 @@ def test_shares_are_drawn_by_the_seed_of_each_class_and_lie_in_larger_ones():
     assert draw_share(labels, 0.5, seed=3).tolist() == draw_share(labels, 0.5, seed=3).tolist()
     assert half != set(draw_share(labels, 0.5, seed=4).tolist())
     for share in (0.0, 1.1):
-        with pytest.raises(ValueError, match="share must be above 0 and at most 1"):
+        with pytest.raises(ValueError, match="share must be a finite number > 0 and <= 1"):
             draw_share(labels, share, seed=0)
 
 

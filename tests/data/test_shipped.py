@@ -40,7 +40,7 @@ def test_splits_are_disjoint_and_cover_all():
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_each_split_holds_every_digit(split):
     images, labels = shipped.load_digits(split)
-    assert images.shape == (len(labels), 3, 32, 32)
+    assert images.shape == (len(labels), 3, 64, 64)
     assert images.dtype == torch.float32
     assert torch.bincount(labels, minlength=10).min() >= 25
 
@@ -72,7 +72,7 @@ def test_backbone_is_ready_for_use_with_timm():
     config = resolve_model_data_config(model)
     facts = shipped.backbone_facts()
     assert not model.training
-    assert config["input_size"] == (3, 32, 32)
+    assert config["input_size"] == (3, 64, 64)
     assert list(config["mean"]) == facts["mean"]
     assert list(config["std"]) == facts["std"]
     assert all(p.dtype == torch.float32 for p in model.parameters())

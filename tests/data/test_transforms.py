@@ -119,10 +119,10 @@ def test_names_must_be_known(arguments, expected):
 def test_words_name_the_options():
     model = shipped.load_backbone()
     assert Preprocessing("vtab", "imagenet").describe(model) == (
-        "transform: --resize vtab (straight to 32 x 32, bilinear), no augmentation, --mean-std imagenet"
+        "transform: --resize vtab (straight to 64 x 64, bilinear), no augmentation, --mean-std imagenet"
     )
     assert Preprocessing("fgvc").describe(model, "resized-crop") == (
-        "transform: random resized crops to 32 x 32 (bilinear) and flips, --mean-std model"
+        "transform: random resized crops to 64 x 64 (bilinear) and flips, --mean-std model"
     )
 
 

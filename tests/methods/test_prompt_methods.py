@@ -262,7 +262,7 @@ def test_a_file_fits_a_model_opened_to_average_prompts(
     """Methods whose prompts are no tokens, or that have none, average the patches there."""
     start: dict[str, Any] = {"prompts": NUM_PROMPTS} if name in CASES else {}
     tuned: Any = tune(open_model("shipped"), name, num_classes=3, **start).eval()
-    images = make_images(2)
+    images = make_images(2, size=64)
     expected = tuned(images)
     others = 0 if name in ("cvpt", "linear") else NUM_PROMPTS
     x = tuned.forward_features(images)

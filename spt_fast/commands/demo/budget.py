@@ -22,11 +22,11 @@ class Rates:
 
 # Chosen on the validation split by examples/tune_demo.py; the whole sweep is in docs/demo.md.
 LEARNING_RATES = {
-    "linear probe": Rates(head=1e-2),
-    "VPT-Deep, frozen": Rates(head=1e-2),
-    "SPT-Deep, frozen": Rates(head=1e-2),
-    "VPT-Deep": Rates(head=1e-2, prompts=1.0),
-    "SPT-Deep": Rates(head=1e-2, prompts=1.0),
+    "linear probe": Rates(head=3e-3),
+    "VPT-Deep, frozen": Rates(head=3e-3),
+    "SPT-Deep, frozen": Rates(head=3e-3),
+    "VPT-Deep": Rates(head=3e-3, prompts=1.0),
+    "SPT-Deep": Rates(head=3e-3, prompts=1.0),
 }
 METHODS = tuple(LEARNING_RATES)
 
@@ -41,12 +41,12 @@ class Budget:
     """
 
     images_per_class: int = 10
-    epochs: int = 30
-    warmup_epochs: float = 3
+    epochs: int = 25
+    warmup_epochs: float = 2.5
     batch_size: int = 20
     num_prompts: int = 20
     weight_decay: float = 1e-4
-    val_every: int = 3
+    val_every: int = 5
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from spt_fast.study.report.html import (
 )
 from spt_fast.study.report.input import Confusion, StudyFolder, read_classes, read_confusion
 from spt_fast.study.report.results import NOTHING
-from spt_fast.study.runs import Row
+from spt_fast.study.runs import RUNS_FOLDER, Row
 from spt_fast.training.folder import TEST_CLASSES_NAME, TEST_CONFUSION_NAME
 
 # Larger matrices are shown by their most frequent confusions.
@@ -41,6 +41,7 @@ def confusion_section(study: StudyFolder, compared: Comparison) -> Section | Non
         parts += [element("h3", task), grid([_shown(best, found[best])], "heats")]
         if others:
             parts.append(folded(f"The other {len(others)} arms", grid(others, "heats")))
+    _note_lacking(study, compared)
     if not parts:
         return None
     told = paragraph(
@@ -71,6 +72,18 @@ def classes_section(study: StudyFolder, compared: Comparison) -> Section | None:
         f"the task has it; of many classes the {_EXTREMES} at each end."
     )
     return Section("classes", "Classes", markup(told, parts))
+
+
+def _note_lacking(study: StudyFolder, compared: Comparison) -> None:
+    """Name the tested runs whose tables are gone, but not where runs have no folders at all."""
+    if compared.measure != "test" or not (study.path / RUNS_FOLDER).is_dir():
+        return
+    runs = [row for task in compared.tasks for row in _first_runs(compared, task).values()]
+    lacking = [row.run for row in runs if study.run_file(row, TEST_CONFUSION_NAME) is None]
+    if lacking:
+        study.missing.append(
+            f"no confusion and no classes of {', '.join(lacking)}: their tables are not there"
+        )
 
 
 def _first_runs(compared: Comparison, task: str) -> dict[str, Row]:

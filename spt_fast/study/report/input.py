@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
-import glob
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from spt_fast.study.runs import PROTOTYPES_FOLDER, RUNS_FOLDER, SWEEP_NAME, Row, read_runs, runs_path
+from spt_fast.study.sweeps.plan import Plan
+from spt_fast.study.sweeps.record import asked_for
 from spt_fast.support.errors import one_line
 from spt_fast.support.yaml_text import read_yaml
 from spt_fast.training.folder import PROTOTYPES_NAME
@@ -74,21 +76,22 @@ class StudyFolder:
         return None
 
     def prototypes_file(self, row: Row) -> Path | None:
-        """Of the prototypes that a run started from: its own, or the shared one if one alone fits the run."""
+        """Of the prototypes that a run started from: its own, or the shared one that the sweep gave it."""
         own = self.run_file(row, PROTOTYPES_NAME)
-        if own is not None:
+        name = self._prototypes_names.get(row.run)
+        if own is not None or name is None:
             return own
-        # As a sweep names them: task, stage, strategy, other words, number, batch and seed.
-        start = f"{glob.escape(Path(row.task).name)}-{row.stage}-{row.strategy}-"
-        found = [
-            path
-            for path in (self.path / PROTOTYPES_FOLDER).glob(
-                f"{start}*-n{row.num_prompts}-*seed{row.seed}.safetensors"
-            )
-            if [word for word in ("first", "last") if f"-{word}-" in path.name]
-            == [row.source] * (row.source != "own")
-        ]
-        return found[0] if len(found) == 1 else None
+        path = self.path / PROTOTYPES_FOLDER / name
+        return path if path.is_file() else None
+
+    @cached_property
+    def _prototypes_names(self) -> dict[str, str | None]:
+        """{run: name of its shared prototypes} of the whole plan; empty where sweep.yaml holds none."""
+        try:
+            plan = Plan.read(asked_for(self.sweep))
+        except (TypeError, ValueError):
+            return {}
+        return {run.name: run.prototypes_name for group in plan.groups for run in group.possible}
 
     def read(self, row: Row, name: str, reader: Callable[[Path], Found]) -> Found | None:
         """What `reader` makes of a file of a run; None where it is not there or damaged, which is noted."""

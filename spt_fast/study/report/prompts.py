@@ -21,7 +21,7 @@ from spt_fast.data.loading import ImageLoader
 from spt_fast.data.names import takes_root
 from spt_fast.data.transforms import Preprocessing, recorded
 from spt_fast.methods.prompted_vit import PromptedViT
-from spt_fast.prototypes import Prototypes, build_prototypes
+from spt_fast.prototypes import Prototypes
 from spt_fast.study.report.charts import COLOURS, Axis, Line
 from spt_fast.study.report.comparison import Comparison
 from spt_fast.study.report.html import (
@@ -47,6 +47,8 @@ Found = TypeVar("Found")
 
 # What is shown of a block: prompts, and patches nearest to each.
 PROMPTS, PATCHES = 6, 4
+# How a line begins about what could not be looked at.
+_NOTHING = "no thumbnails, no CKA and no NMI before and after tuning"
 # A picture is as many pixels wide at least, with whole patches around the one it is of.
 _LEAST_PIXELS = 20
 _TIMM_OPTIONS = ("img_size", "in_chans")
@@ -82,7 +84,6 @@ class TaskPrompts:
         before, after: nearest patches of the prompts that are shown, [L, P, k].
         moved: [L]: how far the prompts moved, as a share of their length.
         mean, std: of the pixels.
-        rebuilt: whether the prototypes had to be built again.
     """
 
     arm: str
@@ -92,23 +93,26 @@ class TaskPrompts:
     moved: list[float]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    rebuilt: bool
 
 
 def look_at_prompts(study: StudyFolder, compared: Comparison, opening: Opening) -> dict[str, TaskPrompts]:
     """{task: what was found}; of tasks that it could not look at, the study's `missing` says why."""
-    chosen = {task: arms for task in compared.tasks if (arms := _arms(study, compared, task))}
-    if not chosen:
-        study.missing.append("no thumbnails and no CKA: no final run of SPT has kept its weights")
+    if compared.measure != "test":
         return {}
-    model = _tried(study, "no thumbnails and no CKA", partial(_open_model, study, opening))
+    tasks = [task for task in compared.tasks if _has_prompts_of_spt(compared, task)]
+    chosen = {task: arms for task in tasks if (arms := _arms(study, compared, task))}
+    if lacking := [task for task in tasks if task not in chosen]:
+        study.missing.append(f"{_NOTHING} of {', '.join(lacking)}: no final run of SPT has kept its weights")
+    if not chosen:
+        return {}
+    model = _tried(study, _NOTHING, partial(_open_model, study, opening))
     if model is None:
         return {}
     found = {}
     for task, arms in chosen.items():
         looked = _tried(
             study,
-            f"no thumbnails and no CKA of {task}",
+            f"{_NOTHING} of {task}",
             partial(_Workbench(study, task, model, opening).look, arms),
         )
         if looked is not None:
@@ -169,6 +173,11 @@ def patches_section(study: StudyFolder, found: Mapping[str, TaskPrompts], room: 
         ),
     ]
     return Section("patches", "Nearest patches", markup(told, parts))
+
+
+def _has_prompts_of_spt(compared: Comparison, task: str) -> bool:
+    rows = [row for cells in compared.cells.values() if task in cells for row in cells[task].rows]
+    return any(row.method.startswith("spt-") and not row.frozen_prompts for row in rows)
 
 
 def _arms(study: StudyFolder, compared: Comparison, task: str) -> dict[str, Row]:
@@ -232,12 +241,12 @@ class _Workbench:
         (arm, row), *others = arms.items()
         path = self._weights(row)
         made = recorded(path)
-        images = self._images(made, self._opening.max_images)
+        images = self._images(made)
         with self._prompted(path) as tuned:
             tuned_prompts = tuned.prompts.detach().cpu().float()
             after = self._nearest(tuned_prompts, tuned, images)
             analysed = self._analyse(tuned, images)
-        prototypes, rebuilt = self._prototypes(row, made, tuned_prompts)
+        prototypes = self._prototypes(row, tuned_prompts)
         before = self._nearest(prototypes, self._model, images)
         with self._started_from(prototypes) as tuned:
             analyses = {f"{arm}, before tuning": self._analyse(tuned, images), arm: analysed}
@@ -247,7 +256,7 @@ class _Workbench:
         length = prototypes.norm(dim=(1, 2)).clamp_min(1e-12)
         moved = (tuned_prompts - prototypes).norm(dim=(1, 2)) / length
         mean, std = (made or Preprocessing()).mean_and_std(self._model)
-        return TaskPrompts(arm, analyses, before, after, moved.tolist(), mean, std, rebuilt)
+        return TaskPrompts(arm, analyses, before, after, moved.tolist(), mean, std)
 
     def _weights(self, row: Row) -> Path:
         path = self._study.run_file(row, TUNED_NAME)
@@ -255,7 +264,7 @@ class _Workbench:
             raise FileNotFoundError(f"{row.run} has no {TUNED_NAME}")
         return path
 
-    def _images(self, made: Preprocessing | None, max_images: int | None) -> ImageLoader:
+    def _images(self, made: Preprocessing | None) -> ImageLoader:
         opening = self._opening
         root = opening.root if opening.root is not None else self._study.root
         return open_images(
@@ -267,7 +276,7 @@ class _Workbench:
             workers=opening.workers,
             bad_images="skip",
             tuned=made,
-            max_images=max_images,
+            max_images=opening.max_images,
             in_classes=True,
             cache=self._cache,
         )
@@ -307,37 +316,20 @@ class _Workbench:
             progress=self._opening.progress,
         )
 
-    def _prototypes(self, row: Row, made: Preprocessing | None, like: Tensor) -> tuple[Tensor, bool]:
-        """What the prompts started from, [L, N_p, D], and whether it was built again.
+    def _prototypes(self, row: Row, like: Tensor) -> Tensor:
+        """What the prompts started from, [L, N_p, D].
 
         Raises:
+            FileNotFoundError: the study has not kept it.
             ValueError: they are not as many as the prompts.
         """
         path = self._study.prototypes_file(row)
-        if path is not None:
-            found, rebuilt = Prototypes.load(path), False
-        else:
-            found, rebuilt = self._build(row, made, like), True
-        values = found.prompts
+        if path is None:
+            raise FileNotFoundError(f"the prototypes that {row.run} started from are not there")
+        values = Prototypes.load(path).prompts
         if values.shape != like.shape:
             raise ValueError(f"prototypes are {list(values.shape)}, but prompts {list(like.shape)}")
-        return values, rebuilt
-
-    def _build(self, row: Row, made: Preprocessing | None, like: Tensor) -> Prototypes:
-        blocks = len(like)
-        found = build_prototypes(
-            self._model,
-            self._images(made, None),
-            num_prompts=like.shape[1],
-            depth="deep" if blocks > 1 else "shallow",
-            strategy=row.strategy or "kmeans",  # type: ignore[arg-type]
-            seed=row.seed,
-            last_output=row.source == "last",
-            progress=self._opening.progress,
-        )
-        if row.source == "last":
-            return found.repeat_last_output()
-        return found.repeat_layer(0) if row.source == "first" else found
+        return values
 
 
 def _cka(name: str, found: Analysis) -> Html:
@@ -364,9 +356,7 @@ def _blocks(study: StudyFolder, task: str, prompts: TaskPrompts, room: int) -> l
         if room < 0:
             break
         drawn[layer] = block
-    parts = [
-        paragraph(f"Prompts of {prompts.arm}, first seed.", *(_how_rebuilt() if prompts.rebuilt else ()))
-    ]
+    parts = [paragraph(f"Prompts of {prompts.arm}, first seed.")]
     parts.append(grid((drawn[layer] for layer in shown if layer in drawn), "blocks"))
     others = [drawn[layer] for layer in sorted(drawn) if layer not in shown]
     if others:
@@ -376,10 +366,6 @@ def _blocks(study: StudyFolder, task: str, prompts: TaskPrompts, room: int) -> l
         parts.append(note(why))
         study.missing.append(why)
     return parts
-
-
-def _how_rebuilt() -> tuple[str, ...]:
-    return (" The prototypes that they started from were built again for this page, of all training images.",)
 
 
 def _block(task: str, prompts: TaskPrompts, layer: int) -> Html:

@@ -12,7 +12,7 @@ from spt_fast.prototypes.directions import METRICS
 from spt_fast.prototypes.options import MODES, SAMPLINGS, STRATEGIES
 from spt_fast.study.sweeps.search import Values, read_axes
 from spt_fast.study.sweeps.tasks import Task, read_subset, read_tasks
-from spt_fast.support.arguments import check_bool, check_choice
+from spt_fast.support.arguments import check_bool, check_choice, check_number
 from spt_fast.support.names import nearest
 from spt_fast.training.recipe import check_names
 from spt_fast.training.recipe_values import OF_PROMPTS
@@ -20,7 +20,7 @@ from spt_fast.training.recipe_values import OF_PROMPTS
 Source = Literal["own", "first", "last"]
 _SOURCES: tuple[Source, ...] = get_args(Source)
 _BUILD_CHOICES = {"strategy": STRATEGIES, "mode": MODES, "metric": METRICS, "sampling": SAMPLINGS}
-_PROTOTYPES_KEYS = ("task", "source", *_BUILD_CHOICES, "position_embedding")
+_PROTOTYPES_KEYS = ("task", "source", "share", *_BUILD_CHOICES, "position_embedding")
 _OWN_KEYS = ("prototypes", "images", "search")
 
 
@@ -31,11 +31,13 @@ class Start:
     Attributes:
         task: whose training images the prototypes are of; None is the task that is learned (Fig. 3b).
         source: the blocks whose tokens they are of (Table S2).
+        share: of the images to learn from that they are of, the same of each class (Fig. 3a).
         build: other options of `build_prototypes`.
     """
 
     task: Task | None = None
     source: Source = "own"
+    share: float = 1.0
     build: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -50,7 +52,8 @@ class Start:
             for name, value in sorted(self.build.items())
             if name != "strategy"
         ]
-        return [self.strategy, *([] if self.source == "own" else [self.source]), *others]
+        share = [] if self.share == 1 else [f"of{self.share:g}"]
+        return [self.strategy, *([] if self.source == "own" else [self.source]), *share, *others]
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,9 @@ def _read_start(where: str, given: Any, tasks: Sequence[Task], depth: str) -> St
         if key not in _PROTOTYPES_KEYS:
             raise ValueError(f"{where}: {key!r} is no key{nearest(str(key), _PROTOTYPES_KEYS)}")
     source = check_choice(f"{where}: source", given.get("source", "own"), _SOURCES)
-    if source != "own" and depth == "shallow":
-        raise ValueError(f"{where}: source={source!r} is for prompts in every block")
+    if source == "first" and depth == "shallow":
+        raise ValueError(f"{where}: source='first' is for prompts in every block; of shallow ones it is own")
+    share = check_number(f"{where}: share", given.get("share", 1), above=0, maximum=1)
     build: dict[str, Any] = {
         key: check_choice(f"{where}: {key}", given[key], _BUILD_CHOICES[key])
         for key in _BUILD_CHOICES
@@ -144,11 +148,15 @@ def _read_start(where: str, given: Any, tasks: Sequence[Task], depth: str) -> St
     }
     if "position_embedding" in given:
         build["position_embedding"] = check_bool(f"{where}: position_embedding", given["position_embedding"])
-    return Start(_task_of(given.get("task"), tasks), source, build)  # type: ignore[arg-type]
+    return Start(_task_of(given.get("task"), tasks), source, share, build)  # type: ignore[arg-type]
 
 
 def _task_of(given: Any, tasks: Sequence[Task]) -> Task | None:
     if given is None:
         return None
-    known = next((task for task in tasks if task.data == given), None)
-    return known or read_tasks(given, [task.name for task in tasks])[0]
+    found = next((task for task in tasks if task.data == given), None)
+    if found is None:
+        (read,) = read_tasks(given, [task.name for task in tasks])
+        # A study's own record names a task by all it is of.
+        found = next((task for task in tasks if task.names() == read.names()), read)
+    return found

@@ -81,12 +81,14 @@ class Workers:
         self._of: dict[int, PlannedRun] = {}
         context = multiprocessing.get_context("spawn")
         threads = max(1, torch.get_num_threads() // size)
+        readers = multiprocessing.get_start_method()
         self._workers: list[_Worker] = []
         try:
             for number in range(size):
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=_work, args=(theirs, make, workshop, _device_of(device, number), size, threads)
+                    target=_work,
+                    args=(theirs, make, workshop, _device_of(device, number), size, threads, readers),
                 )
                 # A process of a sweep has workers of its own, which read images.
                 process.start()
@@ -151,8 +153,11 @@ def _work(
     device: str,
     sharing: int,
     threads: int,
+    readers: str,
 ) -> None:
     """Do what comes through the pipe, until it is closed or the parent is gone."""
+    # A process that was started anew would start its readers of images so, too: none could share a cache.
+    multiprocessing.set_start_method(readers, force=True)
     # Ctrl-C reaches all processes of a terminal; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,23 @@ class Workshop:
             for name, each in sets.items()
             if each is not None
         }
+
+    def check_subsets(self, runs: Iterable[PlannedRun]) -> None:
+        """That the images of these runs can be drawn.
+
+        Raises:
+            ValueError: a class has not so many; the first such run is named.
+        """
+        seen: set[tuple[Any, ...]] = set()
+        for planned in runs:
+            key = (planned.task, planned.stage, *planned.subset.items())
+            if not planned.subset or key in seen:
+                continue
+            seen.add(key)
+            try:
+                _rows(self._pool(planned.task, planned.recipe), planned)
+            except ValueError as error:
+                raise ValueError(f"{planned.name}: {error}") from error
 
     def description(self, task: Task, recipe: Recipe) -> tuple[str, ...]:
         """Lines that say what is read."""
@@ -239,6 +256,8 @@ class Workshop:
         assert number is not None
         pool = self._pool(start.task or planned.task, recipe)
         rows = _rows(pool, planned)
+        if start.share < 1:
+            rows = pool.drawn(rows, share=start.share, seed=recipe.seed)
         options = {
             "depth": recipe.depth,
             "seed": recipe.seed,

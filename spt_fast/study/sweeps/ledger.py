@@ -77,6 +77,11 @@ class Ledger:
             found.append((group, len(group.search) + len(self.plan.seeds) - done))
         return [(group, count) for group, count in found if count]
 
+    def progress(self) -> tuple[int, int]:
+        """How many runs are done, and how many there are, without final ones that nothing was chosen for."""
+        total = self.plan.count() - len(self.plan.seeds) * len(self.failed())
+        return total - sum(count for _, count in self.left()), total
+
     def add(self, row: Row) -> None:
         """Take in the row of a run, and write all rows, in the order of the plan."""
         self.rows[row.run] = row

@@ -12,7 +12,7 @@ from typing import Any
 from spt_fast.study.runs import Stage
 from spt_fast.study.sweeps.arms import Arm, read_arms
 from spt_fast.study.sweeps.search import RandomSearch, Trial, Values, read_axes, trials
-from spt_fast.study.sweeps.tasks import IMAGE_OPTIONS, SUBSETS, Task, read_subset, read_tasks
+from spt_fast.study.sweeps.tasks import IMAGE_OPTIONS, SUBSETS, Task, check_subset, read_subset, read_tasks
 from spt_fast.support.arguments import check_bool, check_seed
 from spt_fast.support.names import nearest
 from spt_fast.training.build import method_options
@@ -125,6 +125,10 @@ class Group:
         values = {**self.plan.recipe, **self.arm.fields, **self.compared, **trial}
         subset = {**self.plan.images, **self.arm.images}
         subset |= {name: values.pop(name) for name in SUBSETS if name in values}
+        if len(subset) > 1:
+            raise ValueError(
+                f"images must be share or per_class, got {subset} of images and compare together"
+            )
         values = {name: value for name, value in values.items() if self.arm.takes(name)}
         # Of a search, the last validation counts.
         values.setdefault("val_every", values.get("epochs", Recipe().epochs))
@@ -343,6 +347,9 @@ def _compared(given: Any) -> dict[str, Sequence[Any]]:
     axes = read_axes(given, "compare")
     if ranges := [name for name, values in axes.items() if not isinstance(values, list)]:
         raise ValueError(f"compare: {ranges[0]} must be a list of values")
+    for name in SUBSETS:
+        for value in axes.get(name, ()):  # type: ignore[union-attr]
+            check_subset(f"compare: {name}", name, value)
     return {name: list(values) for name, values in axes.items()}  # type: ignore[arg-type]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ Record = dict[str, Any]
 # What may be another one in each call: where files lie, and how they are read.
 _FREE = ("root", "download", "workers", "cache", "cache_budget")
 _ABSENT = "nothing"
+# What was found, beside what was asked for.
+_FOUND = ("backbone", "tasks", "versions")
 
 
 def record_of(plan: Plan, backbone: Mapping[str, str], tasks: Mapping[str, Any]) -> Record:
@@ -47,6 +49,13 @@ def record_of(plan: Plan, backbone: Mapping[str, str], tasks: Mapping[str, Any])
     return {name: _plain(value) for name, value in {**asked, **found}.items()}
 
 
+def asked_for(record: Mapping[str, Any]) -> Record:
+    """What `Plan.read` takes, of a record; anything else as it is."""
+    if not all(part in record for part in _FOUND):
+        return dict(record)
+    return {name: value for name, value in record.items() if name not in _FOUND}
+
+
 def read_record(out: Path) -> Record | None:
     """The record in a folder; None where there is none.
 
@@ -68,15 +77,34 @@ def write_record(out: Path, record: Record) -> None:
     write_bytes(out / SWEEP_NAME, write_yaml(record).encode(), overwrite=True)
 
 
-def differences(then: Record, now: Record) -> list[str]:
+def differences(then: Record, now: Record, *, arms: Collection[str], less: bool) -> list[str]:
     """A line for each way in which runs of `then` would be no runs of `now`.
 
     More tasks, arms, seeds, values and trials are none: their runs come beside those that there are.
+
+    Args:
+        arms: those that runs are done of; others may have changed.
+        less: whether fewer of them are: not where no run that is done needs what is gone.
     """
-    return list(_differences(then, now))
+    return [*_differences(then, now, arms), *(_fewer(then, now) if less else ())]
 
 
-def _differences(then: Record, now: Record) -> Iterator[str]:
+def _fewer(then: Record, now: Record) -> Iterator[str]:
+    """What `then` has and `now` has not, of what may be more."""
+    yield from _gone("data", map(str, then["data"]), map(str, now["data"]))
+    yield from _gone("arms", then["arms"], now["arms"])
+    axes = [(part, then.get(part) or {}, now[part]) for part in ("search", "compare")]
+    for arm in [arm for arm in then["arms"] if arm in now["arms"]]:
+        before, after = ((record["arms"][arm] or {}).get("search") or {} for record in (then, now))
+        axes.append((f"arms: {arm}: search", before, after))
+    for where, before, after in axes:
+        for name, values in before.items():
+            if isinstance(values, list) and isinstance(after.get(name), list):
+                yield from _gone(f"{where}: {name}", values, after[name])
+    yield from _gone("seeds", then["seeds"], now["seeds"])
+
+
+def _differences(then: Record, now: Record, arms: Collection[str]) -> Iterator[str]:
     parts = (
         "data",
         "recipe",
@@ -93,15 +121,12 @@ def _differences(then: Record, now: Record) -> Iterator[str]:
         if name not in (*parts, *_FREE):
             yield from _changed(name, _file_name(then.get(name)), _file_name(now.get(name)))
     yield from _changes("recipe", then.get("recipe"), now["recipe"])
-    yield from _gone("data", map(str, then["data"]), map(str, now["data"]))
-    yield from _gone("arms", then["arms"], now["arms"])
     for arm in then["arms"]:
-        if arm in now["arms"]:
+        if arm in now["arms"] and arm in arms:
             yield from _arm_differences(f"arms: {arm}", then["arms"][arm] or {}, now["arms"][arm])
     for part in ("search", "compare"):
         yield from _axes_differences(part, then.get(part) or {}, now[part])
     yield from _random_differences(then.get("random"), now["random"])
-    yield from _gone("seeds", then["seeds"], now["seeds"])
     if then["seeds"][:1] != now["seeds"][:1] and then["seeds"][0] in now["seeds"]:
         yield from _changed("seeds: the first, of the search", then["seeds"][0], now["seeds"][0])
     yield from _changes("backbone", then.get("backbone"), now["backbone"])
@@ -123,9 +148,7 @@ def _arm_differences(where: str, then: Mapping[str, Any], now: Mapping[str, Any]
 def _axes_differences(where: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for name, values in then.items():
         others = now.get(name)
-        if isinstance(values, list) and isinstance(others, list):
-            yield from _gone(f"{where}: {name}", values, others)
-        else:
+        if not (isinstance(values, list) and isinstance(others, list)):
             yield from _changed(f"{where}: {name}", values, others)
 
 
@@ -171,6 +194,7 @@ def _arm(arm: Arm) -> Record:
     prototypes = {
         **({} if start.task is None else {"task": start.task.names()}),
         **({} if start.source == "own" else {"source": start.source}),
+        **({} if start.share == 1 else {"share": start.share}),
         **start.build,
     }
     own = {"prototypes": prototypes, "images": dict(arm.images), "search": _axes(arm.search)}

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from spt_fast.study.runs import RUNS_NAME, SWEEP_NAME, Row
+from spt_fast.study.runs import RUNS_NAME, SWEEP_NAME, Row, read_runs
 from spt_fast.study.sweeps.choice import diverged
 from spt_fast.study.sweeps.crew import Alone, Crew, Workers
 from spt_fast.study.sweeps.execute import Workshop, tidy
 from spt_fast.study.sweeps.ledger import Ledger
 from spt_fast.study.sweeps.plan import Group, Plan, PlannedRun
-from spt_fast.study.sweeps.record import differences, read_record, record_of, write_record
+from spt_fast.study.sweeps.record import asked_for, differences, read_record, record_of, write_record
 from spt_fast.support.arguments import check_device, check_int, check_number
 from spt_fast.support.files import check_input_path, remove_leftovers
 from spt_fast.support.locks import folder_lock
@@ -128,8 +128,8 @@ class _Work:
         self._took.setdefault((planned.task.data, planned.arm.name), []).append(took)
         self._ledger.add(row)
         tidy(self._folder, planned)
-        done, left = len(self._ledger.rows), self._ledger.left()
-        total = done + sum(count for _, count in left)
+        left = self._ledger.left()
+        done, total = self._ledger.progress()
         rest = f"; about {_duration(self._seconds_of(left))} left" if left else ""
         self._say(f"[{done}/{total}] {planned.name}: {_result(row)}, {_duration(took)}{rest}")
 
@@ -144,14 +144,14 @@ class _Work:
 
 
 def read_plan(plan: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a sweep's YAML file holds.
+    """What a sweep's YAML file asks for: one that was written for it, or the sweep.yaml of a study.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no YAML.
     """
     path = check_input_path(plan, argument="sweep")
-    return read_yaml(path.read_text(encoding="utf-8"), str(path))
+    return asked_for(read_yaml(path.read_text(encoding="utf-8"), str(path)))
 
 
 def _check_is_same(plan: Plan, workshop: Workshop, folder: Path, say: Say) -> None:
@@ -163,17 +163,22 @@ def _check_is_same(plan: Plan, workshop: Workshop, folder: Path, say: Say) -> No
         tasks[task.data] = workshop.facts(task, recipe)
         for line in workshop.description(task, recipe):
             say(line)
+    runs = {run.name: run for group in plan.groups for run in group.possible}
+    workshop.check_subsets(runs.values())
     now = record_of(plan, workshop.backbone(recipe), tasks)
     then = read_record(folder)
+    done = read_runs(folder / RUNS_NAME) if (folder / RUNS_NAME).exists() else []
     if then is None and (folder / RUNS_NAME).exists():
         raise ValueError(
             f"out: {folder} holds {RUNS_NAME} without {SWEEP_NAME}: what its runs are of is not known; "
             "give another folder"
         )
-    if then is not None and (lines := differences(then, now)):
+    less, arms = any(row.run not in runs for row in done), {row.arm for row in done}
+    if then is not None and (lines := differences(then, now, arms=arms, less=less)):
         raise ValueError(
             f"out: the runs in {folder} are of another sweep: {'; '.join(lines)}; give what the folder has, "
-            "to which tasks, arms, seeds and values may be added, or another folder"
+            "to which tasks, arms, seeds and values may be added, and from which any may go that no run has, "
+            "or another folder"
         )
     write_record(folder, now)
 
@@ -184,7 +189,7 @@ def _tidy(ledger: Ledger, folder: Path, say: Say) -> None:
         if planned.name in ledger.rows:
             tidy(folder, planned)
     if ledger.rows:
-        say(f"{folder} holds {len(ledger.rows)} of {ledger.plan.count()} runs; going on")
+        say("{} holds {} of {} runs; going on".format(folder, *ledger.progress()))
 
 
 def _ended(ledger: Ledger, folder: Path, say: Say) -> list[Row]:
@@ -221,7 +226,7 @@ def _show(plan: Plan, folder: Path, say: Say) -> list[Row]:
             say(f"{'done' if run.name in ledger.rows else 'todo'}  {run.name}")
         if not final:
             say(f"todo  {len(plan.seeds)} final runs of {group.title}, with what validation chooses")
-    say(f"{len(ledger.rows)} of {plan.count()} runs are done")
+    say("{} of {} runs are done".format(*ledger.progress()))
     return ledger.in_order()
 
 

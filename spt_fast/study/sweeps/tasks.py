@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_fast.data.names import default_split, has_splits, kind_of, takes_root
+from spt_fast.support.arguments import check_int, check_number
 from spt_fast.support.names import nearest
 
 # How images are found and read, for all tasks of a sweep.
@@ -107,11 +108,22 @@ def _named(task: Task, taken: Sequence[str]) -> Task:
 
 
 def read_subset(given: Any, where: str) -> dict[str, Any]:
-    """{"share": 0.1} or {"per_class": 10}; how large they may be is seen with the images.
+    """{"share": 0.1} or {"per_class": 10}; whether a class has so many is seen with the images.
 
     Raises:
-        ValueError: it is something else.
+        TypeError, ValueError: it is something else.
     """
     if not isinstance(given, Mapping) or len(given) > 1 or not set(given) <= set(SUBSETS):
         raise ValueError(f"{where} must be {{share: X}} or {{per_class: N}}, got {given!r}")
-    return dict(given)
+    return {name: check_subset(f"{where}: {name}", name, value) for name, value in given.items()}
+
+
+def check_subset(where: str, name: str, value: Any) -> float | int:
+    """A value of SUBSETS: a share above 0 and up to 1, or a whole number of images of each class.
+
+    Raises:
+        TypeError, ValueError: it is something else.
+    """
+    if name == "share":
+        return check_number(where, value, above=0, maximum=1)
+    return check_int(where, value, 1)

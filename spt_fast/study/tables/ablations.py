@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from spt_fast.study.runs import Row
+from spt_fast.study.statistics import paired_difference
 from spt_fast.study.tables.arms import BACKBONE_TITLES, Arm
-from spt_fast.study.tables.cells import NOT_RUN, Cell, Section, Table, TableRow, on_task, over_seeds
+from spt_fast.study.tables.cells import NOT_RUN, Section, Table, TableRow, on_task, over_seeds
 from spt_fast.study.tables.columns import one_name, title
 from spt_fast.study.tables.published import Block, PublishedRow, published, table_title
 from spt_fast.study.tables.published_lines import figure_cell, not_run_line, published_line, sources
@@ -19,7 +20,8 @@ _DEPTHS = ("shallow", "deep")
 _OWN = ("", "own")
 _ACCURACY = (
     "Accuracy in per cent; ours are means ± sample standard deviation over seeds, on test images. In "
-    "parentheses: how much more than the first row, of random prompts."
+    "parentheses: how much more than the first row, of random prompts; ours by pairs of a seed, with a 95 % "
+    "Student-t interval over seeds."
 )
 _NO_FIGURES = "Published figures of this part are missing in the text that ours were copied from."
 
@@ -217,17 +219,18 @@ def _section(
     notes: tuple[str, ...] = (),
 ) -> Section:
     lines: list[TableRow] = []
-    random: tuple[Cell, ...] | None = None
+    nothing: list[Arm | None] = [None] * len(columns)
+    random: list[Arm | None] | None = None
     for start, label in layout.starts.items():
         if layout.blocks:
             lines.append(_published_line(layout, columns, start, label))
         found = [arm for arm in arms if layout.start(arm) == start]
-        ours = [line for group in _groups(found, layout) if (line := _line(label, group, columns))]
-        lines += [_with_gains(line, random) for line in ours] or [
+        shown = [chosen for group in _groups(found, layout) if any(chosen := _shown(group, columns))]
+        lines += [_line(label, chosen, random or nothing, columns) for chosen in shown] or [
             not_run_line(f"{label}, ours", len(columns))
         ]
         if random is None:
-            random = ours[0].cells if ours else ()
+            random = shown[0] if shown else nothing
     rows = [row for block in layout.blocks for row in block.rows]
     return Section(
         title=name,
@@ -271,15 +274,19 @@ def _place(arm: Arm) -> tuple[str, str]:
     return arm.published_as or arm.backbone, arm.method
 
 
-def _line(label: str, arms: Sequence[Arm], columns: Sequence[_Column]) -> TableRow | None:
-    """A line of ours; None where no arm has a run in any of the columns."""
-    shown = [
+def _shown(arms: Sequence[Arm], columns: Sequence[_Column]) -> list[Arm | None]:
+    """The arm that has a run in each column, of those that share a line."""
+    return [
         next((arm for arm in arms if column.fits(arm) and column.task in arm.runs), None)
         for column in columns
     ]
-    there = [arm for arm in shown if arm is not None]
-    if not there:
-        return None
+
+
+def _line(
+    label: str, arms: Sequence[Arm | None], random: Sequence[Arm | None], columns: Sequence[_Column]
+) -> TableRow:
+    """A line of ours, with what each cell is above that of random prompts, where both were run."""
+    there = [arm for arm in arms if arm is not None]
     names = dict.fromkeys(arm.name for arm in there)
     backbones = dict.fromkeys(arm.backbone for arm in there)
     return TableRow(
@@ -287,21 +294,18 @@ def _line(label: str, arms: Sequence[Arm], columns: Sequence[_Column]) -> TableR
         kind="ours",
         source=", ".join(backbones),
         cells=tuple(
-            NOT_RUN if arm is None else on_task(arm, column.task)
-            for arm, column in zip(shown, columns, strict=True)
+            NOT_RUN if arm is None else replace(on_task(arm, column.task), note=_gain(arm, base, column.task))
+            for arm, base, column in zip(arms, random, columns, strict=True)
         ),
     )
 
 
-def _with_gains(line: TableRow, random: tuple[Cell, ...] | None) -> TableRow:
-    """The line with what each cell is above that of random prompts, where both were run."""
-    if not random:
-        return line
-    pairs = zip(line.cells, random, strict=True)
-    return replace(line, cells=tuple(_with_gain(cell, base) for cell, base in pairs))
-
-
-def _with_gain(cell: Cell, base: Cell) -> Cell:
-    if cell.value is None or base.value is None:
-        return cell
-    return replace(cell, note=f"{cell.value - base.value:+.{cell.digits}f}")
+def _gain(arm: Arm, base: Arm | None, task: str) -> str:
+    """The mean difference over the seeds that both have, with its interval; "" where there are none."""
+    if base is None or task not in base.runs:
+        return ""
+    found = paired_difference({task: arm.accuracies()[task]}, base.accuracies())
+    if found is None:
+        return "no pairs"
+    interval = "" if found.interval is None else " [{:+.2f}, {:+.2f}]".format(*found.interval)
+    return f"{found.mean:+.2f}{interval}"

@@ -58,17 +58,11 @@ class Arm:
         }
 
     def means(self, tasks: Sequence[str]) -> list[float]:
-        """Accuracy in per cent, a value for each seed: the mean over the tasks.
-
-        Where the tasks have not the same seeds, these are the seeds that all have, if there are any; if there
-        are none, the value is one: the mean of the tasks' means.
-        """
+        """Accuracy in per cent, a value for each seed that all the tasks have: the mean over them."""
         found = [self.accuracies()[task] for task in tasks]
         if not found:
             return []
         seeds = [seed for seed in found[0] if all(seed in each for each in found)]
-        if not seeds:
-            return [mean([mean(list(each.values())) for each in found])]
         return [mean([each[seed] for each in found]) for seed in seeds]
 
 

@@ -91,10 +91,16 @@ def on_task(arm: Arm, task: str) -> Cell:
 
 
 def mean_of_tasks(arm: Arm, tasks: Sequence[str]) -> Cell:
-    """The mean over tasks, of those that were run; the cell says how many, where these are not all."""
+    """The mean over tasks, of those that were run; the cell says how many, where these are not all.
+
+    Every run counts: each task is the mean over its seeds. The spread is over the seeds that all tasks have.
+    """
     run = [task for task in tasks if task in arm.runs]
+    if not run:
+        return NOT_RUN
     note = f"{len(run)} of {len(tasks)} tasks" if len(run) < len(tasks) else ""
-    return over_seeds(arm.means(run), note=note)
+    of_tasks = [mean(arm.means([task])) for task in run]
+    return Cell(value=mean(of_tasks), spread=deviation(arm.means(run)), note=note)
 
 
 def over_seeds(values: Sequence[float], *, unit: str = "", note: str = "") -> Cell:

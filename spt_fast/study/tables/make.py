@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from spt_fast.study.runs import Row
@@ -60,7 +61,20 @@ def make_tables(
             for name in paper_tables.NAMES
         },
     }
-    return [made[name]() for name in wanted]
+    return [_with_notes(made[name](), rows) for name in wanted]
+
+
+def _with_notes(table: Table, rows: Sequence[Row]) -> Table:
+    """The table, with sentences about runs that are not in it."""
+    notes = list(table.notes)
+    lost = [row.run for row in rows if row.stage == "final" and row.test_accuracy is None]
+    if lost and table.name != "1":
+        notes.append(f"Final runs without a test accuracy are left out: {', '.join(lost)}.")
+    ours = (row for section in table.sections for row in section.rows if row.kind == "ours")
+    if all(cell.value is None for row in ours for cell in row.cells):
+        tasks = ", ".join(dict.fromkeys(row.task for row in rows))
+        notes.append(f"None of the runs is for this table; theirs are the tasks {tasks}.")
+    return replace(table, notes=tuple(notes))
 
 
 def _table_name(name: str) -> str:

@@ -83,3 +83,12 @@ def test_configurations_of_one_arm_are_told_apart(make_row):
         "c": "linear",
         "d": "linear",
     }
+
+
+def test_what_all_configurations_of_an_arm_share_is_not_in_their_names(make_row):
+    rows = [
+        make_row("a", num_prompts=5, options="per_class=5;x=1"),
+        make_row("b", num_prompts=5, options="per_class=5;x=2"),
+        make_row("c", arm="linear", num_prompts=None, options="per_class=5"),
+    ]
+    assert arm_names(rows) == {"a": "spt-deep, x=1", "b": "spt-deep, x=2", "c": "linear"}

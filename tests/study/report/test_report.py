@@ -21,6 +21,8 @@ from spt_fast.study.report.input import StudyFolder, read_classes, read_confusio
 from spt_fast.study.report.page import LARGEST_PAGE, looks_of, write_report
 from spt_fast.study.report.pictures import patch_picture
 from spt_fast.study.runs import read_runs, write_runs
+from spt_fast.study.sweeps.plan import Plan
+from spt_fast.support.yaml_text import write_yaml
 
 
 def page_of(study: Path, **options) -> str:
@@ -142,7 +144,9 @@ def test_the_command_says_what_a_page_lacks(study, capsys):
     assert main(["report", str(study)]) == 0
     printed = capsys.readouterr()
     assert (
-        printed.err == "spt-fast report: no thumbnails and no CKA: no final run of SPT has kept its weights\n"
+        printed.err
+        == "spt-fast report: no thumbnails, no CKA and no NMI before and after tuning of birds: no "
+        "final run of SPT has kept its weights\n"
     )
     assert printed.out.startswith(f"wrote {study / 'report.html'} (")
     assert "no final run of SPT has kept its weights" in (study / "report.html").read_text()
@@ -291,7 +295,9 @@ def with_weights(study, make_random, monkeypatch):
         tuned = spt_fast.PromptedViT(model, prototypes, num_classes=2)
         with torch.no_grad():
             tuned.prompts.mul_(1.5)
-        tuned.save(study / "runs" / f"spt-deep-final-{seed}" / "tuned.safetensors")
+        folder = study / "runs" / f"spt-deep-final-{seed}"
+        tuned.save(folder / "tuned.safetensors")
+        prototypes.save(folder / "prototypes.safetensors")
         tuned.release()
     monkeypatch.setattr(report_prompts, "open_model", lambda *names, **options: model)
     monkeypatch.setattr(report_prompts, "open_images", lambda *names, **options: loader)
@@ -299,23 +305,26 @@ def with_weights(study, make_random, monkeypatch):
 
 
 def test_prompts_are_shown_before_and_after_tuning(with_weights):
-    study, prototypes, model = with_weights
+    study, _, model = with_weights
     before = {name: value.clone() for name, value in model.state_dict().items()}
     text = page_of(study, patches=True)
     assert sections(text)[-5:] == ["cka", "confusion", "classes", "patches", "cost"]
     # Three blocks, two moments.
     assert text.count("data:image/png") == 6
-    assert "built again" in text
     assert "CKA of spt-deep, before tuning" in text
     assert text.count("moved its prompts by 50% of their length") == 3
     assert text == page_of(study, patches=True)
     # The model is as it was.
     assert [*before] == [*model.state_dict()]
-    (study / "prototypes").mkdir()
-    prototypes.save(study / "prototypes" / "birds-final-kmeans-deep-n4-batch32-seed0.safetensors")
-    text = page_of(study, patches=True)
-    assert "built again" not in text
-    assert "moved its prompts by 50% of their length" in text
+
+
+def test_without_the_prototypes_of_the_study_there_is_no_before(with_weights):
+    study, _, _ = with_weights
+    (study / "runs/spt-deep-final-0/prototypes.safetensors").unlink()
+    report = write_report(study, progress=False)
+    (line,) = report.missing
+    assert line.endswith("of birds: the prototypes that spt-deep-final-0 started from are not there")
+    assert "patches" not in sections(report.path.read_text())
 
 
 def test_the_page_stays_small(with_weights, monkeypatch):
@@ -340,7 +349,7 @@ def test_model_or_data_that_are_gone(with_weights, monkeypatch, gone):
     monkeypatch.setattr(report_prompts, gone, fail)
     report = write_report(study, progress=False)
     (line,) = report.missing
-    assert line.startswith("no thumbnails and no CKA")
+    assert line.startswith("no thumbnails, no CKA and no NMI before and after tuning")
     assert line.endswith(f"there is no {gone} <here>")
     text = report.path.read_text()
     assert f"there is no {gone} &lt;here&gt;" in text
@@ -352,7 +361,7 @@ def test_weights_of_another_model_are_no_reason_to_fail(with_weights, make_rando
     other = make_random(num_classes=0, embed_dim=16)
     monkeypatch.setattr(report_prompts, "open_model", lambda *names, **options: other)
     report = write_report(study, progress=False)
-    assert report.missing[0].startswith("no thumbnails and no CKA of birds:")
+    assert report.missing[0].startswith("no thumbnails, no CKA and no NMI before and after tuning of birds:")
     # It was given back.
     assert type(other.blocks[0]).__name__ == "Block"
 
@@ -364,24 +373,33 @@ def test_without_sweep_yaml_the_model_is_not_known(with_weights):
     assert "sweep.yaml does not say which model it was" in report.missing[0]
 
 
-def test_shared_prototypes_are_taken_if_one_file_alone_fits(study, make_row, tmp_path):
-    row = make_row("r", task="vtab/birds", num_prompts=20)
-    found = StudyFolder.open(study)
-    folder = study / "prototypes"
-    folder.mkdir()
-    assert found.prototypes_file(row) is None
-    name = "birds-final-kmeans-{}deep-n20-batch32-seed0.safetensors"
-    (folder / name.format("")).touch()
-    (folder / name.format("first-")).touch()
-    (folder / name.format("").replace("final", "search")).touch()
-    (folder / name.format("").replace("n20", "n5")).touch()
-    assert found.prototypes_file(row) == folder / name.format("")
-    assert found.prototypes_file(replace(row, source="first")) == folder / name.format("first-")
-    (folder / name.format("max_iter3-")).touch()
-    assert found.prototypes_file(row) is None
-    (study / "runs" / "r").mkdir()
-    (study / "runs" / "r" / "prototypes.safetensors").touch()
-    assert found.prototypes_file(row) == study / "runs" / "r" / "prototypes.safetensors"
+def test_shared_prototypes_are_those_that_the_sweep_gave_the_run(study, make_row):
+    """Of many files in the folder, the one that the run's own values name."""
+    arms = {"spt-deep": {}, "cosine": {"method": "spt-deep", "prototypes": {"metric": "cosine"}}}
+    asked = {"model": "tiny", "data": ["digits"], "arms": arms, "compare": {"per_class": [3, 5]}}
+    found = {"backbone": {}, "tasks": {}, "versions": {}}
+    (study / "sweep.yaml").write_text(write_yaml({**asked, **found}))
+    runs = [run for group in Plan.read(asked).groups for run in group.final(None)]
+    assert len({run.prototypes_name for run in runs}) == 4
+    (study / "prototypes").mkdir()
+    for run in runs:
+        (study / "prototypes" / run.prototypes_name).touch()
+    opened = StudyFolder.open(study)
+    for run in runs:
+        assert opened.prototypes_file(make_row(run.name)) == study / "prototypes" / run.prototypes_name
+    (study / "prototypes" / runs[0].prototypes_name).unlink()
+    assert opened.prototypes_file(make_row(runs[0].name)) is None
+    assert opened.prototypes_file(make_row("of no plan")) is None
+    own = study / "runs" / runs[0].name / "prototypes.safetensors"
+    own.parent.mkdir()
+    own.touch()
+    assert opened.prototypes_file(make_row(runs[0].name)) == own
+
+
+def test_runs_whose_folder_is_gone_are_named(study):
+    shutil.rmtree(study / "runs" / "linear-final-0")
+    (line,) = write_report(study, patches=False).missing
+    assert line == "no confusion and no classes of linear-final-0: their tables are not there"
 
 
 def test_data_as_the_study_names_it(study):

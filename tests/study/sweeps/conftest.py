@@ -71,6 +71,9 @@ class StubWorkshop:
     def facts(self, task: Any, recipe: Any) -> dict[str, Any]:
         return {"train": {"images": type(self).images, "classes": 10, "fingerprint": f"of {task.name}"}}
 
+    def check_subsets(self, runs: Any) -> None:
+        pass
+
     def description(self, task: Any, recipe: Any) -> tuple[str, ...]:
         return (f"training: {task.data}",)
 

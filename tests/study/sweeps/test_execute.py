@@ -97,8 +97,10 @@ def test_where_prompts_start_from(model, tmp_path):
         name: {"method": "spt-deep", "num_prompts": 2, "prototypes": start, "freeze_prompts": True}
         for name, start in {
             "own": {}, "first": {"source": "first"}, "last": {"source": "last"}, "mean": {"strategy": "mean"},
+            "half": {"share": 0.5},
         }.items()
     }  # fmt: skip
+    arms["shallow"] = {**arms["last"], "method": "spt-shallow"}
     shop = workshop(tmp_path)
     runs = final(plan_of(arms, images={"share": 0.5}))
     rows = {run.arm.name: shop.run(run) for run in runs}
@@ -107,6 +109,8 @@ def test_where_prompts_start_from(model, tmp_path):
         "first": ("kmeans", "first"),
         "last": ("kmeans", "last"),
         "mean": ("mean", "own"),
+        "half": ("kmeans", "own"),
+        "shallow": ("kmeans", "last"),
     }
     assert all(
         row.frozen_prompts and row.options == "share=0.5" and row.prompt_lr is None for row in rows.values()
@@ -117,6 +121,29 @@ def test_where_prompts_start_from(model, tmp_path):
     assert torch.equal(prompts["first"], prompts["own"][:1].expand(3, -1, -1))
     assert torch.equal(prompts["last"][0], prompts["last"][2])
     assert not torch.equal(prompts["last"][0], prompts["own"][2])
+    # Of half of the images that the run learns from.
+    pool = shop._pool(runs[0].task, runs[0].recipe)
+    learned = pool.rows("train+val", share=0.5)
+    fewer = pool.drawn(learned, share=0.5)
+    assert set(fewer) < set(learned)
+    built = spt_fast.build_prototypes(model, pool.plain(fewer, seed=0), num_prompts=2, progress=False)
+    assert torch.equal(prompts["half"], built.prompts)
+    images = pool.plain(learned, seed=0)
+    built = spt_fast.build_prototypes(
+        model, images, num_prompts=2, depth="shallow", last_output=True, progress=False
+    )
+    assert torch.equal(prompts["shallow"], built.repeat_last_output().prompts)
+
+
+def test_images_that_a_class_has_not_are_found_before_any_run(model, tmp_path):
+    plan = plan_of(["linear"], compare={"per_class": [1, 100]})
+    with pytest.raises(
+        ValueError, match=r"digits-linear.*-perclass100-.*: per_class must be at most \d, the"
+    ):
+        workshop(tmp_path).check_subsets(final(plan))
+    workshop(tmp_path).check_subsets(
+        final(plan_of(["linear"], compare={"per_class": [1], "label_smoothing": [0.0, 0.1]}))
+    )
 
 
 def test_prototypes_of_other_lengths_come_from_the_same_pass_with_the_same_bits(model, tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def test_arms_share_prototypes_where_these_are_the_same():
         "b": {"method": "spt-deep", "weight_decay": 0.1},
         "first": {"method": "spt-deep", "prototypes": {"source": "first"}},
         "other": {"method": "spt-deep", "prototypes": {"task": "vtab/cars"}},
-        "mean": {"method": "spt-deep", "prototypes": {"strategy": "mean"}},
+        "mean": {"method": "spt-deep", "prototypes": {"strategy": "mean", "share": 0.1}},
         "shallow": {"method": "spt-shallow"},
         "vpt-deep": {},
     }
@@ -104,7 +104,7 @@ def test_arms_share_prototypes_where_these_are_the_same():
     assert names[2:5] == [
         "digits-final-kmeans-first-deep-n20-batch32-seed0.safetensors",
         "cars-final-kmeans-deep-n20-batch32-seed0.safetensors",
-        "digits-final-mean-deep-n20-batch32-seed0.safetensors",
+        "digits-final-mean-of0.1-deep-n20-batch32-seed0.safetensors",
     ]
     assert names[5] == "digits-final-kmeans-shallow-n100-batch32-seed0.safetensors"
     assert names[6] is None
@@ -158,11 +158,12 @@ def test_random_trials_of_few_values_end_with_the_grid():
         ({"arms": {"lora": {"method_options": {"size": 3}}}}, "arms: lora: 'size' is no option"),
         ({"arms": {"vpt-deep": {"prototypes": {"source": "first"}}}}, "arms: vpt-deep: prototypes are for"),
         ({"arms": {"spt-deep": {"prototypes": {"source": "mid"}}}}, "source must be one of 'own', 'first'"),
+        ({"arms": {"spt-deep": {"prototypes": {"share": 2}}}}, "share must be a finite number > 0 and <= 1"),
         (
             {"arms": {"spt-deep": {"prototypes": {"from": "x"}}}},
             "arms: spt-deep: prototypes: 'from' is no key",
         ),
-        ({"arms": {"spt-shallow": {"prototypes": {"source": "last"}}}}, "is for prompts in every block"),
+        ({"arms": {"spt-shallow": {"prototypes": {"source": "first"}}}}, "is for prompts in every block"),
         ({"arms": ["linear", "linear"]}, "arms must have different names"),
         ({"search": {"rate": [1]}}, "search: 'rate' is no field"),
         ({"search": {"lr": [0.1, 0.1]}}, "search: lr must be a list of different values"),
@@ -175,6 +176,11 @@ def test_random_trials_of_few_values_end_with_the_grid():
         ({"recipe": {"method": "linear"}}, "recipe: method is for arms"),
         ({"recipe": "paper-nothing"}, "recipe must be one of Recipe.names"),
         ({"images": {"per_class": 5, "share": 1}}, "images must be {share: X} or {per_class: N}"),
+        ({"images": {"per_class": 0}}, "images: per_class must be an integer >= 1, got 0"),
+        ({"images": {"share": 1.5}}, "images: share must be a finite number > 0 and <= 1, got 1.5"),
+        ({"compare": {"per_class": [5, 0]}}, "compare: per_class must be an integer >= 1, got 0"),
+        ({"compare": {"share": [2]}}, "compare: share must be a finite number > 0 and <= 1, got 2"),
+        ({"compare": {"share": [0.5, 1]}, "images": {"per_class": 5}}, "images must be share or per_class"),
         ({"seeds": [1, 1]}, "seeds must be a list of different numbers"),
         ({"seeds": [-1]}, "seeds must be an integer >= 0"),
         ({"data": ["digits", "digits"]}, "digits is given more than once"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from spt_fast.data.cache import ImageCache
 from spt_fast.study import read_runs, sweep
 from spt_fast.study.sweeps.choice import best
 from spt_fast.study.sweeps.crew import Workers
@@ -233,6 +234,10 @@ CHANGES: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"arms": {"spt-deep": {}}}, ["arms: linear in the folder, and not now"]),
     (
+        {"arms": {"spt-deep": {"prototypes": {"share": 0.5}}, "linear": {}}},
+        ["arms: spt-deep: prototypes: nothing in the folder, {'share': 0.5} now"],
+    ),
+    (
         {"arms": {"spt-deep": {"lr": 1.0}, "linear": {}}},
         ["arms: spt-deep: lr: nothing in the folder, 1.0 now"],
     ),
@@ -247,13 +252,52 @@ CHANGES: list[tuple[dict[str, Any], list[str]]] = [
 
 @pytest.mark.parametrize(("change", "lines"), CHANGES, ids=lambda value: str(value)[:30])
 def test_a_folder_of_another_sweep_is_refused_with_each_difference(change, lines, plan, stub, out):
-    quiet(plan, out, max_runs=1)
+    quiet(plan, out)
+    stub.done.clear()
     kept = (out / "sweep.yaml").read_bytes()
     with pytest.raises(ValueError, match="are of another sweep: ") as error:
         quiet(plan | change, out)
     assert all(line in str(error.value) for line in lines)
     assert (out / "sweep.yaml").read_bytes() == kept
-    assert len(stub.done) == 1
+    assert stub.done == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": ["digits"]},
+        {"arms": {"spt-deep": {}}},
+        {"arms": {"spt-deep": {}, "linear": {}}},
+        {"arms": {"spt-deep": {}, "linear": {}, "full": {"drop_path": 0.1}}},
+        {"search": {"lr": [1e-3, 1e-2]}},
+        {"compare": {"per_class": [5]}},
+        {"seeds": [0]},
+    ],
+    ids=str,
+)
+def test_what_no_run_is_done_with_may_be_left_out(change, plan, stub, out):
+    """A value that could not be run is no dead end."""
+    wanted = plan | {"compare": {"per_class": [5]}}
+    more = {
+        "data": [*plan["data"], "vtab/pets"],
+        "arms": {**plan["arms"], "full": {}},
+        "search": {"lr": [1e-3, 1e-2, 1e-1, 1e6]},
+        "compare": {"per_class": [5, 1000]},
+        "seeds": [0, 1, 2],
+    }
+    quiet(wanted | {name: more[name] for name in change}, out, max_runs=1)
+    quiet(wanted | change, out)
+    assert read_yaml((out / "sweep.yaml").read_text(), "record")["seeds"] == (wanted | change)["seeds"]
+    assert len(stub.done) == len(set(stub.done))
+
+
+def test_a_folder_goes_on_from_its_own_record(plan, stub, out, unbroken):
+    """With arms that take the prototypes of another task, which is one of the sweep's."""
+    plan["arms"] = {**plan["arms"], "lent": {"method": "spt-deep", "prototypes": {"task": "vtab/cars"}}}
+    rows = sweep(plan, out=out, say=lambda line: None)
+    stub.done.clear()
+    assert sweep(out / "sweep.yaml", out=out, say=lambda line: None) == rows
+    assert stub.done == []
 
 
 def test_other_images_backbones_and_versions_are_refused(plan, stub, out, monkeypatch):
@@ -332,6 +376,7 @@ def test_a_yaml_file_is_the_same_plan(plan, stub, out, tmp_path, unbroken):
 
 _WORKSHOP = """
 import os, time
+from spt_fast.data.cache import ImageCache
 
 class Made:
     def __init__(self, model, images, out, device, sharing):
@@ -342,7 +387,7 @@ class Made:
             raise ValueError("that cannot be done")
         if planned.name == "death":
             os._exit(7)
-        return planned.name, *self.facts, os.getpid()
+        return planned.name, *self.facts, os.getpid(), ImageCache("ram", 1000).works_with(4)
 """
 
 
@@ -363,6 +408,8 @@ def test_workers_do_runs_side_by_side_and_hand_over_errors(tmp_path, monkeypatch
         assert [row[:3] for row in rows] == [("a", "cpu", 2), ("b", "cpu", 2)]
         assert len({row[3] for row in rows} | {os.getpid()}) == 3
         assert workers.running == []
+        # Decoded images are kept there as they are here.
+        assert [row[4] for row in rows] == [ImageCache("ram", 1000).works_with(4)] * 2
         workers.start(planned("error"))
         with pytest.raises(ValueError, match="that cannot be done"):
             workers.wait()

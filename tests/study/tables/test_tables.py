@@ -15,7 +15,7 @@ import pytest
 from spt_fast.commands.main import main
 from spt_fast.study.runs import Row, write_runs
 from spt_fast.study.tables.arms import arms_of, published_backbone, read_studies
-from spt_fast.study.tables.cells import Cell, Section, Table, TableRow
+from spt_fast.study.tables.cells import Cell, Section, Table, TableRow, mean_of_tasks
 from spt_fast.study.tables.formats import format_tables, shown
 from spt_fast.study.tables.make import TABLES, make_tables
 
@@ -125,12 +125,39 @@ def test_what_an_arm_lacks_is_not_run() -> None:
 
 
 def test_a_mean_over_tasks_has_the_spread_of_its_seeds() -> None:
-    """Seeds that only some of the tasks have are left out; without a common one there is no spread."""
+    """Every run counts in the mean; the spread is over the seeds that all tasks have, if there are two."""
     rows = [*seeds("ssf", "a", [0.1, 0.3, 0.9]), *seeds("ssf", "b", [0.3, 0.5])]
     (arm,) = arms_of(rows)
     assert arm.means(["a", "b"]) == pytest.approx([20, 40])
+    cell = mean_of_tasks(arm, ["a", "b"])
+    assert (cell.value, cell.spread) == (pytest.approx((130 / 3 + 40) / 2), pytest.approx(200**0.5))
     (arm,) = arms_of([run("ssf", "a", 0.2, 0), run("ssf", "b", 0.4, 1)])
-    assert arm.means(["a", "b"]) == pytest.approx([30])
+    cell = mean_of_tasks(arm, ["a", "b"])
+    assert (cell.value, cell.spread) == (pytest.approx(30), None)
+
+
+def test_final_runs_that_diverged_are_named_below_the_table() -> None:
+    lost = replace(run("bad", "digits", 0.5), test_accuracy=None, run="of-bad")
+    (table,) = make_tables([*TWO_ARMS, lost])
+    assert "bad" not in lines_of(table)
+    assert table.notes[-1] == "Final runs without a test accuracy are left out: of-bad."
+    assert not any("left out" in note for note in make_tables(TWO_ARMS)[0].notes)
+
+
+def test_a_table_that_no_run_is_for_says_so() -> None:
+    (table,) = make_tables(seeds("ssf", "birds", [0.1, 0.3]), ["2"])
+    assert table.notes[-1] == "None of the runs is for this table; theirs are the tasks birds."
+    (table,) = make_tables(seeds("ssf", "vtab/pets", [0.1, 0.3]), ["s3"])
+    assert "None of the runs" not in table.notes[-1]
+
+
+@pytest.mark.parametrize("accuracy", ["-0.1", "21.3", "nan"])
+def test_an_accuracy_that_is_no_share_is_refused(accuracy: str, tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    write_runs(path, [run("ssf", "a", 0.375)])
+    path.write_text(path.read_text().replace("0.375", accuracy))
+    with pytest.raises(ValueError, match=rf"line 2: test_accuracy must be in \[0, 1\], got '{accuracy}'"):
+        read_studies([path])
 
 
 def test_the_reference_can_be_named() -> None:
@@ -239,7 +266,7 @@ def test_a_backbone_is_known_by_its_name(name: str, parameters: int, backbone: s
 
 def test_table_4_has_strategies_and_frozen_prompts() -> None:
     rows = [
-        run("vpt-frozen", "fgvc/cub", 0.25, method="vpt-deep", frozen_prompts=True),
+        *seeds("vpt-frozen", "fgvc/cub", [0.25, 0.31], method="vpt-deep", frozen_prompts=True),
         *seeds(
             "mean-frozen", "fgvc/cub", [0.3, 0.4], method="spt-deep", strategy="mean", frozen_prompts=True
         ),
@@ -257,7 +284,7 @@ def test_table_4_has_strategies_and_frozen_prompts() -> None:
     column = "ViT-B, MAE, ImageNet-1K: CUB-200-2011"
     frozen, learned, own = (lines_of(table, section) for section in range(3))
     assert frozen["Mean pooling, published"][column] == "37.7 (+12.4)"
-    assert frozen["Mean pooling, ours (mean-frozen)"][column] == "35.00 ± 7.07 (+10.00)"
+    assert frozen["Mean pooling, ours (mean-frozen)"][column] == "35.00 ± 7.07 (+7.00 [-18.41, +32.41])"
     assert set(frozen["Max pooling, ours"].values()) == {"not run"}
     assert {text for line in learned.values() for text in line.values()} == {"not run"}
     assert "missing" in table.sections[1].notes[0]

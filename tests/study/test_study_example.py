@@ -1,0 +1,112 @@
+"""The script of docs/study.md: its sweeps are plans, and what it collects and draws is what the runs hold."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from spt_fast.study.runs import Row, write_runs
+from spt_fast.study.sweeps.plan import Plan
+from spt_fast.study.sweeps.sweep import read_plan
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "study.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study_example", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(task: str, arm: str, seed: int, accuracy: float, **values) -> Row:
+    facts = {"lr": 0.01, "weight_decay": 1e-4, "epochs": 6, "train_images": 100, "learned": 1, "trainable": 2}
+    of_run = {"run": f"{task}-{arm}-{seed}-{values.get('options', '')}-{values.get('num_prompts')}"}
+    return Row(
+        **{**facts, **of_run, "stage": "final", "backbone": "tiny", "task": task, "arm": arm, "method": arm},
+        backbone_parameters=3,
+        loss=1.0,
+        seconds=1.0,
+        test_accuracy=accuracy,
+        seed=seed,
+        **values,
+    )
+
+
+def test_every_part_is_a_plan_whose_arms_have_names_of_their_own(script):
+    plans = {
+        part: Plan.read({**read_plan(script.FOLDER / f"{part}.yaml"), "model": "shipped"})
+        for part in script.PARTS
+    }
+    assert {path.stem for path in script.FOLDER.glob("*.yaml")} == set(script.PARTS)
+    together = [plans[part] for part in ("methods", "starts", "pooling")]
+    names = [name for plan in together for name in plan.arms]
+    assert len(names) == len(set(names))
+    assert len(plans["methods"].tasks) == 7
+    # One budget: what is compared across parts is learned with the same recipe.
+    shared = ("epochs", "batch_size", "amp", "drop_last")
+    assert len({tuple(plan.recipe[name] for name in shared) for plan in plans.values()}) == 1
+    assert len({plan.seeds for plan in plans.values()}) == 1
+
+
+def test_parts_are_done_in_order_within_the_time(script, monkeypatch):
+    calls, now = [], iter([0.0, 0.0, 60.0, 600.0])
+    monkeypatch.setattr(script.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(script, "sweep", lambda plan, **options: calls.append((plan, options)))
+    script.main(["run", "--root", "data", "--out", "out", "--model", "shipped", "--max-minutes", "5"])
+    assert [options["out"] for _, options in calls] == [Path("out/methods"), Path("out/starts")]
+    assert [options["max_minutes"] for _, options in calls] == [5, 4]
+    assert all((plan["model"], plan["root"]) == ("shipped", "data") for plan, _ in calls)
+
+
+def test_what_is_collected_and_drawn_is_what_the_runs_hold(script, tmp_path):
+    methods = [
+        row(task, arm, seed, 0.5 + 0.1 * (arm == "spt-deep") + 0.01 * seed)
+        for task in ("a", "b")
+        for arm in ("spt-deep", "vpt-deep", "full")
+        for seed in (0, 1)
+    ]
+    lengths = [
+        row("a", "spt-deep", seed, 0.1 * number, num_prompts=number) for number in (1, 3) for seed in (0, 1)
+    ]
+    shares = [row("a", "full", seed, 0.2, options="share=0.1") for seed in (0, 1)]
+    for part, rows in (("methods", methods), ("lengths", lengths), ("shares", shares)):
+        folder = tmp_path / "study" / part
+        folder.mkdir(parents=True)
+        write_runs(folder / "runs.csv", rows)
+        (folder / "sweep.yaml").write_text("model: tiny\nroot: /here\n")
+    for each in methods:
+        folder = tmp_path / "study/methods/runs" / each.run
+        folder.mkdir(parents=True)
+        (folder / "nmi.csv").write_text("step,block,nmi\n0,1,0.25\n0,2,0.75\n5,1,0.5\n5,2,0.5\n")
+    script.main(["collect", str(tmp_path / "study"), "--csv", str(tmp_path / "csv")])
+    assert (tmp_path / "csv/methods.csv").read_bytes() == (tmp_path / "study/methods/runs.csv").read_bytes()
+    assert (tmp_path / "csv/methods.yaml").read_text() == "model: tiny\n"
+    with (tmp_path / "csv/methods-nmi.csv").open(newline="") as file:
+        lines = list(csv.reader(file))
+    assert lines[:3] == [
+        ["task", "run", "seed", "step", "block", "nmi"],
+        ["a", "SPT-Deep", "0", "0", "0", "0.5"],
+        ["a", "SPT-Deep", "0", "5", "0", "0.5"],
+    ]
+    assert {line[1] for line in lines[1:]} == {"SPT-Deep", "VPT-Deep"}
+    # Another machine went on, without the folders of the first.
+    shutil.rmtree(tmp_path / "study/methods/runs")
+    script.main(["collect", str(tmp_path / "study"), "--csv", str(tmp_path / "csv")])
+    with (tmp_path / "csv/methods-nmi.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == lines
+
+    script.main(["draw", str(tmp_path / "csv"), "--out", str(tmp_path / "figures")])
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {f"study_{name}.png" for name in ("methods", "methods_nmi", "lengths", "shares")}
+    assert script._over(lengths, lambda each: float(each.num_prompts)) == {
+        "SPT-Deep": ([1.0, 3.0], [[0.1, pytest.approx(0.3)]] * 2)
+    }
+    whole = [each for each in methods if (each.arm, each.task) == ("full", "a")]
+    assert script._over([*shares, *whole], script._share) == {"full": ([0.1, 1.0], [[0.2, 0.5], [0.2, 0.51]])}
