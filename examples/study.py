@@ -47,7 +47,6 @@ SHOWN = {
     "vpt-deep-new-norm": "VPT-Deep, new norm",
 }
 REFERENCE = "vpt-deep"
-COLOURS = {"spt": "#c1272d", "vpt": "#0b6e99"}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -142,13 +141,14 @@ def draw(args: argparse.Namespace) -> None:
 def _differences(arms: Sequence[Arm]) -> Any:
     """A line for each arm: what it has more than VPT-Deep, by task, and the mean with its interval."""
     reference = next(arm for arm in arms if arm.name == REFERENCE)
+    looks = styles(["SPT-Deep", "VPT-Deep"])
     found = [(arm, paired_difference(arm.accuracies(), reference.accuracies())) for arm in arms]
     lines = sorted(((arm, each) for arm, each in found if each is not None), key=lambda line: line[1].mean)
     figure = new_figure(6.4, 0.3 * len(lines) + 0.8)
     axes = figure.subplots()
     axes.axvline(0, color="#bbbbbb", linewidth=1)
     for place, (arm, difference) in enumerate(lines):
-        colour = COLOURS.get(arm.method[:3], "#444444")
+        colour = looks.get(f"{arm.method[:3].upper()}-Deep", {"color": "#444444"})["color"]
         by_task = [_of_task(arm, task) - _of_task(reference, task) for task in arm.runs]
         axes.plot(
             by_task, [place] * len(by_task), "o", color=colour, alpha=0.3, markersize=4, markeredgewidth=0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Read when torch is loaded: threads that wait sleep instead of spinning. The tests are many small ops, which
@@ -325,3 +327,18 @@ def structured_images(num_images: int, size: int, seed: int) -> tuple[Tensor, Te
     colours = torch.nn.functional.one_hot(labels % 3, 3)[:, :, None, None] + 0.3
     noise = 0.2 * torch.randn(num_images, 3, size, size, generator=generator)
     return waves[:, None] * colours + noise, labels
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[Path], ModuleType]:
+    """Makes a module of a script that is in no package, such as those in examples."""
+
+    def load(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

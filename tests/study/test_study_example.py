@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -18,11 +17,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "study.py"
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script) -> ModuleType:
+    return load_script(SCRIPT)
 
 
 def row(task: str, arm: str, seed: int, accuracy: float, **values) -> Row:

@@ -244,9 +244,10 @@ class _Workbench:
         images = self._images(made)
         with self._prompted(path) as tuned:
             tuned_prompts = tuned.prompts.detach().cpu().float()
+            # First of all, since passes over the images are for nothing where they are gone.
+            prototypes = self._prototypes(row, tuned_prompts)
             after = self._nearest(tuned_prompts, tuned, images)
             analysed = self._analyse(tuned, images)
-        prototypes = self._prototypes(row, tuned_prompts)
         before = self._nearest(prototypes, self._model, images)
         with self._started_from(prototypes) as tuned:
             analyses = {f"{arm}, before tuning": self._analyse(tuned, images), arm: analysed}
