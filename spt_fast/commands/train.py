@@ -160,7 +160,7 @@ def _train_in(folder: RunFolder, args: argparse.Namespace, recipe: Recipe) -> No
     if kept := folder.what_is_kept():
         lines.append(f"resume: {kept}")
     processes.on_rank_0(lambda: print("\n".join(lines)))
-    start = find_start(folder, args, recipe, model, cache)
+    start = find_start(folder, args, recipe, model, images.train.class_names, cache)
     tuned = build(
         model,
         recipe,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,21 @@ if TYPE_CHECKING:
 
 
 def find_start(
-    folder: RunFolder, args: argparse.Namespace, recipe: Recipe, model: nn.Module, cache: ImageCache | None
+    folder: RunFolder,
+    args: argparse.Namespace,
+    recipe: Recipe,
+    model: nn.Module,
+    class_names: Sequence[str],
+    cache: ImageCache | None,
 ) -> Prototypes | Tensor | None:
     """What prompts start from, made of training images; a run that goes on has it already."""
+    from spt_fast.training.build import check_buildable
+
     if args.prompts is not None or recipe.prompts_from not in ("prototypes", "vipamin"):
         return None
     if (kept := folder.kept_start()) is not None:
         return kept
+    check_buildable(model, recipe, class_names)
     open_images = partial(options.open_images, args, model, in_classes=True, cache=cache)
     make = _prototypes if recipe.prompts_from == "prototypes" else _vipamin
     return make(recipe, model, open_images, folder.processes)

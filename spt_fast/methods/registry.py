@@ -203,6 +203,8 @@ def check_options(name: str, given: Mapping[str, Any]) -> None:
         if option not in known:
             others = [other for other in METHODS if option in options(other)]
             hint = f"; {', '.join(others)} have it" if others else nearest(option, known)
+            if option == "num_prompts" and METHODS[name].prompts is not None:
+                hint = f"; {_START} takes prompts, or how many random ones"
             has = ", ".join(known)
             raise ValueError(f"{option!r} is no option of method {name!r}, which has {has}{hint}")
 

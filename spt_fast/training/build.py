@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from spt_fast.backbones.anatomy import embed_dim, get_blocks
 from spt_fast.backbones.identity import check_backbone
 from spt_fast.backbones.pooling import stated_pooling
 from spt_fast.methods import registry
@@ -87,6 +89,21 @@ def build(
             raise
     tuned.class_names = tuple(class_names)
     return tuned
+
+
+def check_buildable(model: nn.Module, recipe: Recipe, class_names: Sequence[str]) -> None:
+    """Find what `build` would refuse before prompts to start from are made, which takes a pass over images.
+
+    A tuned model is built of one made-up prompt and undone.
+
+    Raises:
+        TypeError, ValueError: as `build`.
+    """
+    start = None
+    if recipe.prompts_from in ("prototypes", "vipamin"):
+        layers = len(get_blocks(model)) if recipe.depth == "deep" else 1
+        start, recipe = torch.ones(layers, 1, embed_dim(model)), recipe.replace(num_prompts=1)
+    build(model, recipe, start, class_names=class_names).release()
 
 
 def method_options(recipe: Recipe) -> dict[str, Any]:

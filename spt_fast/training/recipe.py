@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from spt_fast.methods.registry import METHODS
-from spt_fast.support.names import nearest
+from spt_fast.support.names import instead, nearest
 from spt_fast.training.recipe_values import OF_PROMPTS, Option, check_prompt_init
 from spt_fast.training.shipped_recipes import shipped
 
@@ -225,7 +225,7 @@ class Recipe:
         check_names(changes)
         for name in values:
             if name not in _names():
-                raise ValueError(f"{source}: {name!r} is no field of a recipe{nearest(name, _names())}")
+                raise ValueError(f"{source}: {name!r} is no field of a recipe{instead(name, _names())}")
         try:
             return cls(**{**values, **changes})
         except (TypeError, ValueError) as error:
@@ -383,7 +383,7 @@ def check_names(names: Iterable[str]) -> None:
     """TypeError unless each is a field of `Recipe`."""
     for name in names:
         if name not in _names():
-            raise TypeError(f"{name!r} is no field of a recipe{nearest(name, _names())}")
+            raise TypeError(f"{name!r} is no field of a recipe{instead(name, _names())}")
 
 
 @cache

@@ -319,6 +319,7 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, on
         (("--save-every", "0"), "save_every must be an integer >= 1 or None, got 0"),
         (("--nmi", "--freeze-prompts"), "nmi=True (--nmi) follows prompts while they learn"),
         (("--method-option", "bottleneck=8"), "'bottleneck' is no option of method 'spt-deep'"),
+        (("--method-option", "engine=fast"), "engine must be one of"),
     ],
     ids=" ".join,
 )

@@ -768,6 +768,8 @@ class TestProjectedVPT:
                 tune(make_random(), f"vpt-{depth}", project=wrong)
         with pytest.raises(ValueError, match=r"'project' is no option of method .*; vpt-deep, vpt-shallow"):
             tune(make_random(), f"spt-{depth}", project=6)
+        with pytest.raises(ValueError, match=r"'num_prompts' is no option .*; prompts takes prompts, or how"):
+            tune(make_random(), f"vpt-{depth}", num_prompts=6)
 
 
 @pytest.mark.parametrize("form", list(FORMS))

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from spt_fast import PromptedViT, Recipe, build_prototypes, load_tuned, tune
 from spt_fast.backbones.open import open_model
 from spt_fast.backbones.pooling import Pooling, set_pooling
+from spt_fast.methods import names as method_names
 from spt_fast.methods.base import TunedViT
 from spt_fast.prototypes.result import Prototypes
-from spt_fast.training.build import build, start_head
+from spt_fast.training.build import build, check_buildable, start_head
 
 NAMES = [str(number) for number in range(400)]
 
@@ -76,6 +77,24 @@ def test_any_method_is_built_with_its_options(make_vit: Callable[..., nn.Module]
         build(
             make_vit(), Recipe(method_options={"engin": "kv"}), torch.ones(3, 2, 32), class_names=("a", "b")
         )
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_a_method_is_tried_without_its_prompts_and_the_model_is_left_as_it_was(
+    method: str, make_vit: Callable[..., nn.Module], make_images: Callable[..., Tensor]
+) -> None:
+    model, images = make_vit().eval(), make_images()
+    before = model(images)
+    check_buildable(model, Recipe(method=method), ("a", "b"))
+    assert torch.equal(model(images), before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_cannot_be_built_is_found_without_its_prompts(make_vit: Callable[..., nn.Module]) -> None:
+    for start in (None, "vipamin"):
+        recipe = Recipe(method="spt-deep", prompt_init=start, method_options={"engine": "fast"})
+        with pytest.raises(ValueError, match="engine must be one of"):
+            check_buildable(make_vit(), recipe, ("a", "b"))
 
 
 @pytest.mark.parametrize(

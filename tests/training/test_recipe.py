@@ -18,6 +18,8 @@ from spt_fast.data.fgvc import SETS
 from spt_fast.data.vtab import TASKS
 from spt_fast.training.recipe import options
 
+FIELDS = [field.name for field in dataclasses.fields(Recipe)]
+
 
 def test_the_defaults_are_the_papers() -> None:
     """Sec. 4.1, in numbers."""
@@ -156,7 +158,7 @@ def test_fields_that_a_file_leaves_out_have_their_defaults_and_changes_win(tmp_p
             "momentm: 0",
             "{}: 'momentm' is no field of a recipe; did you mean momentum?",
         ),
-        ("zzz: 3", "{}: 'zzz' is no field of a recipe"),
+        ("zzz: 3", f"{{}}: 'zzz' is no field of a recipe; there are {', '.join(FIELDS)}"),
         ("lr: fast", "{}: lr must be a finite number > 0, got 'fast'"),
         ("lr: 1\nlr: 2", "{} is no valid YAML: lr is given more than once, again in line 2"),
     ],

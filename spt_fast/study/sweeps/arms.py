@@ -13,7 +13,7 @@ from spt_fast.prototypes.options import MODES, SAMPLINGS, STRATEGIES
 from spt_fast.study.sweeps.search import Values, read_axes
 from spt_fast.study.sweeps.tasks import Task, read_subset, read_tasks
 from spt_fast.support.arguments import check_bool, check_choice, check_number
-from spt_fast.support.names import nearest
+from spt_fast.support.names import instead, nearest
 from spt_fast.training.recipe import check_names
 from spt_fast.training.recipe_values import OF_PROMPTS
 
@@ -136,7 +136,7 @@ def _read_start(where: str, given: Any, tasks: Sequence[Task], depth: str) -> St
         raise TypeError(f"{where} must be a mapping with {', '.join(_PROTOTYPES_KEYS)}, got {given!r:.60}")
     for key in given:
         if key not in _PROTOTYPES_KEYS:
-            raise ValueError(f"{where}: {key!r} is no key{nearest(str(key), _PROTOTYPES_KEYS)}")
+            raise ValueError(f"{where}: {key!r} is no key{instead(str(key), _PROTOTYPES_KEYS)}")
     source = check_choice(f"{where}: source", given.get("source", "own"), _SOURCES)
     if source == "first" and depth == "shallow":
         raise ValueError(f"{where}: source='first' is for prompts in every block; of shallow ones it is own")

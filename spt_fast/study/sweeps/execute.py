@@ -26,7 +26,7 @@ from spt_fast.study.runs import PROTOTYPES_FOLDER, RUNS_FOLDER, Row
 from spt_fast.study.sweeps.plan import PlannedRun
 from spt_fast.study.sweeps.tasks import Task
 from spt_fast.support.memory import free_memory
-from spt_fast.training.build import build
+from spt_fast.training.build import build, check_buildable
 from spt_fast.training.checkpoint import CHECKPOINT_NAME
 from spt_fast.training.features import FeatureStore
 from spt_fast.training.folder import TUNED_NAME, run_folder
@@ -115,6 +115,24 @@ class Workshop:
                 _rows(self._pool(planned.task, planned.recipe), planned)
             except ValueError as error:
                 raise ValueError(f"{planned.name}: {error}") from error
+
+    def check_models(self, runs: Iterable[PlannedRun]) -> None:
+        """That each arm's method takes the backbone and its options, which no run should be waited for.
+
+        Raises:
+            TypeError, ValueError: it does not; the arm is named.
+        """
+        seen: set[tuple[Any, ...]] = set()
+        for planned in runs:
+            key = (planned.arm.name, planned.recipe.num_prompts, planned.options)
+            if key in seen:
+                continue
+            seen.add(key)
+            try:
+                # How many classes a head has makes no difference.
+                check_buildable(self._opened(planned.recipe), planned.recipe, ["0", "1"])
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"arms: {planned.arm.name}: {error}") from error
 
     def description(self, task: Task, recipe: Recipe) -> tuple[str, ...]:
         """Lines that say what is read."""

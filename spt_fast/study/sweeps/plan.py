@@ -14,7 +14,7 @@ from spt_fast.study.sweeps.arms import Arm, read_arms
 from spt_fast.study.sweeps.search import RandomSearch, Trial, Values, read_axes, trials
 from spt_fast.study.sweeps.tasks import IMAGE_OPTIONS, SUBSETS, Task, check_subset, read_subset, read_tasks
 from spt_fast.support.arguments import check_bool, check_seed
-from spt_fast.support.names import nearest
+from spt_fast.support.names import instead
 from spt_fast.training.build import method_options
 from spt_fast.training.recipe import Recipe, check_names
 
@@ -209,7 +209,7 @@ class Plan:
         """
         for key in given:
             if key not in _KEYS:
-                raise ValueError(f"{key!r} is no key of a sweep{nearest(key, _KEYS)}")
+                raise ValueError(f"{key!r} is no key of a sweep{instead(key, _KEYS)}")
         for key in ("model", "data", "arms"):
             if not given.get(key):
                 raise ValueError(f"{key} must be given: what a sweep is of")

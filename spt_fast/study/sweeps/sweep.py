@@ -165,6 +165,7 @@ def _check_is_same(plan: Plan, workshop: Workshop, folder: Path, say: Say) -> No
             say(line)
     runs = {run.name: run for group in plan.groups for run in group.possible}
     workshop.check_subsets(runs.values())
+    workshop.check_models(runs.values())
     now = record_of(plan, workshop.backbone(recipe), tasks)
     then = read_record(folder)
     done = read_runs(folder / RUNS_NAME) if (folder / RUNS_NAME).exists() else []

@@ -10,7 +10,7 @@ from typing import Any
 
 from spt_fast.data.names import default_split, has_splits, kind_of, takes_root
 from spt_fast.support.arguments import check_int, check_number
-from spt_fast.support.names import nearest
+from spt_fast.support.names import instead
 
 # How images are found and read, for all tasks of a sweep.
 IMAGE_OPTIONS = ("root", "download", "workers", "bad_images", "cache", "cache_budget", "allow_overlap")
@@ -74,7 +74,7 @@ def _read(given: Any) -> Task:
         raise TypeError(f"data must be names, or mappings with {', '.join(_KEYS)}, got {given!r:.60}")
     for key, value in given.items():
         if key not in _KEYS:
-            raise ValueError(f"data: {key!r} is no key of a task{nearest(str(key), _KEYS)}")
+            raise ValueError(f"data: {key!r} is no key of a task{instead(str(key), _KEYS)}")
         if value is not None and not isinstance(value, str):
             raise TypeError(f"data: {key} must be text, got {value!r}")
     if not given.get("data"):

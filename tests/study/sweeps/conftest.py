@@ -74,6 +74,9 @@ class StubWorkshop:
     def check_subsets(self, runs: Any) -> None:
         pass
 
+    def check_models(self, runs: Any) -> None:
+        pass
+
     def description(self, task: Any, recipe: Any) -> tuple[str, ...]:
         return (f"training: {task.data}",)
 

@@ -146,6 +146,13 @@ def test_images_that_a_class_has_not_are_found_before_any_run(model, tmp_path):
     )
 
 
+def test_options_that_a_method_does_not_take_are_found_before_any_run(model, tmp_path):
+    arms = {"linear": {}, "odd": {"method": "spt-deep", "num_prompts": 2, "method_options": {"engine": "x"}}}
+    with pytest.raises(ValueError, match=r"^arms: odd: engine must be one of"):
+        workshop(tmp_path).check_models(final(plan_of(arms)))
+    assert not (tmp_path / "prototypes").exists()
+
+
 def test_prototypes_of_other_lengths_come_from_the_same_pass_with_the_same_bits(model, tmp_path, monkeypatch):
     calls = []
     build = execute.build_prototypes

@@ -146,7 +146,7 @@ def test_random_trials_of_few_values_end_with_the_grid():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"epoch": 3}, "'epoch' is no key of a sweep"),
+        ({"epoch": 3}, "'epoch' is no key of a sweep; there are model, "),
         ({"model": None}, "model must be given"),
         ({"arms": {}}, "arms must be given"),
         ({"arms": {"mine": {}}}, "arms: mine: its name is none of a method's"),
