@@ -40,7 +40,7 @@ NARROW_SHAPES = [(1, 2, 197, 20, 64), (1, 1, 197, 7, 72), (1, 1, 257, 100, 32), 
 FLOAT32_SHAPES = [(1, 2, 69, 20, 64), (1, 1, 69, 7, 72), (1, 1, 97, 100, 32), (1, 1, 97, 1, 80)]
 NARROW = [torch.bfloat16, torch.float16]
 CASES = [
-    *(("cpu", shape, dtype) for shape in CPU_SHAPES for dtype in (torch.float32, torch.bfloat16)),
+    *(("cpu", shape, dtype) for shape in CPU_SHAPES for dtype in (torch.float32, *NARROW)),
     *(("triton", shape, torch.float32) for shape in SHORT_SHAPES + FLOAT32_SHAPES),
     *(("triton", shape, NARROW[index % 2]) for index, shape in enumerate(SHORT_SHAPES + NARROW_SHAPES)),
 ]
