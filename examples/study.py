@@ -30,6 +30,7 @@ from spt_fast.study.runs import RUNS_FOLDER, RUNS_NAME, SWEEP_NAME, Row, read_ru
 from spt_fast.study.statistics import paired_difference
 from spt_fast.study.sweeps.sweep import read_plan
 from spt_fast.study.tables.arms import Arm, arms_of
+from spt_fast.support.errors import one_line
 from spt_fast.support.tables import csv_bytes
 from spt_fast.support.yaml_text import read_yaml, write_yaml
 
@@ -69,11 +70,12 @@ def collect(args: argparse.Namespace) -> None:
     Of runs whose folders are gone, which another machine did, the NMI that was collected before is kept.
     """
     out = args.csv or args.study / "csv"
+    parts = [part for part in PARTS if (args.study / part / RUNS_NAME).exists()]
+    if not parts:
+        raise FileNotFoundError(f"{args.study} has no {RUNS_NAME} in a folder of {', '.join(PARTS)}")
     out.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
+    for part in parts:
         folder = args.study / part
-        if not (folder / RUNS_NAME).exists():
-            continue
         shutil.copyfile(folder / RUNS_NAME, out / f"{part}.csv")
         # Where the data lay is nobody else's business, and may differ in each call.
         record = read_yaml((folder / SWEEP_NAME).read_text(encoding="utf-8"), SWEEP_NAME)
@@ -119,6 +121,8 @@ def _nmi_lines(row: Row, path: Path) -> list[tuple[str, ...]]:
 def draw(args: argparse.Namespace) -> None:
     """The figures of docs/study.md, of as many parts as there are."""
     tables = {part: read_runs(path) for part in PARTS if (path := args.csv / f"{part}.csv").exists()}
+    if not tables:
+        raise FileNotFoundError(f"{args.csv} has none of {', '.join(f'{part}.csv' for part in PARTS)}")
     figures: dict[str, Any] = {}
     if "methods" in tables:
         figures["methods"] = _differences(arms_of(tables["methods"]))
@@ -211,21 +215,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     running = commands.add_parser("run")
     running.add_argument("--model", default="shipped", help="as `spt-fast train` takes it (%(default)s)")
     running.add_argument("--root", help="the folder that the tasks' folders lie in")
-    running.add_argument("--out", type=Path, default=Path("study"))
-    running.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    running.add_argument("--jobs", type=int, default=1)
-    running.add_argument("--max-minutes", type=float)
+    running.add_argument("--out", type=Path, default=Path("study"), help="the study's folder (%(default)s)")
+    running.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which sweeps (all)")
+    running.add_argument("--jobs", type=int, default=1, help="processes, each with a GPU or some cores")
+    running.add_argument("--max-minutes", type=float, help="begin no run after so long")
     running.set_defaults(do=run)
     collecting = commands.add_parser("collect")
-    collecting.add_argument("study", type=Path)
+    collecting.add_argument("study", type=Path, help="the folder that `run` wrote")
     collecting.add_argument("--csv", type=Path, help="a folder (default: csv in that of the study)")
     collecting.set_defaults(do=collect)
     drawing = commands.add_parser("draw")
-    drawing.add_argument("csv", type=Path)
-    drawing.add_argument("--out", type=Path, default=Path("docs"))
+    drawing.add_argument("csv", type=Path, help="the folder that `collect` wrote")
+    drawing.add_argument("--out", type=Path, default=Path("docs"), help="where figures go (%(default)s)")
     drawing.set_defaults(do=draw)
     args = parser.parse_args(argv)
-    args.do(args)
+    try:
+        args.do(args)
+    except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise SystemExit(f"study.py: error: {one_line(error)}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("study.py: stopped; the same command goes on") from None
 
 
 if __name__ == "__main__":

@@ -61,6 +61,25 @@ def test_parts_are_done_in_order_within_the_time(script, monkeypatch):
     assert all((plan["model"], plan["root"]) == ("shipped", "data") for plan, _ in calls)
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("run", "there is no folder of vtab/imagenette in"),
+        ("collect", "no runs.csv"),
+        ("draw", "methods.csv"),
+    ],
+)
+def test_what_is_not_there_is_one_line_and_nothing_is_made(script, command, message, tmp_path):
+    places = {
+        "run": ["--root", str(tmp_path / "data"), "--out", str(tmp_path / "out")],
+        "collect": [str(tmp_path / "out")],
+        "draw": [str(tmp_path / "csv"), "--out", str(tmp_path / "out")],
+    }
+    with pytest.raises(SystemExit, match=f"^study.py: error: [^\n]*{message}[^\n]*$"):
+        script.main([command, *places[command]])
+    assert list(tmp_path.glob("*")) == []
+
+
 def test_what_is_collected_and_drawn_is_what_the_runs_hold(script, tmp_path):
     methods = [
         row(task, arm, seed, 0.5 + 0.1 * (arm == "spt-deep") + 0.01 * seed)
