@@ -107,7 +107,7 @@ def _latex_section(table: Table, section: Section) -> str:
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{_escaped(f'{_heading(table)}. {section.title}.')}}}",
+        rf"\caption{{{_escaped(f'{_caption(table)}. {section.title}.')}}}",
         rf"\begin{{tabular}}{{l{'r' * len(section.columns)}}}",
         r"\toprule",
         _latex_line(map(_escaped, ["", *section.columns])),
@@ -138,6 +138,15 @@ def _escaped(text: str) -> str:
 
 def _heading(table: Table) -> str:
     return table.title if table.name == "comparison" else f"Table {table.name.upper()}: {table.title}"
+
+
+def _caption(table: Table) -> str:
+    """LaTeX numbers tables by itself, and the paper's numbers are others."""
+    return (
+        table.title
+        if table.name == "comparison"
+        else f"{table.title} (Table {table.name.upper()} of the paper)"
+    )
 
 
 def _csv(tables: Sequence[Table]) -> str:

@@ -425,6 +425,10 @@ def test_latex_escapes_and_balances() -> None:
     assert r"{}[arm] \{1\} & $-$1.50 [$-$2.00, +3.00] (2 tasks) & \$1-2 \\" in text
     check_latex(text)
     check_latex(format_tables(make_tables(TWO_ARMS, TABLES), "latex"))
+    # LaTeX puts a number of its own before a caption.
+    assert r"\caption{Methods under self-supervised backbones (Table 2 of the paper). ViT-B, MAE" in (
+        format_tables(make_tables(TWO_ARMS, ["2"]), "latex")
+    )
 
 
 def check_latex(text: str) -> None:
