@@ -126,14 +126,12 @@ def draw(args: argparse.Namespace) -> None:
     figures: dict[str, Any] = {}
     if "methods" in tables:
         figures["methods"] = _differences(arms_of(tables["methods"]))
+    # The sweeps of lengths and shares leave out the value that all arms of methods.yaml have.
     if "lengths" in tables:
-        runs = _over(tables["lengths"], lambda row: float(row.num_prompts or 0))
+        runs = _over(_with_methods("lengths", tables), lambda row: float(row.num_prompts or 0))
         figures["lengths"] = accuracy_against_prompt_length(runs)
     if "shares" in tables:
-        arms = {row.arm for row in tables["shares"]}
-        tasks = {row.task for row in tables["shares"]}
-        whole = [row for row in tables.get("methods", ()) if row.arm in arms and row.task in tasks]
-        figures["shares"] = _against_share(_over([*tables["shares"], *whole], _share))
+        figures["shares"] = _against_share(_over(_with_methods("shares", tables), _share))
     for part in tables:
         if (path := _nmi_file(args.csv, part)).exists():
             figures[f"{part}_nmi"] = nmi_over_epochs(path)
@@ -160,7 +158,9 @@ def _differences(arms: Sequence[Arm]) -> Any:
         if difference.interval is not None:
             axes.plot(difference.interval, [place] * 2, color=colour, linewidth=2)
         axes.plot([difference.mean], [place], "o", color=colour, markersize=7)
-    axes.set_yticks(range(len(lines)), [arm.name for arm, _ in lines])
+    most = max(len(arm.runs) for arm in arms)
+    names = [arm.name if len(arm.runs) == most else f"{arm.name} ({len(arm.runs)} tasks)" for arm, _ in lines]
+    axes.set_yticks(range(len(lines)), names)
     axes.set_xlabel(f"test accuracy above {REFERENCE}, percentage points")
     tidy(axes)
     return figure
@@ -168,6 +168,13 @@ def _differences(arms: Sequence[Arm]) -> Any:
 
 def _of_task(arm: Arm, task: str) -> float:
     return fmean(arm.accuracies()[task].values())
+
+
+def _with_methods(part: str, tables: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """The rows of a part, and those of methods.yaml with the same arms and tasks."""
+    rows = tables[part]
+    arms, tasks = {row.arm for row in rows}, {row.task for row in rows}
+    return [*rows, *(row for row in tables.get("methods", ()) if row.arm in arms and row.task in tasks)]
 
 
 def _over(rows: Sequence[Row], x: Callable[[Row], float]) -> dict[str, tuple[list[float], list[list[float]]]]:

@@ -82,7 +82,7 @@ def test_what_is_not_there_is_one_line_and_nothing_is_made(script, command, mess
 
 def test_what_is_collected_and_drawn_is_what_the_runs_hold(script, tmp_path):
     methods = [
-        row(task, arm, seed, 0.5 + 0.1 * (arm == "spt-deep") + 0.01 * seed)
+        row(task, arm, seed, 0.5 + 0.1 * (arm == "spt-deep") + 0.01 * seed, num_prompts=10)
         for task in ("a", "b")
         for arm in ("spt-deep", "vpt-deep", "full")
         for seed in (0, 1)
@@ -120,8 +120,14 @@ def test_what_is_collected_and_drawn_is_what_the_runs_hold(script, tmp_path):
     script.main(["draw", str(tmp_path / "csv"), "--out", str(tmp_path / "figures")])
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {f"study_{name}.png" for name in ("methods", "methods_nmi", "lengths", "shares")}
-    assert script._over(lengths, lambda each: float(each.num_prompts)) == {
-        "SPT-Deep": ([1.0, 3.0], [[0.1, pytest.approx(0.3)]] * 2)
+    tables = {"methods": methods, "lengths": lengths, "shares": shares}
+    # Of the other arm and the other task of the methods nothing is taken.
+    runs = script._over(script._with_methods("lengths", tables), lambda each: float(each.num_prompts))
+    assert runs == {
+        "SPT-Deep": (
+            [1.0, 3.0, 10.0],
+            [[0.1, pytest.approx(0.3), pytest.approx(0.6 + 0.01 * seed)] for seed in (0, 1)],
+        )
     }
-    whole = [each for each in methods if (each.arm, each.task) == ("full", "a")]
-    assert script._over([*shares, *whole], script._share) == {"full": ([0.1, 1.0], [[0.2, 0.5], [0.2, 0.51]])}
+    runs = script._over(script._with_methods("shares", tables), script._share)
+    assert runs == {"full": ([0.1, 1.0], [[0.2, 0.5], [0.2, 0.51]])}
