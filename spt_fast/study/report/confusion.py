@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from spt_fast.data.listing import some_names
 from spt_fast.study.report.comparison import Comparison
 from spt_fast.study.report.html import (
     Html,
@@ -82,7 +83,7 @@ def _note_lacking(study: StudyFolder, compared: Comparison) -> None:
     lacking = [row.run for row in runs if study.run_file(row, TEST_CONFUSION_NAME) is None]
     if lacking:
         study.missing.append(
-            f"no confusion and no classes of {', '.join(lacking)}: their tables are not there"
+            f"no confusion and no classes of {some_names(lacking)}: their tables are not there"
         )
 
 

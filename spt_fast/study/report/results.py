@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
+from spt_fast.data.listing import some_names
 from spt_fast.study.report.comparison import Cell, Comparison, chosen_rows
 from spt_fast.study.report.html import Section, element, facts, folded, markup, note, paragraph, table
 from spt_fast.study.report.input import StudyFolder
@@ -75,7 +76,7 @@ def results(compared: Comparison) -> Section:
             )
         )
     elif lacking := [row.run for row in _compared_rows(compared) if row.test_accuracy is None]:
-        parts.append(note(f"Without test accuracy, and left out: {', '.join(lacking)}."))
+        parts.append(note(f"Without test accuracy, and left out: {some_names(lacking)}."))
     parts.append(table("Accuracy by arm and task", header, rows))
     return Section("results", "Results", markup(parts))
 

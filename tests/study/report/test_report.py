@@ -402,6 +402,19 @@ def test_runs_whose_folder_is_gone_are_named(study):
     assert line == "no confusion and no classes of linear-final-0: their tables are not there"
 
 
+def test_of_many_names_there_are_some(study):
+    rows = read_runs(study / "runs.csv")
+    (final,) = [row for row in rows if row.run == "linear-final-0"]
+    for number in range(9):
+        rows.append(replace(final, run=f"other{number}-final-0", arm=f"other{number}"))
+    write_runs(study / "runs.csv", rows)
+    (line,) = write_report(study, patches=False).missing
+    assert (
+        "of other0-final-0, other1-final-0, other2-final-0, other3-final-0, other4-final-0 and 4 more:"
+        in line
+    )
+
+
 def test_data_as_the_study_names_it(study):
     found = StudyFolder(study, (), {"root": "data", "data": ["a", {"data": "b", "split": "half"}]})
     assert (found.root, found.split("a"), found.split("b")) == ("data", None, "half")
