@@ -38,22 +38,22 @@ IMAGES_PER_BATCH = 32
 def load_images(folder: str, per_class: int) -> Tensor:
     """The first images of every class, in class order, as the shipped backbone wants them."""
     samples, facts = ImageFolder(folder), backbone_facts()
+    side = facts["architecture"]["img_size"]
     taken: dict[int, int] = {}
     images = []
     for path, label in samples.samples:
         taken[label] = taken.get(label, 0) + 1
         if taken[label] <= per_class:
-            image = samples.loader(path).resize((32, 32))
+            image = samples.loader(path).resize((side, side))
             images.append(pil_to_tensor(image).float() / 255)
     mean, std = (torch.tensor(facts[key]).view(3, 1, 1) for key in ("mean", "std"))
     return (torch.stack(images) - mean) / std
 
 
 def untrained_vit() -> nn.Module:
+    """Of the shipped backbone's shape."""
     torch.manual_seed(0)
-    return VisionTransformer(
-        img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3, class_token=False, global_pool="avg"
-    )
+    return VisionTransformer(**backbone_facts()["architecture"], class_token=False, global_pool="avg")
 
 
 def block_inputs(model: nn.Module, images: Tensor, block: int) -> Tensor:

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from spt_fast.commands.options import Commands
 
 WRONG = 1  # exit code
-_REQUIRED = ("torch", "timm", "safetensors", "numpy", "tqdm")
+_REQUIRED = ("torch", "timm", "safetensors", "numpy", "tqdm", "pyyaml")
 _OPTIONAL = {
     "triton": "Linux only",
     "matplotlib": "extra: plots",
+    "tensorboard": "extra: train",
+    "peft": "extra: peft",
     "faiss-cpu": "extra: faiss",
     "faiss-gpu": "extra: faiss-gpu",
 }

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from spt_fast.backbones.identity import describe, readable
 from spt_fast.data.images import LabelledImages
+from spt_fast.data.listing import some_names
 from spt_fast.methods.base import TunedViT
 from spt_fast.prompting.checks import check_class_names
 from spt_fast.prototypes.result import Prototypes
@@ -104,8 +105,9 @@ def train(
         FileExistsError: `out` holds results, and neither `resume` nor `overwrite` is given.
         ImportError: `tensorboard`, and it is not installed.
         TypeError, FloatingPointError: as `fit`.
-        ValueError: as `fit`; the recipe states another method or number of prompts than `tuned` has; another
-            run writes into `out` now; its checkpoint cannot be read, or is of another recipe, data or model.
+        ValueError: as `fit`; the recipe states another method or number of prompts than `tuned` has; images
+            of `open_labelled_images` have other classes than `tuned`, or in another order; another run writes
+            into `out` now; its checkpoint cannot be read, or is of another recipe, data or model.
         OSError: a file cannot be written. The last whole checkpoint stays.
     """
     processes = find_processes(process_group)
@@ -160,6 +162,7 @@ def train_in(
     if check_bool("tensorboard", tensorboard):
         folder.processes.on_rank_0(check_tensorboard)
     _take_names(tuned, train_data)
+    _check_classes(tuned, train_data=train_data, val_data=val_data, test_data=test_data)
     # What could not be saved is found now, and not after an epoch.
     tuned.learned_state_dict()
     check_class_names(tuned.class_names, getattr(tuned.model, "num_classes", None))
@@ -257,6 +260,19 @@ def _take_names(tuned: TunedViT, data: Any) -> None:
             tuned.class_names = data.class_names
         if tuned.preprocessing is None:
             tuned.preprocessing = data.loader.preprocessing
+
+
+def _check_classes(tuned: TunedViT, **data: Any) -> None:
+    """ValueError where labels do not count the classes of the head: an accuracy would be of other classes."""
+    for argument, images in data.items():
+        if not isinstance(images, LabelledImages) or tuned.class_names is None:
+            continue
+        if tuple(images.class_names) != tuple(tuned.class_names):
+            raise ValueError(
+                f"{argument} must have the classes of tuned in their order, {some_names(tuned.class_names)}, "
+                f"got {some_names(images.class_names)}; open_labelled_images(..., "
+                "class_names=tuned.class_names) numbers them so"
+            )
 
 
 def _every(steps: int | None, outputs: Outputs) -> Any:

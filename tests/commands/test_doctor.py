@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
+from spt_fast.commands import doctor
 from spt_fast.commands import main as cli
 from spt_fast.data.shipped import backbone_facts
 from spt_fast.ops import kmeans_native
@@ -25,6 +28,20 @@ def test_doctor_says_what_is_here(capsys):
     ):
         assert expected in printed
     assert str(backbone_facts()["epochs"]) in printed
+
+
+def test_doctor_lists_what_is_required_and_what_users_may_add():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    of_users = {"plots", "train", "peft", "faiss", "faiss-gpu"}
+    assert of_users | {"bench", "test", "lint"} == {*project["optional-dependencies"]}
+    wanted = {
+        *project["dependencies"],
+        *(name for extra in of_users for name in project["optional-dependencies"][extra]),
+    }
+    listed = {*doctor._REQUIRED, *doctor._OPTIONAL}
+    assert {re.match(r"[\w-]+", each)[0].lower() for each in wanted} <= listed
 
 
 def test_doctor_names_the_instruction_set(capsys):

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor, nn
 
 import spt_fast
 from spt_fast import Recipe
+from spt_fast.data.images import open_labelled_images
 from spt_fast.support.files import read_safetensors
 from spt_fast.support.tables import read_csv
 from spt_fast.training.checkpoint import CHECKPOINT_NAME, Checkpoint
@@ -425,6 +427,39 @@ def test_other_arguments_are_refused(
             make_tuned(), loader, **{"out": tmp_path / "out", "recipe": QUICK, "progress": False, **options}
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_whose_labels_count_other_classes_are_refused(make_vit: Any, tmp_path: Path) -> None:
+    for name in ("train/ant", "train/bee", "train/cat", "val/bee", "val/cat"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(2):
+            colour = (number, len(name), ord(name[-1]))
+            Image.new("RGB", (32, 32), colour).save(tmp_path / name / f"{number}.png")
+    model, out = make_vit(), tmp_path / "out"
+    model.pretrained_cfg = {"input_size": (3, 32, 32)}
+    options: dict[str, Any] = {"recipe": QUICK, "out": out, "progress": False}
+    learned = open_labelled_images(str(tmp_path / "train"), model, training=True, workers=0)
+    others = open_labelled_images(str(tmp_path / "val"), model, workers=0)
+    tuned = spt_fast.PromptedViT(model, 2, num_classes=3)
+    for argument in ("val_data", "test_data"):
+        with pytest.raises(
+            ValueError, match=f"{argument} must have the classes of tuned .* ant, bee, cat, got bee, cat"
+        ):
+            train(tuned, learned, **options, **{argument: others})
+    with pytest.raises(ValueError, match="train_data must have the classes of tuned"):
+        train(tuned, others, **options)
+    assert not out.exists()
+    # As docs/train.md has it.
+    same = open_labelled_images(
+        str(tmp_path / "val"),
+        model,
+        class_names=learned.class_names,
+        tuned=learned.loader.preprocessing,
+        workers=0,
+    )
+    run = train(tuned, learned, same, **options)
+    assert [labels.tolist() for _, labels in same.loader] == [[1, 1, 2, 2]]
+    assert len(run.history.val_accuracy) == QUICK.epochs
 
 
 def test_the_recipe_in_a_folder_starts_another_run(make_tuned: Any, loader: Loader, tmp_path: Path) -> None:
