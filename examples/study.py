@@ -125,24 +125,31 @@ def draw(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{args.csv} has none of {', '.join(f'{part}.csv' for part in PARTS)}")
     figures: dict[str, Any] = {}
     if "methods" in tables:
-        figures["methods"] = _differences(arms_of(tables["methods"]))
+        figures["methods"] = _differences(tables["methods"])
     # The sweeps of lengths and shares leave out the value that all arms of methods.yaml have.
     if "lengths" in tables:
         runs = _over(_with_methods("lengths", tables), lambda row: float(row.num_prompts or 0))
-        figures["lengths"] = accuracy_against_prompt_length(runs)
+        figures["lengths"] = accuracy_against_prompt_length(runs) if runs else None
     if "shares" in tables:
-        figures["shares"] = _against_share(_over(_with_methods("shares", tables), _share))
+        runs = _over(_with_methods("shares", tables), _share)
+        figures["shares"] = _against_share(runs) if runs else None
     for part in tables:
         if (path := _nmi_file(args.csv, part)).exists():
             figures[f"{part}_nmi"] = nmi_over_epochs(path)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(args.out / f"study_{name}.png")
+        if figure is None:
+            print(f"study_{name}.png: not drawn, as there is nothing yet that all arms of {name} have")
+        else:
+            figure.savefig(args.out / f"study_{name}.png")
 
 
-def _differences(arms: Sequence[Arm]) -> Any:
+def _differences(rows: Sequence[Row]) -> Any:
     """A line for each arm: what it has more than VPT-Deep, by task, and the mean with its interval."""
-    reference = next(arm for arm in arms if arm.name == REFERENCE)
+    arms = arms_of(rows) if any(row.test_accuracy is not None for row in rows) else []
+    reference = next((arm for arm in arms if arm.name == REFERENCE), None)
+    if reference is None:
+        return None
     looks = styles(["SPT-Deep", "VPT-Deep"])
     found = [(arm, paired_difference(arm.accuracies(), reference.accuracies())) for arm in arms]
     lines = sorted(((arm, each) for arm, each in found if each is not None), key=lambda line: line[1].mean)
@@ -151,7 +158,8 @@ def _differences(arms: Sequence[Arm]) -> Any:
     axes.axvline(0, color="#bbbbbb", linewidth=1)
     for place, (arm, difference) in enumerate(lines):
         colour = looks.get(f"{arm.method[:3].upper()}-Deep", {"color": "#444444"})["color"]
-        by_task = [_of_task(arm, task) - _of_task(reference, task) for task in arm.runs]
+        both = [task for task in arm.runs if task in reference.runs]
+        by_task = [_of_task(arm, task) - _of_task(reference, task) for task in both]
         axes.plot(
             by_task, [place] * len(by_task), "o", color=colour, alpha=0.3, markersize=4, markeredgewidth=0
         )
@@ -178,20 +186,33 @@ def _with_methods(part: str, tables: Mapping[str, Sequence[Row]]) -> list[Row]:
 
 
 def _over(rows: Sequence[Row], x: Callable[[Row], float]) -> dict[str, tuple[list[float], list[list[float]]]]:
-    """{arm: (values of x, accuracies [R, X])}: a line of R for each seed, the mean over the tasks."""
+    """{arm: (values of x, accuracies [R, X])}: a line of R for each seed, the mean over tasks.
+
+    Tasks that are not done by all arms with all seeds and values are left out: of others means would compare
+    easy tasks with hard ones.
+    """
     finals = [row for row in rows if row.test_accuracy is not None]
-    found = {}
-    for arm in dict.fromkeys(row.arm for row in finals):
-        cells: dict[tuple[int, float], list[float]] = {}
-        for row in finals:
-            if row.arm == arm:
-                cells.setdefault((row.seed, x(row)), []).append(row.test_accuracy or 0.0)
-        seeds, places = sorted({seed for seed, _ in cells}), sorted({place for _, place in cells})
-        found[SHOWN.get(arm, arm)] = (
-            places,
-            [[fmean(cells[seed, place]) for place in places] for seed in seeds],
+    found = {(row.arm, row.seed, x(row), row.task): row.test_accuracy or 0.0 for row in finals}
+    seeds = sorted({row.seed for row in finals})
+    places = {arm: sorted({x(row) for row in finals if row.arm == arm}) for arm in _in_order(finals, "arm")}
+    wanted = [(arm, seed, place) for arm in places for seed in seeds for place in places[arm]]
+    tasks = [task for task in _in_order(finals, "task") if all((*each, task) in found for each in wanted)]
+    if not tasks:
+        return {}
+    return {
+        SHOWN.get(arm, arm): (
+            places[arm],
+            [
+                [fmean(found[arm, seed, place, task] for task in tasks) for place in places[arm]]
+                for seed in seeds
+            ],
         )
-    return found
+        for arm in places
+    }
+
+
+def _in_order(rows: Sequence[Row], name: str) -> list[str]:
+    return list(dict.fromkeys(getattr(row, name) for row in rows))
 
 
 def _share(row: Row) -> float:

@@ -107,7 +107,7 @@ def analyse(
     different sizes, by how their values vary together over the channels. Each image is a minibatch.
 
     Args:
-        tuned: the model with its prompts; its mode and its prompts stay as they are.
+        tuned: the model with its prompts, measured in evaluation mode; it comes back as it was.
         loader: batches of images, as in `build_prototypes`.
         max_images: stop after this many; None reads the whole loader.
         scale, normalize: of the scores of NMI, as in `sigmoid_nmi`; by default they are eq. 7's.
@@ -127,10 +127,16 @@ def analyse(
     device = tuned.prompts.device
     cka, nmi = StreamingCKA(depth, depth, unbiased=unbiased), []
     measure = partial(nmi_per_image, scale=scale, normalize=normalize)
-    with torch.no_grad(), progress_bar(show=progress, desc="analysis", unit=" images") as bar:
-        for images in image_batches(loader, max_images):
-            nmi.append(_analyse_batch(tuned, images.to(device), measure, cka))
-            bar.update(len(images))
+    was_training = tuned.training
+    # Dropout of prompts would make another result of each call.
+    tuned.eval()
+    try:
+        with torch.no_grad(), progress_bar(show=progress, desc="analysis", unit=" images") as bar:
+            for images in image_batches(loader, max_images):
+                nmi.append(_analyse_batch(tuned, images.to(device), measure, cka))
+                bar.update(len(images))
+    finally:
+        tuned.train(was_training)
     if not nmi:
         raise ValueError("loader must give at least one batch of images, got none")
     return Analysis(torch.cat(nmi), cka.result())

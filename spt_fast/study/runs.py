@@ -34,14 +34,15 @@ class Row:
         task: name of the data.
         arm: what is compared, as the study names it: a method with its options and its prompts' start.
         method: of `spt_fast.methods.names()`.
-        strategy: of `build_prototypes`, or "" where no prototypes were built.
+        strategy: of `build_prototypes`; "vipamin" where prompts start from VIPAMIN's values; else "".
         source: the blocks whose tokens the prototypes are of: "own", "first" or "last" for all blocks
             (Table S2), or "" likewise.
         frozen_prompts: whether prompts stayed as they started (Table 4).
         num_prompts: per block; None where there are none.
         lr, weight_decay, epochs: of the recipe.
         prompt_lr: highest rate of the prompts in the run; None where no prompts learn.
-        options: other values that the study chose, as "name=value;name=value" in alphabetical order.
+        options: other values that the study varied, as "name=value;name=value" in alphabetical order.
+        compared: of all values that it varied those that it compares and does not choose, likewise.
         seed: of the recipe.
         train_images: images that were learned from.
         learned: parameters that learn, without the head.
@@ -69,6 +70,7 @@ class Row:
     epochs: int
     prompt_lr: float | None = None
     options: str = ""
+    compared: str = ""
     seed: int
     train_images: int
     learned: int
@@ -129,6 +131,12 @@ def read_runs(path: str | os.PathLike[str]) -> list[Row]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{source}: run {twice} comes twice")
     return rows
+
+
+def read_values(text: str) -> dict[str, str]:
+    """{name: value} of the columns `options` and `compared`."""
+    pairs = (pair.partition("=") for pair in text.split(";") if pair)
+    return {name: value for name, _, value in pairs}
 
 
 def write_runs(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:

@@ -56,7 +56,8 @@ class RunFolder:
         self.path = path
         self.processes = processes
         self.checkpoint = checkpoint
-        self._is_ours = checkpoint is not None
+        # Whether files in the folder are those of this run, and whether it began here and now.
+        self._is_ours, self._begins = checkpoint is not None, False
 
     def __getitem__(self, name: str) -> Path:
         return self.path / name
@@ -77,13 +78,16 @@ class RunFolder:
 
     def start(self, *, overwrite: bool) -> None:
         """Take the folder for a run that starts; with `overwrite`, all of an older one is removed."""
-        self._is_ours = True
+        self._is_ours = self._begins = True
         if overwrite:
             self.processes.on_rank_0(self._clear)
 
     def discard_a_start(self) -> None:
-        """Remove the files of a run that has not made a step; on rank 0."""
-        if self._is_ours and self.processes.rank == 0 and not self.what_is_kept():
+        """Remove the files of a run that began here and has not made a step; on rank 0.
+
+        What another process has left stays: the next one goes on from there.
+        """
+        if self._begins and self.processes.rank == 0 and not self.what_is_kept():
             self._clear()
 
     def write_start(self, prompts: Prototypes | Tensor) -> None:

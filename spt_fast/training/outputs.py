@@ -15,6 +15,7 @@ from spt_fast.methods.base import TunedViT
 from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.plots import nmi_over_epochs, training_curves
 from spt_fast.prototypes.result import Prototypes
+from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import write_bytes
 from spt_fast.support.results import matplotlib_missing, png
 from spt_fast.support.tables import csv_bytes
@@ -205,7 +206,11 @@ class Outputs:
     def _evaluate(self, images: Iterable[Any]) -> Evaluation:
         module, batches = kept_images(self._tuned, images, self._features)
         names = self._tuned.class_names
-        return evaluate_classes(module, batches, names, processes=self._processes, argument="test_data")
+        try:
+            return evaluate_classes(module, batches, names, processes=self._processes, argument="test_data")
+        except NonFiniteError as error:
+            # As in a validation: the last steps may have spoilt the weights.
+            raise FloatingPointError(f"{error}, in the test; lower lr, if it is not the image") from error
 
     def _draw(self) -> None:
         """The figures, by rank 0 alone."""

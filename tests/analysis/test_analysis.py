@@ -105,6 +105,15 @@ def test_model_is_left_as_it_was(vit, make_loader):
     assert not any(block._forward_pre_hooks for block in vit.blocks)
 
 
+def test_a_model_in_training_mode_is_measured_without_its_dropout(vit, make_loader):
+    tuned = PromptedViT(vit, prompts_for(3), prompt_dropout=0.5, num_classes=2)
+    expected = analyse(tuned.eval(), make_loader())
+    found = analyse(tuned.train(), make_loader())
+    assert tuned.training
+    assert torch.equal(found.nmi, expected.nmi)
+    assert torch.equal(found.cka, expected.cka)
+
+
 def test_table_names_the_tokens_most_like_each_prompt(vit, make_loader):
     found = analyse(PromptedViT(vit, prompts_for(3)), make_loader(4, 4), progress=False)
     rows = [line.split() for line in found.table().splitlines()[2:]]

@@ -131,3 +131,26 @@ def test_what_is_collected_and_drawn_is_what_the_runs_hold(script, tmp_path):
     }
     runs = script._over(script._with_methods("shares", tables), script._share)
     assert runs == {"full": ([0.1, 1.0], [[0.2, 0.5], [0.2, 0.51]])}
+
+
+def test_figures_of_a_study_that_is_not_finished_compare_like_with_like(script, tmp_path, capsys):
+    easy = [row("easy", "spt-deep", seed, 0.9, num_prompts=n) for n in (1, 3) for seed in (0, 1)]
+    hard = [row("hard", "spt-deep", seed, 0.1, num_prompts=1) for seed in (0, 1)]
+    length = script._over([*easy, *hard], lambda each: float(each.num_prompts))
+    assert length == {"SPT-Deep": ([1.0, 3.0], [[0.9, 0.9]] * 2)}
+    # A seed lacks a length: no task has all.
+    assert script._over(easy[1:], lambda each: float(each.num_prompts)) == {}
+    # An arm has a task that VPT-Deep lacks; then there is no VPT-Deep at all.
+    methods = [
+        row("easy", "spt-deep", 0, 0.9),
+        row("hard", "spt-deep", 0, 0.1),
+        row("easy", "vpt-deep", 0, 0.8),
+    ]
+    for number, rows in enumerate((methods, methods[:2])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_runs(folder / "methods.csv", rows)
+        write_runs(folder / "lengths.csv", easy[1:])
+        script.main(["draw", str(folder), "--out", str(folder / "figures")])
+        assert (folder / "figures/study_methods.png").exists() == (number == 0)
+        assert "study_lengths.png: not drawn" in capsys.readouterr().out

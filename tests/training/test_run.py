@@ -360,6 +360,23 @@ def test_a_run_that_fails_before_a_step_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_refused_resume_leaves_what_a_killed_run_started_from(
+    make_tuned: Any, loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr("spt_fast.training.folder.RunFolder.discard_a_start", lambda _: None)
+        killed.setattr("torch.optim.AdamW.step", lambda *_, **__: sys.exit(1))
+        with pytest.raises(SystemExit):
+            train(make_tuned(), loader, recipe=QUICK, out=tmp_path, progress=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {CHECKPOINT_NAME, "run.yaml"} <= {*before}
+    with pytest.raises(ValueError, match="epochs"):
+        train(make_tuned(), loader, recipe=QUICK.replace(epochs=9), out=tmp_path, resume=True, progress=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    run = train(make_tuned(), loader, recipe=QUICK, out=tmp_path, resume=True, progress=False)
+    assert run.history.epochs == QUICK.epochs
+
+
 def test_a_loss_that_is_nan_leaves_the_last_good_epoch(
     make_tuned: Any, loader: Loader, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from spt_fast.study.report.charts import PERCENT, Axis, Line, legend, line_chart
 from spt_fast.study.report.html import Html, Section, element, figure, grid, markup, paragraph
 from spt_fast.study.report.input import StudyFolder
-from spt_fast.study.runs import Row
+from spt_fast.study.runs import Row, read_values
 
 _LENGTH, _IMAGES, _SHARE = "prompts per block", "training images", "share"
 # Of options that only some arms state: what the others have.
@@ -42,14 +42,12 @@ class _Family:
     """What runs have in common that differ in x.
 
     Attributes:
-        name: the method and how its prompts start.
-        others: all numbers but x.
-        arm: where arms that share all of that have the same x, and so are no family; else "".
+        name: the arm, or the method and how its prompts start, where x tells arms apart.
+        others: all else that a study varies or arms state, but for rates that were chosen.
     """
 
     name: str
-    others: tuple[tuple[str, float], ...]
-    arm: str = ""
+    others: tuple[tuple[str, str], ...]
 
 
 def _against(study: StudyFolder, x: str) -> Html | None:
@@ -80,46 +78,77 @@ def _lines(rows: Sequence[Row], x: str) -> dict[str, list[Line]]:
     """{task: lines}, one for each family that has two x or more."""
     found: dict[str, list[tuple[_Family, Line]]] = defaultdict(list)
     for (task, family), members in _families(rows, x).items():
-        line = _line(family.arm or family.name, members, x)
+        line = _line(family.name, members, x)
         if line is not None:
             found[task].append((family, line))
     return {task: [_told_apart(*each, pairs) for each in pairs] for task, pairs in found.items()}
 
 
 def _told_apart(family: _Family, line: Line, pairs: Sequence[tuple[_Family, Line]]) -> Line:
-    """With the other numbers in its name, where another family of the task has the same name."""
+    """With what else tells it apart in its name, where another family of the task has the same one."""
     if sum(other.name == line.name for _, other in pairs) == 1:
         return line
-    others = ", ".join(f"{name} {value:g}" for name, value in family.others)
+    others = ", ".join(f"{name} {value}" for name, value in family.others)
     return Line(f"{line.name}, {others}", line.x, line.values)
 
 
 def _families(rows: Sequence[Row], x: str) -> dict[tuple[str, _Family], list[Row]]:
-    alike: dict[tuple[str, _Family], list[Row]] = defaultdict(list)
+    """Runs of an arm for which the study varied x; and runs of arms that x alone tells apart."""
+    within = _varying(rows, x)
+    found: dict[tuple[str, _Family], list[Row]] = defaultdict(list)
     for row in rows:
         if x in _numbers(row):
-            alike[row.task, _family(row, x)].append(row)
-    found: dict[tuple[str, _Family], list[Row]] = defaultdict(list)
-    for (task, family), members in alike.items():
-        points = {(row.arm, _numbers(row)[x]) for row in members}
-        same = len(points) > len({value for _, value in points})
-        for row in members:
-            found[task, _Family(family.name, family.others, row.arm if same else "")].append(row)
-    return found
+            found[row.task, (_within if (row.task, row.arm) in within else _across)(row, x)].append(row)
+    return {
+        (task, family): members
+        for (task, family), members in found.items()
+        # Arms with the same x are told apart by something that runs.csv does not have.
+        if (task, members[0].arm) in within
+        or len({row.arm for row in members}) == len({_numbers(row)[x] for row in members})
+    }
 
 
-def _family(row: Row, x: str) -> _Family:
+def _varying(rows: Sequence[Row], x: str) -> set[tuple[str, str]]:
+    """Task and arm where an arm has several x: compared ones, or in a search ones to choose from."""
+    values: dict[tuple[str, str], set[float | None]] = defaultdict(set)
+    for row in rows:
+        if row.stage == "search" or _key(x) in read_values(row.compared):
+            values[row.task, row.arm].add(_numbers(row).get(x))
+    return {place for place, found in values.items() if len(found) > 1}
+
+
+def _within(row: Row, x: str) -> _Family:
+    compared = read_values(row.compared).items()
+    return _Family(row.arm, tuple((name, value) for name, value in compared if name not in _keys(x)))
+
+
+def _across(row: Row, x: str) -> _Family:
     strategy = "" if row.strategy == "kmeans" else row.strategy
     source = "" if row.source in ("", "own") else f"{row.source} block"
     words = (row.method, strategy, source, "frozen" if row.frozen_prompts else "")
-    # A share of the images is a number of them.
-    left_out = {_SHARE, _IMAGES} if x in (_SHARE, _IMAGES) else {x}
-    others = tuple((name, value) for name, value in sorted(_numbers(row).items()) if name not in left_out)
+    stated = {
+        "num_prompts": str(row.num_prompts),
+        "share": str(row.train_images),
+        "epochs": str(row.epochs),
+        "weight_decay": f"{row.weight_decay:g}",
+        **read_values(row.options),
+    }
+    others = tuple((name, value) for name, value in sorted(stated.items()) if name not in _keys(x))
     return _Family(", ".join(filter(None, words)), others)
 
 
+def _key(x: str) -> str:
+    """The name of x in the columns `options` and `compared`."""
+    return "num_prompts" if x == _LENGTH else x
+
+
+def _keys(x: str) -> tuple[str, ...]:
+    """Of a share of the images, their number is another word."""
+    return ("share", "per_class") if x in (_SHARE, _IMAGES) else (_key(x),)
+
+
 def _line(name: str, rows: Sequence[Row], x: str) -> Line | None:
-    """Over the seeds that have all x; of several searched rates the best. None for fewer than two x."""
+    """Over the seeds that have all x; of a search the best of each x. None for fewer than two x."""
     found: dict[float, dict[int, float]] = defaultdict(dict)
     for row in rows:
         accuracy = row.test_accuracy if row.stage == "final" else row.val_accuracy
@@ -146,8 +175,7 @@ def _numbers(row: Row) -> Values:
 def _options(row: Row) -> dict[str, float]:
     """Those of its options that are numbers."""
     found = {}
-    for pair in filter(None, row.options.split(";")):
-        name, _, value = pair.partition("=")
+    for name, value in read_values(row.options).items():
         try:
             found[name] = float(value)
         except ValueError:

@@ -16,6 +16,7 @@ from spt_fast.study.report.comparison import chosen_rows
 from spt_fast.study.report.html import Html, Section, element, figure, grid, markup, paragraph
 from spt_fast.study.report.input import StudyFolder
 from spt_fast.study.runs import Row
+from spt_fast.study.sweeps.choice import diverged
 from spt_fast.support.yaml_text import read_yaml
 from spt_fast.training.folder import HISTORY_NAME, NMI_NAME, RUN_NAME
 
@@ -48,6 +49,8 @@ def search_section(study: StudyFolder, looks: Looks) -> Section | None:
 def curves_section(study: StudyFolder, looks: Looks) -> Section | None:
     """Loss, and validation accuracy where there is any, epoch by epoch."""
     final = [row for row in study.rows if row.stage == "final"] or chosen_rows(study.rows)
+    # A run that diverged has a curve of fewer epochs, which would cut the others.
+    final = [row for row in final if not diverged(row)]
     loss = _curves(study, final, lambda found: found[0])
     accuracy = _curves(study, final, lambda found: found[1])
     whose = "of the same runs"
@@ -74,7 +77,7 @@ def curves_section(study: StudyFolder, looks: Looks) -> Section | None:
 
 def nmi_charts(study: StudyFolder, looks: Looks) -> Html | None:
     """NMI of prompts and tokens by epoch, the mean over blocks, and by block after the last epoch."""
-    measured = [row for row in study.rows if study.run_file(row, NMI_NAME) is not None]
+    measured = [row for row in study.rows if not diverged(row) and study.run_file(row, NMI_NAME) is not None]
     final = [row for row in measured if row.stage == "final"] or measured
     over_time: ByTask = {}
     by_block: ByTask = {}

@@ -90,7 +90,14 @@ def read_arms(given: Any, tasks: Sequence[Task]) -> dict[str, Arm]:
         given = {name: {} for name in given}
     if not isinstance(given, Mapping):
         raise TypeError(f"arms must map names to fields of a recipe, got {given!r:.60}")
-    return {str(name): _read_arm(str(name), own or {}, tasks) for name, own in given.items()}
+    arms: dict[str, Arm] = {}
+    known = list(tasks)
+    for name, own in given.items():
+        arm = _read_arm(str(name), own or {}, known)
+        arms[arm.name] = arm
+        # The next task that lends prototypes needs a short name beside this one's.
+        known += [task for task in [arm.prototypes.task] if task is not None and task not in known]
+    return arms
 
 
 def _read_arm(name: str, given: Any, tasks: Sequence[Task]) -> Arm:

@@ -26,15 +26,18 @@ from spt_fast.study.runs import PROTOTYPES_FOLDER, RUNS_FOLDER, Row
 from spt_fast.study.sweeps.plan import PlannedRun
 from spt_fast.study.sweeps.tasks import Task
 from spt_fast.support.memory import free_memory
+from spt_fast.support.yaml_text import read_yaml
 from spt_fast.training.build import build, check_buildable
 from spt_fast.training.checkpoint import CHECKPOINT_NAME
 from spt_fast.training.features import FeatureStore
-from spt_fast.training.folder import TUNED_NAME, run_folder
+from spt_fast.training.folder import RUN_NAME, TUNED_NAME, run_folder
 from spt_fast.training.recipe import Recipe
 from spt_fast.training.run import Run, train_in
 
-# In the metadata of shared prototypes: how long the pass took.
-_SECONDS = "seconds"
+# In the metadata of shared prototypes: how long the pass took, and which images it read.
+_SECONDS, _IMAGES = "seconds", "images_fingerprint"
+# In the facts of a run: the file of what its prompts start from.
+_START = "prototypes"
 _TRAINED_ON: Mapping[str, Part] = {"search": "train", "final": "train+val"}
 
 
@@ -64,8 +67,8 @@ class Workshop:
         self._features = FeatureStore()
         self._task: Task | None = None
         self._cache: ImageCache | None = None
-        # The last pass, which gives other prompt lengths too.
-        self._pass: tuple[tuple[Any, ...], Prototypes] | None = None
+        # The last pass, which gives other prompt lengths too, and its seconds.
+        self._pass: tuple[tuple[Any, ...], Prototypes, float] | None = None
 
     def run(self, planned: PlannedRun) -> Row:
         """Do a run, or go on with it where a process that ended has left it.
@@ -178,7 +181,8 @@ class Workshop:
 
     def _trained(self, planned: PlannedRun, tuned: TunedViT, train: Any, pool: Pool) -> Run:
         folder = self._out / RUNS_FOLDER / planned.name
-        begun = (folder / CHECKPOINT_NAME).exists()
+        start = planned.prototypes_name or ""
+        begun = (folder / CHECKPOINT_NAME).exists() and _is_of(folder, planned.recipe, start)
         is_final = planned.stage == "final"
         with run_folder(folder, resume=begun, overwrite=not begun) as opened:
             return train_in(
@@ -190,7 +194,12 @@ class Workshop:
                 overwrite=not begun,
                 test_data=pool.test if is_final else None,
                 nmi=planned.nmi,
-                facts={"data": planned.task.data, "arm": planned.arm.name, "stage": planned.stage},
+                facts={
+                    "data": planned.task.data,
+                    "arm": planned.arm.name,
+                    "stage": planned.stage,
+                    _START: start,
+                },
                 progress=False,
                 features=self._features,
                 figures=False,
@@ -262,10 +271,16 @@ class Workshop:
     def _prototypes(self, planned: PlannedRun, name: str) -> tuple[Prototypes, float]:
         """Shared prototypes; built by the first run of all that needs them."""
         path = self._out / PROTOTYPES_FOLDER / name
-        if not path.exists():
+        pool = self._pool(planned.arm.prototypes.task or planned.task, planned.recipe)
+        sets = (pool.images.train, pool.images.val)
+        images = "-".join(each.fingerprint for each in sets if each is not None)
+        found = Prototypes.load(path) if path.exists() else None
+        # A task that was there before, and finished no run, may have had this name.
+        if found is None or found.metadata.get(_IMAGES) != images:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._built(planned).save(path, overwrite=True)
-        found = Prototypes.load(path)
+            found = self._built(planned)
+            found.metadata[_IMAGES] = images
+            found.save(path, overwrite=True)
         return found, float(found.metadata.get(_SECONDS, "nan"))
 
     def _built(self, planned: PlannedRun) -> Prototypes:
@@ -286,17 +301,29 @@ class Workshop:
         started = time.perf_counter()
         made_from = (id(pool), tuple(rows), *sorted(options.items()))
         if self._pass is not None and self._pass[0] == made_from and options["capacity"] is not None:
-            found = self._pass[1].select(number)
+            found, seconds = self._pass[1].select(number), self._pass[2]
+            seconds += time.perf_counter() - started
         else:
             images = pool.plain(rows, seed=recipe.seed)
             found = build_prototypes(
                 self._opened(recipe), images, num_prompts=number, progress=False, **options
             )
-            self._pass = (made_from, found)
-        found.metadata[_SECONDS] = f"{time.perf_counter() - started:.3f}"
+            seconds = time.perf_counter() - started
+            self._pass = (made_from, found, seconds)
+        found.metadata[_SECONDS] = f"{seconds:.3f}"
         if start.source == "own":
             return found
         return found.repeat_layer(0) if start.source == "first" else found.repeat_last_output()
+
+
+def _is_of(folder: Path, recipe: Recipe, start: str) -> bool:
+    """Whether the run in a folder is this one: an arm may have been changed before a run of it was done."""
+    path = folder / RUN_NAME
+    try:
+        facts = read_yaml(path.read_text(encoding="utf-8"), str(path))
+        return Recipe.from_yaml(path) == recipe and facts.get(_START) == start
+    except (OSError, TypeError, ValueError):
+        return False
 
 
 def tidy(out: Path, planned: PlannedRun) -> None:
@@ -324,7 +351,7 @@ def _known(planned: PlannedRun, tuned: TunedViT, model: nn.Module) -> dict[str, 
         "task": planned.task.data,
         "arm": planned.arm.name,
         "method": planned.arm.method,
-        "strategy": start.strategy if has_start else "",
+        "strategy": start.strategy if has_start else "vipamin" * (recipe.prompts_from == "vipamin"),
         "source": start.source if has_start else "",
         "frozen_prompts": recipe.freeze_prompts,
         "num_prompts": getattr(tuned, "num_prompts", None) or None,
@@ -333,6 +360,7 @@ def _known(planned: PlannedRun, tuned: TunedViT, model: nn.Module) -> dict[str, 
         "epochs": recipe.epochs,
         "prompt_lr": _prompt_rate(tuned, recipe),
         "options": planned.options,
+        "compared": planned.compared,
         "seed": recipe.seed,
         "learned": tuned.num_trainable(head=False),
         "trainable": tuned.num_trainable(),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spt_fast.study.runs import RUNS_NAME, Row, read_runs, write_runs
+from spt_fast.study.runs import PROTOTYPES_FOLDER, RUNS_NAME, Row, read_runs, write_runs
 from spt_fast.study.sweeps.choice import best
 from spt_fast.study.sweeps.plan import Group, Plan, PlannedRun
 
@@ -61,7 +61,8 @@ class Ledger:
     def next(self, running: Sequence[PlannedRun]) -> PlannedRun | None:
         """The first run that is neither done nor running; none that waits for prototypes in the making."""
         names = {run.name for run in running}
-        building = {run.prototypes_name for run in running} - {None}
+        needed = {run.prototypes_name for run in running if run.prototypes_name is not None}
+        building = {name for name in needed if not (self._path.parent / PROTOTYPES_FOLDER / name).exists()}
         free = (run for run in self.planned() if run.name not in names and run.name not in self.rows)
         return next((run for run in free if run.prototypes_name not in building), None)
 
@@ -138,6 +139,7 @@ class Ledger:
                 "epochs": planned.recipe.epochs,
                 "seed": planned.recipe.seed,
                 "options": planned.options,
+                "compared": planned.compared,
             }
             wrong = [
                 f"{name} {getattr(row, name)!r} there, {value!r} now"

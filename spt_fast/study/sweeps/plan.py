@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from spt_fast.study.runs import Stage
@@ -15,11 +16,13 @@ from spt_fast.study.sweeps.search import RandomSearch, Trial, Values, read_axes,
 from spt_fast.study.sweeps.tasks import IMAGE_OPTIONS, SUBSETS, Task, check_subset, read_subset, read_tasks
 from spt_fast.support.arguments import check_bool, check_seed
 from spt_fast.support.names import instead
+from spt_fast.support.yaml_text import read_yaml
 from spt_fast.training.build import method_options
 from spt_fast.training.recipe import Recipe, check_names
+from spt_fast.training.shipped_recipes import shipped
 
-# Columns of their own in runs.csv; other values that differ between runs go to its column `options`.
-_COLUMNS = ("lr", "weight_decay", "num_prompts", "epochs", "prompt_lr")
+# Varied values that have columns of their own in runs.csv; the others go to its column `options`.
+_COLUMNS = ("lr", "weight_decay", "num_prompts")
 _MODEL_OPTIONS = ("checkpoint", "pretrained", "img_size", "in_chans", "model_options")
 _NOT_IN_A_SWEEP = ("method", "method_options", "seed")
 _KEYS = (
@@ -39,7 +42,7 @@ class PlannedRun:
         arm: what is compared.
         recipe: with method and seed.
         subset: {"share": ...} or {"per_class": ...} of the images to learn from, or empty.
-        options: the column of that name.
+        options, compared: the columns of these names.
         nmi: whether to measure it.
     """
 
@@ -50,6 +53,7 @@ class PlannedRun:
     recipe: Recipe
     subset: Mapping[str, Any]
     options: str
+    compared: str
     nmi: bool = False
 
     @property
@@ -144,24 +148,19 @@ class Group:
             arm=self.arm,
             recipe=recipe,
             subset=subset,
-            options=";".join(f"{name}={text_of(others[name])}" for name in sorted(others)),
+            options=_listed(others),
+            compared=_listed(self.compared),
             nmi=self.plan.nmi and stage == "final" and recipe.has_prompts and not recipe.freeze_prompts,
         )
 
     def _name(self, recipe: Recipe, others: Mapping[str, Any], stage: str) -> str:
         number = recipe.prompts_per_block
-        varied = {name for name in (*self.compared, *self.plan.search, *self.arm.search)}
         parts = [
             self.task.name,
             self.arm.name,
             f"lr{text_of(recipe.lr)}",
             f"wd{text_of(recipe.weight_decay)}",
             *([f"n{number}"] if number else []),
-            *(
-                f"{name}{text_of(getattr(recipe, name))}"
-                for name in ("epochs", "prompt_lr")
-                if name in varied
-            ),
             *_words(others),
             f"seed{recipe.seed}",
             stage,
@@ -289,6 +288,10 @@ def text_of(value: Any) -> str:
     return re.sub(r"[^\w.+]", "_", str(value))
 
 
+def _listed(values: Mapping[str, Any]) -> str:
+    return ";".join(f"{name}={text_of(values[name])}" for name in sorted(values))
+
+
 def _words(values: Mapping[str, Any]) -> list[str]:
     return [f"{name.replace('_', '')}{text_of(values[name])}" for name in sorted(values)]
 
@@ -325,6 +328,9 @@ def shared_recipe(given: Any) -> dict[str, Any]:
         recipe = given if isinstance(given, Recipe) else _named_recipe(given)
         default = dataclasses.asdict(Recipe())
         values = {name: value for name, value in dataclasses.asdict(recipe).items() if value != default[name]}
+        # Of all fields this one has another default in a sweep.
+        if not isinstance(given, Recipe) and "val_every" in _stated_by(given):
+            values["val_every"] = recipe.val_every
     for name in _NOT_IN_A_SWEEP:
         if values.pop(name, None) and isinstance(given, Mapping):
             raise ValueError(f"recipe: {name} is for arms and seeds of a sweep, not for what all runs share")
@@ -338,9 +344,20 @@ def shared_recipe(given: Any) -> dict[str, Any]:
 
 
 def _named_recipe(given: Any) -> Recipe:
-    if isinstance(given, str) and given not in Recipe.names() and given.endswith((".yaml", ".yml")):
-        return Recipe.from_yaml(given)
-    return Recipe.named(given)
+    return Recipe.from_yaml(given) if _is_file(given) else Recipe.named(given)
+
+
+def _stated_by(given: str) -> Mapping[str, Any]:
+    """The fields of a recipe by name or file, as they stand there."""
+    if not _is_file(given):
+        return shipped()[given]
+    values = read_yaml(Path(given).read_text(encoding="utf-8"), given)
+    of_run = values.get("recipe")
+    return of_run if isinstance(of_run, Mapping) else values
+
+
+def _is_file(given: Any) -> bool:
+    return isinstance(given, str) and given not in Recipe.names() and given.endswith((".yaml", ".yml"))
 
 
 def _compared(given: Any) -> dict[str, Sequence[Any]]:

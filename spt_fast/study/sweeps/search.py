@@ -11,17 +11,20 @@ from typing import Any
 
 from spt_fast.support.arguments import check_choice, check_int, check_number, check_seed
 from spt_fast.support.randomness import seed_of
+from spt_fast.training.recipe import options
 
 SCALES = ("log", "linear")
 # Drawn values are rounded to so many digits: names and tables shall show all of them.
 _DIGITS = 3
+# Of a range of them, whole numbers are drawn.
+_WHOLE = {option.name for option in options() if option.kind is int} | {"per_class"}
 # Draws for each trial that is wanted: lists have few combinations, which come again.
 _PATIENCE = 100
 
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers between two, of which a random search draws; whole ones where both are."""
+    """All numbers between two, of which a random search draws; whole ones for a field of whole numbers."""
 
     low: float
     high: float
@@ -42,8 +45,11 @@ class Range:
         scale = check_choice(f"{where}: scale", value.get("scale", "log"), SCALES)
         low = check_number(f"{where}: low", value["low"], above=0 if scale == "log" else None)
         high = check_number(f"{where}: high", value["high"], above=low)
-        whole = isinstance(value["low"], int) and isinstance(value["high"], int)
-        return cls(int(low), int(high), scale) if whole else cls(low, high, scale)
+        if name not in _WHOLE:
+            return cls(float(low), float(high), scale)
+        if low != int(low) or high != int(high):
+            raise ValueError(f"{where}: low and high must be whole numbers, got {low} and {high}")
+        return cls(int(low), int(high), scale)
 
     def draw(self, generator: random.Random) -> float:
         """One number, rounded to three digits, but not out of the range."""

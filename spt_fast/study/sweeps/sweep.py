@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from spt_fast.study.runs import RUNS_NAME, SWEEP_NAME, Row, read_runs
+from spt_fast.study.runs import PROTOTYPES_FOLDER, RUNS_NAME, SWEEP_NAME, Row, read_runs
 from spt_fast.study.sweeps.choice import diverged
 from spt_fast.study.sweeps.crew import Alone, Crew, Workers
 from spt_fast.study.sweeps.execute import Workshop, tidy
 from spt_fast.study.sweeps.ledger import Ledger
 from spt_fast.study.sweeps.plan import Group, Plan, PlannedRun
-from spt_fast.study.sweeps.record import asked_for, differences, read_record, record_of, write_record
+from spt_fast.study.sweeps.record import Record, asked_for, differences, read_record, record_of, write_record
 from spt_fast.support.arguments import check_device, check_int, check_number
 from spt_fast.support.files import check_input_path, remove_leftovers
 from spt_fast.support.locks import folder_lock
@@ -81,9 +81,11 @@ def sweep(
     where = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with result_folder(folder, (SWEEP_NAME, RUNS_NAME), overwrite=True), folder_lock(folder):
         remove_leftovers(folder)
+        remove_leftovers(folder / PROTOTYPES_FOLDER)
         workshop = Workshop(wanted.model, wanted.image_options, folder, where)
-        _check_is_same(wanted, workshop, folder, say)
+        record = _checked(wanted, workshop, folder, say)
         ledger = Ledger(wanted, folder)
+        write_record(folder, record)
         _tidy(ledger, folder, say)
         ledger.write()
         crew: Crew = Alone(workshop)
@@ -154,13 +156,14 @@ def read_plan(plan: str | os.PathLike[str]) -> dict[str, Any]:
     return asked_for(read_yaml(path.read_text(encoding="utf-8"), str(path)))
 
 
-def _check_is_same(plan: Plan, workshop: Workshop, folder: Path, say: Say) -> None:
-    """Note what the sweep is of, or refuse one whose folder is of something else."""
+def _checked(plan: Plan, workshop: Workshop, folder: Path, say: Say) -> Record:
+    """What the sweep is of, for its folder; one whose folder is of something else is refused."""
     recipe = next(iter(plan.groups)).final(None)[0].recipe if plan.groups else None
     assert recipe is not None
     tasks = {}
     for task in plan.all_tasks():
-        tasks[task.data] = workshop.facts(task, recipe)
+        # Of one data set there may be several splits.
+        tasks[task.name if task.data in tasks else task.data] = workshop.facts(task, recipe)
         for line in workshop.description(task, recipe):
             say(line)
     runs = {run.name: run for group in plan.groups for run in group.possible}
@@ -181,7 +184,7 @@ def _check_is_same(plan: Plan, workshop: Workshop, folder: Path, say: Say) -> No
             "to which tasks, arms, seeds and values may be added, and from which any may go that no run has, "
             "or another folder"
         )
-    write_record(folder, now)
+    return now
 
 
 def _tidy(ledger: Ledger, folder: Path, say: Say) -> None:

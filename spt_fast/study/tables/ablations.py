@@ -65,18 +65,19 @@ def _built_prototypes(run: Row) -> bool:
 def _times(row: PublishedRow, runs: Sequence[Row], columns: int) -> list[TableRow]:
     if not runs:
         return [not_run_line(f"{row.name}, ours", columns)]
-    groups: dict[tuple[str, str, int, int | None], list[float]] = {}
+    groups: dict[tuple[str, str, str, int, int | None], list[float]] = {}
     for run in runs:
-        key = (run.backbone, one_name(run.task), run.train_images, run.num_prompts)
+        # Arms of one strategy may read other images, or fewer.
+        key = (run.arm, run.backbone, one_name(run.task), run.train_images, run.num_prompts)
         groups.setdefault(key, []).append(run.prototype_seconds or 0.0)
     return [
         TableRow(
-            label=f"{row.name}, ours ({task}, {images} images, {prompts} prompts, {backbone})",
+            label=f"{row.name}, ours ({arm}, {task}, {images} images, {prompts} prompts, {backbone})",
             kind="ours",
             source=backbone,
             cells=(*[NOT_RUN] * (columns - 1), over_seeds(seconds, unit="s")),
         )
-        for (backbone, task, images, prompts), seconds in groups.items()
+        for (arm, backbone, task, images, prompts), seconds in groups.items()
     ]
 
 
@@ -160,7 +161,10 @@ def blocks_table(arms: Sequence[Arm], *, show_published: bool = True) -> Table:
         together=lambda arm: arm.strategy,
     )
     methods = [f"{method}-{depth}" for method in ("spt", "vpt") for depth in _DEPTHS]
-    those = [arm for arm in arms if arm.method in methods and not arm.frozen_prompts]
+    # Prompts that start from VIPAMIN's values are neither random nor prototypes.
+    those = [
+        arm for arm in arms if arm.method in methods and not arm.frozen_prompts and arm.strategy != "vipamin"
+    ]
     columns = [
         _of_block(block, depth, _CUB, title(depth), depth) for block in blocks for depth in block.columns
     ]

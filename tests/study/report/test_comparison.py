@@ -72,8 +72,8 @@ def test_chosen_are_those_that_were_run_at_last(make_row):
 
 def test_configurations_of_one_arm_are_told_apart(make_row):
     rows = [
-        make_row("a", num_prompts=5, options="share=0.5;x=1"),
-        make_row("b", num_prompts=10),
+        make_row("a", compared="num_prompts=5;share=0.5;x=1", num_prompts=5, options="share=0.5;x=1"),
+        make_row("b", compared="num_prompts=10", num_prompts=10),
         make_row("c", arm="linear", num_prompts=None),
         make_row("d", arm="linear", num_prompts=None, seed=1),
     ]
@@ -87,8 +87,20 @@ def test_configurations_of_one_arm_are_told_apart(make_row):
 
 def test_what_all_configurations_of_an_arm_share_is_not_in_their_names(make_row):
     rows = [
-        make_row("a", num_prompts=5, options="per_class=5;x=1"),
-        make_row("b", num_prompts=5, options="per_class=5;x=2"),
-        make_row("c", arm="linear", num_prompts=None, options="per_class=5"),
+        make_row("a", compared="per_class=5;x=1"),
+        make_row("b", compared="per_class=5;x=2"),
+        make_row("c", arm="linear", num_prompts=None, compared="per_class=5"),
     ]
     assert arm_names(rows) == {"a": "spt-deep, x=1", "b": "spt-deep, x=2", "c": "linear"}
+
+
+def test_what_validation_chose_is_not_in_the_name_of_an_arm(make_row):
+    rows = [
+        make_row(
+            f"{task}-{share}", task=task, compared=f"share={share}", options=f"drop_path={path};share={share}"
+        )
+        for task, path in (("birds", 0.0), ("cars", 0.1))
+        for share in (0.1, 1)
+    ]
+    names = ["spt-deep, share=0.1", "spt-deep, share=1"]
+    assert list(arm_names(rows).values()) == names * 2

@@ -231,12 +231,81 @@ def test_shares_do_not_mix_with_lengths(tmp_path, make_row):
 
 def test_arms_with_the_same_length_are_apart(tmp_path, make_row):
     rows = [
-        make_row(f"{arm}-{n}", arm=arm, num_prompts=n, test_accuracy=accuracy)
+        make_row(f"{arm}-{n}", arm=arm, num_prompts=n, compared=f"num_prompts={n}", test_accuracy=accuracy)
         for arm, accuracy in (("plain", 0.5), ("other", 0.7))
         for n in (5, 10)
     ]
     (found,) = ends(lengths_section(study_of(tmp_path, rows)))
     assert found.endswith("plain 50, other 70")
+
+
+def test_what_else_is_compared_has_lines_of_its_own(tmp_path, make_row):
+    rows = [
+        make_row(
+            f"{n}-{schedule}",
+            num_prompts=n,
+            compared=f"num_prompts={n};schedule={schedule}",
+            options=f"schedule={schedule}",
+            test_accuracy=accuracy,
+        )
+        for n, schedule, accuracy in (
+            (5, "cosine", 0.5),
+            (20, "cosine", 0.7),
+            (5, "constant", 0.6),
+            (20, "constant", 0.55),
+        )
+    ]
+    (found,) = ends(lengths_section(study_of(tmp_path, rows)))
+    assert found.endswith("spt-deep, schedule cosine 70, spt-deep, schedule constant 55")
+
+
+@pytest.mark.parametrize("other", [{"epochs": 100}, {"weight_decay": 0.1}, {"options": "schedule=constant"}])
+def test_arms_that_differ_in_more_are_no_line(other, tmp_path, make_row):
+    rows = [
+        make_row("a", arm="a", num_prompts=5, test_accuracy=0.5),
+        make_row("b", arm="b", num_prompts=20, test_accuracy=0.7, **other),
+    ]
+    assert lengths_section(study_of(tmp_path, rows)) is None
+    rows[1] = replace(rows[0], run="b", arm="b", num_prompts=20)
+    assert lengths_section(study_of(tmp_path, rows)) is not None
+
+
+def test_a_run_that_diverged_does_not_cut_the_curves_of_others(study):
+    whole = page_of(study)
+    rows = read_runs(study / "runs.csv")
+    lost = next(row for row in rows if row.run == "spt-deep-final-1")
+    rows[rows.index(lost)] = replace(lost, loss=float("nan"), test_accuracy=None)
+    write_runs(study / "runs.csv", rows)
+    history = study / "runs" / lost.run / "train.csv"
+    history.write_text("\n".join(history.read_text().splitlines()[:2]) + "\n")
+    (study / "runs" / lost.run / "nmi.csv").unlink()
+    texts = [
+        re.findall(r'aria-label="(birds: training loss[^"]*)"', text) for text in (whole, page_of(study))
+    ]
+    assert texts[0]
+    assert texts[0] == texts[1]
+
+
+def test_the_validation_accuracy_is_that_of_the_values_that_were_chosen(study):
+    rows = []
+    for rate, accuracy in ((0.1, 0.9), (1.0, 0.6)):
+        for row in read_runs(study / "runs.csv"):
+            if row.arm == "spt-deep" and row.stage == "search":
+                rows.append(
+                    replace(
+                        row,
+                        run=f"{row.run}-{rate}",
+                        options=f"prompt_lr={rate}",
+                        prompt_lr=rate,
+                        val_accuracy=accuracy if row.lr == 0.01 else 0.1,
+                    )
+                )
+    final = next(row for row in read_runs(study / "runs.csv") if row.run == "spt-deep-final-0")
+    rows.append(replace(final, lr=0.01, options="prompt_lr=0.1", prompt_lr=0.1))
+    write_runs(study / "runs.csv", rows)
+    values = page_of(study).partition('id="values"')[2].partition("</section>")[0]
+    assert ">90.00<" in values
+    assert ">60.00<" not in values
 
 
 def test_of_a_searched_length_the_best_rate_counts(tmp_path, make_row):

@@ -39,6 +39,7 @@ def row_of(planned: PlannedRun) -> Row:
         weight_decay=recipe.weight_decay,
         epochs=recipe.epochs,
         options=planned.options,
+        compared=planned.compared,
         seed=recipe.seed,
         train_images=10,
         learned=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from spt_fast.prototypes import Prototypes
 from spt_fast.study.sweeps import execute
 from spt_fast.study.sweeps.execute import Workshop
 from spt_fast.study.sweeps.plan import Plan
+from spt_fast.support.errors import NonFiniteError
 
 FEW = 30
 
@@ -168,6 +170,70 @@ def test_prototypes_of_other_lengths_come_from_the_same_pass_with_the_same_bits(
         files = [tmp_path / out / "prototypes" / run.prototypes_name for out in ("together", str(number))]
         first, second = map(Prototypes.load, files)
         assert torch.equal(first.prompts, second.prompts)
+
+
+def test_prototypes_of_other_images_are_built_anew(model, tmp_path):
+    """A task that finished no run may have left prototypes under the short name of another one."""
+    (run,) = final(plan_of({"spt-deep": {"num_prompts": 2}}))
+    path = tmp_path / "prototypes" / run.prototypes_name
+    workshop(tmp_path).run(run)
+    right = Prototypes.load(path)
+    wrong = replace(right, prompts=right.prompts + 1, metadata={**right.metadata, "images_fingerprint": "0"})
+    wrong.save(path, overwrite=True)
+    (tmp_path / "runs" / run.name / "checkpoint.pt").unlink()
+    workshop(tmp_path).run(run)
+    assert torch.equal(Prototypes.load(path).prompts, right.prompts)
+
+
+def test_seconds_of_prototypes_from_a_pass_before_are_those_of_the_pass_too(model, tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(execute.time, "perf_counter", lambda: next(clock))
+    runs = final(plan_of(["spt-deep"], compare={"num_prompts": [2, 5]}))
+    shop = workshop(tmp_path)
+    first, second = (shop._built(run).metadata["seconds"] for run in runs)
+    assert float(second) > float(first) >= 10
+
+
+def test_an_arm_that_was_changed_begins_its_run_anew(model, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+
+    def planned(**arm):
+        (run,) = final(plan_of({"mine": {"method": "spt-deep", "num_prompts": 2, **arm}}))
+        return run
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    before, after = planned(), planned(label_smoothing=0.1)
+    assert before.name == after.name
+    with monkeypatch.context() as patched:
+        patched.setattr("spt_fast.training.outputs.Outputs.end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            workshop(tmp_path).run(before)
+    assert (tmp_path / "runs" / before.name / "checkpoint.pt").exists()
+    row = workshop(tmp_path).run(after)
+    assert row.loss == workshop(tmp_path / "new").run(after).loss
+    # Where the same arm goes on, what is learned is learned once.
+    other = planned(prototypes={"strategy": "mean"})
+    row = workshop(tmp_path).run(other)
+    assert (row.strategy, row.loss) == ("mean", workshop(tmp_path / "third").run(other).loss)
+
+
+def test_vipamins_start_has_a_name(model, tmp_path):
+    (run,) = final(plan_of({"mine": {"method": "spt-deep", "num_prompts": 2, "prompt_init": "vipamin"}}))
+    row = workshop(tmp_path).run(run)
+    assert (row.strategy, row.source) == ("vipamin", "")
+
+
+def test_logits_that_are_nan_in_the_test_are_a_row_without_accuracy(model, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise NonFiniteError("logits of test_data must be finite", row=0)
+
+    monkeypatch.setattr("spt_fast.training.outputs.evaluate_classes", fails)
+    (run,) = final(plan_of(["linear"]))
+    row = workshop(tmp_path).run(run)
+    assert math.isnan(row.loss)
+    assert row.test_accuracy is None
 
 
 def test_features_are_computed_once_for_all_rates_and_seeds(model, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from spt_fast import Recipe
 from spt_fast.study.sweeps.plan import Plan
-from spt_fast.study.sweeps.search import RandomSearch, Range, trials
+from spt_fast.study.sweeps.search import RandomSearch, Range, read_axes, trials
 
 
 def read(**given: Any) -> Plan:
@@ -108,6 +108,64 @@ def test_arms_share_prototypes_where_these_are_the_same():
     ]
     assert names[5] == "digits-final-kmeans-shallow-n100-batch32-seed0.safetensors"
     assert names[6] is None
+
+
+def test_tasks_that_lend_prototypes_have_files_of_their_own():
+    lent = {
+        name: {"method": "spt-deep", "prototypes": {"task": task}}
+        for name, task in {
+            "cars": "vtab/cars",
+            "others": "fgvc/cars",
+            "again": "vtab/cars",
+            "mine": {"data": "a/train", "val_data": "a/val", "test_data": "a/test"},
+            "yours": {"data": "b/train", "val_data": "b/val", "test_data": "b/test"},
+        }.items()
+    }
+    names = [group.final(None)[0].prototypes_name for group in read(arms=lent).groups]
+    assert [name.partition("-final")[0] for name in names] == [
+        "cars", "fgvc-cars", "cars", "train", "b-train",
+    ]  # fmt: skip
+
+
+def test_what_is_compared_stands_in_a_column_and_all_that_varies_in_options():
+    plan = read(
+        arms=["linear"],
+        compare={"epochs": [5, 10], "share": [0.5]},
+        search={"lr": [0.1, 1.0], "label_smoothing": [0.0, 0.1]},
+    )
+    first = plan.groups[0].search[1]
+    assert (first.compared, first.options) == (
+        "epochs=5;share=0.5",
+        "epochs=5;label_smoothing=0.1;share=0.5",
+    )
+    assert first.name == "digits-linear-lr0.1-wd0.0001-epochs5-labelsmoothing0.1-share0.5-seed0-search"
+
+
+def test_val_every_that_a_file_states_is_not_left_out(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("epochs: 20\nval_every: 1\n")
+    for recipe in (str(path), {"epochs": 20, "val_every": 1}):
+        assert read(recipe=recipe).groups[0].final(None)[0].recipe.val_every == 1
+    path.write_text("epochs: 20\n")
+    assert read(recipe=str(path)).groups[0].final(None)[0].recipe.val_every == 20
+
+
+def test_a_range_draws_whole_numbers_for_fields_that_are():
+    axes = read_axes(
+        {
+            "weight_decay": {"low": 0, "high": 1, "scale": "linear"},
+            "epochs": {"low": 5, "high": 50},
+            "prompt_lr": {"low": 1, "high": 100},
+        }
+    )
+    drawn = trials(axes, RandomSearch(8))
+    assert all(isinstance(trial["epochs"], int) for trial in drawn)
+    for name in ("weight_decay", "prompt_lr"):
+        assert sum(trial[name] != int(trial[name]) for trial in drawn) > 4
+    with pytest.raises(
+        ValueError, match=r"search: epochs: low and high must be whole numbers, got 0.5 and 9"
+    ):
+        read_axes({"epochs": {"low": 0.5, "high": 9}})
 
 
 def test_nmi_is_measured_where_prompts_learn():

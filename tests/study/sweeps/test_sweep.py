@@ -16,6 +16,7 @@ from spt_fast.data.cache import ImageCache
 from spt_fast.study import read_runs, sweep
 from spt_fast.study.sweeps.choice import best
 from spt_fast.study.sweeps.crew import Workers
+from spt_fast.study.sweeps.ledger import Ledger
 from spt_fast.study.sweeps.plan import Plan
 from spt_fast.support.locks import folder_lock
 from spt_fast.support.yaml_text import read_yaml, write_yaml
@@ -352,6 +353,24 @@ def test_one_sweep_at_a_time_writes_into_a_folder(plan, stub, out):
     out.mkdir()
     with folder_lock(out), pytest.raises(ValueError, match=r"another run .* writes into it"):
         quiet(plan, out)
+
+
+def test_a_refused_sweep_leaves_the_folder_as_it_was(plan, stub, out):
+    rows = sweep(plan, out=out)
+    before = (out / "sweep.yaml").read_text()
+    with pytest.raises(ValueError, match="which is no run of this sweep"):
+        sweep({**plan, "compare": {"epochs": [1, 2]}}, out=out)
+    assert (out / "sweep.yaml").read_text() == before
+    assert sweep(plan, out=out) == rows
+
+
+def test_runs_with_the_same_prototypes_go_side_by_side_once_these_are_there(plan, out):
+    ledger = Ledger(Plan.read({**plan, "arms": ["spt-deep"], "data": ["digits"]}), out)
+    first = ledger.next([])
+    assert ledger.next([first]) is None
+    (out / "prototypes").mkdir(parents=True)
+    (out / "prototypes" / first.prototypes_name).touch()
+    assert ledger.next([first]).prototypes_name == first.prototypes_name
 
 
 def test_bad_options(plan, stub, out, tmp_path):

@@ -79,9 +79,13 @@ def test_one_arm_is_compared_with_none() -> None:
 
 def test_lengths_of_prompts_and_shares_of_the_data_that_are_compared_are_rows_of_their_own() -> None:
     rows = [
-        *(run("spt-deep", "digits", 0.5, num_prompts=5, options=f"share={share}") for share in (0.1, 1.0)),
-        run("spt-deep", "digits", 0.5, num_prompts=10, options="share=1.0"),
+        *(
+            run("spt-deep", "digits", 0.5, num_prompts=number, compared=f"num_prompts={number};share={share}")
+            for number, share in ((5, 0.1), (5, 1.0), (10, 1.0))
+        ),
         run("linear", "digits", 0.5),
+        # Columns of their own are compared likewise.
+        *(run("full", "digits", 0.5, epochs=epochs, compared=f"epochs={epochs}") for epochs in (10, 20)),
     ]
     rows = [replace(row, run=str(number)) for number, row in enumerate(rows)]
     (table,) = make_tables(rows)
@@ -90,6 +94,8 @@ def test_lengths_of_prompts_and_shares_of_the_data_that_are_compared_are_rows_of
         "spt-deep, 5 prompts, share=1.0",
         "spt-deep, 10 prompts, share=1.0",
         "linear",
+        "full, epochs=10",
+        "full, epochs=20",
     ]
 
 
@@ -274,6 +280,7 @@ def test_table_4_has_strategies_and_frozen_prompts() -> None:
         run("vpt-deep", "digits", 0.4),
         run("first", "fgvc/cub", 0.9, method="spt-deep", source="first"),
         run("spt-shallow", "fgvc/cub", 0.9),
+        run("vipamin", "digits", 0.9, method="spt-deep", strategy="vipamin", source=""),
     ]
     (table,) = make_tables(rows, ["4"])
     assert [section.title for section in table.sections] == [
@@ -301,6 +308,7 @@ def test_table_s2_pairs_shallow_and_deep_arms() -> None:
         run("vpt-deep", "fgvc/cub", 0.4),
         run("frozen", "fgvc/cub", 0.1, method="spt-deep", frozen_prompts=True),
         run("spt-shallow", "digits", 0.2, backbone="shipped"),
+        run("vipamin", "fgvc/cub", 0.9, method="spt-deep", strategy="vipamin", source=""),
     ]
     (table,) = make_tables(rows, ["S2"])
     found = lines_of(table)
@@ -311,7 +319,7 @@ def test_table_s2_pairs_shallow_and_deep_arms() -> None:
     assert (found[ours[0]][shallow], found[ours[0]][deep]) == ("70.00", "80.00 (+40.00)")
     assert found["(b) last P_L, ours (last)"][deep] == "50.00 (+10.00)"
     assert found["(b) first P_0, published"][shallow] == "71.1 (+28.9)"
-    assert not any("frozen" in label for label in found)
+    assert not any("frozen" in label or "vipamin" in label for label in found)
     assert lines_of(table, 1)["(c) SPT (self-prompt), ours (spt-shallow)"] == {
         "digits shallow": "20.00",
         "digits deep": "not run",
@@ -325,13 +333,15 @@ def test_table_1_has_times_of_runs_that_built_prototypes() -> None:
         run("spt-deep", "digits", 0.5, seed=1),
         run("shallow", "digits", 0.5, method="spt-shallow", prototype_seconds=9.0),
         run("first", "digits", 0.5, method="spt-deep", source="first", prototype_seconds=9.0),
+        run("tenth", "digits", 0.5, method="spt-deep", prototype_seconds=0.5, num_prompts=20),
     ]
     # Without a test too: times need none.
     for given, seconds in ((rows, "3.00 ± 1.41 s"), (rows[:1], "2.00 s")):
         (table,) = make_tables(given, ["1"])
         found = lines_of(table)
-        label = f"K-means, ours (digits, 1000 images, 20 prompts, {MAE})"
-        assert list(found)[:3] == ["K-means, published", label, "Mean pooling, published"]
+        label = f"K-means, ours (spt-deep, digits, 1000 images, 20 prompts, {MAE})"
+        others = [label.replace("spt-deep", "tenth")] if given is rows else []
+        assert list(found)[:3] == ["K-means, published", label, *others, "Mean pooling, published"][:3]
         assert found["K-means, published"]["100 %"] == "27.30 d"
         assert (found[label]["10 %"], found[label]["100 %"]) == ("not run", seconds)
         assert found["Mean pooling, ours"]["100 %"] == "not run"
