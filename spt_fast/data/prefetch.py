@@ -54,10 +54,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _note_use(tensor: Tensor, stream: torch.cuda.Stream) -> None:
-    tensor.record_stream(stream)
-
-
-def _used_by(tensor: Tensor, stream: torch.cuda.Stream) -> None:
+    # Labels are on the host, where there are no streams.
     if tensor.is_cuda:
         tensor.record_stream(stream)
 

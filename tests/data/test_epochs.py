@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from spt_fast.data import shipped
+from spt_fast.data import prefetch, shipped
 from spt_fast.data.cache import ImageCache
 from spt_fast.data.datasets import FileImages
 from spt_fast.data.images import LabelledImages, open_images, open_labelled_images
@@ -394,6 +396,25 @@ def test_ahead_passes_on_what_is_not_for_cuda():
     assert [id(each) for each in ahead(batches, torch.device("cpu"))] == [id(each) for each in batches]
 
 
+def test_ahead_leaves_labels_on_the_host_without_a_stream(monkeypatch):
+    """The path for CUDA, with streams that do nothing and copies that stay on the host."""
+    streams = SimpleNamespace(wait_stream=lambda _: None)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: streams)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(prefetch, "send", lambda tensor, _: tensor + 1)
+    batches = [
+        (torch.zeros(2), torch.tensor([1, 2]), "name"),
+        {"image": torch.ones(3), "label": torch.ones(3).long()},
+    ]
+    first, second = ahead(batches, torch.device("cuda"))
+    assert first[0].tolist() == [1, 1]
+    assert first[1] is batches[0][1]
+    assert first[2] == "name"
+    assert second["image"].tolist() == [2, 2, 2]
+    assert second["label"] is batches[1]["label"]
+
+
 @pytest.mark.gpu
 def test_ahead_copies_every_batch_before_it_is_used():
     images = [torch.randn(64, 3, 224, 224).pin_memory() for _ in range(4)]
@@ -401,7 +422,7 @@ def test_ahead_copies_every_batch_before_it_is_used():
     device = torch.device("cuda")
     sums = []
     for place, (batch, labels, name) in enumerate(ahead(batches, device)):
-        assert (batch.is_cuda, labels.is_cuda, name) == (True, True, "name")
+        assert (batch.is_cuda, labels.is_cuda, name) == (True, False, "name")
         sums.append((batch.double().sum(), labels.sum()))
         assert place < len(images)
     for (total, of_labels), batch in zip(sums, batches, strict=True):
