@@ -21,6 +21,7 @@ from spt_fast.ops.kmeans import squared_distances
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_bool, check_int, check_tensor
 from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.modes import evaluation_mode
 from spt_fast.support.progress import progress_bar
 
 # Called with a layer, from 0, and its patch tokens [B, N_e, D].
@@ -138,15 +139,15 @@ class _TokenSource:
         if self._tuned is None:
             self._extractor.__enter__()
         else:
-            self._was_training = self._tuned.training
-            self._tuned.eval()
+            self._modes = evaluation_mode(self._tuned)
+            self._modes.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self._tuned is None:
             self._extractor.__exit__(*error)
         else:
-            self._tuned.train(self._was_training)
+            self._modes.__exit__(*error)
 
     def run(self, images: Tensor, measure: _Measure) -> None:
         """Run the model on a batch; `measure` gets the tokens of each layer that has prompts."""

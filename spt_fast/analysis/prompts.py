@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import block_input_hooks
 from spt_fast.backbones.identity import check_backbone
-from spt_fast.backbones.snapshot import has_head
+from spt_fast.backbones.snapshot import has_head, placement
 from spt_fast.data.batches import image_batches
 from spt_fast.methods.file_format import PROMPTED_KIND, TunedState
 from spt_fast.methods.prompted_vit import PromptedViT
@@ -27,6 +27,7 @@ from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_int
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.files import read_kind
+from spt_fast.support.modes import evaluation_mode
 from spt_fast.support.progress import progress_bar
 from spt_fast.support.randomness import seeded
 from spt_fast.support.results import png
@@ -127,16 +128,15 @@ def analyse(
     device = tuned.prompts.device
     cka, nmi = StreamingCKA(depth, depth, unbiased=unbiased), []
     measure = partial(nmi_per_image, scale=scale, normalize=normalize)
-    was_training = tuned.training
     # Dropout of prompts would make another result of each call.
-    tuned.eval()
-    try:
-        with torch.no_grad(), progress_bar(show=progress, desc="analysis", unit=" images") as bar:
-            for images in image_batches(loader, max_images):
-                nmi.append(_analyse_batch(tuned, images.to(device), measure, cka))
-                bar.update(len(images))
-    finally:
-        tuned.train(was_training)
+    with (
+        evaluation_mode(tuned),
+        torch.no_grad(),
+        progress_bar(show=progress, desc="analysis", unit=" images") as bar,
+    ):
+        for images in image_batches(loader, max_images):
+            nmi.append(_analyse_batch(tuned, images.to(device), measure, cka))
+            bar.update(len(images))
     if not nmi:
         raise ValueError("loader must give at least one batch of images, got none")
     return Analysis(torch.cat(nmi), cka.result())
@@ -146,7 +146,7 @@ def random_prompts(
     num_prompts: int, model: nn.Module, *, depth: Literal["deep", "shallow"] = "deep", seed: int = 0
 ) -> PromptedViT:
     """`model` with VPT's random prompts of one seed; the caller's random state is not touched."""
-    with seeded(seed):
+    with seeded(seed, placement(model)[0]):
         return PromptedViT(model, num_prompts, depth=depth, num_classes=_keep_head(model), pool_prompts=False)
 
 

@@ -35,6 +35,8 @@ SHIPPED_MODEL = "shipped"
 _SET_HERE = {"num_classes", "pretrained", "checkpoint_path", "features_only", "scriptable", "exportable"}
 # Options that say how a model pools; with one of them `pool` is left to the user.
 _POOLING_OPTIONS = {"global_pool", "fc_norm"}
+# Whose authors normalise images by ImageNet's mean and standard deviation (their code).
+_TRAINED_ON_IMAGENETS = ("MAE", "MoCo-v3", "DINOv2", "iBOT")
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -73,7 +75,7 @@ def open_model(
     Raises:
         FileNotFoundError: a file that does not exist.
         ValueError: no such model, a checkpoint that does not fit it, options that it does not take, options
-            for a model not of timm, or a pooling that it cannot have.
+            or weights for a model not of timm, or a pooling that it cannot have.
         RuntimeError: the pretrained weights cannot be loaded.
     """
     if checkpoint is not None:
@@ -84,6 +86,12 @@ def open_model(
         raise ValueError(
             f"model_options are for models of timm, got {options} for {name} "
             "(--img-size, --in-chans, --model-option)"
+        )
+    if is_file and (checkpoint is not None or not pretrained):
+        given = "pretrained=False" if checkpoint is None else f"checkpoint={str(checkpoint)!r}"
+        raise ValueError(
+            f"checkpoint and pretrained are for models of timm, got {given} for {name}, which has its own "
+            "weights (--checkpoint, --no-pretrained)"
         )
     set_here = sorted(_SET_HERE & options.keys())
     if set_here:
@@ -136,7 +144,7 @@ def _timm_model(
     name: str, pretrained: bool, checkpoint: str | Path | None, options: dict[str, Any]
 ) -> nn.Module:
     if checkpoint is not None:
-        return _with_checkpoint(_without_weights(name, options), checkpoint)
+        return _with_checkpoint(name, _without_weights(name, options), checkpoint)
     if not pretrained:
         return _without_weights(name, options)
     try:
@@ -209,10 +217,25 @@ def _print_once(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _with_checkpoint(model: nn.Module, checkpoint: str | Path) -> nn.Module:
-    _tell(checkpoint, load_weights(model, checkpoint))
+def _with_checkpoint(name: str, model: nn.Module, checkpoint: str | Path) -> nn.Module:
+    report = load_weights(model, checkpoint)
     config: Any = getattr(model, "pretrained_cfg", None)
     if isinstance(config, dict):
+        pixels, whose = _pixels_of(name, checkpoint, report.kind)
         # Its tag names weights of timm's, which these are not.
-        vars(model).update(pretrained_cfg={**config, "tag": Path(checkpoint).name})
+        config = {**config, "tag": Path(checkpoint).name, **pixels}
+        vars(model).update(pretrained_cfg=config)
+        mean, std = (" ".join(f"{value:g}" for value in config[key]) for key in ("mean", "std"))
+        report.notes.append(f"pixels with mean {mean}, std {std} ({whose}; --mean-std)")
+    _tell(checkpoint, report)
     return model
+
+
+def _pixels_of(name: str, checkpoint: str | Path, kind: str) -> tuple[dict[str, Any], str]:
+    """Mean and standard deviation of the images that a file's weights were trained on, and who says so."""
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    found = "MAE" if is_mae(name, checkpoint) else kind
+    if found.startswith(_TRAINED_ON_IMAGENETS):
+        return {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}, f"as {found} was trained"
+    return {}, f"as timm's {name}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -219,9 +219,30 @@ def _put_batch_norm_before_head(model: nn.Module) -> None:
         dtype = torch.promote_types(classifier.weight.dtype, torch.float32)
         norm = nn.BatchNorm1d(classifier.in_features, affine=False, eps=1e-6)
         norm.to(classifier.weight.device, dtype)
-        path = next(path for path, module in model.named_modules() if module is classifier)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.Sequential(norm, classifier))
+        _put(model, classifier, nn.Sequential(norm, classifier))
+
+
+def fold_norm_into_head(model: nn.Module) -> None:
+    """Let the linear layer do what the batch norm of `replace_head` before it does in evaluation mode."""
+    for classifier in classifiers(model):
+        norm, linear = cast(nn.Sequential, classifier)
+        assert isinstance(norm, nn.BatchNorm1d)
+        assert isinstance(linear, nn.Linear)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = (norm.running_var + norm.eps).rsqrt()
+        weight = linear.weight * scale
+        bias = -(weight @ norm.running_mean) + (0 if linear.bias is None else linear.bias)
+        folded = nn.Linear(linear.in_features, linear.out_features).to(linear.weight)
+        folded.weight.data.copy_(weight)
+        folded.bias.data.copy_(bias)
+        _put(model, classifier, folded)
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    path = next(path for path, module in model.named_modules() if module is old)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, new)
 
 
 def _copy_head(model: nn.Module) -> None:

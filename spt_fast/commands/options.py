@@ -291,23 +291,20 @@ def open_cache(args: argparse.Namespace, model: nn.Module) -> ImageCache | None:
     """Where decoded images are kept, for a model on its device; None with `--cache off`."""
     from spt_fast.data.cache import ImageCache
     from spt_fast.support.distributed import processes_of_this_machine
-    from spt_fast.support.memory import free_memory
 
     if args.cache == "off":
         if args.cache_budget is not None:
             raise ValueError(f"cache_budget is without effect with cache='off', got {args.cache_budget}")
         return None
-    budget = args.cache_budget
-    if budget is None and (sharing := processes_of_this_machine()) > 1:
-        budget = free_memory() // (2 * sharing)
-    return ImageCache(args.cache, budget, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    return ImageCache(args.cache, args.cache_budget, device=device, sharing=processes_of_this_machine())
 
 
 def open_images(args: argparse.Namespace, model: nn.Module, **share: Any) -> ImageLoader:
     """Batches of the images that the arguments name, for `model`; `share` as in `data.images.open_images`."""
     from spt_fast.data.images import open_images
 
-    return open_images(model=model, seed=args.seed, **image_options(args), **share)
+    return open_images(model=model, seed=args.seed, **{**image_options(args), **share})
 
 
 def open_labelled(args: argparse.Namespace, model: nn.Module, **use: Any) -> LabelledImages:

@@ -51,9 +51,15 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     given = {name: None if value == UNSET else value for name, value in given.items()}
     if args.recipe is None:
         return Recipe(**given)
-    if args.recipe not in Recipe.names() and _is_file(args.recipe):
-        return Recipe.from_yaml(args.recipe, **given)
-    return Recipe.named(args.recipe, **given)
+    is_file = args.recipe not in Recipe.names() and _is_file(args.recipe)
+    read = Recipe.from_yaml if is_file else Recipe.named
+    dicts = [option.name for option in options() if option.kind is dict and option.name in given]
+    if dicts:
+        stated = read(args.recipe)
+        # Of another method its options would be none.
+        if stated.method_name == (given.get("method") or stated.method_name):
+            given |= {name: {**getattr(stated, name), **given[name]} for name in dicts}
+    return read(args.recipe, **given)
 
 
 def _is_file(name: str) -> bool:
@@ -76,7 +82,7 @@ def _add(group: argparse._ArgumentGroup, option: Option) -> None:
     if option.kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
     elif option.kind is dict:
-        settings |= {"action": _Collect, "type": key_and_value, "metavar": "KEY=VALUE"}
+        settings |= {"action": _Collect, "type": _key_and_word, "metavar": "KEY=VALUE"}
     elif option.choices:
         settings["choices"] = [*option.choices, *([UNSET] if option.optional else [])]
     else:
@@ -95,6 +101,12 @@ class _Collect(argparse.Action):
         if name in found:
             raise argparse.ArgumentError(self, f"must give each option once, got {name} more than once")
         setattr(namespace, self.dest, {**found, name: value})
+
+
+def _key_and_word(text: str) -> tuple[str, Any]:
+    """As `key_and_value`; the options of a recipe are no lists and mappings, but words that may hold JSON."""
+    name, value = key_and_value(text)
+    return name, text.partition("=")[2] if isinstance(value, dict | list | tuple | set) else value
 
 
 def _help(option: Option) -> str:

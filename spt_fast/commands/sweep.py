@@ -49,7 +49,9 @@ def add(commands: Commands) -> None:
 
 def _add_tasks(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("tasks")
-    images.add_argument("--data", nargs="+", metavar="NAME", help="one or more, as `spt-fast train --data`")
+    images.add_argument(
+        "--data", nargs="+", action="extend", metavar="NAME", help="one or more, as `spt-fast train --data`"
+    )
     images.add_argument("--root", metavar="FOLDER", help="where the files of lists, or the data sets, lie")
     images.add_argument(
         "--split", help="to learn from, of a single --data (default: beside that to choose by)"
@@ -76,11 +78,12 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     comparison = parser.add_argument_group("comparison")
     comparison.add_argument(
-        "--methods", nargs="+", metavar="NAME", help="what is compared, of docs/methods.md"
+        "--methods", nargs="+", action="extend", metavar="NAME", help="what is compared, of docs/methods.md"
     )
     comparison.add_argument(
         "--search",
         nargs="+",
+        action="extend",
         type=_axis,
         metavar="FIELD=VALUES",
         help="of a recipe, to choose from by validation: lr=1e-3,1e-2, or, to draw from, lr=1e-4..1e-1",
@@ -88,6 +91,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     comparison.add_argument(
         "--compare",
         nargs="+",
+        action="extend",
         type=_axis,
         metavar="FIELD=VALUES",
         help="not to choose from but to compare: num_prompts=5,20,50, share=0.1,0.5,1 or per_class=5,10",
@@ -95,9 +99,11 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     comparison.add_argument(
         "--random", type=int, metavar="N", help="draw N trials (default: all combinations)"
     )
-    comparison.add_argument("--random-seed", type=int, default=0, metavar="N", help="by which they are drawn")
     comparison.add_argument(
-        "--seeds", type=int, nargs="+", metavar="N", help="of the final runs (default: 0)"
+        "--random-seed", type=int, metavar="N", help="by which they are drawn (default: 0)"
+    )
+    comparison.add_argument(
+        "--seeds", type=int, nargs="+", action="extend", metavar="N", help="of the final runs (default: 0)"
     )
     comparison.add_argument(
         "--nmi", action="store_true", help="measure NMI in final runs whose prompts learn"
@@ -143,14 +149,14 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     plan = {} if args.file is None else read_plan(args.file)
     plan |= {key: vars(args)[key] for key in _KEYS if vars(args)[key] is not None}
     if args.model_option:
-        plan["model_options"] = dict(args.model_option)
+        plan["model_options"] = _once("model_option", args.model_option)
     plan |= _tasks(args)
     plan |= _recipe(args, plan.get("recipe"))
     for key, value in (
         ("arms", args.methods),
-        ("search", args.search and dict(args.search)),
-        ("compare", args.compare and dict(args.compare)),
-        ("random", None if args.random is None else {"trials": args.random, "seed": args.random_seed}),
+        ("search", args.search and _once("search", args.search)),
+        ("compare", args.compare and _once("compare", args.compare)),
+        ("random", _random(args, plan.get("random"))),
         (
             "images",
             {name: vars(args)[name] for name in ("share", "per_class") if vars(args)[name] is not None},
@@ -161,6 +167,25 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     if "checkpoint" in plan:
         plan["checkpoint"] = str(plan["checkpoint"])
     return plan
+
+
+def _once(option: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{option} must give each name once, got {twice} more than once")
+    return dict(pairs)
+
+
+def _random(args: argparse.Namespace, of_file: Any) -> Any:
+    """Trials and seed; what is not given is that of the file."""
+    if args.random is None and args.random_seed is None:
+        return None
+    given = {"trials": args.random, "seed": args.random_seed}
+    known = of_file if isinstance(of_file, dict) else {}
+    found = {**known, **{name: value for name, value in given.items() if value is not None}}
+    if "trials" not in found:
+        raise ValueError(f"random_seed is for random trials (--random N), got {args.random_seed} without")
+    return found
 
 
 def _tasks(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def find_start(
     cache: ImageCache | None,
 ) -> Prototypes | Tensor | None:
     """What prompts start from, made of training images; a run that goes on has it already."""
+    from spt_fast.data.task import own_place
     from spt_fast.training.build import check_buildable
 
     if args.prompts is not None or recipe.prompts_from not in ("prototypes", "vipamin"):
@@ -36,7 +37,8 @@ def find_start(
     if (kept := folder.kept_start()) is not None:
         return kept
     check_buildable(model, recipe, class_names)
-    open_images = partial(options.open_images, args, model, in_classes=True, cache=cache)
+    place = own_place(args.data, (args.val_data, args.test_data), root=args.root, download=args.download)
+    open_images = partial(options.open_images, args, model, in_classes=True, cache=cache, **place)
     make = _prototypes if recipe.prompts_from == "prototypes" else _vipamin
     return make(recipe, model, open_images, folder.processes)
 

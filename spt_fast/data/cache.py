@@ -48,6 +48,7 @@ class ImageCache:
             CPU all three are the same.
         budget: bytes, or text such as "4GiB"; None is half of the memory that is free now.
         device: where batches are normalised that are read from what is kept.
+        sharing: how many processes of this machine have such a cache each, and share that half.
 
     Raises:
         TypeError: `budget` is neither an integer nor a string.
@@ -55,12 +56,17 @@ class ImageCache:
     """
 
     def __init__(
-        self, where: Where = "auto", budget: int | str | None = None, *, device: torch.device | str = "cpu"
+        self,
+        where: Where = "auto",
+        budget: int | str | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        sharing: int = 1,
     ) -> None:
         self.where = check_choice("cache", where, WHERE)
         self.device = torch.device(device)
         free = free_memory()
-        self.budget = int(free * _SHARE) if budget is None else parse_bytes("cache_budget", budget)
+        self.budget = int(free * _SHARE) // sharing if budget is None else parse_bytes("cache_budget", budget)
         if self.budget > free:
             raise ValueError(
                 f"cache_budget must be at most the memory that is free, {mebibytes(free)}, "

@@ -168,7 +168,10 @@ class NamedImages(DecodedImages):
     def labels(self) -> list[int] | None:
         """Of all images, where the data set knows them without reading the images."""
         found = getattr(self._dataset, "targets", getattr(self._dataset, "labels", None))
-        return None if found is None else [int(label) for label in found]
+        # Targets may be more than a number for each image.
+        if found is None or getattr(found, "ndim", 1) != 1:
+            return None
+        return [int(label) for label in found]
 
     def portable_names(self) -> list[str]:
         """The name of the data set, and the number of its images."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -370,7 +370,12 @@ def _renumber(dataset: Any, data: str, found: Sequence[str], class_names: Sequen
         images, labels = dataset.tensors
         dataset.tensors = (images, torch.tensor(places)[labels])
     else:
-        dataset.target_transform = places.__getitem__
+        dataset.target_transform = partial(_place_of, places)
+
+
+def _place_of(places: Sequence[int], label: int) -> int:
+    """Of a class in those of the model; a label below 0 is that of no class, and is none of them."""
+    return places[label] if label >= 0 else label
 
 
 def balanced_weights(dataset: Any, data: str, rows: Sequence[int] | None = None) -> Tensor:

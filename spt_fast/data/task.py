@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,14 +67,10 @@ def open_task(
             `open_labelled_images`.
     """
     split = split or training_split(data, val_data, val_split)
-    # It may be for the validation or the test images alone.
-    own_root = (
-        root if takes_root(data) or not any(map(takes_root, filter(None, (val_data, test_data)))) else None
-    )
-    train = open_labelled_images(
-        data, model, root=own_root, split=split, training=True, **training, **options
-    )
-    options |= {"root": root, "split": split, "class_names": train.class_names}
+    where: dict[str, Any] = {"root": root, "download": options.pop("download", False)}
+    own = own_place(data, (val_data, test_data), **where)
+    train = open_labelled_images(data, model, split=split, training=True, **own, **training, **options)
+    options |= {**where, "split": split, "class_names": train.class_names}
     options["tuned"] = train.loader.preprocessing
     val = open_validation_images(data, model, val_data=val_data, val_split=val_split, **options)
     # An empty test_split asks for test images, too.
@@ -92,6 +88,21 @@ def open_task(
             if other is not None:
                 lines += _shared(other_use, other, use, images, allow_overlap)
     return TaskImages(train, val, test, tuple(lines))
+
+
+def own_place(
+    data: str, others: Iterable[str | None], *, root: str | Path | None, download: bool
+) -> dict[str, Any]:
+    """`root` and `download` of the training images: not those that only the validation or test images take.
+
+    Where none takes them they stay, and `open_data` says so.
+    """
+    named = [other for other in others if other is not None]
+    is_timms = [kind_of(name) == "timm" for name in (data, *named)]
+    return {
+        "root": root if takes_root(data) or not any(map(takes_root, named)) else None,
+        "download": download and (is_timms[0] or not any(is_timms)),
+    }
 
 
 def open_validation_images(

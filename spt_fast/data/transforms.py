@@ -137,13 +137,21 @@ def split_transform(transform: Any) -> tuple[list[Any], list[Any]]:
 
     Steps of unknown classes, which may be random, and those that do not give a PIL image are of the others.
     """
-    from timm.data.transforms import CenterCropOrPad
     from torchvision import transforms
 
-    fixed_classes = (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, CenterCropOrPad)
     steps = list(transform.transforms) if type(transform) is transforms.Compose else [transform]
-    count = next((at for at, step in enumerate(steps) if type(step) not in fixed_classes), len(steps))
+    count = next((at for at, step in enumerate(steps) if not _is_fixed(step)), len(steps))
     return steps[:count], steps[count:]
+
+
+def _is_fixed(step: Any) -> bool:
+    """Whether a step gives a PIL image, the same every time."""
+    from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
+    from torchvision import transforms
+
+    if type(step) is ResizeKeepRatio:
+        return not (step.random_scale_prob or step.random_aspect_prob)
+    return type(step) in (transforms.Resize, transforms.CenterCrop, transforms.Grayscale, CenterCropOrPad)
 
 
 def is_random(transform: Any) -> bool:

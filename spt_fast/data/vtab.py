@@ -92,8 +92,8 @@ def is_task(folder: Path) -> bool:
 
 
 def _names(name: str) -> list[str]:
-    """What the folder of a task may be called, as `same_name` has it."""
-    given = same_name(name)
+    """What the folder of a task may be called, as `same_name` has it; the name of a group may come first."""
+    given = same_name(name.rpartition("/")[2])
     for task, facts in TASKS.items():
         known = [same_name(each) for each in (task, *facts.also)]
         if given in known:

@@ -13,7 +13,15 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from spt_fast.backbones.anatomy import get_blocks, image_dtype, num_prefix_tokens
 from spt_fast.backbones.identity import check_backbone, describe, describe_norm
-from spt_fast.backbones.snapshot import HEAD_NORMS, ModelSnapshot, check_free, classifiers, replace_head
+from spt_fast.backbones.snapshot import (
+    HEAD_NORMS,
+    ModelSnapshot,
+    check_free,
+    classifiers,
+    fold_norm_into_head,
+    placement,
+    replace_head,
+)
 from spt_fast.methods.file_format import TunedState, check_finite, check_shapes
 from spt_fast.methods.parameter_groups import parameter_groups as groups_of
 from spt_fast.prompting.checks import (
@@ -164,7 +172,7 @@ class TunedViT(TimmMethods):
         check_backbone(path, state.facts, model, allow_other_backbone=allow_other_backbone)
         state.check_pooling(path, model)
         # The file replaces all values; drawing them must leave the caller's random state alone.
-        with seeded(0):
+        with seeded(0, placement(model)[0]):
             tuned = cls._built_as(
                 state, model, num_classes=state.size_of_new_head(model), head_norm=state.head_norm, **use
             )
@@ -207,12 +215,18 @@ class TunedViT(TimmMethods):
 
         The model stays in evaluation mode.
         """
+        if self._snapshot.is_restored:
+            # Of a model that was given back by itself, whoever has it sets the mode.
+            self.training = mode
+            for name, part in self.named_children():
+                if name != "model":
+                    part.train(mode)
+            return self
         super().train(mode)
-        if not self._snapshot.is_restored:
-            self.model.eval()
-            for module in (*classifiers(self.model), getattr(self.model, "head_drop", None)):
-                if module is not None:
-                    module.train(mode)
+        self.model.eval()
+        for module in (*classifiers(self.model), getattr(self.model, "head_drop", None)):
+            if module is not None:
+                module.train(mode)
         return self
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -315,6 +329,8 @@ class TunedViT(TimmMethods):
         model = self.model
         del self.model
         self._snapshot.restore(model, keep_head=True)
+        if self._head_norm == "batch":
+            fold_norm_into_head(model)
         for name, tensor in folded.items():
             parent, _, attribute = name.rpartition(".")
             module = model.get_submodule(parent)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from spt_fast.data.batches import labelled_batch
 from spt_fast.methods.e2vpt import E2VPT, MaskedPrompts
+from spt_fast.methods.prompt_variant import part_of
 from spt_fast.support.arguments import check_number, check_tensor
 
 NUM_PIECES = 16
@@ -37,7 +38,7 @@ def importance(tuned: E2VPT, loader: Iterable[Any]) -> Importance:
 
     Raises:
         TypeError: `tuned` is no `E2VPT`, or a batch holds something else.
-        ValueError: there is no batch, or D is no multiple of 16.
+        ValueError: there is no batch, D is no multiple of 16, or the prompts are frozen.
     """
     source = _source_of(tuned)
     learned = source.prompts
@@ -73,14 +74,15 @@ def prune(tuned: E2VPT, of: Importance, tokens: float = 0.5, pieces: float = 0.5
         The tokens that stay, int64, by their numbers before.
 
     Raises:
-        TypeError, ValueError: a share is out of range, or `of` is of another number of prompts.
+        TypeError, ValueError: a share is out of range, `of` is of another number of prompts, or these are
+            frozen.
     """
     source = check_shares(tuned, tokens, pieces)
     count = source.prompts.shape[1]
     check_tensor("of.tokens", of.tokens, (count,))
     check_tensor("of.pieces", of.pieces, (count, NUM_PIECES))
-    kept = of.tokens.argsort(descending=True, stable=True)[: count - int(tokens * count)].sort().values
-    goes = of.pieces[kept].argsort(dim=1, stable=True)[:, : int(pieces * NUM_PIECES)]
+    kept = of.tokens.argsort(descending=True, stable=True)[: count - part_of(count, tokens)].sort().values
+    goes = of.pieces[kept].argsort(dim=1, stable=True)[:, : part_of(NUM_PIECES, pieces)]
     stays = source.mask.new_ones(len(kept), NUM_PIECES).scatter_(1, goes, 0)
     mask = _pieces(source.mask[kept]) * stays[..., None]
     source.mask = mask.flatten(1)
@@ -102,6 +104,8 @@ def _source_of(tuned: E2VPT) -> MaskedPrompts:
     tuned._check_not_released()
     source = tuned.source
     assert isinstance(source, MaskedPrompts)
+    if not source.prompts.requires_grad:
+        raise ValueError("tuned must have prompts that learn, got freeze_prompts=True")
     width = source.prompts.shape[2]
     if width % NUM_PIECES:
         raise ValueError(f"tuned must have a width that is a multiple of {NUM_PIECES}, got {width}")

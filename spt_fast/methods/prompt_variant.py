@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def part_of(count: int, share: float) -> int:
+    """floor(share * count), with `share` the decimal number that it is written as: 0.29 of 100 are 29."""
+    return int(round(share * count, 9))
+
+
 class PromptUse(Common, total=False):
     """Arguments that every method of prompts has; see `PromptedViT`."""
 

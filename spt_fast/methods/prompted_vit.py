@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -251,4 +252,4 @@ class PromptedViT(Measures, TunedViT):
 
 def _method_of(prompts: object, depth: str) -> str:
     """SPT starts from given prompts, VPT draws them."""
-    return f"{'vpt' if isinstance(prompts, int) else 'spt'}-{depth}"
+    return f"{'vpt' if isinstance(prompts, Integral) else 'spt'}-{depth}"

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from spt_fast.support.names import nearest
@@ -41,6 +42,7 @@ class Method(NamedTuple):
         depth: whether prompts enter each block, or the first one.
         pools: whether its prompts are among the tokens that a head may average.
         variants: file and name of the class that takes over where an option is given, by the option.
+        shallow_prompts: `num_prompts` where its option `depth` is "shallow", if that is another number.
     """
 
     file: str
@@ -51,6 +53,7 @@ class Method(NamedTuple):
     depth: Literal["deep", "shallow"] = "deep"
     pools: bool = True
     variants: Mapping[str, tuple[str, str]] = {}
+    shallow_prompts: int | None = None
 
     def load(self, given: Mapping[str, Any] = {}) -> type[TunedViT]:
         """The class, where these options of it are `given`."""
@@ -58,6 +61,11 @@ class Method(NamedTuple):
         file, class_name = next(places, (self.file, self.class_name))
         found: type[TunedViT] = getattr(import_module(f"spt_fast.methods.{file}"), class_name)
         return found
+
+    def prompts_with(self, given: Mapping[str, Any]) -> int | None:
+        """How many there are by default, where these options of it are `given`."""
+        shallow = self.shallow_prompts if given.get("depth") == "shallow" else None
+        return shallow or self.num_prompts
 
 
 _PROJECTED = {"project": ("vpt_projected", "ProjectedVPT")}
@@ -73,7 +81,7 @@ METHODS: Mapping[str, Method] = {
     "e2vpt": Method("e2vpt", "E2VPT", prompts="any", num_prompts=10),
     "vfpt": Method("vfpt", "VFPT", prompts="any", num_prompts=20),
     "cvpt": Method("cvpt", "CVPT", prompts="any", num_prompts=20, pools=False),
-    "bpt": Method("bpt", "BPT", prompts="any", num_prompts=50),
+    "bpt": Method("bpt", "BPT", prompts="any", num_prompts=50, shallow_prompts=100),
     "adapter": Method("adapter", "Adapter"),
     "ssf": Method("ssf", "ScaleShiftFeatures"),
     "lora": Method("lora", "LoRA"),
@@ -153,7 +161,7 @@ def tune(
     """
     method = find(name)
     check_options(name, given)
-    start = () if method.prompts is None else (_start(name, method, prompts),)
+    start = () if method.prompts is None else (_start(name, method, prompts, given),)
     if method.prompts is None and prompts is not None:
         raise ValueError(f"prompts must be None for method {name!r}, which has none, got {prompts!r:.60}")
     # An option of a class of its own is off where it is None.
@@ -209,9 +217,9 @@ def check_options(name: str, given: Mapping[str, Any]) -> None:
             raise ValueError(f"{option!r} is no option of method {name!r}, which has {has}{hint}")
 
 
-def _start(name: str, method: Method, prompts: Any) -> Any:
+def _start(name: str, method: Method, prompts: Any, given: Mapping[str, Any]) -> Any:
     """What the prompts of a method start from."""
-    is_number = isinstance(prompts, int) and not isinstance(prompts, bool)
+    is_number = isinstance(prompts, Integral) and not isinstance(prompts, bool)
     if method.prompts == "prototypes" and (prompts is None or is_number):
         raise ValueError(
             f"prompts must be Prototypes or a tensor for method {name!r}, got {prompts!r}; "
@@ -221,4 +229,4 @@ def _start(name: str, method: Method, prompts: Any) -> Any:
         raise ValueError(
             f"prompts must be a number for method {name!r}, which draws them, got {prompts!r:.60}"
         )
-    return method.num_prompts if prompts is None else prompts
+    return method.prompts_with(given) if prompts is None else prompts

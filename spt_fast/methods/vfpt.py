@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from spt_fast.methods.prompt_variant import ComputedPrompts, PromptUse
+from spt_fast.methods.prompt_variant import ComputedPrompts, PromptUse, part_of
 from spt_fast.support.arguments import check_choice, check_number
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class VFPT(ComputedPrompts):
         super().__init__(model, prompts, depth=depth, **use)
 
     def _make_source(self, values: Tensor) -> nn.Module:
-        return _Fourier(values, int(self.options["fraction"] * values.shape[1]))
+        return _Fourier(values, part_of(values.shape[1], self.options["fraction"]))
 
 
 class _Fourier(nn.Module):

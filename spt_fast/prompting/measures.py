@@ -14,6 +14,7 @@ from spt_fast.prompting.engines import KeysValues
 from spt_fast.prompting.nmi import check_finite_nmi, nmi_per_image
 from spt_fast.prompting.timm_methods import TimmMethods
 from spt_fast.support.arguments import check_int
+from spt_fast.support.modes import evaluation_mode
 
 
 class Measures(TimmMethods):
@@ -42,7 +43,8 @@ class Measures(TimmMethods):
         """Sigmoid NMI (eq. 7, 8) of each block's prompts and the patch tokens entering it; [L, B].
 
         Shallow: from block 2 on, the prompts are outputs of the block before, others for each image. Runs
-        without gradients.
+        without gradients and in evaluation mode, so that neither dropout nor a batch norm before the head
+        takes part.
 
         Raises:
             NonFiniteError: a prompt or a token of some block is NaN or infinite; names block and image.
@@ -52,7 +54,7 @@ class Measures(TimmMethods):
         def measure(layer: int, x: Tensor) -> None:
             per_layer.append(nmi_per_image(*self.prompts_and_tokens(layer, x)))
 
-        with block_input_hooks(self.prompted_blocks, measure):
+        with evaluation_mode(self), block_input_hooks(self.prompted_blocks, measure):
             self.forward(images)
         values = torch.stack(per_layer)
         check_finite_nmi(values)

@@ -190,6 +190,7 @@ def build_prototypes(
             "max_images": max_images,
             "last_output": last_output,
             "position_embedding": position_embedding,
+            "amp_dtype": str(amp_dtype),
             **readable(metadata),
         }
     )

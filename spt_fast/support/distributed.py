@@ -125,7 +125,8 @@ class Processes:
     def check_same(self, settings: Mapping[str, object]) -> None:
         """Raise ValueError where another rank has other settings than this one."""
         for rank, theirs in enumerate(self.gather(dict(settings))):
-            for name, value in settings.items():
+            for name in {**settings, **theirs}:
+                value = settings.get(name)
                 if theirs.get(name) != value:
                     raise ValueError(
                         f"{name} must be the same on all ranks, got {value!r} on rank {self.rank} "

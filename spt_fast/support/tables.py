@@ -30,7 +30,8 @@ def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    return text.getvalue().encode()
+    # Names of files keep their bytes.
+    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def csv_columns(path: str | os.PathLike[str]) -> list[str]:
@@ -39,7 +40,7 @@ def csv_columns(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         FileNotFoundError, IsADirectoryError: there is no such file.
     """
-    with check_input_path(path).open(newline="", encoding="utf-8") as file:
+    with check_input_path(path).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return next(csv.reader(file), [])
 
 
@@ -57,7 +58,7 @@ def read_csv(
         ValueError: a column is missing, a cell is no number, or there are no rows; file and line are named.
     """
     source = check_input_path(path)
-    with source.open(newline="", encoding="utf-8") as file:
+    with source.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         reader = csv.DictReader(file)
         missing = [column for column in numbers if column not in (reader.fieldnames or ())]
         if missing:

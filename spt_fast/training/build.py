@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spt_fast.backbones.anatomy import embed_dim, get_blocks
 from spt_fast.backbones.identity import check_backbone
 from spt_fast.backbones.pooling import stated_pooling
+from spt_fast.backbones.snapshot import placement
 from spt_fast.methods import registry
 from spt_fast.methods.base import TunedViT
 from spt_fast.prompting.checks import check_class_names
@@ -21,6 +22,7 @@ from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.randomness import seeded
 from spt_fast.training.recipe import Recipe, given_or_default
 
+_MOST_MADE_UP = 1024
 # VPT's: the classes start with this probability each.
 _PRIOR = 0.01
 # Options of methods that have a place of their own.
@@ -72,7 +74,8 @@ def build(
     ):
         if name in registry.options(recipe.method_name):
             given[name] = value
-    with seeded(recipe.seed):
+    # Heads are drawn where the model is.
+    with seeded(recipe.seed, placement(model)[0]):
         tuned = registry.tune(
             model,
             recipe.method_name,
@@ -94,7 +97,7 @@ def build(
 def check_buildable(model: nn.Module, recipe: Recipe, class_names: Sequence[str]) -> None:
     """Find what `build` would refuse before prompts to start from are made, which takes a pass over images.
 
-    A tuned model is built of one made-up prompt and undone.
+    A tuned model is built of made-up prompts and undone.
 
     Raises:
         TypeError, ValueError: as `build`.
@@ -102,7 +105,9 @@ def check_buildable(model: nn.Module, recipe: Recipe, class_names: Sequence[str]
     start = None
     if recipe.prompts_from in ("prototypes", "vipamin"):
         layers = len(get_blocks(model)) if recipe.depth == "deep" else 1
-        start, recipe = torch.ones(layers, 1, embed_dim(model)), recipe.replace(num_prompts=1)
+        # More than there are patch tokens are found with these, and would take their memory.
+        recipe = recipe.replace(num_prompts=min(recipe.prompts_per_block or 1, _MOST_MADE_UP))
+        start = torch.ones(layers, recipe.num_prompts or 1, embed_dim(model))
     build(model, recipe, start, class_names=class_names).release()
 
 

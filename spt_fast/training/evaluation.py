@@ -18,6 +18,7 @@ from spt_fast.methods.base import TunedViT
 from spt_fast.methods.prompted_vit import PromptedViT
 from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.errors import NonFiniteError
+from spt_fast.support.modes import evaluation_mode
 from spt_fast.support.tables import csv_bytes
 from spt_fast.support.waiting import OnTheWay, move
 
@@ -183,15 +184,10 @@ def names_of_logits(
 
 @contextmanager
 def inference(tuned: nn.Module) -> Iterator[None]:
-    """`tuned` in eval mode, with its prompts fixed and without gradients; then in the mode that it was in."""
-    was_training = tuned.training
-    tuned.eval()
+    """`tuned` in eval mode, with its prompts fixed and without gradients; then in its own modes."""
     fixed = tuned.fixed_prompts() if isinstance(tuned, PromptedViT) else nullcontext()
-    try:
-        with torch.no_grad(), fixed:
-            yield
-    finally:
-        tuned.train(was_training)
+    with evaluation_mode(tuned), torch.no_grad(), fixed:
+        yield
 
 
 def logits_of(tuned: nn.Module, images: Tensor) -> Tensor:

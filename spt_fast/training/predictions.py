@@ -103,11 +103,13 @@ def _check_top_k(top_k: int, num_classes: int | None) -> None:
 
 
 def _check_logits(logits: Tensor, places: Tensor, paths: Sequence[str]) -> None:
-    broken = logits.isnan().any(dim=1).nonzero()
+    # Of an infinite logit the softmax is NaN.
+    broken = (~logits.isfinite()).any(dim=1).nonzero()
     if len(broken):
         first = int(broken[0])
         raise NonFiniteError(
-            f"tuned must give finite logits, but {printable(paths[first])} gave NaN", image=int(places[first])
+            f"tuned must give finite logits, but {printable(paths[first])} gave NaN or infinity",
+            image=int(places[first]),
         )
 
 

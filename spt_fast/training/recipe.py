@@ -287,7 +287,7 @@ class Recipe:
     @property
     def prompts_per_block(self) -> int | None:
         """`num_prompts`, or as many as `method` has where it is not stated; None where there are none."""
-        return self.num_prompts or METHODS[self.method_name].num_prompts
+        return self.num_prompts or METHODS[self.method_name].prompts_with(self.method_options)
 
     @property
     def warmup(self) -> float:

@@ -427,3 +427,27 @@ def test_a_model_that_is_no_vit_is_read_too(tmp_path: Path) -> None:
     torch.save({"state_dict": prefixed("module.", source.state_dict())}, tmp_path / "weights.pth")
     found = open_model("test_resnet", checkpoint=tmp_path / "weights.pth").state_dict()
     assert all(torch.equal(found[name], value) for name, value in source.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("mae_vit.pth", (0.485, 0.456, 0.406)), ("mine.pth", (0.5, 0.5, 0.5))]
+)
+def test_pixels_are_those_that_the_weights_were_trained_on(
+    name: str, expected: tuple[float, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = open_model("vit_tiny_patch16_224", pretrained=False, model_options={"depth": 1})
+    torch.save(source.state_dict(), tmp_path / name)
+    model = open_model("vit_tiny_patch16_224", checkpoint=tmp_path / name, model_options={"depth": 1})
+    assert tuple(model.pretrained_cfg["mean"]) == expected
+    whose = "as MAE was trained" if "mae" in name else "as timm's vit_tiny_patch16_224"
+    assert f"pixels with mean {' '.join(map(str, expected))}, std " in (told := capsys.readouterr().err)
+    assert f"({whose}; --mean-std)" in told
+
+
+@pytest.mark.parametrize("given", [{"pretrained": False}, {"checkpoint": "file.pth"}])
+def test_the_shipped_backbone_has_weights_of_its_own(given: dict[str, Any], tmp_path: Path) -> None:
+    if "checkpoint" in given:
+        given = {"checkpoint": tmp_path / "file.pth"}
+        given["checkpoint"].touch()
+    with pytest.raises(ValueError, match=r"checkpoint and pretrained are for .*, got .* for shipped"):
+        open_model("shipped", **given)

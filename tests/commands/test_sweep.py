@@ -80,7 +80,7 @@ def test_a_named_recipe(tmp_path):
     [
         (("--method", "linear"), "method is the same for no two arms or seeds of a sweep: give --methods"),
         (("--seed", "1"), "give --seeds"),
-        (("--val-data", "x", "--data", "a", "b"), "val_data is for a single --data, got ['a', 'b']"),
+        (("--val-data", "x", "--data", "a", "b"), "val_data is for a single --data, got ['digits', 'a', 'b']"),
         (("--search", "rate=1"), "search: 'rate' is no field of a recipe"),
     ],
 )
@@ -95,3 +95,26 @@ def test_a_dry_run_prints_the_runs(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "todo  digits-linear-lr0.1-wd0.0001-seed0-search\n" in printed
     assert printed.endswith("0 of 6 runs are done\n")
+
+
+def test_options_that_are_given_twice_are_put_together_or_refused():
+    found = plan(
+        "--model", "m", "--data", "digits", "--data", "vtab/cars", "--methods", "linear", "--methods", "full",
+        "--search", "lr=1,2", "--search", "weight_decay=0,1", "--seeds", 0, "--seeds", 1,
+    )  # fmt: skip
+    assert found["data"] == ["digits", "vtab/cars"]
+    assert found["arms"] == ["linear", "full"]
+    assert found["search"] == {"lr": [1, 2], "weight_decay": [0, 1]}
+    assert found["seeds"] == [0, 1]
+    for option, values in (("--search", ("lr=1", "lr=2")), ("--model-option", ("a=1", "a=2"))):
+        with pytest.raises(ValueError, match=r"must give each name once, got (lr|a) more than once"):
+            plan(*BASE, *(word for value in values for word in (option, value)))
+
+
+def test_a_seed_of_trials_joins_those_of_the_file(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("random: {trials: 7}\n")
+    assert plan(file, *BASE, "--random-seed", 3)["random"] == {"trials": 7, "seed": 3}
+    assert plan(file, *BASE, "--random", 2)["random"] == {"trials": 2}
+    with pytest.raises(ValueError, match="random_seed is for random trials"):
+        plan(*BASE, "--random-seed", 3)

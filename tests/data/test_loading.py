@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
-from spt_fast.data import shipped
+from spt_fast.data import images, shipped
 from spt_fast.data.datasets import NamedImages
 from spt_fast.data.images import open_images, open_labelled_images
 from spt_fast.data.loading import ImageLoader
@@ -344,3 +344,19 @@ def test_a_worker_says_nothing_of_a_parent_that_is_gone(capfd, monkeypatch):
     list(ImageLoader(_Left(), num_images=1, num_workers=1))
     assert capfd.readouterr().err == "ValueError: a real one\n"
     assert sys.excepthook is sys.__excepthook__
+
+
+def test_labels_of_no_class_stay_none_of_them():
+    dataset = SimpleNamespace(target_transform=None)
+    images._renumber(dataset, "hfds/some", ("b", "c", "a"), ("a", "b", "c"))
+    assert [dataset.target_transform(label) for label in (-1, 0, 1, 2)] == [-1, 1, 2, 0]
+
+
+def test_targets_that_are_more_than_a_number_are_known_with_the_images_only():
+    class Many(Dataset):
+        targets = torch.zeros(3, 8)
+
+        def __len__(self):
+            return 3
+
+    assert NamedImages(Many(), "torch/qmnist").labels() is None

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from spt_fast.data.shipped import load_backbone
-from spt_fast.data.task import open_task
+from spt_fast.data.task import open_task, own_place
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +81,18 @@ def test_splits_of_one_data_set(model: nn.Module) -> None:
     assert open_task(model, "digits", test_split="val", **options).test.num_images == 300
     with pytest.raises(ValueError, match="must name other images than those of training, got digits"):
         open_task(model, "digits", test_split="train", **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "others", "root", "download"),
+    [
+        ("folder", ["list.txt", None], None, True),
+        ("list.txt", ["folder", None], "here", True),
+        ("folder", ["torch/cifar10"], None, False),
+        ("torch/cifar10", ["folder"], "here", True),
+        # For none of them: the error says so.
+        ("folder", [None], "here", True),
+    ],
+)
+def test_places_of_other_sets_are_not_those_of_the_training_images(data, others, root, download):
+    assert own_place(data, others, root="here", download=True) == {"root": root, "download": download}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from timm.data import transforms
 from torchvision.transforms import functional as F
 
 from spt_fast.data import shipped
-from spt_fast.data.transforms import Preprocessing, choose, default_augment
+from spt_fast.data.transforms import Preprocessing, choose, default_augment, split_transform
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -156,3 +158,10 @@ def test_mean_and_std_are_those_of_the_transform():
     )
     grey = Preprocessing(mean_std="imagenet").mean_and_std(Sized((1, 224, 224)))
     assert grey == ((pytest.approx(sum(IMAGENET[0]) / 3),), (pytest.approx(sum(IMAGENET[1]) / 3),))
+
+
+def test_resizing_by_ratio_is_the_same_every_time_unless_it_is_random():
+    plain, drawn = (transforms.ResizeKeepRatio((48, 32), random_scale_prob=chance) for chance in (0, 0.5))
+    step = torchvision.transforms.ToTensor()
+    assert split_transform(torchvision.transforms.Compose([plain, step])) == ([plain], [step])
+    assert split_transform(torchvision.transforms.Compose([drawn, step])) == ([], [drawn, step])

@@ -57,6 +57,13 @@ def test_splits_of_a_task(tmp_path):
         open_data("vtab/kitti", root=tmp_path, split="train")
 
 
+def test_a_task_may_be_named_with_its_group(tmp_path):
+    write_task(tmp_path / "Specialized" / "EuroSAT", 10, {**SIZES, "test": 5400})
+    for name in ("vtab/Specialized/EuroSAT", "vtab/eurosat"):
+        opened = open_data(name, root=tmp_path, split="val200", allow_missing=True)
+        assert len(opened.dataset) == 200
+
+
 def test_defaults_are_the_papers_protocol():
     assert default_split("vtab/dtd", "train") == "train800val200"
     assert default_split("vtab/dtd", "train", "val200") == "train800"

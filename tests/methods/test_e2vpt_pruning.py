@@ -121,3 +121,14 @@ def test_bad_input_is_refused(tuned: Any, make_vit: MakeViT, loader: list[tuple[
     tuned.release()
     with pytest.raises(RuntimeError, match="has released its model"):
         prune(tuned, of)
+
+
+def test_prompts_that_do_not_learn_are_refused(
+    make_random: MakeViT, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    frozen = tune(make_random(), "e2vpt", prompts=NUM_PROMPTS, freeze_prompts=True)
+    of = Importance(torch.ones(NUM_PROMPTS), torch.ones(NUM_PROMPTS, 16))
+    for refused in (lambda: importance(frozen, loader), lambda: prune(frozen, of)):
+        with pytest.raises(ValueError, match="tuned must have prompts that learn, got freeze_prompts=True"):
+            refused()
+    assert not frozen.source.prompts.requires_grad

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -26,7 +27,9 @@ from spt_fast import PromptedViT, Recipe
 from spt_fast.backbones.anatomy import block_input_hooks
 from spt_fast.backbones.open import open_model
 from spt_fast.methods.parameter_groups import parameter_groups
+from spt_fast.methods.prompt_variant import part_of
 from spt_fast.methods.registry import METHODS, load_tuned, options, tune
+from spt_fast.methods.release import release
 from spt_fast.training import fit
 from spt_fast.training.build import build as build_by_recipe
 from spt_fast.training.features import trains_head_only
@@ -806,3 +809,47 @@ def test_all_that_prompts_are_made_of_has_their_rate(make_random: MakeViT) -> No
         assert [group["name"] for group in groups] == ["head", "no_decay", "prompts"]
         assert [len(group["params"]) for group in groups][-1] == len(names)
         assert groups[-1]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "part"), [(100, 0.29, 29), (50, 0.58, 29), (90, 0.7, 63), (7, 0.5, 3)]
+)
+def test_shares_are_the_decimal_numbers_that_they_are_written_as(count: int, share: float, part: int) -> None:
+    assert part_of(count, share) == part
+
+
+def test_a_number_of_prompts_may_be_numpys(make_random: MakeViT) -> None:
+    assert PromptedViT(make_random(), np.int64(4)).method == "vpt-deep"
+    assert tune(make_random(), "vpt-deep", prompts=np.int64(4)).num_prompts == 4
+
+
+def test_shallow_prompts_of_low_rank_are_a_hundred(make_random: MakeViT) -> None:
+    shallow = tune(make_random(embed_dim=128, num_heads=2), "bpt", depth="shallow")
+    assert list(shallow.source.left.shape) == [1, 100, 75]
+    assert Recipe(method="bpt", method_options={"depth": "shallow"}).prompts_per_block == 100
+    assert Recipe(method="bpt").prompts_per_block == 50
+
+
+@pytest.mark.parametrize("method", ["linear", "bias", "ssf"])
+def test_a_merged_model_has_its_batch_norm_in_its_head(
+    method: str, make_random: MakeViT, images: Tensor
+) -> None:
+    model = make_random().train()
+    tuned = tune(model, method, num_classes=3, head_norm="batch").train()
+    tuned(images)
+    tuned.eval()
+    expected = tuned(images)
+    merged = tuned.merge()
+    plain = make_random(num_classes=3)
+    plain.load_state_dict(merged.state_dict())
+    for each in (merged, plain):
+        torch.testing.assert_close(each.eval()(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_left_of_a_released_model_leaves_it_alone(make_random: MakeViT) -> None:
+    model = make_random().eval()
+    tuned = tune(model, "vpt-deep", prompts=2, num_classes=3)
+    release(model)
+    tuned.train()
+    assert tuned.training
+    assert not any(module.training for module in model.modules())

@@ -1405,3 +1405,17 @@ class TestBadInput:
     ) -> None:
         with pytest.raises(error, match=message):
             tuned(images)
+
+
+def test_nmi_changes_nothing_in_a_model_that_trains(make_vit: Any, make_images: Any) -> None:
+    tuned = PromptedViT(make_vit(), 3, num_classes=2, head_norm="batch", prompt_dropout=0.5).train()
+    tuned.model.head[0].eval()
+    before = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+    modes = [module.training for module in tuned.modules()]
+    images = make_images()
+    found = tuned.layer_nmi(images)
+    assert [module.training for module in tuned.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.state_dict().items())
+    assert torch.equal(found, tuned.eval().layer_nmi(images))
+    # One image is enough.
+    assert tuned.train().layer_nmi(images[:1]).shape == (3, 1)

@@ -14,7 +14,7 @@ from spt_fast.commands import main as cli
 from spt_fast.prototypes.build import build_prototypes
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.prototypes.side_stream import SideStream
-from spt_fast.support.distributed import ALONE, device_of_this_process, find_processes
+from spt_fast.support.distributed import ALONE, Processes, device_of_this_process, find_processes
 from spt_fast.support.errors import NonFiniteError
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -364,3 +364,16 @@ def test_side_stream_hands_on_everything_in_order_one_batch_late() -> None:
         assert len(seen) == 2 * batch
     side_stream.finish()
     assert seen == [(layer, batch) for batch in (0.0, 1.0, 2.0) for layer in (0, 1)]
+
+
+def test_a_setting_that_only_another_rank_has_is_seen_on_all() -> None:
+    class Two(Processes):
+        rank = 0
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, {**value, "metric": "cosine"}]
+
+    with pytest.raises(
+        ValueError, match="metric must be the same on all ranks, got None on rank 0 and 'cosine'"
+    ):
+        Two().check_same({"seed": 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from spt_fast.backbones.pooling import Pooling, set_pooling
 from spt_fast.methods import names as method_names
 from spt_fast.methods.base import TunedViT
 from spt_fast.prototypes.result import Prototypes
+from spt_fast.support.randomness import seeded
 from spt_fast.training.build import build, check_buildable, start_head
 
 NAMES = [str(number) for number in range(400)]
@@ -302,3 +304,29 @@ def test_names_of_classes_are_checked(make_vit, names):
 def test_a_recipe_that_is_a_name_is_refused(make_vit):
     with pytest.raises(TypeError, match=r"recipe must be a Recipe, as .* got 'paper'"):
         build(make_vit(), "paper", class_names=("a", "b"))
+
+
+@pytest.mark.parametrize("start", ["prototypes", "vipamin"])
+def test_prompts_of_low_rank_are_tried_with_as_many_as_there_will_be(
+    start: Any, make_vit: Callable[..., nn.Module]
+) -> None:
+    recipe = Recipe(method="bpt", prompt_init=start, num_prompts=20, method_options={"rank": 8})
+    check_buildable(make_vit(), recipe, ("a", "b"))
+    with pytest.raises(ValueError, match="rank must be at most 20"):
+        check_buildable(make_vit(), recipe.replace(method_options={"rank": 21}), ("a", "b"))
+
+
+def test_the_head_is_drawn_with_the_generator_of_the_models_device(
+    make_vit: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that timm draws on a GPU is decided by the seed, too."""
+    devices: list[Any] = []
+
+    def noted(seed: int, device: torch.device) -> Any:
+        devices.append((seed, device))
+        return seeded(seed)
+
+    monkeypatch.setattr(sys.modules[build.__module__], "seeded", noted)
+    model = make_vit()
+    build(model, Recipe(method="linear", seed=3), class_names=("a", "b"))
+    assert devices == [(3, next(model.parameters()).device)]

@@ -25,7 +25,6 @@ from spt_fast.prototypes.result import Prototypes
 from spt_fast.study.runs import PROTOTYPES_FOLDER, RUNS_FOLDER, Row
 from spt_fast.study.sweeps.plan import PlannedRun
 from spt_fast.study.sweeps.tasks import Task
-from spt_fast.support.memory import free_memory
 from spt_fast.support.yaml_text import read_yaml
 from spt_fast.training.build import build, check_buildable
 from spt_fast.training.checkpoint import CHECKPOINT_NAME
@@ -246,9 +245,7 @@ class Workshop:
             return None
         if self._cache is None:
             budget = self._images.get("cache_budget")
-            if budget is None and self._sharing > 1:
-                budget = free_memory() // (2 * self._sharing)
-            self._cache = ImageCache(where, budget, device=self._device)
+            self._cache = ImageCache(where, budget, device=self._device, sharing=self._sharing)
         return self._cache
 
     def _start(self, planned: PlannedRun) -> tuple[Prototypes | Tensor | None, float | None]:
