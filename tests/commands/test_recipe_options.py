@@ -159,3 +159,21 @@ print({"torch", "timm", "numpy"} & sys.modules.keys())
         check=True,
     )
     assert done.stdout == "set()\n"
+
+
+def test_options_of_a_method_join_those_of_a_file(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: bpt\nmethod_options: {depth: shallow, rank: 75}\n")
+    found = parsed(
+        parser, "--recipe", file, "--method-option", "learned_bases=2", "--method-option", "rank=8"
+    )
+    assert found.method_options == {"depth": "shallow", "rank": 8, "learned_bases": 2}
+    # Of another method they are none.
+    other = parsed(parser, "--recipe", file, "--method", "adapter", "--method-option", "bottleneck=4")
+    assert other.method_options == {"bottleneck": 4}
+
+
+def test_json_stays_the_word_that_it_is(parser: argparse.ArgumentParser) -> None:
+    text = '{"r": 4}'
+    found = parsed(parser, "--method", "peft", "--method-option", f"config={text}")
+    assert found.method_options == {"config": text}

@@ -80,7 +80,10 @@ def test_a_named_recipe(tmp_path):
     [
         (("--method", "linear"), "method is the same for no two arms or seeds of a sweep: give --methods"),
         (("--seed", "1"), "give --seeds"),
-        (("--val-data", "x", "--data", "a", "b"), "val_data is for a single --data, got ['digits', 'a', 'b']"),
+        (
+            ("--val-data", "x", "--data", "a", "b"),
+            "val_data is for a single --data, got ['digits', 'a', 'b']",
+        ),
         (("--search", "rate=1"), "search: 'rate' is no field of a recipe"),
     ],
 )

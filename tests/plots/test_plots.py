@@ -367,3 +367,11 @@ def test_training_curves_without_validation_have_one_panel(tmp_path):
     path.write_text("epoch,loss\n1,2\n")
     with pytest.raises(ValueError, match="must have the columns epoch, loss, val_accuracy"):
         plots.training_curves(path)
+
+
+def test_names_that_are_no_text_keep_their_bytes_in_a_table(tmp_path):
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    path = tmp_path / "classes.csv"
+    path.write_bytes(csv_bytes(("class", "images"), [(name, 3)]))
+    assert b"caf\xe9,3" in path.read_bytes()
+    assert read_csv(path, ["images"], ["class"]) == [((name,), (3.0,))]

@@ -134,11 +134,12 @@ def test_of_equal_logits_the_first_is_first(photos):
     assert item.classes == ("1", "2")
 
 
-def test_nan_is_an_error_that_names_the_file(photos):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_is_an_error_that_names_the_file(value, photos):
     class Broken(torch.nn.Module):
         def forward(self, images):
             logits = torch.zeros(len(images), 2)
-            logits[1] = torch.nan
+            logits[1, 0] = value
             return logits
 
     files = open_files([photos], shipped.load_backbone(), workers=0)
