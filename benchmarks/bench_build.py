@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -56,7 +57,7 @@ class Interleaved:
     def __iter__(self) -> Iterator[Tensor]:
         for batch in torch.split(self.images, self.batch_size):
             start = time.perf_counter()
-            with torch.no_grad():
+            with torch.no_grad(), as_in_the_pass(batch.device):
                 self.bare(batch)
             synchronise(batch.device)
             middle = time.perf_counter()
@@ -74,6 +75,11 @@ class Round:
     bare: float
     passed: float
     solve: float
+
+
+def as_in_the_pass(device: torch.device) -> Any:
+    """The precision in which `build_prototypes` runs a model by default."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def time_round(model: nn.Module, bare: nn.Module, images: Tensor, batch_size: int, **options: Any) -> Round:
@@ -179,7 +185,7 @@ def test_build_prototypes(benchmark: Any, side: str) -> None:
     }
 
     def bare() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), as_in_the_pass(images.device):
             for batch in batches:
                 model(batch)
         synchronise(images.device)

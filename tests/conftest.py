@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -66,6 +67,24 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def waiting_refused() -> Callable[[], AbstractContextManager[None]]:
+    """Contexts in which it is an error that the host waits for a GPU."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        try:
+            with warnings.catch_warnings():
+                # It says once that this mode is a prototype, after it is on.
+                warnings.simplefilter("ignore")
+                torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context
 
 
 @pytest.fixture(scope="session")

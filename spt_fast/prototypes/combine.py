@@ -158,14 +158,15 @@ def _scaled(summary: Summary) -> list[WeightedTokens]:
 
 
 def _together(groups: Sequence[WeightedTokens]) -> WeightedTokens:
-    """One problem of the tokens of several."""
-    weights: list[Tensor] = [group.unit_weights() for group in groups]
+    """One problem of the tokens of several, where the first of them are: files are read into host memory."""
+    device = groups[0].tokens.device
+    weights: list[Tensor] = [group.unit_weights().to(device) for group in groups]
     totals = torch.stack([each.sum() for each in weights])
-    means = torch.stack([group.mean.double() for group in groups])
+    means = torch.stack([group.mean.to(device, torch.float64) for group in groups])
     dtypes = {group.tokens.dtype for group in groups}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     return WeightedTokens(
-        torch.cat([group.tokens.to(dtype) for group in groups]),
+        torch.cat([group.tokens.to(device, dtype) for group in groups]),
         torch.cat(weights).float(),
         (totals[:, None] * means).sum(0).div(totals.sum()).float(),
         groups[0].backend,

@@ -77,7 +77,8 @@ class Features:
                 if not rows and (same := next((each for each in known if each.begins_with(features)), None)):
                     return same
                 inputs.clear()  # of that comparison
-                rows.append(features)
+                # Of a class token they are a view, which would keep the tokens of all images.
+                rows.append(features.clone())
                 labels.append(of_batch)
         if sum(map(len, rows)) != len(loader.dataset):
             return None

@@ -149,7 +149,7 @@ class Recipe:
     )
     accumulate: int = _optimisation(1, "batches of a step", minimum=1)
     amp: Literal["auto", "off", "bf16", "fp16"] = _optimisation(
-        "auto", "autocast; auto is bf16 on CUDA, else off"
+        "auto", "autocast of training and validation, not of tests; auto is bf16 on CUDA, else off"
     )
     compile: bool = _optimisation(False, "run the model through torch.compile")
     channels_last: bool = _optimisation(False, "memory format of images and weights")

@@ -124,11 +124,14 @@ def channels_last(tuned: nn.Module, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    tuned.to(memory_format=torch.channels_last)
+    weights = [each for each in (*tuned.parameters(), *tuned.buffers()) if each.ndim == 4]
     try:
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         yield
     finally:
-        tuned.to(memory_format=torch.contiguous_format)
+        for weight in weights:
+            weight.data = weight.data.contiguous()
 
 
 class _Share(NamedTuple):

@@ -556,17 +556,16 @@ def test_a_second_gpu_is_named_within_a_stream() -> None:
 
 
 @pytest.mark.gpu
-def test_seeding_and_swaps_on_a_gpu_do_not_wait_and_choose_as_on_the_cpu() -> None:
+def test_seeding_and_swaps_on_a_gpu_do_not_wait_and_choose_as_on_the_cpu(
+    waiting_refused: Callable[[], AbstractContextManager[None]],
+) -> None:
     tokens = blobs(5000, n_blobs=12)
     here = problem_of(tokens)
     there = WeightedTokens(tokens.cuda(), None, here.mean.cuda())
     numbers = np.random.default_rng
     kmeans_plus_plus(there, 12, numbers(0))  # what is compiled or loaded once is not the question
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_refused():
         start = kmeans_plus_plus(there, 12, numbers(0))
         swapped = improve_by_swaps(there, there.tokens[:12], 6, numbers(1))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(start.cpu(), kmeans_plus_plus(here, 12, numbers(0)))
     torch.testing.assert_close(swapped.cpu(), improve_by_swaps(here, tokens[:12], 6, numbers(1)))

@@ -690,15 +690,14 @@ class TestWaiting:
         assert torch.equal(build(vit, lazily(), mode="exact").prompts, expected)
 
     @pytest.mark.gpu
-    def test_no_batch_of_the_stream_waits_for_a_gpu(self) -> None:
+    def test_no_batch_of_the_stream_waits_for_a_gpu(
+        self, waiting_refused: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         clusters = StreamingKMeans(6, capacity=100)
         batches = torch.randn(4, 2, 40, 16, device="cuda")
         clusters.partial_fit_unchecked(batches[0], 0)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_refused():
             rows = [clusters.partial_fit_unchecked(batch, 0) for batch in batches[1:]]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert [int(row) for row in rows] == [-1, -1, -1]
 
     @pytest.mark.parametrize("late", [False, True])

@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import numpy as np
 import pytest
@@ -550,22 +550,27 @@ class TestWaiting:
         assert runs[0] == runs[1]
 
     @pytest.mark.gpu
-    def test_no_step_of_training_waits_for_a_gpu(self, make_vit: Callable[..., nn.Module]) -> None:
+    def test_no_step_of_training_waits_for_a_gpu(
+        self, make_vit: Callable[..., nn.Module], waiting_refused: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         images, labels = torch.randn(4, 3, 32, 32).pin_memory(), torch.arange(4).pin_memory()
         tuned = PromptedViT(make_vit(), torch.ones(3, 3, 32), num_classes=4).cuda()
+        steps = 0
 
-        class Strict(list[tuple[Tensor, Tensor]]):
-            """Refuses to wait from the second batch on: the first loads kernels."""
+        with ExitStack() as stack:
 
-            def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-                try:
-                    for index, batch in enumerate(super().__iter__()):
-                        torch.cuda.set_sync_debug_mode("error" if index else "default")
-                        yield batch
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
+            def begin(*_: object) -> None:
+                """Refuses to wait from the second step, as the first loads kernels, to the last."""
+                nonlocal steps
+                steps += 1
+                if steps == 2:
+                    stack.enter_context(waiting_refused())
+                if steps == 6:
+                    stack.close()
 
-        fit(tuned, Strict([(images, labels)] * 4), epochs=1, progress=False)
+            tuned.register_forward_pre_hook(begin)
+            fit(tuned, [(images, labels)] * 6, epochs=1, progress=False)
+        assert steps == 6
 
 
 @pytest.mark.parametrize("engine", ["kv", "concat"])

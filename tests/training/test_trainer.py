@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from spt_fast import PromptedViT, Recipe
+from spt_fast import PromptedViT, Recipe, tune
 from spt_fast.training import Trainer, fit
 from spt_fast.training.evaluation import evaluate
+from spt_fast.training.features import Features
 from spt_fast.training.loop import shuffled_loader
+from spt_fast.training.step import channels_last
 
 
 @pytest.fixture
@@ -193,6 +195,23 @@ class TestFeatures:
         tuned.model.patch_embed.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
         return seen
 
+    def test_features_of_a_class_token_do_not_keep_the_others(self, make_vit, images, monkeypatch):
+        sizes: list[tuple[int, int]] = []
+        cat = torch.cat
+
+        def noted(tensors: Any, *args: Any, **options: Any) -> Tensor:
+            tensors = list(tensors)
+            if tensors[0].ndim == 2 and tensors[0].shape[1] == 32:
+                sizes.extend((each.untyped_storage().nbytes(), each.nbytes) for each in tensors)
+            return cat(tensors, *args, **options)
+
+        loader = shuffled_loader(*images, batch_size=4, seed=7)
+        tuned = self.net(make_vit)
+        monkeypatch.setattr(torch, "cat", noted)
+        assert Features.of(tuned, loader) is not None
+        assert len(sizes) == len(loader)
+        assert all(held == needed for held, needed in sizes)
+
     @pytest.mark.parametrize("options", [{}, {"weight_dtype": "bf16"}, {"amp": "bf16"}], ids=str)
     def test_the_curve_is_that_of_the_plain_loop(self, make_vit, images, options):
         amp = {"amp": options.get("amp", "auto")}
@@ -369,3 +388,14 @@ def test_a_compiled_run_is_the_run(tuned, images, monkeypatch):
     wanted = fit(expected, batches, batches, epochs=2, ema=0.5, progress=False)
     assert history.loss == pytest.approx(wanted.loss, rel=1e-5)
     assert_learned_close(tuned, expected.learned_state_dict())
+
+
+def test_channels_last_is_for_weights_of_four_dimensions(make_vit):
+    """E2VPT's keys and values have five."""
+    tuned = tune(make_vit(), "e2vpt", prompts=2, num_classes=4)
+    weight = tuned.model.patch_embed.proj.weight
+    before = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+    with channels_last(tuned, True):
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert weight.is_contiguous()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.state_dict().items())
