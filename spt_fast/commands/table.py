@@ -34,6 +34,9 @@ def add(commands: Commands) -> None:
         help="behind RUNS: comparison (default), 1, 2, 3, 4, s2, s3, s4, or several of them",
     )
     parser.add_argument(
+        "--tasks", nargs="+", action="extend", metavar="TASK", help="behind RUNS: of these tasks alone"
+    )
+    parser.add_argument(
         "--format", choices=_FORMATS, default="markdown", help="of the tables (default: markdown)"
     )
     parser.add_argument(
@@ -72,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         against=args.against,
         backbone=args.backbone,
         published=args.published,
+        tasks=args.tasks,
     )
     text = format_tables(tables, args.format)
     if args.out is None:

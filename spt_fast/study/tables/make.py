@@ -12,6 +12,7 @@ from spt_fast.study.tables.arms import arms_of
 from spt_fast.study.tables.cells import Table
 from spt_fast.study.tables.comparison import NAME as COMPARISON
 from spt_fast.study.tables.comparison import comparison
+from spt_fast.support.arguments import check_choice
 from spt_fast.support.names import nearest
 
 TABLES = (COMPARISON, "1", "2", "3", "4", "s2", "s3", "s4")
@@ -24,6 +25,7 @@ def make_tables(
     against: str | None = None,
     backbone: str | None = None,
     published: bool = True,
+    tasks: Sequence[str] | None = None,
 ) -> list[Table]:
     """Tables of runs, as plain data; `spt_fast.study.tables.format_tables` writes them.
 
@@ -41,14 +43,20 @@ def make_tables(
         backbone: which published backbone that of the runs is: "mae", "moco" or "supervised"; None goes by
             its name (`spt_fast.study.tables.arms.published_backbone`).
         published: whether the paper's rows, and those of later papers, stand beside ours.
+        tasks: of the runs, those that count, as they name them; None is all.
 
     Raises:
-        ValueError: there is no such table or arm, no run has a test accuracy, an arm has two runs of a task
-            and a seed, or `backbone` cannot be.
+        ValueError: there is no such table, task or arm, no run has a test accuracy, an arm has two runs of a
+            task and a seed, or `backbone` cannot be.
     """
     wanted = list(dict.fromkeys(map(_table_name, names)))
     if against is not None and COMPARISON not in wanted:
         raise ValueError(f"against is for the table {COMPARISON}, which is not among {', '.join(wanted)}")
+    if tasks is not None:
+        known = list(dict.fromkeys(row.task for row in rows))
+        for task in tasks:
+            check_choice("tasks", task, known)
+        rows = [row for row in rows if row.task in tasks]
     # Table 1 alone needs no test.
     arms = [] if wanted == ["1"] else arms_of(rows, backbone)
     made: Mapping[str, Callable[[], Table]] = {

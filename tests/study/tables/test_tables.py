@@ -99,6 +99,13 @@ def test_lengths_of_prompts_and_shares_of_the_data_that_are_compared_are_rows_of
     ]
 
 
+def test_some_tasks_alone() -> None:
+    (table,) = make_tables(TWO_ARMS, tasks=["digits"])
+    assert table == make_tables([row for row in TWO_ARMS if row.task == "digits"])[0]
+    with pytest.raises(ValueError, match=r"tasks must be one of .*'digits', got 'cars'"):
+        make_tables(TWO_ARMS, tasks=["digits", "cars"])
+
+
 def test_comparison_has_means_spreads_and_differences() -> None:
     (table,) = make_tables(TWO_ARMS)
     found = lines_of(table)
