@@ -199,8 +199,17 @@ def processes_of_this_machine() -> int:
 
 
 def device_of_this_process(device: str | None) -> torch.device:
-    """`device`, by default CUDA where there is one; "cuda" alone is the one of torchrun's LOCAL_RANK."""
+    """`device`, by default CUDA where there is one; "cuda" alone is the one of torchrun's LOCAL_RANK.
+
+    Raises:
+        ValueError: one GPU for several processes, which NCCL does not serve.
+    """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and chosen.index is not None and processes_of_this_machine() > 1:
+        raise ValueError(
+            f"device must be cuda or cpu for {processes_of_this_machine()} processes, each of which takes "
+            f"the GPU of its LOCAL_RANK, got {chosen} (--device)"
+        )
     if str(chosen) == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return chosen

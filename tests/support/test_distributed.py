@@ -377,3 +377,13 @@ def test_a_setting_that_only_another_rank_has_is_seen_on_all() -> None:
         ValueError, match="metric must be the same on all ranks, got None on rank 0 and 'cosine'"
     ):
         Two().check_same({"seed": 1})
+
+
+def test_several_processes_do_not_share_a_gpu_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_of_this_process("cuda:0") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert device_of_this_process("cuda") == torch.device("cuda:1")
+    assert device_of_this_process("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"device must be cuda or cpu for 2 processes, .* got cuda:0"):
+        device_of_this_process("cuda:0")

@@ -341,6 +341,7 @@ def _known(planned: PlannedRun, tuned: TunedViT, model: nn.Module) -> dict[str, 
     """What a row says before anything is learned."""
     recipe, start = planned.recipe, planned.arm.prototypes
     has_start = recipe.needs_prototypes
+    other_start = "vipamin" if recipe.prompts_from == "vipamin" else ""
     return {
         "run": planned.name,
         "stage": planned.stage,
@@ -348,7 +349,7 @@ def _known(planned: PlannedRun, tuned: TunedViT, model: nn.Module) -> dict[str, 
         "task": planned.task.data,
         "arm": planned.arm.name,
         "method": planned.arm.method,
-        "strategy": start.strategy if has_start else "vipamin" * (recipe.prompts_from == "vipamin"),
+        "strategy": start.strategy if has_start else other_start,
         "source": start.source if has_start else "",
         "frozen_prompts": recipe.freeze_prompts,
         "num_prompts": getattr(tuned, "num_prompts", None) or None,
