@@ -225,8 +225,9 @@ def _with_checkpoint(name: str, model: nn.Module, checkpoint: str | Path) -> nn.
         # Its tag names weights of timm's, which these are not.
         config = {**config, "tag": Path(checkpoint).name, **pixels}
         vars(model).update(pretrained_cfg=config)
-        mean, std = (" ".join(f"{value:g}" for value in config[key]) for key in ("mean", "std"))
-        report.notes.append(f"pixels with mean {mean}, std {std} ({whose}; --mean-std)")
+        if config.get("mean") and config.get("std"):
+            mean, std = (" ".join(f"{value:g}" for value in config[key]) for key in ("mean", "std"))
+            report.notes.append(f"pixels with mean {mean}, std {std} ({whose}; --mean-std)")
     _tell(checkpoint, report)
     return model
 
