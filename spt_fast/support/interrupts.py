@@ -24,14 +24,17 @@ _AGAIN = 5.0
 
 _held = 0
 _waiting = False
+_interrupted = False
 
 
 def leave_at_once() -> None:
     """From now on Ctrl-C ends the process at once: for the time in which there is nothing to clean up."""
-    process = os.getpid()
+    global _interrupted
+    process, _interrupted = os.getpid(), False
 
     def leave(*_: object) -> None:
-        if os.getpid() == process:
+        # A second signal, after `raised_once`, changes nothing: the process is ending.
+        if os.getpid() == process and not _interrupted:
             # Not by print, which may be what was interrupted.
             os.write(2, f"\n{MESSAGE}\n".encode())
             os._exit(INTERRUPTED)
@@ -48,7 +51,7 @@ def raised_once() -> Iterator[None]:
     so that what cleans up is not interrupted. Processes forked from this one take no notice. Whatever else
     was raised, or nothing at all, the context ends with KeyboardInterrupt.
     """
-    global _waiting
+    global _waiting, _interrupted
     if not _is_ours_to_handle():
         yield
         return
@@ -67,7 +70,7 @@ def raised_once() -> Iterator[None]:
             raise KeyboardInterrupt
     finally:
         handler.finished = True
-        _waiting = False
+        _waiting, _interrupted = False, handler.started
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, old in before.items():
             signal.signal(number, old)

@@ -233,3 +233,22 @@ def test_a_job_in_the_background_keeps_ignoring_ctrl_c(ctrl_c):
     with raised_once():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_a_second_signal_while_the_command_ends_says_nothing_more(run_script, tmp_path):
+    done = run_script(
+        """
+import os, signal
+from spt_fast.support import interrupts
+interrupts.leave_at_once()
+try:
+    with interrupts.raised_once():
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(100))
+except KeyboardInterrupt:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("ended once")
+""",
+        tmp_path,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended once\n", "")
