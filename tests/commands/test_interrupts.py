@@ -240,6 +240,8 @@ def test_a_second_signal_while_the_command_ends_says_nothing_more(run_script, tm
         """
 import os, signal
 from spt_fast.support import interrupts
+# A job in the background is started with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 interrupts.leave_at_once()
 try:
     with interrupts.raised_once():
