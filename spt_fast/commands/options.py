@@ -6,7 +6,7 @@ import argparse
 import ast
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -234,11 +234,15 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     given = [("img_size", args.img_size), ("in_chans", args.in_chans)]
     pairs = [*((name, value) for name, value in given if value is not None), *args.model_option]
-    options = dict(pairs)
-    if len(options) < len(pairs):
-        twice = next(name for name in options if sum(name == other for other, _ in pairs) > 1)
-        raise ValueError(f"model_option must give each option once, got {twice} more than once")
-    return options
+    return given_once("model_option", pairs)
+
+
+def given_once(argument: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a mapping; ValueError where a name comes twice."""
+    names = [name for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{argument} must give each option once, got {twice} more than once")
+    return dict(pairs)
 
 
 def _image_size(text: str) -> int | tuple[int, int]:

@@ -149,13 +149,13 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     plan = {} if args.file is None else read_plan(args.file)
     plan |= {key: vars(args)[key] for key in _KEYS if vars(args)[key] is not None}
     if args.model_option:
-        plan["model_options"] = _once("model_option", args.model_option)
+        plan["model_options"] = options.given_once("model_option", args.model_option)
     plan |= _tasks(args)
     plan |= _recipe(args, plan.get("recipe"))
     for key, value in (
         ("arms", args.methods),
-        ("search", args.search and _once("search", args.search)),
-        ("compare", args.compare and _once("compare", args.compare)),
+        ("search", args.search and options.given_once("search", args.search)),
+        ("compare", args.compare and options.given_once("compare", args.compare)),
         ("random", _random(args, plan.get("random"))),
         (
             "images",
@@ -167,13 +167,6 @@ def plan_of(args: argparse.Namespace) -> dict[str, Any]:
     if "checkpoint" in plan:
         plan["checkpoint"] = str(plan["checkpoint"])
     return plan
-
-
-def _once(option: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{option} must give each name once, got {twice} more than once")
-    return dict(pairs)
 
 
 def _random(args: argparse.Namespace, of_file: Any) -> Any:

@@ -19,6 +19,7 @@ from spt_fast.data.batches import labelled_batch
 from spt_fast.methods.e2vpt import E2VPT, MaskedPrompts
 from spt_fast.methods.prompt_variant import part_of
 from spt_fast.support.arguments import check_number, check_tensor
+from spt_fast.support.modes import evaluation_mode
 
 NUM_PIECES = 16
 
@@ -43,9 +44,8 @@ def importance(tuned: E2VPT, loader: Iterable[Any]) -> Importance:
     source = _source_of(tuned)
     learned = source.prompts
     found = [learned.new_zeros(learned.shape[1]), learned.new_zeros(learned.shape[1], NUM_PIECES)]
-    count, was_training = 0, tuned.training
-    tuned.eval()
-    try:
+    count = 0
+    with evaluation_mode(tuned):
         for batch in loader:
             count += 1
             images, labels = (each.to(learned.device) for each in labelled_batch(batch, "loader"))
@@ -53,8 +53,6 @@ def importance(tuned: E2VPT, loader: Iterable[Any]) -> Importance:
             # By the chain rule, summed over the blocks, which share the masks.
             pieces = _pieces((gradient * learned.detach()).sum(0)).sum(-1)
             found = [found[0] + pieces.sum(1).abs(), found[1] + pieces.abs()]
-    finally:
-        tuned.train(was_training)
     if count == 0:
         raise ValueError("loader must give at least one batch, got none")
     return Importance(*(each / count for each in found))

@@ -37,6 +37,7 @@ from spt_fast.backbones.snapshot import placement
 from spt_fast.data.batches import image_batches
 from spt_fast.methods.base import check_takeable
 from spt_fast.support.arguments import check_choice, check_int, check_number, check_seed
+from spt_fast.support.modes import evaluation_mode
 
 VIPAMIN_IMAGES = 256
 
@@ -163,16 +164,10 @@ def _means(model: nn.Module, blocks: list[Any], loader: Iterable[Any], max_image
         found = [each.double().sum(0).cpu() for each in (x[:, prefix:], k.mean(1)[:, prefix:], outputs)]
         sums[index] = found if not sums[index] else [a + b for a, b in zip(sums[index], found, strict=True)]
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with block_input_hooks(blocks, take_in):
-            for images in image_batches(loader, max_images):
-                count += len(images)
-                model(images.to(placement(model)[0], image_dtype(model)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluation_mode(model), block_input_hooks(blocks, take_in):
+        for images in image_batches(loader, max_images):
+            count += len(images)
+            model(images.to(placement(model)[0], image_dtype(model)))
     if count == 0:
         raise ValueError("loader must give at least one batch of images, got none")
     return [_Means(*(each / count for each in of_block)) for of_block in sums]

@@ -110,7 +110,7 @@ def test_options_that_are_given_twice_are_put_together_or_refused():
     assert found["search"] == {"lr": [1, 2], "weight_decay": [0, 1]}
     assert found["seeds"] == [0, 1]
     for option, values in (("--search", ("lr=1", "lr=2")), ("--model-option", ("a=1", "a=2"))):
-        with pytest.raises(ValueError, match=r"must give each name once, got (lr|a) more than once"):
+        with pytest.raises(ValueError, match=r"must give each option once, got (lr|a) more than once"):
             plan(*BASE, *(word for value in values for word in (option, value)))
 
 
