@@ -6,7 +6,7 @@
 
 `run` does the sweeps of examples/study/*.yaml in their order, each into a folder of its own below OUT, and
 goes on where it was stopped. `collect` copies their tables, and the NMI of their runs, into one folder;
-`draw` makes the figures of it. The tables are those of `spt-fast table FOLDER/methods.csv ...`.
+`draw` makes the figures of it. The tables are those of `spt-fast table FOLDER/methods.csv`, of each part.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from spt_fast.support.yaml_text import read_yaml, write_yaml
 
 FOLDER = Path(__file__).parent / "study"
 # In the order in which they are done: what is most worth knowing first.
-PARTS = ("methods", "starts", "pooling", "lengths", "shares")
+PARTS = ("methods", "starts", "shares", "lengths", "pooling")
 NMI_COLUMNS = ("task", "run", "seed", "step", "block", "nmi")
 # The arms in figures of lines, by the names whose colours all figures share.
 SHOWN = {
@@ -47,7 +47,10 @@ SHOWN = {
     "vpt-deep-own-norm": "VPT-Deep, MAE's norm",
     "vpt-deep-new-norm": "VPT-Deep, new norm",
 }
-REFERENCE = "vpt-deep"
+# With what the arms of a part are compared in its figure.
+REFERENCES = {"methods": "vpt-deep", "starts": "spt-deep"}
+# The sweeps of lengths and shares leave out the value that all arms of this part have.
+WHOLE = "starts"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -124,14 +127,14 @@ def draw(args: argparse.Namespace) -> None:
     if not tables:
         raise FileNotFoundError(f"{args.csv} has none of {', '.join(f'{part}.csv' for part in PARTS)}")
     figures: dict[str, Any] = {}
-    if "methods" in tables:
-        figures["methods"] = _differences(tables["methods"])
-    # The sweeps of lengths and shares leave out the value that all arms of methods.yaml have.
+    for part, reference in REFERENCES.items():
+        if part in tables:
+            figures[part] = _differences(tables[part], reference)
     if "lengths" in tables:
-        runs = _over(_with_methods("lengths", tables), lambda row: float(row.num_prompts or 0))
+        runs = _over(_with_whole("lengths", tables), lambda row: float(row.num_prompts or 0))
         figures["lengths"] = accuracy_against_prompt_length(runs) if runs else None
     if "shares" in tables:
-        runs = _over(_with_methods("shares", tables), _share)
+        runs = _over(_with_whole("shares", tables), _share)
         figures["shares"] = _against_share(runs) if runs else None
     for part in tables:
         if (path := _nmi_file(args.csv, part)).exists():
@@ -144,10 +147,10 @@ def draw(args: argparse.Namespace) -> None:
             figure.savefig(args.out / f"study_{name}.png")
 
 
-def _differences(rows: Sequence[Row]) -> Any:
-    """A line for each arm: what it has more than VPT-Deep, by task, and the mean with its interval."""
+def _differences(rows: Sequence[Row], against: str) -> Any:
+    """A line for each arm: what it has more than another, by task, and the mean with its interval."""
     arms = arms_of(rows) if any(row.test_accuracy is not None for row in rows) else []
-    reference = next((arm for arm in arms if arm.name == REFERENCE), None)
+    reference = next((arm for arm in arms if arm.name == against), None)
     if reference is None:
         return None
     looks = styles(["SPT-Deep", "VPT-Deep"])
@@ -169,7 +172,7 @@ def _differences(rows: Sequence[Row]) -> Any:
     most = max(len(arm.runs) for arm in arms)
     names = [arm.name if len(arm.runs) == most else f"{arm.name} ({len(arm.runs)} tasks)" for arm, _ in lines]
     axes.set_yticks(range(len(lines)), names)
-    axes.set_xlabel(f"test accuracy above {REFERENCE}, percentage points")
+    axes.set_xlabel(f"test accuracy above {against}, percentage points")
     tidy(axes)
     return figure
 
@@ -178,11 +181,12 @@ def _of_task(arm: Arm, task: str) -> float:
     return fmean(arm.accuracies()[task].values())
 
 
-def _with_methods(part: str, tables: Mapping[str, Sequence[Row]]) -> list[Row]:
-    """The rows of a part, and those of methods.yaml with the same arms and tasks."""
+def _with_whole(part: str, tables: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """The rows of a part, and those of WHOLE with the same arms, tasks and seeds."""
     rows = tables[part]
-    arms, tasks = {row.arm for row in rows}, {row.task for row in rows}
-    return [*rows, *(row for row in tables.get("methods", ()) if row.arm in arms and row.task in tasks)]
+    wanted = {(row.arm, row.task, row.seed) for row in rows}
+    others = tables.get(WHOLE, ())
+    return [*rows, *(row for row in others if (row.arm, row.task, row.seed) in wanted)]
 
 
 def _over(rows: Sequence[Row], x: Callable[[Row], float]) -> dict[str, tuple[list[float], list[list[float]]]]:

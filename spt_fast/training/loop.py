@@ -36,7 +36,7 @@ from spt_fast.training.objective import Objective
 from spt_fast.training.optimizer import LearningRates, check_groups, create_optimizer
 from spt_fast.training.recipe import Recipe, given_or_default
 from spt_fast.training.sources import Source, find_source
-from spt_fast.training.step import Stepper, channels_last
+from spt_fast.training.step import Stepper, channels_last, warn_of_slow_products
 
 
 class Batches(Iterable[Any], Sized, Protocol):
@@ -130,6 +130,7 @@ class Trainer:
         self.optimizer = create_optimizer(tuned, self.recipe)
         objective = _objective(self.recipe, tuned, train_loader)
         self._stepper = Stepper(self.optimizer, self.recipe, objective, self._device, processes)
+        warn_of_slow_products(self._stepper.amp or getattr(tuned, "weight_dtype", None), self._device)
         self._rates = LearningRates(self.optimizer, self.recipe, self._steps)
         self.average = None if self.recipe.ema is None else Average(tuned, self.recipe.ema)
         self.history = History(keep=self.recipe.keep)

@@ -35,20 +35,24 @@ def row(task: str, arm: str, seed: int, accuracy: float, **values) -> Row:
     )
 
 
-def test_every_part_is_a_plan_whose_arms_have_names_of_their_own(script):
+def test_every_part_is_a_plan(script):
     plans = {
         part: Plan.read({**read_plan(script.FOLDER / f"{part}.yaml"), "model": "shipped"})
         for part in script.PARTS
     }
     assert {path.stem for path in script.FOLDER.glob("*.yaml")} == set(script.PARTS)
-    together = [plans[part] for part in ("methods", "starts", "pooling")]
-    names = [name for plan in together for name in plan.arms]
-    assert len(names) == len(set(names))
     assert len(plans["methods"].tasks) == 7
-    # One budget: what is compared across parts is learned with the same recipe.
-    shared = ("epochs", "batch_size", "amp", "drop_last")
-    assert len({tuple(plan.recipe[name] for name in shared) for plan in plans.values()}) == 1
     assert len({plan.seeds for plan in plans.values()}) == 1
+    # What is compared across parts is learned with the same recipe and rates, on the same tasks.
+    whole = plans[script.WHOLE]
+    for part in ("shares", "lengths"):
+        compared = plans[part].compare
+        assert plans[part].recipe == {name: v for name, v in whole.recipe.items() if name not in compared}
+        assert plans[part].tasks == whole.tasks
+        assert all(arm == whole.arms[name] for name, arm in plans[part].arms.items())
+        assert plans[part].search == whole.search
+    # Figures take arms by name.
+    assert all(name in plans[part].arms for part, name in script.REFERENCES.items())
 
 
 def test_parts_are_done_in_order_within_the_time(script, monkeypatch):
@@ -91,7 +95,8 @@ def test_what_is_collected_and_drawn_is_what_the_runs_hold(script, tmp_path):
         row("a", "spt-deep", seed, 0.1 * number, num_prompts=number) for number in (1, 3) for seed in (0, 1)
     ]
     shares = [row("a", "full", seed, 0.2, options="share=0.1") for seed in (0, 1)]
-    for part, rows in (("methods", methods), ("lengths", lengths), ("shares", shares)):
+    tables = {"methods": methods, "starts": methods, "lengths": lengths, "shares": shares}
+    for part, rows in tables.items():
         folder = tmp_path / "study" / part
         folder.mkdir(parents=True)
         write_runs(folder / "runs.csv", rows)
@@ -119,17 +124,16 @@ def test_what_is_collected_and_drawn_is_what_the_runs_hold(script, tmp_path):
 
     script.main(["draw", str(tmp_path / "csv"), "--out", str(tmp_path / "figures")])
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert drawn == {f"study_{name}.png" for name in ("methods", "methods_nmi", "lengths", "shares")}
-    tables = {"methods": methods, "lengths": lengths, "shares": shares}
-    # Of the other arm and the other task of the methods nothing is taken.
-    runs = script._over(script._with_methods("lengths", tables), lambda each: float(each.num_prompts))
+    assert drawn == {f"study_{name}.png" for name in (*tables, "methods_nmi")}
+    # Of another arm or task of the whole nothing is taken.
+    runs = script._over(script._with_whole("lengths", tables), lambda each: float(each.num_prompts))
     assert runs == {
         "SPT-Deep": (
             [1.0, 3.0, 10.0],
             [[0.1, pytest.approx(0.3), pytest.approx(0.6 + 0.01 * seed)] for seed in (0, 1)],
         )
     }
-    runs = script._over(script._with_methods("shares", tables), script._share)
+    runs = script._over(script._with_whole("shares", tables), script._share)
     assert runs == {"full": ([0.1, 1.0], [[0.2, 0.5], [0.2, 0.51]])}
 
 

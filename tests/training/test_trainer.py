@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from spt_fast import PromptedViT, Recipe, tune
-from spt_fast.training import Trainer, fit
+from spt_fast.training import Trainer, fit, step
 from spt_fast.training.evaluation import evaluate
 from spt_fast.training.features import Features
 from spt_fast.training.loop import shuffled_loader
@@ -90,6 +91,21 @@ def test_bf16_is_autocast(tuned, images):
     assert not torch.allclose(found["prompts"], other["prompts"], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="amp='fp16' needs a CUDA device, got cpu"):
         fit(tuned, batches, epochs=1, amp="fp16", **CONSTANT)
+
+
+@pytest.mark.parametrize("narrow", [{"weight_dtype": "bf16"}, {"amp": "bf16"}], ids=str)
+def test_a_cpu_without_bfloat16_products_is_warned_of(make_vit, images, monkeypatch, narrow):
+    amp = {"amp": narrow.get("amp", "auto")}
+    tuned = tune(make_vit(), "linear", num_classes=4, weight_dtype=narrow.get("weight_dtype"))
+    batches = batches_of(images, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(step, "_has_bfloat16_products", lambda: True)
+        fit(tuned, batches, epochs=1, **amp, **CONSTANT)
+        monkeypatch.setattr(step, "_has_bfloat16_products", lambda: False)
+        fit(tune(make_vit(), "linear", num_classes=4), batches, epochs=1, amp="off", **CONSTANT)
+    with pytest.warns(UserWarning, match="bfloat16 is several times slower than float32 on this CPU"):
+        fit(tuned, batches, epochs=1, **amp, **CONSTANT)
 
 
 def test_gradients_are_clipped(tuned, images):
