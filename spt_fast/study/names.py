@@ -1,4 +1,4 @@
-"""The names of what a study compares: its arms, and the configurations of one arm where there are several."""
+"""The names of what a study compares: its arms, with what tells apart the configurations of its runs."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from spt_fast.study.runs import Row, read_values
 
 
 def arm_names(rows: Iterable[Row]) -> dict[str, str]:
-    """Run to the name of its arm, with what tells apart several configurations of one arm.
+    """Run to the name of its arm, with what tells its configuration from that of any other run.
 
-    Those are what a study compares and does not choose: lengths of prompts, shares of the data, epochs.
+    That is what a study compares and does not choose: lengths of prompts, shares of the data, epochs.
 
     Args:
-        rows: of one stage of a study, or of several studies.
+        rows: of a study, or of several. Of a part of them names may be shorter.
     """
     rows = list(rows)
-    found: dict[str, set[str]] = {}
-    for row in rows:
-        found.setdefault(row.arm, set()).add(row.compared)
-    several = {arm: compared for arm, compared in found.items() if len(compared) > 1}
-    common = {arm: set.intersection(*(set(_words(each)) for each in several[arm])) for arm in several}
+    common = common_values(rows)
     return {
-        row.run: ", ".join([row.arm, *(word for word in _words(row.compared) if word not in common[row.arm])])
-        if row.arm in several
-        else row.arm
+        row.run: ", ".join([row.arm, *(word for word in _words(row.compared) if word not in common)])
         for row in rows
     }
+
+
+def common_values(rows: Iterable[Row]) -> list[str]:
+    """What is no part of a name, as all runs have it: "10 prompts", "share=0.1"."""
+    configurations = [_words(compared) for compared in dict.fromkeys(row.compared for row in rows)]
+    first = configurations[0] if configurations else []
+    return [word for word in first if all(word in others for others in configurations)]
 
 
 def _words(compared: str) -> list[str]:

@@ -110,9 +110,7 @@ def read_runs(path: str | os.PathLike[str]) -> list[Row]:
     reader = csv.reader(io.StringIO(text, newline=""))
     header = next(reader, [])
     if tuple(header) != COLUMNS:
-        raise ValueError(
-            f"{source} must have the columns {', '.join(COLUMNS)}, got {', '.join(header) or 'none'}"
-        )
+        raise ValueError(f"{source} must have the columns {', '.join(COLUMNS)}, {_odd(header)}")
     rows: list[Row] = []
     for cells in reader:
         where = f"{source}, line {reader.line_num}"
@@ -131,6 +129,17 @@ def read_runs(path: str | os.PathLike[str]) -> list[Row]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{source}: run {twice} comes twice")
     return rows
+
+
+def _odd(header: Sequence[str]) -> str:
+    """What is wrong with the columns of a file."""
+    if not header:
+        return "got none"
+    lacking = [name for name in COLUMNS if name not in header]
+    unknown = [name for name in header if name not in COLUMNS]
+    parts = [("lacks", lacking), ("has", unknown)]
+    found = " and ".join(f"{what} {', '.join(map(repr, names))}" for what, names in parts if names)
+    return f"but {found}" if found else "in this order and once each"
 
 
 def read_values(text: str) -> dict[str, str]:

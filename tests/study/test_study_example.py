@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -84,6 +86,55 @@ def test_what_is_not_there_is_one_line_and_nothing_is_made(script, command, mess
     assert list(tmp_path.glob("*")) == []
 
 
+def test_a_time_that_is_over_or_none_is_said(script, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="--max-minutes must be"):
+        script.main(["run", "--max-minutes", "0"])
+    now = iter([0.0, 0.0, 600.0])
+    monkeypatch.setattr(script.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(script, "sweep", lambda plan, **options: None)
+    script.main(["run", "--parts", "shares", "lengths", "--max-minutes", "5"])
+    assert capsys.readouterr().out.splitlines() == ["== shares", "the time is over; not begun: lengths"]
+
+
+def test_ctrl_c_ends_as_in_commands(script, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "sweep", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["run"])
+    assert stopped.value.code == 130
+    assert "goes on" in capsys.readouterr().err
+
+
+def test_what_is_damaged_leaves_what_was_collected_as_it_was(script, tmp_path):
+    folder, csvs = tmp_path / "methods", tmp_path / "csv"
+    folder.mkdir()
+    rows = [row("a", "spt-deep", seed, 0.5) for seed in (0, 1)]
+    write_runs(folder / "runs.csv", rows)
+    (folder / "sweep.yaml").write_text("model: tiny\n")
+    script.main(["collect", str(tmp_path)])
+    before = {path.name: path.read_bytes() for path in csvs.iterdir()}
+    assert set(before) == {"methods.csv", "methods.yaml"}
+    whole = (folder / "runs.csv").read_text()
+    (folder / "runs.csv").write_text(whole[:-20])
+    with pytest.raises(SystemExit, match="not written whole"):
+        script.main(["collect", str(tmp_path)])
+    (folder / "runs.csv").write_text(whole)
+    (folder / "runs" / rows[0].run).mkdir(parents=True)
+    (folder / "runs" / rows[0].run / "nmi.csv").write_text("step,block\n0,1\n")
+    with pytest.raises(SystemExit, match=r"nmi\.csv must have the columns step and nmi"):
+        script.main(["collect", str(tmp_path)])
+    assert {path.name: path.read_bytes() for path in csvs.iterdir()} == before
+
+
+def test_without_matplotlib_a_figure_is_one_line(script, tmp_path, monkeypatch):
+    write_runs(tmp_path / "methods.csv", [row("a", arm, 0, 0.5) for arm in ("spt-deep", "vpt-deep")])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"^study.py: error: matplotlib is not installed[^\n]*$"):
+        script.main(["draw", str(tmp_path)])
+
+
 def test_what_is_collected_and_drawn_is_what_the_runs_hold(script, tmp_path):
     methods = [
         row(task, arm, seed, 0.5 + 0.1 * (arm == "spt-deep") + 0.01 * seed, num_prompts=10)
@@ -126,24 +177,38 @@ def test_what_is_collected_and_drawn_is_what_the_runs_hold(script, tmp_path):
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {f"study_{name}.png" for name in (*tables, "methods_nmi")}
     # Of another arm or task of the whole nothing is taken.
-    runs = script._over(script._with_whole("lengths", tables), lambda each: float(each.num_prompts))
-    assert runs == {
-        "SPT-Deep": (
-            [1.0, 3.0, 10.0],
-            [[0.1, pytest.approx(0.3), pytest.approx(0.6 + 0.01 * seed)] for seed in (0, 1)],
-        )
-    }
-    runs = script._over(script._with_whole("shares", tables), script._share)
-    assert runs == {"full": ([0.1, 1.0], [[0.2, 0.5], [0.2, 0.51]])}
+    assert script._curves("lengths", tables, script._length) == (
+        {
+            "SPT-Deep": (
+                [1.0, 3.0, 10.0],
+                [[pytest.approx(value) for value in (0.1, 0.3, 0.6 + 0.01 * seed)] for seed in (0, 1)],
+            )
+        },
+        1,
+    )
+    assert script._curves("shares", tables, script._share) == (
+        {"full": ([0.1, 1.0], [[0.2, 0.5], [0.2, pytest.approx(0.51)]])},
+        1,
+    )
 
 
 def test_figures_of_a_study_that_is_not_finished_compare_like_with_like(script, tmp_path, capsys):
     easy = [row("easy", "spt-deep", seed, 0.9, num_prompts=n) for n in (1, 3) for seed in (0, 1)]
     hard = [row("hard", "spt-deep", seed, 0.1, num_prompts=1) for seed in (0, 1)]
-    length = script._over([*easy, *hard], lambda each: float(each.num_prompts))
-    assert length == {"SPT-Deep": ([1.0, 3.0], [[0.9, 0.9]] * 2)}
-    # A seed lacks a length: no task has all.
-    assert script._over(easy[1:], lambda each: float(each.num_prompts)) == {}
+
+    def lengths(rows, whole=()):
+        return script._curves("lengths", {"lengths": rows, "starts": whole}, script._length)
+
+    assert lengths([*easy, *hard]) == ({"SPT-Deep": ([1.0, 3.0], [[0.9, 0.9]] * 2)}, 1)
+    # A seed lacks a length: no task has all. One length is no curve.
+    assert lengths(easy[1:]) is None
+    assert lengths(hard) is None
+    # The part that has the whole lacks a seed, or is of another backbone or budget.
+    whole = [row("easy", "spt-deep", seed, 1.0, num_prompts=10) for seed in (0, 1)]
+    assert lengths(easy, whole)[0]["SPT-Deep"][0] == [1.0, 3.0, 10.0]
+    assert lengths(hard, [replace(each, task="hard") for each in whole])[0]["SPT-Deep"][0] == [1.0, 10.0]
+    assert lengths(easy, whole[1:])[0]["SPT-Deep"][0] == [1.0, 3.0]
+    assert lengths(easy, [replace(each, epochs=7) for each in whole])[0]["SPT-Deep"][0] == [1.0, 3.0]
     # An arm has a task that VPT-Deep lacks; then there is no VPT-Deep at all.
     methods = [
         row("easy", "spt-deep", 0, 0.9),
@@ -157,4 +222,6 @@ def test_figures_of_a_study_that_is_not_finished_compare_like_with_like(script, 
         write_runs(folder / "lengths.csv", easy[1:])
         script.main(["draw", str(folder), "--out", str(folder / "figures")])
         assert (folder / "figures/study_methods.png").exists() == (number == 0)
-        assert "study_lengths.png: not drawn" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "study_lengths.png: not drawn, as no task has all arms, seeds and values yet" in printed
+        assert ("not drawn, as no run of vpt-deep is tested" in printed) == (number == 1)

@@ -68,7 +68,7 @@ def comparison(rows: Sequence[Row]) -> Comparison:
     """
     tested = any(row.test_accuracy is not None for row in rows)
     chosen = [row for row in rows if row.stage == "final"] if tested else chosen_rows(rows)
-    names = arm_names(chosen)
+    names = arm_names(rows)
     grouped: dict[str, dict[str, list[Row]]] = {}
     for row in sorted(chosen, key=lambda row: row.seed):
         grouped.setdefault(names[row.run], {}).setdefault(row.task, []).append(row)

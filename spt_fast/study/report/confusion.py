@@ -41,7 +41,8 @@ def confusion_section(study: StudyFolder, compared: Comparison) -> Section | Non
         others = [_shown(arm, each) for arm, each in found.items() if arm != best]
         parts += [element("h3", task), grid([_shown(best, found[best])], "heats")]
         if others:
-            parts.append(folded(f"The other {len(others)} arms", grid(others, "heats")))
+            title = "The other arm" if len(others) == 1 else f"The other {len(others)} arms"
+            parts.append(folded(title, grid(others, "heats")))
     _note_lacking(study, compared)
     if not parts:
         return None

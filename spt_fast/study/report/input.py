@@ -54,6 +54,8 @@ class StudyFolder:
         study = cls(table.parent, tuple(rows), sweep)
         if not there:
             study.missing.append(f"{SWEEP_NAME} is missing: what was asked for is not known")
+        if not (table.parent / RUNS_FOLDER).is_dir():
+            study.missing.append(f"{RUNS_FOLDER}/ is missing: no curves, NMI, confusion and classes of runs")
         return study
 
     def run_file(self, row: Row, name: str) -> Path | None:

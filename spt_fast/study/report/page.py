@@ -137,7 +137,7 @@ def _page(study: StudyFolder, opening: Opening | None) -> str:
 
 def looks_of(rows: Sequence[Row]) -> dict[str, int]:
     """A colour for each arm, by the place that `charts` counts; configurations of one arm have their own."""
-    names = list(dict.fromkeys([*(row.arm for row in rows), *arm_names(_final(rows)).values()]))
+    names = list(dict.fromkeys([*(row.arm for row in rows), *arm_names(rows).values()]))
     methods = {row.arm: row.method for row in rows}
     looks: dict[str, int] = {}
     for name in names:
@@ -146,10 +146,6 @@ def looks_of(rows: Sequence[Row]) -> dict[str, int]:
             looks[name] = own
     free = (place for place in range(len(names) + COLOURS) if place not in looks.values())
     return {name: looks[name] if name in looks else next(free) for name in names}
-
-
-def _final(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row.stage == "final"]
 
 
 def _nmi_section(

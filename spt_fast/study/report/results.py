@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 from spt_fast.data.listing import some_names
+from spt_fast.study.names import common_values
 from spt_fast.study.report.comparison import Cell, Comparison, chosen_rows
 from spt_fast.study.report.html import Section, element, facts, folded, markup, note, paragraph, table
 from spt_fast.study.report.input import StudyFolder
 from spt_fast.study.runs import Row
+from spt_fast.study.sweeps.record import without_root
 from spt_fast.support.yaml_text import write_yaml
 
 NOTHING = "–"
@@ -30,6 +32,7 @@ def summary(study: StudyFolder, compared: Comparison) -> Section:
             "Runs": _runs(rows),
             "Seeds": _listed(sorted(row.seed for row in rows)),
             "Epochs": _listed(sorted(row.epochs for row in rows)),
+            **({"All runs have": ", ".join(common)} if (common := common_values(rows)) else {}),
             "Training": _duration(sum(row.seconds for row in rows)),
             "Building prototypes": _duration(sum(row.prototype_seconds or 0.0 for row in rows)),
             **_versions(study.sweep),
@@ -37,7 +40,8 @@ def summary(study: StudyFolder, compared: Comparison) -> Section:
     )
     parts = [told]
     if study.sweep:
-        parts.append(folded("sweep.yaml: all that was asked for", element("pre", write_yaml(study.sweep))))
+        asked = write_yaml(without_root(study.sweep))
+        parts.append(folded("sweep.yaml: all that was asked for", element("pre", asked)))
     return Section("summary", "What was run", markup(parts))
 
 

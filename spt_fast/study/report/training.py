@@ -82,7 +82,7 @@ def nmi_charts(study: StudyFolder, looks: Looks) -> Html | None:
     over_time: ByTask = {}
     by_block: ByTask = {}
     curves = {row.run: study.read(row, NMI_NAME, _only_curve) for row in final}
-    for (task, name), rows in _grouped(final).items():
+    for (task, name), rows in _grouped(study, final).items():
         found = [(row, curve) for row in rows if (curve := curves[row.run]) is not None]
         if not found:
             continue
@@ -115,9 +115,9 @@ def task_charts(lines: ByTask, looks: Looks, x: Axis, y: Axis) -> Html:
     return markup(legend(names, looks), grid(charts))
 
 
-def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+def _grouped(study: StudyFolder, rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     """Rows that differ in the seed only, by task and name."""
-    names = arm_names(rows)
+    names = arm_names(study.rows)
     grouped: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         grouped.setdefault((row.task, names[row.run]), []).append(row)
@@ -129,7 +129,7 @@ def _curves(
 ) -> ByTask:
     """{task: lines} of a column of train.csv, which not all runs have."""
     lines: ByTask = {}
-    for (task, name), group in _grouped(rows).items():
+    for (task, name), group in _grouped(study, rows).items():
         found = [study.read(row, HISTORY_NAME, training_of_epochs) for row in group]
         curves = [part(each) for each in found if each is not None]
         curves = [curve for curve in curves if len(curve) and np.isfinite(curve).all()]

@@ -56,6 +56,11 @@ def asked_for(record: Mapping[str, Any]) -> Record:
     return {name: value for name, value in record.items() if name not in _FOUND}
 
 
+def without_root(record: Mapping[str, Any]) -> Record:
+    """A record for others: where the data lay is nobody's business, and changes from call to call."""
+    return {name: value for name, value in record.items() if name != "root"}
+
+
 def read_record(out: Path) -> Record | None:
     """The record in a folder; None where there is none.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from spt_fast.study.names import common_values
 from spt_fast.study.runs import Row
 from spt_fast.study.statistics import mean, paired_difference
 from spt_fast.study.tables.arms import Arm
@@ -76,8 +77,14 @@ def _section(arms: Sequence[Arm], against: str | None) -> Section:
             TableRow(label=arm.name, kind="ours", source=arm.backbone, cells=_cells(arm, tasks, reference))
             for arm in arms
         ),
-        notes=(_seeds(arms), *_missing(arms, against)),
+        notes=(_seeds(arms), *_common(arms), *_missing(arms, against)),
     )
+
+
+def _common(arms: Sequence[Arm]) -> list[str]:
+    """What the names of arms leave out, as all have it."""
+    values = common_values(row for arm in arms for row in arm.rows())
+    return [f"All runs have {' and '.join(values)}."] if values else []
 
 
 def _missing(arms: Sequence[Arm], against: str | None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spt_fast.study.names import arm_names
+from spt_fast.study.names import arm_names, common_values
 from spt_fast.study.report.comparison import chosen_rows, comparison
 
 
@@ -85,13 +85,25 @@ def test_configurations_of_one_arm_are_told_apart(make_row):
     }
 
 
-def test_what_all_configurations_of_an_arm_share_is_not_in_their_names(make_row):
+def test_what_all_runs_share_is_not_in_their_names(make_row):
     rows = [
         make_row("a", compared="per_class=5;x=1"),
         make_row("b", compared="per_class=5;x=2"),
         make_row("c", arm="linear", num_prompts=None, compared="per_class=5"),
     ]
     assert arm_names(rows) == {"a": "spt-deep, x=1", "b": "spt-deep, x=2", "c": "linear"}
+    assert common_values(rows) == ["per_class=5"]
+    assert common_values([make_row("a")]) == common_values([]) == []
+
+
+def test_of_a_study_that_is_not_finished_no_name_stands_for_two_configurations(make_row):
+    """The probe is done with a tenth of the images only: it is no row of all images."""
+    rows = [
+        make_row("a", compared="share=0.1"),
+        make_row("b", compared="share=1"),
+        make_row("c", arm="linear", num_prompts=None, compared="share=0.1"),
+    ]
+    assert arm_names(rows)["c"] == "linear, share=0.1"
 
 
 def test_what_validation_chose_is_not_in_the_name_of_an_arm(make_row):

@@ -59,6 +59,14 @@ def test_a_page_asks_for_nothing_and_is_the_same_every_time(study):
     assert str(study.parent) not in text
 
 
+def test_where_the_data_lay_is_not_in_a_page(study):
+    with (study / "sweep.yaml").open("a") as file:
+        file.write("root: /home/somebody/data\n")
+    text = page_of(study)
+    assert "somebody" not in text
+    assert "model: tiny" in text
+
+
 def test_names_are_text_and_no_markup(study, make_row):
     change_rows(study, task="<script>alert(1)</script>", options="<i>=1")
     (study / "sweep.yaml").write_text("model: <script>\n")
@@ -69,6 +77,14 @@ def test_matplotlib_is_not_needed(study, monkeypatch):
     text = page_of(study)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     assert page_of(study) == text
+
+
+def test_what_all_runs_have_is_said_once(study, make_row):
+    assert "All runs have" not in page_of(study)
+    change_rows(study, compared="share=0.1", options="share=0.1")
+    text = page_of(study)
+    assert re.search("All runs have.{1,40}share=0.1", text)
+    assert "spt-deep, share" not in text
 
 
 def test_a_page_without_tests_says_so(study):
@@ -112,7 +128,10 @@ def test_runs_without_folders_have_a_page(study):
     report = write_report(study / "runs.csv", patches=False)
     assert report.path == study / "report.html"
     assert sections(report.path.read_text()) == ["summary", "results", "values", "search", "cost"]
-    assert report.missing == ("sweep.yaml is missing: what was asked for is not known",)
+    assert report.missing == (
+        "sweep.yaml is missing: what was asked for is not known",
+        "runs/ is missing: no curves, NMI, confusion and classes of runs",
+    )
 
 
 def test_what_is_refused(study):
@@ -160,6 +179,21 @@ def test_the_command_says_what_a_page_lacks(study, capsys):
 
 
 @pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda header: "", "got none"),
+        (lambda header: header.replace("run,", "") + ",extra", "but lacks 'run' and has 'extra'"),
+        (lambda header: f"{header},run", "in this order and once each"),
+    ],
+)
+def test_wrong_columns_are_named(study, change, found):
+    header, *lines = (study / "runs.csv").read_text().splitlines()
+    (study / "runs.csv").write_text("\n".join([change(header), *lines, ""]))
+    with pytest.raises(ValueError, match=f"must have the columns run, stage, .*, {found}$"):
+        read_runs(study / "runs.csv")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "is empty"),
@@ -194,6 +228,7 @@ def test_of_many_classes_the_confusions_are_listed(study):
     (study / "runs" / "spt-deep-final-0" / "test-confusion.csv").write_text("\n".join(lines) + "\n")
     text = page_of(study)
     assert "<td>3 of 12</td>" in text
+    assert "The other arm</summary>" in text
     assert ">kind 2</th>" in text
 
 

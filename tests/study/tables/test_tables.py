@@ -137,6 +137,17 @@ def test_what_an_arm_lacks_is_not_run() -> None:
     assert table.sections[0].notes == ("1 to 2 seeds of each task.",)
 
 
+def test_what_all_runs_have_is_said_below_a_table() -> None:
+    tenth = [replace(row, compared="num_prompts=4;share=0.1") for row in TWO_ARMS]
+    (table,) = make_tables(tenth)
+    assert table.sections[0].notes[1:] == ("All runs have 4 prompts and share=0.1.",)
+    assert set(lines_of(table)) == {"spt-deep", "vpt-deep"}
+    whole = replace(tenth[0], run="whole", compared="num_prompts=4;share=1")
+    (table,) = make_tables([*tenth, whole])
+    assert table.sections[0].notes[1:] == ("All runs have 4 prompts.",)
+    assert set(lines_of(table)) == {"spt-deep, share=0.1", "vpt-deep, share=0.1", f"{whole.arm}, share=1"}
+
+
 def test_a_mean_over_tasks_has_the_spread_of_its_seeds() -> None:
     """Every run counts in the mean; the spread is over the seeds that all tasks have, if there are two."""
     rows = [*seeds("ssf", "a", [0.1, 0.3, 0.9]), *seeds("ssf", "b", [0.3, 0.5])]
