@@ -164,7 +164,8 @@ def _amp_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
 
 def _has_bfloat16_products() -> bool:
     """False where PyTorch says so; of builds without oneDNN, which has these products, nothing is known."""
-    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return not has_onednn or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _exchange_at_last(module: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
