@@ -30,7 +30,7 @@ class Arm:
     """The final runs of an arm under one backbone.
 
     Attributes:
-        name: of the arm; with number of prompts and options where it has several of them in one task.
+        name: of the arm, with what is compared and not the same in all runs, such as the number of prompts.
         backbone: as the runs name it.
         published_as: the published backbone that it is, or None.
         method, strategy, source, frozen_prompts: as in a run; the same in all of them.
