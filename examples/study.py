@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     for number, part in enumerate(args.parts):
         left = None if minutes is None else minutes - (time.monotonic() - started) / 60
-        if left is not None and left <= 0 and number:
+        if left is not None and left <= 0:
             print(f"the time is over; not begun: {', '.join(args.parts[number:])}")
             return
         plan = {**read_plan(FOLDER / f"{part}.yaml"), "model": args.model, "root": args.root}
