@@ -34,6 +34,7 @@ from spt_fast.study.sweeps.sweep import read_plan
 from spt_fast.study.tables.arms import Arm, arms_of
 from spt_fast.support.arguments import check_number
 from spt_fast.support.errors import one_line
+from spt_fast.support.files import write_bytes
 from spt_fast.support.interrupts import INTERRUPTED
 from spt_fast.support.tables import csv_bytes
 from spt_fast.support.yaml_text import read_yaml, write_yaml
@@ -90,7 +91,7 @@ def collect(args: argparse.Namespace) -> None:
         files |= _collected(part, args.study / part, out)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (out / name).write_bytes(content)
+        write_bytes(out / name, content, overwrite=True)
         print(f"wrote {out / name}")
 
 
