@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfenv>
 #include <cstdint>
 #ifdef SPT_FAST_STD_THREADS
 #include <atomic>
@@ -15,6 +16,22 @@
 #endif
 
 namespace spt_fast {
+
+// Floats as the standard has them while it lives. A program may have subnormal numbers flushed to
+// zero on some of its threads: results would depend on which tasks these take.
+class StandardFloats {
+ public:
+  StandardFloats() {
+    std::fegetenv(&callers_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~StandardFloats() { std::fesetenv(&callers_); }
+  StandardFloats(const StandardFloats&) = delete;
+  StandardFloats& operator=(const StandardFloats&) = delete;
+
+ private:
+  std::fenv_t callers_;
+};
 
 // As many threads as asked for, but no more than there are tasks.
 inline int useful_threads(int num_threads, int64_t tasks) {
@@ -28,6 +45,7 @@ void parallel_for(int num_threads, int64_t tasks, const Fn& fn) {
 #if defined(SPT_FAST_STD_THREADS)
   std::atomic<int64_t> next{0};
   const auto work = [&](int thread) {
+    const StandardFloats standard;
     for (int64_t task; (task = next.fetch_add(1)) < tasks;) fn(task, thread);
   };
   std::vector<std::thread> team;
@@ -35,10 +53,15 @@ void parallel_for(int num_threads, int64_t tasks, const Fn& fn) {
   work(0);
   for (std::thread& member : team) member.join();
 #elif defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t task = 0; task < tasks; ++task) fn(task, omp_get_thread_num());
+#pragma omp parallel num_threads(threads)
+  {
+    const StandardFloats standard;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; ++task) fn(task, omp_get_thread_num());
+  }
 #else
   static_cast<void>(threads);
+  const StandardFloats standard;
   for (int64_t task = 0; task < tasks; ++task) fn(task, 0);
 #endif
 }

@@ -309,13 +309,13 @@ def _run(command: list[str], report: Path, errors: Path) -> int | None:
             env={**os.environ, VARIABLE: "0"},
             start_new_session=True,
         )
-    began, limit = time.monotonic(), START_TIMEOUT
+    began, limit, in_kernel = time.monotonic(), START_TIMEOUT, False
     try:
         while time.monotonic() - began < limit:
             with suppress(subprocess.TimeoutExpired):
                 return child.wait(_POLL)
-            if limit == START_TIMEOUT and read_cached(report):
-                began, limit = time.monotonic(), KERNEL_TIMEOUT
+            if not in_kernel and read_cached(report):
+                began, limit, in_kernel = time.monotonic(), KERNEL_TIMEOUT, True
         return None
     finally:
         if child.poll() is None:

@@ -183,6 +183,25 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
         assert torch.equal(other.labels, results[0].labels)
 
 
+@pytest.mark.parametrize(("dtype", "small"), [(torch.float16, 3e-5), (torch.float32, 1e-39)])
+def test_subnormal_tokens_count_where_the_caller_has_them_flushed(dtype: torch.dtype, small: float) -> None:
+    """That is a setting of some threads, and a result must not depend on which of them work."""
+    tokens = torch.full((1, 20_480, 16), small, dtype=dtype)
+    exact = tokens.double().sum(1)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found = assign_accumulate(tokens, torch.zeros(1, 1, 16), backend="native").sums[:, 0]
+            torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+        assert torch.tensor([1e-39]) * 1 == 0, "the caller's setting is gone"
+    finally:
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_bad_token_makes_its_group_inertia_not_finite(bad: float, isa: str) -> None:

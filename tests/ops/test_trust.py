@@ -12,6 +12,7 @@ import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,21 @@ def test_whatever_a_kernel_does_to_its_process_it_is_refused(
         monkeypatch.setattr(trust, "KERNEL_TIMEOUT", 1.0)
     found = trust.why_not(planted_apart(proof), CPU, torch.bfloat16)
     assert found == f"its kernel failed the check in bfloat16 on cpu: {reason}"
+
+
+def test_a_kernel_that_hangs_is_given_up_where_starting_may_take_as_long(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As by default: which of the two times runs is not told by how long they are."""
+    assert trust.START_TIMEOUT == trust.KERNEL_TIMEOUT
+    for name in ("START_TIMEOUT", "KERNEL_TIMEOUT"):
+        monkeypatch.setattr(trust, name, 3.0)
+    report = tmp_path / "report"
+    hangs = f"import time; open({str(report)!r}, 'w').write('begins'); time.sleep(60)"
+    began = time.monotonic()
+    assert trust._run([sys.executable, "-S", "-c", hangs], report, tmp_path / "errors") is None
+    assert report.read_text() == "begins"
+    assert time.monotonic() - began < 50
 
 
 def test_a_kernel_that_is_right_is_trusted_by_another_process(planted_apart: Plant, tmp_path: Path) -> None:
