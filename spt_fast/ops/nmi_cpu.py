@@ -43,7 +43,7 @@ def nmi_backward(
 ) -> tuple[Tensor, Tensor]:
     """dL/dprompts [N_p, D] and dL/dtokens [B, N_e, D] in the dtypes of prompts and tokens."""
     wide = prompts.double()
-    grad_prompts = torch.zeros_like(wide)
+    grad_prompts = torch.zeros_like(wide, memory_format=torch.contiguous_format)
     grad_tokens = []
     images = 0
     with torch.autocast(tokens.device.type, enabled=False):

@@ -390,7 +390,7 @@ def launch_nmi_backward(
     coefficients = coefficients.float().contiguous()
     parts = torch.stack((information, information, prompt_entropy, token_entropy))
     wide = prompts.float()
-    grad_prompts = torch.zeros_like(wide)
+    grad_prompts = torch.zeros_like(wide, memory_format=torch.contiguous_format)
     with on_device(tokens):
         for first, chunk in _chunks(prompts, tokens):
             last = first + len(chunk)

@@ -102,7 +102,7 @@ def _prompt_gradients(
     batch are then one long sequence over the same few keys, and nothing is copied.
     """
     if prompt_k.shape[1] == 0:
-        return torch.zeros_like(prompt_k), torch.zeros_like(prompt_v)
+        return prompt_k.new_zeros(prompt_k.shape), prompt_v.new_zeros(prompt_v.shape)
     sequences = (_one_image(tensor) for tensor in (grad, q.transpose(1, 2), out))
     grad, q, out = (sequence.transpose(1, 2) for sequence in sequences)
     sums = lse.transpose(0, 1).flatten(1)[None]

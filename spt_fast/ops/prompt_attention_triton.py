@@ -110,7 +110,7 @@ def prompt_attention_forward_kernel(
     v,  # IN [B, H, N, d]
     prompt_k,  # IN [H, N_p, d]; with HAS_TASK [T, H, N_p, d]
     prompt_v,  # IN like prompt_k
-    task,  # IN [B] int64; not read without HAS_TASK
+    task,  # IN [B] int64 contiguous; not read without HAS_TASK
     out,  # OUT [B, N, H, d] contiguous
     lse,  # OUT [B, H, N] float32 contiguous
     q_image, q_head, q_row, k_image, k_head, k_row, v_image, v_head, v_row,
@@ -316,7 +316,7 @@ def launch_prompt_attention_forward(
         for tensor in (prompt_k, prompt_v)
     ]
     arguments = [
-        q, k, v, prompt_k, prompt_v, q if task is None else task, out, lse,
+        q, k, v, prompt_k, prompt_v, q if task is None else task.contiguous(), out, lse,
         *_strides(q, k, v), *per_task[0], *per_task[1],
         tokens, prompts, heads, prompt_k.shape[0], scale * _LOG2_E.value, task is not None,
     ]  # fmt: skip

@@ -391,6 +391,15 @@ def test_op_is_registered_as_torch_wants_it(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.spt_fast.sigmoid_nmi.default, arguments)
 
 
+def test_gradients_lie_in_memory_as_the_compiler_is_told() -> None:
+    """Also of a transposed weight: compiled code relies on strides."""
+    prompts, tokens = make_inputs(3, 2, 4, 5, largest_score=3.0)
+    prompts, tokens = prompts.T.contiguous().T, tokens.mT.contiguous().mT
+    parts = torch.ops.spt_fast.sigmoid_nmi(prompts, tokens)
+    arguments = (prompts, tokens, torch.randn(2, 3, dtype=torch.float64), *parts[1:4])
+    torch.library.opcheck(torch.ops.spt_fast.sigmoid_nmi_backward.default, arguments)
+
+
 def test_autocast_does_not_lower_the_precision() -> None:
     prompts, tokens = make_inputs(6, 3, 12, 8, largest_score=5.0)
     expected = sigmoid_nmi(prompts, tokens)

@@ -88,6 +88,16 @@ def test_backward_matches_float64(
         assert (mine.double() - theirs).abs().max() <= nmi_gradient_bound(theirs, dtype)
 
 
+def test_gradients_are_contiguous_whatever_the_inputs_are() -> None:
+    prompts, tokens = make_inputs((3, 2, 5, 7), 1.0, torch.float32)
+    prompts, tokens = prompts.T.contiguous().T, tokens.mT.contiguous().mT
+    parts = launch_nmi_forward(prompts, tokens)
+    gradients = launch_nmi_backward(
+        prompts, tokens, nmi_coefficients(parts[0], parts[2], parts[3]), *parts[1:4]
+    )
+    assert all(gradient.is_contiguous() for gradient in gradients)
+
+
 @pytest.mark.parametrize("offset", [-1000.0, 0.0, 1000.0])
 @pytest.mark.parametrize("spread", [1e-3, 3.0, 20.0])
 def test_hard_scores_match_float64(offset: float, spread: float) -> None:

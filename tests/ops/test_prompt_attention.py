@@ -248,6 +248,22 @@ def test_each_image_gets_the_prompts_of_its_task(backend: str, per_image: bool) 
     torch.testing.assert_close(packed, together.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("kind", ["column", "every-second", "expanded"])
+def test_tasks_may_lie_in_memory_as_they_like(backend: str, kind: str) -> None:
+    device = device_of(backend)
+    q, k, v = torch.randn(3, 4, 2, 9, 16, device=device)
+    prompt_k, prompt_v = torch.randn(2, 3, 2, 5, 16, device=device)
+    task = {
+        "column": torch.tensor([[2, 0], [0, 1], [1, 1], [2, 2]], device=device)[:, 0],
+        "every-second": torch.tensor([2, 0, 0, 1, 1, 1, 2, 2], device=device)[::2],
+        "expanded": torch.tensor(2, device=device).expand(4),
+    }[kind]
+    assert not task.is_contiguous()
+    exact = (tensor.double().cpu() for tensor in (q, k, v, prompt_k, prompt_v))
+    expected = prompt_attention_reference(*exact, task=task.cpu())
+    assert worst_error(prompt_attention(q, k, v, prompt_k, prompt_v, task=task), expected) <= 1e-5
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """New tensors start as NaN: whatever is not written, or is read before, shows."""
