@@ -112,24 +112,29 @@ def compare(sizes: list[tuple[int, int, int, int]], rounds: int) -> None:
             print(f"{numbers[1:]}  {name:9s} {1e3 * median:7.2f}  {ratio:7.2f}x  {memory:>8s}", flush=True)
 
 
-def track(rounds: int) -> None:
-    """A training step (forward, backward, optimiser) of a ViT-B/16 with and without a tracker, in turn."""
+def training_step() -> tuple[Callable[[], None], PromptedViT]:
+    """One step, and the model that it trains."""
     torch.manual_seed(0)
     tuned = PromptedViT(timm.create_model(MODEL), NUM_PROMPTS, num_classes=200).to(DEVICE).train()
     optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=1e-3)
     images = torch.randn(BATCH, 3, 224, 224).to(DEVICE)
-    tracker = NMITracker(tuned)
 
-    def plain() -> None:
+    def step() -> None:
         optimizer.zero_grad()
         torch.autograd.backward(tuned(images).square().mean())
         optimizer.step()
 
-    def tracked() -> None:
-        with tracker:
-            plain()
+    return step, tuned
 
-    timed = alternate({"plain": plain, "tracked": tracked}, rounds, device=DEVICE, warmup=2)
+
+def track(rounds: int) -> None:
+    """A training step (forward, backward, optimiser) of a ViT-B/16 with and without a tracker, in turn.
+
+    Each has a model of its own: attaching and detaching a tracker is no part of a step, and waits for a GPU.
+    """
+    plain, (tracked, observed) = training_step()[0], training_step()
+    with NMITracker(observed):
+        timed = alternate({"plain": plain, "tracked": tracked}, rounds, device=DEVICE, warmup=2)
     pairs = zip(timed["plain"].device, timed["tracked"].device, strict=True)
     paired = statistics.median(tracked / plain for plain, tracked in pairs)
     print(f"training step of {MODEL}, batch {BATCH}, {NUM_PROMPTS} prompts in each of 12 blocks")

@@ -64,6 +64,8 @@ SIDES: dict[str, Form] = {"ours": ours, "join + sdpa": join_and_attend, "sdpa on
 if GPU:
     # On the CPU FlexAttention has no backward.
     SIDES["join + flex"] = flex
+    # Each shape and mode is a graph; beyond its limit Dynamo leaves FlexAttention as it is, unfused.
+    torch._dynamo.config.recompile_limit = 64
 
 
 def make_inputs(
@@ -85,6 +87,18 @@ def make_inputs(
 def check(side: str, inputs: list[Tensor]) -> None:
     tolerance = 1e-5 if inputs[0].dtype == torch.float32 else 0.03
     torch.testing.assert_close(SIDES[side](*inputs), ours(*inputs), atol=tolerance, rtol=tolerance)
+
+
+def passes(side: str, inputs: list[Tensor]) -> bool:
+    """`check`; a peer that fails is left out, so that the others are timed all the same."""
+    try:
+        check(side, inputs)
+    except Exception as error:
+        if side == "ours":
+            raise
+        print(f"{side} is left out: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+        return False
+    return True
 
 
 def run(side: str, rotating: Rotating, cotangent: Tensor, backward: bool) -> None:
@@ -113,11 +127,10 @@ def report(case: tuple[int, ...], rounds: int, dtype: torch.dtype) -> None:
     """One line for each side, forward alone and with backward; `case` is what `make_inputs` takes."""
     inputs = make_inputs(*case, dtype=dtype)
     cotangent = torch.randn_like(ours(*inputs)).detach()
-    for side in SIDES:
-        check(side, inputs)
+    sides = [side for side in SIDES if passes(side, inputs)]
     for backward in (False, True):
         rotating = Rotating(inputs)
-        steps = {side: functools.partial(run, side, rotating, cotangent, backward) for side in SIDES}
+        steps = {side: functools.partial(run, side, rotating, cotangent, backward) for side in sides}
         timed = medians(alternate(steps, rounds, device=DEVICE, warmup=3, launched_ahead=True))
         kind = "forward-backward" if backward else "forward"
         for side, median in timed.items():

@@ -124,10 +124,13 @@ class NMITracker:
         if self._hooks is not None:
             raise RuntimeError("this NMITracker is attached already")
         blocks = self._tuned.prompted_blocks
-        # Mutated by the op, so that a compiler neither drops nor reorders its calls.
-        order = torch.zeros(1, dtype=torch.int64)
+        # On the host, whatever the default device is: the op reads them. Mutated by it, so that a compiler
+        # neither drops nor reorders its calls.
+        order = torch.zeros(1, dtype=torch.int64, device="cpu")
         # Tensors: a compiler makes another graph for every number.
-        begin, *inside, end = (torch.tensor([self._key, layer]) for layer in range(_BEGIN, len(blocks) + 1))
+        begin, *inside, end = (
+            torch.tensor([self._key, layer], device="cpu") for layer in range(_BEGIN, len(blocks) + 1)
+        )
         with ExitStack() as stack:
             stack.callback(self._tuned.register_forward_pre_hook(_Hook(_mark, order, begin)).remove)
             stack.enter_context(block_input_hooks(blocks, _Hook(_observe_input, order, inside)))
@@ -169,7 +172,7 @@ class NMITracker:
         """
         self._receive(wait=True)
         # A copy: an array whose memory is shared cannot grow.
-        values = torch.tensor(self._values, dtype=torch.float32).reshape(-1, self._num_blocks)
+        values = torch.tensor(self._values, dtype=torch.float32, device="cpu").reshape(-1, self._num_blocks)
         steps = list(self._steps)
         if not local:
             values = _average_over_processes(find_processes(None), steps, values)

@@ -227,6 +227,20 @@ def test_no_gradient_of_images_is_made_without_need(backend: str, needed: bool) 
     assert (largest.elements >= qkv.numel()) == needed
 
 
+@pytest.mark.parametrize("limit", [1, 2, 4, 5])
+@needs_triton
+def test_prompt_gradients_of_several_images_a_program(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """As where there are more heads of images than multiprocessors; the last program may have fewer."""
+    monkeypatch.setattr("spt_fast.ops.prompt_attention_tiles.images_per_split", lambda *_: limit)
+    qkv, *prompts = packed_inputs(device_of(use("triton", monkeypatch)), batch=5)
+    ours = torch.autograd.grad(packed_prompt_attention(qkv.detach(), *prompts).square().sum(), prompts)
+    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (qkv, *prompts)]
+    images = exact[0].permute(2, 0, 3, 1, 4).unbind(0)
+    expected = prompt_attention_reference(*images, *exact[1:]).square().sum()
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, exact[1:]), strict=True):
+        assert worst_error(mine, theirs) <= 1e-5
+
+
 def test_two_runs_give_the_same_bits(backend: str) -> None:
     inputs = make_inputs((2, 2, 33, 7, 16), torch.float32, device=device_of(backend))
     first, second = (value_and_gradients(prompt_attention, inputs, None) for _ in range(2))
