@@ -33,7 +33,7 @@ def compile_all(arch: int, least_scores: int = 0) -> Iterator[tuple[str, Compile
     counts = {name: "i32" for name in kernels.COUNTS}
     for dtype, torch_dtype in DTYPES.items():
         inputs = {name: f"*{dtype}:16" for name in ("prompts", "tokens")}
-        inputs |= {name: "i32:16" for name in ("p_row", "e_image", "e_row", "width")} | counts
+        inputs |= {name: "i32:16" for name in ("p_image", "p_row", "e_image", "e_row", "width")} | counts
         results = {name: "*fp32:16" for name in ("parts", "r", "c")}
         channels = tiles.CHANNELS[torch_dtype]
         for block_p, block_e in fused_tiles(least_scores):

@@ -68,7 +68,7 @@ def sigmoid_nmi(
     image with a score that is NaN or infinite gets NaN.
 
     Args:
-        prompts: [N_p, D], floating point.
+        prompts: [N_p, D], floating point; or [B, N_p, D], where each image has prompts of its own.
         tokens: [B, N_e, D], same dtype and device; any strides, such as `x[:, 1:]` without the class token.
         scale: s in sigmoid(s p_k . e_j), > 0. The paper has none (eq. 7), but long prompts saturate the
             sigmoid; D ** -0.5 is what attention takes.
@@ -131,7 +131,7 @@ def _sigmoid_nmi(prompts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 @torch.library.custom_op("spt_fast::sigmoid_nmi_backward", mutates_args=())
 def _sigmoid_nmi_backward(
-    prompts: Tensor,  # [N_p, D]
+    prompts: Tensor,  # [N_p, D] or [B, N_p, D]
     tokens: Tensor,  # [B, N_e, D]
     coefficients: Tensor,  # [B, 3] float64: dL/dI, dL/dH(P), dL/dH(E)
     information: Tensor,  # [B]
@@ -150,7 +150,7 @@ def _sigmoid_nmi_backward(
 def _(prompts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(prompts.dtype, torch.float32)
     batch, num_tokens, _ = tokens.shape
-    shapes = [(batch,)] * 4 + [(batch, prompts.shape[0]), (batch, num_tokens)]
+    shapes = [(batch,)] * 4 + [(batch, prompts.shape[-2]), (batch, num_tokens)]
     return tuple(tokens.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
 
 
@@ -194,5 +194,9 @@ def _scaled(prompts: Tensor, tokens: Tensor, scale: float, normalize: bool) -> t
 
 
 def _check(prompts: Tensor, tokens: Tensor) -> None:
-    check_tensor("prompts", prompts, ("N_p", "D"))
-    check_tensor("tokens", tokens, ("B", "N_e", prompts.shape[1]), dtype=prompts.dtype, device=prompts.device)
+    own = isinstance(prompts, Tensor) and prompts.dim() == 3
+    check_tensor("prompts", prompts, ("B", "N_p", "D") if own else ("N_p", "D"))
+    shape = ("B", "N_e", prompts.shape[-1])
+    check_tensor("tokens", tokens, shape, dtype=prompts.dtype, device=prompts.device)
+    if own:
+        check_tensor("prompts", prompts, (len(tokens), "N_p", "D"))

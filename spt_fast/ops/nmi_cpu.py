@@ -27,34 +27,47 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def nmi_forward(prompts: Tensor, tokens: Tensor) -> Parts:
-    """`Parts` of prompts [N_p, D] and tokens [B, N_e, D]; float64 for float64, else float32."""
+    """`Parts` of prompts [N_p, D] or [B, N_p, D] and tokens [B, N_e, D]; float64 of float64, else float32."""
     dtype = torch.promote_types(prompts.dtype, torch.float32)
     # matmul goes another way for inputs that need gradients, whose last bits differ.
     prompts, tokens = prompts.detach(), tokens.detach()
     with torch.autocast(tokens.device.type, enabled=False):
-        parts = [_forward_chunk(prompts, chunk) for chunk in _chunks(prompts, tokens)]
+        parts = [_forward_chunk(*chunk) for chunk in _chunks(prompts, tokens)]
     return tuple(torch.cat(column).to(dtype) for column in zip(*parts, strict=True))  # type: ignore[return-value]
 
 
 def nmi_backward(
-    prompts: Tensor,  # [N_p, D]
+    prompts: Tensor,  # [N_p, D] or [B, N_p, D]
     tokens: Tensor,  # [B, N_e, D]
     coefficients: Tensor,  # [B, 3] float64: dL/dI, dL/dH(P), dL/dH(E)
 ) -> tuple[Tensor, Tensor]:
-    """dL/dprompts [N_p, D] and dL/dtokens [B, N_e, D] in the dtypes of prompts and tokens."""
-    wide = prompts.double()
-    grad_prompts = torch.zeros_like(wide, memory_format=torch.contiguous_format)
+    """dL/dprompts, in the shape of the prompts, and dL/dtokens [B, N_e, D], in their dtypes."""
+    grad_prompts = prompts.new_zeros(prompts.shape, dtype=torch.float64)
     grad_tokens = []
     images = 0
     with torch.autocast(tokens.device.type, enabled=False):
-        for chunk in _chunks(prompts, tokens):
+        for own, chunk in _chunks(prompts.double(), tokens):
+            last = images + len(chunk)
             wide_tokens = chunk.double()
-            joint = _Joint(wide @ wide_tokens.mT)
-            scores = joint.gradient(coefficients[images : images + len(chunk)].double())
-            images += len(chunk)
-            grad_prompts += (scores @ wide_tokens).sum(0)
-            grad_tokens.append((scores.mT @ wide).to(tokens.dtype))
+            joint = _Joint(own @ wide_tokens.mT)
+            scores = joint.gradient(coefficients[images:last].double())
+            add_prompt_gradients(grad_prompts, images, scores @ wide_tokens)
+            grad_tokens.append((scores.mT @ own).to(tokens.dtype))
+            images = last
     return grad_prompts.to(prompts.dtype), torch.cat(grad_tokens)
+
+
+def prompts_of(prompts: Tensor, first: int, last: int) -> Tensor:
+    """Those of some images: all of [N_p, D], which the images share, or rows of [B, N_p, D]."""
+    return prompts if prompts.dim() == 2 else prompts[first:last]
+
+
+def add_prompt_gradients(gradients: Tensor, first: int, of_images: Tensor) -> None:
+    """Add those of some images [b, N_p, D], of which `first` is the first, to those of all prompts."""
+    if gradients.dim() == 2:
+        gradients += of_images.sum(0)
+    else:
+        gradients[first : first + len(of_images)] = of_images
 
 
 class _Joint:
@@ -126,7 +139,8 @@ def _forward_chunk(prompts: Tensor, tokens: Tensor) -> Parts:
     parts = _parts(joint)
     rough = (_error_of_float32(prompts, tokens, joint, parts) > _SHARE_OF_ROUNDING * parts[0]).nonzero()[:, 0]
     if len(rough) > 0:
-        exact = _parts(_Joint(prompts.double() @ tokens[rough].double().mT))
+        own = prompts if prompts.dim() == 2 else prompts[rough]
+        exact = _parts(_Joint(own.double() @ tokens[rough].double().mT))
         for column, better in zip(parts, exact, strict=True):
             column[rough] = better
     return parts
@@ -139,9 +153,9 @@ def _error_of_float32(prompts: Tensor, tokens: Tensor, joint: _Joint, parts: Par
     one of mixed signs with less. Errors of different scores are independent, so their effects add up in
     squares, to first order by the gradient; to second order they look like information of their own.
     """
-    width = prompts.shape[1]
+    width = prompts.shape[-1]
     lengths = torch.linalg.vector_norm(tokens, dim=2).amax(dim=1).double()
-    longest_prompt = torch.linalg.vector_norm(prompts, dim=1).max().double()
+    longest_prompt = torch.linalg.vector_norm(prompts, dim=-1).amax(dim=-1).double()
     error = _HALF_ULP * math.sqrt(width / 3) * longest_prompt * lengths
     nmi, _, prompt_entropy, token_entropy = parts[:4]
     gradient = joint.gradient(nmi_coefficients(nmi, prompt_entropy, token_entropy))
@@ -157,9 +171,11 @@ def _parts(joint: _Joint) -> Parts:
     return (joint.nmi(), joint.information, joint.prompt_entropy, joint.token_entropy, *marginals)
 
 
-def _chunks(prompts: Tensor, tokens: Tensor) -> Iterator[Tensor]:
-    images = max(1, _SCORES_PER_CHUNK // (prompts.shape[0] * tokens.shape[1]))
-    return iter(torch.split(tokens, images))
+def _chunks(prompts: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Prompts and tokens of some images at a time."""
+    images = max(1, _SCORES_PER_CHUNK // (prompts.shape[-2] * tokens.shape[1]))
+    for first in range(0, len(tokens), images):
+        yield prompts_of(prompts, first, first + images), tokens[first : first + images]
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def sigmoid_nmi_reference(prompts: Tensor, tokens: Tensor) -> Tensor:
-    """Eq. 7 and 8 for prompts [N_p, D] and tokens [B, N_e, D]; float64 [B]."""
-    return torch.stack([_nmi(prompts.double() @ image.double().T) for image in tokens])
+    """Eq. 7 and 8 for prompts [N_p, D] or [B, N_p, D] and tokens [B, N_e, D]; float64 [B]."""
+    each = prompts.double().expand(len(tokens), -1, -1)
+    return torch.stack([_nmi(own @ image.double().T) for own, image in zip(each, tokens, strict=True)])
 
 
 def _nmi(scores: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ have never run on a GPU.
 An image of up to 64 prompts, 256 tokens and 8,192 scores, padded, is one program that reads prompts and
 tokens once and writes only the results. Larger ones go through a buffer of scores of bounded size, small
 enough for a GPU's second-level cache, which a second kernel sweeps. How precision is kept: docs/nmi.md.
-`p_row`, `e_image` and `e_row` are the elements between two rows of the prompts, two images and two rows of
-the tokens.
+`p_image` and `p_row` are the elements between two images, 0 where they share prompts, and two rows of the
+prompts, `e_image` and `e_row` those of the tokens.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spt_fast.ops import nmi_tiles as tiles
 from spt_fast.ops.float32_products import full_product
-from spt_fast.ops.nmi_cpu import Parts
+from spt_fast.ops.nmi_cpu import Parts, add_prompt_gradients, prompts_of
 from spt_fast.ops.triton_math import LEAST, SERIES_LIMIT, divergence_series, expm1, log1p
 from spt_fast.ops.triton_support import interpreting, on_device
 
@@ -40,7 +40,7 @@ _LEAST_SHARE = tl.constexpr(1e-37)
 
 @triton.jit
 def _score_tile(
-    prompts,  # IN [N_p, D]
+    prompts,  # IN [N_p, D], of one image
     tokens,  # IN [N_e, D], of one image
     p_row, e_row, rows, columns, row_valid, column_valid, width,
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -141,12 +141,12 @@ def _store_parts(parts, image, images, information, prompt_entropy, token_entrop
 
 @triton.jit(do_not_specialize=COUNTS)
 def nmi_fused_kernel(
-    prompts,  # IN [N_p, D]
+    prompts,  # IN [N_p, D] or [B, N_p, D]
     tokens,  # IN [B, N_e, D]
     parts,  # OUT [4, B] float32: NMI, I, H(P), H(E)
     r,  # OUT [B, N_p] float32
     c,  # OUT [B, N_e] float32
-    p_row, e_image, e_row, num_prompts, num_tokens, images, width,
+    p_image, p_row, e_image, e_row, num_prompts, num_tokens, images, width,
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """NMI = 2 I / (H(P) + H(E)) (eq. 8) of one image, from its scores x in one tile:
@@ -161,7 +161,8 @@ def nmi_fused_kernel(
     row_valid, column_valid = rows < num_prompts, columns < num_tokens
     valid = row_valid[:, None] & column_valid[None, :]
     scores = _score_tile(
-        prompts, tokens + image * e_image, p_row, e_row, rows, columns, row_valid, column_valid, width,
+        prompts + image * p_image, tokens + image * e_image, p_row, e_row,
+        rows, columns, row_valid, column_valid, width,
         BLOCK_P, BLOCK_E, BLOCK_D,
     )  # fmt: skip
     top = tl.max(tl.max(tl.where(valid, scores, float("-inf")), 1), 0)
@@ -193,10 +194,10 @@ def nmi_fused_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def nmi_scores_kernel(
-    prompts,  # IN [N_p, D]
+    prompts,  # IN [N_p, D] or [B, N_p, D]
     tokens,  # IN [B, N_e, D]
     scores,  # OUT [B, N_p, N_e] float32
-    p_row, e_image, e_row, num_prompts, num_tokens, width,
+    p_image, p_row, e_image, e_row, num_prompts, num_tokens, width,
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """x_kj = p_k . e_j: one tile of the scores of one image."""
@@ -205,7 +206,8 @@ def nmi_scores_kernel(
     columns = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     row_valid, column_valid = rows < num_prompts, columns < num_tokens
     tile = _score_tile(
-        prompts, tokens + image * e_image, p_row, e_row, rows, columns, row_valid, column_valid, width,
+        prompts + image * p_image, tokens + image * e_image, p_row, e_row,
+        rows, columns, row_valid, column_valid, width,
         BLOCK_P, BLOCK_E, BLOCK_D,
     )  # fmt: skip
     places = scores + (image * num_prompts + rows[:, None]) * num_tokens + columns[None, :]
@@ -348,12 +350,12 @@ def nmi_sweep_kernel(
 
 
 def launch_nmi_forward(
-    prompts: Tensor,  # [N_p, D]
+    prompts: Tensor,  # [N_p, D] or [B, N_p, D]
     tokens: Tensor,  # [B, N_e, D]
 ) -> Parts:
     """What `nmi_cpu.nmi_forward` returns, in float32."""
     prompts, tokens = _rows_contiguous(prompts), _rows_contiguous(tokens)
-    (num_prompts, width), (images, num_tokens, _) = prompts.shape, tokens.shape
+    num_prompts, (images, num_tokens, width) = prompts.shape[-2], tokens.shape
     parts = tokens.new_empty((4, images), dtype=torch.float32)
     r = tokens.new_empty((images, num_prompts), dtype=torch.float32)
     c = tokens.new_empty((images, num_tokens), dtype=torch.float32)
@@ -361,23 +363,23 @@ def launch_nmi_forward(
     with on_device(tokens):
         if tiles.is_fused(block_p, block_e):
             nmi_fused_kernel[(images,)](
-                prompts, tokens, parts, r, c, prompts.stride(0), tokens.stride(0), tokens.stride(1),
+                prompts, tokens, parts, r, c, *_steps(prompts), *_steps(tokens),
                 num_prompts, num_tokens, images, width,
                 BLOCK_P=block_p, BLOCK_E=block_e, BLOCK_D=tiles.CHANNELS[tokens.dtype],
                 num_warps=tiles.fused_warps(block_p, block_e), num_stages=tiles.STAGES,
             )  # fmt: skip
         else:
-            for first, chunk in _chunks(prompts, tokens):
-                last = first + len(chunk)
+            for first, last in _chunks(num_prompts, tokens):
                 found = torch.empty_like(parts[:, first:last])
-                _launch_sweep(_launch_scores(prompts, chunk), found, r[first:last], c[first:last], None)
+                scores = _launch_scores(prompts_of(prompts, first, last), tokens[first:last])
+                _launch_sweep(scores, found, r[first:last], c[first:last], None)
                 parts[:, first:last] = found
     nmi, information, prompt_entropy, token_entropy = (row.clone() for row in parts)
     return nmi, information, prompt_entropy, token_entropy, r, c
 
 
 def launch_nmi_backward(
-    prompts: Tensor,  # [N_p, D]
+    prompts: Tensor,  # [N_p, D] or [B, N_p, D]
     tokens: Tensor,  # [B, N_e, D]
     coefficients: Tensor,  # [B, 3] float64: dL/dI, dL/dH(P), dL/dH(E)
     information: Tensor,  # [B]
@@ -389,26 +391,25 @@ def launch_nmi_backward(
     rows, tokens = _rows_contiguous(prompts), _rows_contiguous(tokens)
     coefficients = coefficients.float().contiguous()
     parts = torch.stack((information, information, prompt_entropy, token_entropy))
-    wide = prompts.float()
-    grad_prompts = torch.zeros_like(wide, memory_format=torch.contiguous_format)
+    grad_prompts = prompts.new_zeros(prompts.shape, dtype=torch.float32)
     with on_device(tokens):
-        for first, chunk in _chunks(prompts, tokens):
-            last = first + len(chunk)
-            slopes = _launch_scores(rows, chunk)
+        for first, last in _chunks(prompts.shape[-2], tokens):
+            own, chunk = prompts_of(rows, first, last), tokens[first:last]
+            slopes = _launch_scores(own, chunk)
             own_parts = parts[:, first:last].contiguous()
             _launch_sweep(slopes, own_parts, own_parts, own_parts, coefficients[first:last])
-            grad_prompts += full_product(slopes, chunk.float()).sum(0)
-            grad_tokens[first:last] = full_product(slopes.mT, wide)
+            add_prompt_gradients(grad_prompts, first, full_product(slopes, chunk.float()))
+            grad_tokens[first:last] = full_product(slopes.mT, own.float())
     return grad_prompts.to(prompts.dtype), grad_tokens
 
 
 def _launch_scores(prompts: Tensor, tokens: Tensor) -> Tensor:
     """Scores [B, N_p, N_e] in float32."""
-    (num_prompts, width), (images, num_tokens, _) = prompts.shape, tokens.shape
+    num_prompts, (images, num_tokens, width) = prompts.shape[-2], tokens.shape
     scores = tokens.new_empty((images, num_prompts, num_tokens), dtype=torch.float32)
     block_p, block_e = tiles.SCORES_PROMPTS, tiles.SCORES_TOKENS
     nmi_scores_kernel[(images, triton.cdiv(num_prompts, block_p), triton.cdiv(num_tokens, block_e))](
-        prompts, tokens, scores, prompts.stride(0), tokens.stride(0), tokens.stride(1),
+        prompts, tokens, scores, *_steps(prompts), *_steps(tokens),
         num_prompts, num_tokens, width,
         BLOCK_P=block_p, BLOCK_E=block_e, BLOCK_D=tiles.CHANNELS[tokens.dtype],
         num_warps=tiles.WARPS, num_stages=tiles.STAGES,
@@ -429,11 +430,16 @@ def _launch_sweep(scores: Tensor, parts: Tensor, r: Tensor, c: Tensor, coefficie
     )  # fmt: skip
 
 
-def _chunks(prompts: Tensor, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Images whose scores fit into the buffer, each with the index of the first."""
-    images = tiles.images_per_chunk(prompts.shape[0], tokens.shape[1])
-    for first in range(0, tokens.shape[0], images):
-        yield first, tokens[first : first + images]
+def _chunks(num_prompts: int, tokens: Tensor) -> Iterator[tuple[int, int]]:
+    """Images whose scores fit into the buffer: the first, and the one after the last."""
+    images = tiles.images_per_chunk(num_prompts, tokens.shape[1])
+    for first in range(0, len(tokens), images):
+        yield first, min(first + images, len(tokens))
+
+
+def _steps(rows: Tensor) -> tuple[int, int]:
+    """Elements between two images and between two rows of [B, N, D]; all images share [N, D]."""
+    return (0, rows.stride(0)) if rows.dim() == 2 else (rows.stride(0), rows.stride(1))
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:

@@ -18,13 +18,8 @@ def nmi_per_image(prompts: Tensor, tokens: Tensor, **scores: Any) -> Tensor:
     `normalize` of `sigmoid_nmi`.
     """
     prompts = prompts.to(tokens.dtype)
-    if len(prompts) == 1:
-        values: Tensor = sigmoid_nmi(prompts[0], tokens, **scores)
-        return values
-    each: list[Tensor] = [
-        sigmoid_nmi(own, image[None], **scores) for own, image in zip(prompts, tokens, strict=True)
-    ]
-    return torch.cat(each)
+    values: Tensor = sigmoid_nmi(prompts[0] if len(prompts) == 1 else prompts, tokens, **scores)
+    return values
 
 
 def check_finite_nmi(values: Tensor) -> None:

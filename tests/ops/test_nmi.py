@@ -11,6 +11,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from spt_fast.ops.accuracy import nmi_gradient_bound
 from spt_fast.ops.nmi import sigmoid_nmi
 from spt_fast.ops.nmi_reference import sigmoid_nmi_reference
 
@@ -236,8 +237,10 @@ def test_bad_types_are_refused() -> None:
 
 def test_bad_shapes_and_devices_are_refused() -> None:
     prompts, tokens = torch.ones(2, 4), torch.ones(3, 5, 4)
-    with pytest.raises(ValueError, match=r"prompts must be \[N_p, D\], got \[1, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"prompts must be \[3, N_p, D\], got \[1, 2, 4\]"):
         sigmoid_nmi(prompts[None], tokens)
+    with pytest.raises(ValueError, match=r"prompts must be \[N_p, D\], got \[1, 1, 2, 4\]"):
+        sigmoid_nmi(prompts[None, None], tokens)
     with pytest.raises(ValueError, match=r"tokens must be \[B, N_e, 4\], got \[5, 4\]"):
         sigmoid_nmi(prompts, tokens[0])
     with pytest.raises(ValueError, match=r"tokens must be \[B, N_e, 4\], got \[3, 5, 3\]"):
@@ -383,10 +386,33 @@ def test_the_bits_do_not_depend_on_threads() -> None:
         torch.set_num_threads(before)
 
 
+def own_prompts(prompts: torch.Tensor, images: int) -> torch.Tensor:
+    """Others for each image, [B, N_p, D]."""
+    return torch.stack([prompts.roll(image, dims=1) for image in range(images)])
+
+
+@pytest.mark.parametrize("largest_score", [1e-3, 3.0, 1e3])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (20, 3, 196, 64), (100, 20, 196, 16)], ids=str)
+def test_images_may_have_prompts_of_their_own(shape: tuple[int, int, int, int], largest_score: float) -> None:
+    """The last shape is more than one chunk."""
+    prompts, tokens = make_inputs(*shape, largest_score=largest_score)
+    leaves = [own_prompts(prompts, len(tokens)).requires_grad_(), tokens.clone().requires_grad_()]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = sigmoid_nmi_reference(*wide)
+    got = sigmoid_nmi(*leaves)
+    assert ((got.double() - expected) / expected).abs().max() <= 1e-6
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), wide), strict=True
+    ):
+        assert (ours.double() - theirs).abs().max() <= nmi_gradient_bound(theirs, torch.float32)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_op_is_registered_as_torch_wants_it(dtype: torch.dtype) -> None:
+def test_op_is_registered_as_torch_wants_it(dtype: torch.dtype, own: bool) -> None:
     prompts, tokens = (tensor.to(dtype) for tensor in make_inputs(3, 2, 4, 5, largest_score=3.0))
+    prompts = own_prompts(prompts, len(tokens)) if own else prompts
     arguments = (prompts.requires_grad_(), tokens[:, 1:].detach().requires_grad_())
     torch.library.opcheck(torch.ops.spt_fast.sigmoid_nmi.default, arguments)
 
@@ -394,10 +420,11 @@ def test_op_is_registered_as_torch_wants_it(dtype: torch.dtype) -> None:
 def test_gradients_lie_in_memory_as_the_compiler_is_told() -> None:
     """Also of a transposed weight: compiled code relies on strides."""
     prompts, tokens = make_inputs(3, 2, 4, 5, largest_score=3.0)
-    prompts, tokens = prompts.T.contiguous().T, tokens.mT.contiguous().mT
-    parts = torch.ops.spt_fast.sigmoid_nmi(prompts, tokens)
-    arguments = (prompts, tokens, torch.randn(2, 3, dtype=torch.float64), *parts[1:4])
-    torch.library.opcheck(torch.ops.spt_fast.sigmoid_nmi_backward.default, arguments)
+    for each in (prompts, own_prompts(prompts, len(tokens))):
+        prompts, tokens = each.mT.contiguous().mT, tokens.mT.contiguous().mT
+        parts = torch.ops.spt_fast.sigmoid_nmi(prompts, tokens)
+        arguments = (prompts, tokens, torch.randn(2, 3, dtype=torch.float64), *parts[1:4])
+        torch.library.opcheck(torch.ops.spt_fast.sigmoid_nmi_backward.default, arguments)
 
 
 def test_autocast_does_not_lower_the_precision() -> None:

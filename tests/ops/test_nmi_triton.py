@@ -88,6 +88,24 @@ def test_backward_matches_float64(
         assert (mine.double() - theirs).abs().max() <= nmi_gradient_bound(theirs, dtype)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_images_may_have_prompts_of_their_own(
+    shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nmi_tiles, "images_per_chunk", lambda *_: 2)
+    prompts, tokens = make_inputs((shape[0], 3, *shape[2:]), 3.0, torch.float32)
+    prompts = torch.stack([prompts, prompts.flip(0), prompts.roll(1, dims=1)]).mT.contiguous().mT
+    expected = nmi_forward(prompts.double(), tokens.double())
+    got = launch_nmi_forward(prompts, tokens)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-9)
+    coefficients = nmi_coefficients(expected[0], expected[2], expected[3])
+    gradients = launch_nmi_backward(prompts, tokens, coefficients, *(part.float() for part in expected[1:4]))
+    in_float64 = nmi_backward(prompts.double(), tokens.double(), coefficients)
+    for mine, theirs in zip(gradients, in_float64, strict=True):
+        assert (mine.double() - theirs).abs().max() <= nmi_gradient_bound(theirs, torch.float32)
+
+
 def test_gradients_are_contiguous_whatever_the_inputs_are() -> None:
     prompts, tokens = make_inputs((3, 2, 5, 7), 1.0, torch.float32)
     prompts, tokens = prompts.T.contiguous().T, tokens.mT.contiguous().mT
