@@ -124,6 +124,8 @@ def _check_options(args: argparse.Namespace, recipe: Recipe) -> None:
     from spt_fast.training.outputs import check_prompts_learn
 
     method_options(recipe)
+    if args.overwrite:
+        _check_inputs_stay(args)
     if args.save_every is not None:
         check_int("save_every", args.save_every, 1, "or None")
     if args.nmi:
@@ -146,6 +148,20 @@ def _check_options(args: argparse.Namespace, recipe: Recipe) -> None:
         )
     if args.test_data is not None and args.eval_test is None:
         raise ValueError(f"test_data is for eval_test (--eval-test), got {args.test_data} without it")
+
+
+def _check_inputs_stay(args: argparse.Namespace) -> None:
+    """ValueError where a file that the run reads is one that `--overwrite` takes away."""
+    from spt_fast.training.folder import FILE_NAMES
+
+    own = {(args.out / name).resolve() for name in FILE_NAMES}
+    for name in ("prompts", "checkpoint", "data", "val_data", "test_data"):
+        given = getattr(args, name)
+        if given is not None and Path(given).resolve() in own:
+            raise ValueError(
+                f"{name} must not be a file that overwrite takes away, got {given} with out={args.out}: "
+                "move it, or choose another folder for the run"
+            )
 
 
 def _train_in(folder: RunFolder, args: argparse.Namespace, recipe: Recipe) -> None:

@@ -77,4 +77,6 @@ class _Fourier(nn.Module):
         before, others = self.prompts.tensor_split((self.transformed,), dim=1)
         if before.numel() == 0:
             return self.prompts
-        return torch.cat((torch.fft.fft2(before).real, others), dim=1)
+        # There is no transform of half types everywhere.
+        wide = torch.promote_types(before.dtype, torch.float32)
+        return torch.cat((torch.fft.fft2(before.to(wide)).real.to(before.dtype), others), dim=1)

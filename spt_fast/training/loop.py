@@ -409,8 +409,8 @@ def _generators(loader: Any) -> list[torch.Generator]:
     """The generators that decide the order of a DataLoader of the user's own, each of them once."""
     if hasattr(loader, "set_epoch"):
         return []
-    sampler = getattr(loader, "sampler", None)
-    holders = (loader, sampler, getattr(loader, "batch_sampler", None))
+    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    holders = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 

@@ -171,6 +171,19 @@ def test_options_of_a_method_join_those_of_a_file(parser: argparse.ArgumentParse
     # Of another method they are none.
     other = parsed(parser, "--recipe", file, "--method", "adapter", "--method-option", "bottleneck=4")
     assert other.method_options == {"bottleneck": 4}
+    assert parsed(parser, "--recipe", file, "--method", "ssf").method_options == {}
+    same = parsed(parser, "--recipe", file, "--method", "bpt")
+    assert same.method_options == {"depth": "shallow", "rank": 75}
+
+
+@pytest.mark.parametrize(("given", "options"), [((), {"k": 4}), (("--prompt-init", "random"), {})])
+def test_options_of_another_start_are_none(
+    parser: argparse.ArgumentParser, tmp_path: Path, given: tuple[str, ...], options: dict[str, int]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: spt-deep\nprompt_init: vipamin\nprompt_init_options: {k: 4}\n")
+    assert parsed(parser, "--recipe", file, *given).prompt_init_options == options
+    assert parsed(parser, "--recipe", file, "--prompt-init", UNSET).prompt_init_options == {}
 
 
 def test_json_stays_the_word_that_it_is(parser: argparse.ArgumentParser) -> None:

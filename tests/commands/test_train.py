@@ -313,6 +313,16 @@ def test_bad_input_of_train_is_one_line(changes, expected, folders, tmp_path, on
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["prompts", "checkpoint"])
+def test_overwrite_takes_away_no_file_that_the_run_reads(folders, tmp_path, only_error, name):
+    kept = tmp_path / "prototypes.safetensors"
+    kept.write_bytes(b"dear to somebody")
+    where = ("--data", str(folders / "train"), "--out", str(tmp_path))
+    message = only_error(train(*where, "--overwrite", f"--{name}", str(kept)), "train")
+    assert f"{name} must not be a file that overwrite takes away, got {kept}" in message
+    assert kept.read_bytes() == b"dear to somebody"
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

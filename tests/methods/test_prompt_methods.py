@@ -578,6 +578,19 @@ class TestE2VPT:
             torch.testing.assert_close(weights, expected)
 
 
+@each_form
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_was_cast_gives_about_the_same(
+    form: str, dtype: torch.dtype, make_random: MakeViT, images: Tensor
+) -> None:
+    tuned = build(make_random(), form).eval()
+    with torch.no_grad():
+        expected = tuned(images)
+        found = tuned.to(dtype)(images.to(dtype))
+    assert found.dtype == dtype
+    assert float((found.float() - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
 class TestVFPT:
     @pytest.mark.parametrize(("fraction", "transformed"), [(0, 0), (0.39, 1), (0.5, 2), (1, 5)])
     def test_the_fraction_is_rounded_down(

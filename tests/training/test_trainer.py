@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from spt_fast import PromptedViT, Recipe, tune
 from spt_fast.training import Trainer, fit, step
@@ -315,6 +315,9 @@ class TestResume:
         val = DataLoader(TensorDataset(*images), batch_size=7)
         if kind == "ours":
             return shuffled_loader(*images, batch_size=4, seed=3), val
+        if kind == "batch sampler":
+            order = RandomSampler(images[1], generator=torch.Generator().manual_seed(3))
+            return DataLoader(TensorDataset(*images), batch_sampler=BatchSampler(order, 4, False)), val
         generator = torch.Generator().manual_seed(3) if kind == "generator" else None
         return DataLoader(TensorDataset(*images), batch_size=4, shuffle=True, generator=generator), val
 
@@ -327,7 +330,13 @@ class TestResume:
 
     @pytest.mark.parametrize(
         ("kind", "stop"),
-        [*(("ours", stop) for stop in (1, 3, 5, 8, 12)), ("generator", 2), ("generator", 6), ("global", 5)],
+        [
+            *(("ours", stop) for stop in (1, 3, 5, 8, 12)),
+            ("generator", 2),
+            ("generator", 6),
+            ("global", 5),
+            ("batch sampler", 8),
+        ],
     )
     def test_it_ends_bitwise_as_an_unbroken_run(self, make_vit, images, kind, stop):
         whole = self.trainer(make_vit, images, kind)
