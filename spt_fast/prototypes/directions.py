@@ -45,7 +45,8 @@ def at_mean_length(prompts: Tensor, metadata: Mapping[str, str]) -> Tensor:
         return prompts
     wanted = prompts.new_tensor(_lengths(metadata))[:, None, None]
     found: Tensor = prompts.norm(dim=-1, keepdim=True)
-    return prompts * (wanted / found.clamp_min(_TINY))
+    # The centre of tokens of zeros has no direction, and stays as they do: 0 times an infinite ratio is NaN.
+    return torch.where(found > 0, prompts * (wanted / found.clamp_min(_TINY)), prompts)
 
 
 def merged_facts(sets: list[tuple[Mapping[str, str], int]]) -> dict[str, str]:

@@ -112,6 +112,16 @@ def test_tokens_that_are_not_finite_are_named(
     assert caught.value.image == 4
 
 
+@pytest.mark.parametrize("mode", ["stream", "exact"])
+def test_a_centre_of_zeros_stays_zero(mode: str) -> None:
+    """Letterboxed images without a bias: the others are long, so that their mean over 0 is infinite."""
+    images = torch.ones(6, 3, 12, 12) * 100
+    images[:, :, 8:] = 0
+    found = build(Plain(unit=False), [images], num_prompts=2, mode=mode)
+    lengths = found.prompts.norm(dim=-1)[0].sort().values
+    torch.testing.assert_close(lengths, torch.tensor([0.0, 2 / 3 * 100 * 48**0.5]))
+
+
 def test_other_strategies_have_no_metric(vit: VisionTransformer, loader: Loader) -> None:
     with pytest.raises(ValueError, match="metric='cosine' is for strategy='kmeans', got strategy='mean'"):
         build(vit, loader, strategy="mean")
