@@ -81,7 +81,8 @@ def nearest_patches(
     Raises:
         TypeError: an argument has the wrong type, or the model does not say how large its patches are.
         ValueError: prompts of another width or number of layers; fewer patches than k (or images, with
-            `one_per_image`); patch tokens that are no grid of the image's patches; an empty loader.
+            `one_per_image`); patch tokens that are no grid of the image's patches; an empty loader; a
+            backbone that belongs to a tuned model.
         NonFiniteError: a token is NaN or infinite; `image` and `layer` are set.
     """
     k, context = check_int("k", k, 1), check_int("context", context, 0)

@@ -21,6 +21,7 @@ from spt_fast.backbones.anatomy import (
     num_prefix_tokens,
     unwrap,
 )
+from spt_fast.backbones.snapshot import check_free
 from spt_fast.support.arguments import check_choice
 from spt_fast.support.waiting import move
 
@@ -55,7 +56,7 @@ class TokenExtractor:
 
     Raises:
         TypeError: `model` has no blocks, or its blocks do not work on tokens [B, N, D].
-        ValueError: `depth` or `amp_dtype` is none of the allowed.
+        ValueError: `depth` or `amp_dtype` is none of the allowed, or `model` belongs to a tuned model.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TokenExtractor:
         check_choice("depth", depth, DEPTHS)
         self._model = unwrap(model)
         self._blocks = get_blocks(self._model)
+        check_free(self._model)
         self._prefix = num_prefix_tokens(self._model)
         self._patch_embed = None if position_embedding else _patch_embed_of(self._model)
         self._patches: Any = None  # what it returned

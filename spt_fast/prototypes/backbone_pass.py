@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spt_fast.backbones.anatomy import unwrap
-from spt_fast.backbones.snapshot import check_free
 from spt_fast.backbones.token_extractor import TokenExtractor
 from spt_fast.data.batches import image_batches
 from spt_fast.ops.kmeans import TOKEN_DTYPES
@@ -65,7 +63,6 @@ class BackbonePass:
         self.progress = progress and processes.rank == 0
         self.num_images = 0
         self.num_tokens = 0
-        check_free(unwrap(model))
         self._extractor = TokenExtractor(model, self._receive, **extractor_options)
         self._loader = loader
         self._length = _length_of(loader)

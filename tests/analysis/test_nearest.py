@@ -130,6 +130,18 @@ def test_of_a_prompted_vit_are_the_tokens_that_meet_its_prompts(
         torch.testing.assert_close(found.distances[layer].double(), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_backbone_of_a_tuned_model_is_refused(
+    vit: VisionTransformer, loader: Loader, protos: Prototypes
+) -> None:
+    before = find(protos, vit, loader)
+    tuned = PromptedViT(vit, protos)
+    for model in (vit, nn.DataParallel(vit)):
+        with pytest.raises(ValueError, match="model already belongs to a tuned model, so that its tokens"):
+            find(protos, model, loader)
+    tuned.release()
+    assert torch.equal(find(protos, vit, loader).distances, before.distances)
+
+
 def test_model_comes_back_as_it_was(vit: VisionTransformer, loader: Loader, protos: Prototypes) -> None:
     vit.train()
     spoilt = [loader[0], (torch.full_like(loader[1][0], 3e38), loader[1][1])]

@@ -13,6 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from spt_fast import PromptedViT
 from spt_fast.backbones.anatomy import block_input_hooks
 from spt_fast.backbones.token_extractor import TokenExtractor
 from spt_fast.data.batches import image_batches, images_of
@@ -306,6 +307,12 @@ class TestRefusedModels:
     def test_model_without_token_blocks(self, name: str, reason: str) -> None:
         with pytest.raises(TypeError, match=reason):
             TokenExtractor(timm.create_model(name), lambda *_: None)
+
+    def test_model_that_belongs_to_a_tuned_one(self, vit: VisionTransformer) -> None:
+        tuned = PromptedViT(vit, 2)
+        with pytest.raises(ValueError, match="model already belongs to a tuned model"):
+            TokenExtractor(vit, lambda *_: None)
+        TokenExtractor(tuned.release(), lambda *_: None)
 
     def test_blocks_over_maps(self, images: Tensor) -> None:
         self._refuse(
