@@ -127,7 +127,11 @@ def patch_size(model: nn.Module) -> tuple[int, int]:
     """
     # NaFlexViT has `embeds`.
     for name in ("patch_embed", "embeds"):
-        size = getattr(getattr(model, name, None), "patch_size", None)
+        embedding: Any = getattr(model, name, None)
+        if hasattr(embedding, "backbone") and callable(getattr(embedding, "feat_ratio", None)):
+            # Of a hybrid model `patch_size` counts places of a feature map, each of several pixels.
+            return tuple(embedding.feat_ratio(as_scalar=False))
+        size = getattr(embedding, "patch_size", None)
         if size is not None:
             return (size, size) if isinstance(size, int) else tuple(size)
     raise TypeError(

@@ -14,8 +14,8 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from spt_fast import PromptedViT, build_prototypes
-from spt_fast.backbones.anatomy import embed_dim
+from spt_fast import PromptedViT, build_prototypes, nearest_patches
+from spt_fast.backbones.anatomy import embed_dim, patch_size
 from spt_fast.commands.doctor import report
 
 WIDTH, HEADS, DEPTH, NUM_PROMPTS, SIZE = 48, 2, 2, 5, 64
@@ -37,6 +37,7 @@ MODELS = [
     "vit_mediumd_patch16_rope_reg1_gap_256",
     "beit_base_patch16_224",
     "beitv2_base_patch16_224",
+    "vit_tiny_r_s16_p8_224",
 ]
 # Older timm lacks these.
 NEWER_MODELS = [
@@ -319,6 +320,16 @@ def test_count_of_prompts_is_enough_for_naflexvit(images: Tensor) -> None:
     bound = (6 / (3 * 16 * 16 + WIDTH)) ** 0.5
     assert 0.98 * bound < float(tuned.prompts.detach().abs().max()) <= bound
     assert tuned(images).isfinite().all()
+
+
+def test_patches_of_a_hybrid_are_counted_in_pixels(images: Tensor) -> None:
+    """Its `patch_size` is 8 x 8 places of a feature map, each of 4 x 4 pixels."""
+    model = make_model("vit_tiny_r_s16_p8_224")
+    assert patch_size(model) == (32, 32)
+    found = nearest_patches(make_prompts(), model, [images], k=1, context=0, progress=False)
+    assert found.pictures.shape == (DEPTH, NUM_PROMPTS, 1, 3, 32, 32)
+    bound = (6 / (3 * 32 * 32 + WIDTH)) ** 0.5
+    assert 0.98 * bound < float(PromptedViT(model, 200).prompts.detach().abs().max()) <= bound
 
 
 def test_engine_says_why() -> None:
