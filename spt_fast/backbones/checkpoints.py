@@ -116,21 +116,20 @@ def _read(source: Path) -> Any:
 def _find_backbone(content: Any, source: str | Path) -> tuple[State, LoadReport]:
     """The weights of one backbone, by names without prefixes, and a report of what lay beside them."""
     report = LoadReport()
-    for _ in range(4):
-        if not isinstance(content, Mapping):
-            raise ValueError(f"checkpoint {source} holds a {type(content).__name__}, not weights by name")
-        if any(isinstance(value, Tensor) and value.ndim > 0 for value in content.values()):
-            break
-        inner = [name for name in _WRAPPERS if isinstance(content.get(name), Mapping)]
-        if not inner:
-            raise ValueError(
-                f"checkpoint {source} holds no weights by name, "
-                f"but {', '.join(map(str, content)) or 'nothing'}"
-            )
-        report.dropped += sorted(str(name) for name in content if name != inner[0])
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint {source} holds a {type(content).__name__}, not weights by name")
+    # Random states, losses and means are tensors too: of other models than ViTs, names end with ".weight".
+    paths = (_path_to_weights(content, ending) for ending in (_EMBEDDING, ".weight", ""))
+    path = next((path for path in paths if path is not None), None)
+    if path is None:
+        raise ValueError(
+            f"checkpoint {source} holds no weights by name, but {', '.join(map(str, content)) or 'nothing'}"
+        )
+    for wrapper in path:
+        report.dropped += sorted(str(name) for name in content if name != wrapper)
         if len(content) > 1:
-            report.notes.append(f"took '{inner[0]}'")
-        content = content[inner[0]]
+            report.notes.append(f"took '{wrapper}'")
+        content = content[wrapper]
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     prefixes = sorted({name[: -len(_EMBEDDING)] for name in state if name.endswith(_EMBEDDING)})
     prefix = _choose_prefix(prefixes, source) if prefixes else _wrapper_of_all(state)
@@ -141,6 +140,22 @@ def _find_backbone(content: Any, source: str | Path) -> tuple[State, LoadReport]
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     report.kind = _kind(state, prefix)
     return state, report
+
+
+def _path_to_weights(content: Any, ending: str, depth: int = 4) -> list[str] | None:
+    """The wrappers, from the outermost, around tensors whose names have this ending; None without any."""
+    if depth == 0 or not isinstance(content, Mapping):
+        return None
+    if any(
+        isinstance(value, Tensor) and value.ndim > 0 and str(name).endswith(ending)
+        for name, value in content.items()
+    ):
+        return []
+    for wrapper in _WRAPPERS:
+        path = _path_to_weights(content.get(wrapper), ending, depth - 1)
+        if path is not None:
+            return [wrapper, *path]
+    return None
 
 
 def _wrapper_of_all(state: State) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.models.beit import Beit
@@ -420,6 +421,28 @@ def test_attention_pooling_is_dropped_by_a_model_that_averages(
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     assert "dropped attn_pool.*" in str(load_weights(target, tmp_path / "weights.pth"))
     torch.testing.assert_close(target(images), source.forward_features(images).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("beside", "dropped"),
+    [
+        ({"epoch": 3, "rng_state": torch.get_rng_state()}, "epoch, rng_state"),
+        ({"mean": torch.zeros(3), "losses": torch.zeros(10)}, "losses, mean"),
+        ({"model_ema": {}}, "model_ema"),
+        ({"model_ema": {"decay": 0.99}}, "model_ema"),
+        ({"teacher": {"decay": torch.ones(1)}}, "teacher"),
+    ],
+)
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_tensors_beside_the_weights_are_dropped(
+    name: str, beside: dict[str, Any], dropped: str, tmp_path: Path
+) -> None:
+    options = {"depth": 1} if name == "test_vit" else {}
+    source, model = (timm.create_model(name, num_classes=0, **options) for _ in range(2))
+    torch.save({"model": source.state_dict(), **beside}, tmp_path / "weights.pth")
+    report = load_weights(model, tmp_path / "weights.pth")
+    assert str(report).endswith(f"took 'model'; dropped {dropped}")
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in source.state_dict().items())
 
 
 def test_a_model_that_is_no_vit_is_read_too(tmp_path: Path) -> None:
