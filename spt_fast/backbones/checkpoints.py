@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spt_fast.backbones.anatomy import embed_dim, get_blocks
+from spt_fast.backbones.positions import from_square_grid
 from spt_fast.support.errors import first_line, one_line
 from spt_fast.support.files import check_input_path, open_safetensors
 
@@ -296,6 +297,7 @@ def _converted_by_timm(model: nn.Module, state: State, source: str | Path, repor
     )
     if convert is None:
         return state
+    original = state
     before = {name: tuple(value.shape) for name, value in state.items()}
     try:
         state = convert(dict(state), model)
@@ -310,12 +312,23 @@ def _converted_by_timm(model: nn.Module, state: State, source: str | Path, repor
     for name in resized[:1]:
         more = f" and {len(resized) - 1} more" if len(resized) > 1 else ""
         report.notes.append(f"{name}{more} resized, {list(before[name])} -> {list(state[name].shape)}")
+    if (positions := state.get("pos_embed")) is not None:
+        state["pos_embed"] = _positions(model, original.get("pos_embed", positions), positions, report)
     gone = _group(before.keys() - state.keys())
     if state.keys() <= before.keys():
         report.dropped += gone
     elif gone:
         report.notes.append(f"renamed by timm: {', '.join(gone)}")
     return state
+
+
+def _positions(model: nn.Module, of_file: Tensor, by_timm: Tensor, report: LoadReport) -> Tensor:
+    """Those that timm made of a file's, unless it may have taken one grid for another of as many patches."""
+    found = from_square_grid(model, of_file)
+    if found is None:
+        return by_timm
+    report.notes += filter(None, [found[1]])
+    return found[0]
 
 
 def _check_keys(model: nn.Module, state: State, source: str | Path) -> None:
@@ -383,6 +396,11 @@ def _load_jax(model: nn.Module, source: Path) -> LoadReport:
             for each in weights.values():
                 each.fill_(float("nan"))
             load(str(source))
+            if (positions := weights.get("pos_embed")) is not None:
+                theirs = next(shape for name, shape in shapes.items() if name.endswith("pos_embedding"))
+                if theirs != positions.shape:
+                    report.notes.append(f"pos_embed resized, {list(theirs)} -> {list(positions.shape)}")
+                positions.copy_(_positions(model, positions.clone(), positions, report))
     # timm looks its arrays up by name and copies them without checks.
     except Exception as error:
         raise ValueError(f"checkpoint {source} does not fit this model: {one_line(error)}") from error

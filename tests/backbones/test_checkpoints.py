@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -270,6 +271,10 @@ class TestJax:
         assert str(load_weights(target, path)) == "JAX; dropped head/*"
         torch.testing.assert_close(target(images), source(images))
 
+    def test_resized_positions_are_reported(self, path: Path, make_vit: MakeViT) -> None:
+        report = str(load_weights(make_vit(num_classes=0, img_size=48), path))
+        assert "pos_embed resized, [1, 17, 32] -> [1, 37, 32]" in report
+
     def test_its_norm_goes_to_an_average(
         self, source: Any, path: Path, make_vit: MakeViT, images: Tensor
     ) -> None:
@@ -314,6 +319,51 @@ def test_positions_are_resized_as_timm_does(make_vit: MakeViT, images: Tensor, t
     source.set_input_size(img_size=48)
     larger = torch.nn.functional.interpolate(images, 48)
     torch.testing.assert_close(target(larger), source(larger))
+
+
+def with_places(model: Any) -> Any:
+    """Each position of a patch is its row and its column, repeated."""
+    rows, columns = model.patch_embed.grid_size
+    places = torch.stack([torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)])
+    with torch.no_grad():
+        model.pos_embed[0, 1:] = places.T.repeat(1, model.embed_dim // 2)
+    return model
+
+
+@pytest.mark.parametrize("jax", [False, True])
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (1, 16)])
+def test_positions_of_a_square_grid_are_resized_to_another_with_as_many_patches(
+    grid: tuple[int, int], jax: bool, make_vit: MakeViT, tmp_path: Path
+) -> None:
+    source = with_places(randomised(make_vit(num_classes=0)))
+    path = tmp_path / ("weights.npz" if jax else "weights.pth")
+    np.savez(path, **to_jax(source)) if jax else torch.save(source.state_dict(), path)
+    target = randomised(make_vit(num_classes=0, img_size=tuple(8 * side for side in grid)), 1)
+    assert f"pos_embed resized, 4x4 -> {grid[0]}x{grid[1]} patches" in str(load_weights(target, path))
+    expected = resample_abs_pos_embed(source.pos_embed.detach(), list(grid), [4, 4])
+    torch.testing.assert_close(target.pos_embed.detach(), expected)
+    # Its own file states as little of its grid, and is read back bit for bit.
+    if min(grid) > 1:
+        torch.save(target.state_dict(), tmp_path / "again.pth")
+        again = randomised(make_vit(num_classes=0, img_size=tuple(8 * side for side in grid)), 2)
+        assert "resized" not in str(load_weights(again, tmp_path / "again.pth"))
+        assert torch.equal(again.pos_embed, target.pos_embed)
+
+
+def test_positions_that_timm_would_resize_by_the_size_of_its_own_weights(tmp_path: Path) -> None:
+    """14 x 14 patches are those of timm's weights for 224 x 224 pixels."""
+    sizes: dict[str, Any] = {"depth": 1, "embed_dim": 48, "num_heads": 2, "num_classes": 0}
+    square, wide, again = (
+        randomised(timm.create_model("vit_tiny_patch16_224", img_size=size, **sizes))
+        for size in (224, (112, 448), (112, 448))
+    )
+    torch.save(with_places(square).state_dict(), tmp_path / "square.pth")
+    assert "pos_embed resized, 14x14 -> 7x28 patches" in str(load_weights(wide, tmp_path / "square.pth"))
+    expected = resample_abs_pos_embed(square.pos_embed.detach(), [7, 28], [14, 14])
+    torch.testing.assert_close(wide.pos_embed.detach(), expected)
+    torch.save(wide.state_dict(), tmp_path / "wide.pth")
+    assert "resized" not in str(load_weights(again, tmp_path / "wide.pth"))
+    assert torch.equal(again.pos_embed, wide.pos_embed)
 
 
 @pytest.mark.parametrize(
