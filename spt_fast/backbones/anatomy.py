@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ BlockInput = Callable[[int, Tensor], None]
 
 # What models call the tokens that are no patches.
 _PREFIX_TOKENS = ("cls_token", "class_token", "dist_token", "reg_token", "register_tokens")
+
+# What parts are called in which a class token alone attends, as in CaiT and XCiT.
+_CLASS_ATTENTION = re.compile(r"class_?att", re.IGNORECASE)
 
 _LAYOUTS_WITHOUT_BLOCKS = {
     "layers": "stages in `.layers`, as a Swin Transformer has",
@@ -31,7 +35,8 @@ def get_blocks(model: nn.Module, argument: str = "model") -> nn.ModuleList | nn.
         argument: what error messages call `model`.
 
     Raises:
-        TypeError: `model` is no module, has no blocks, or has blocks that are no such mapping; says which.
+        TypeError: `model` is no module, has no blocks, or has blocks that are no such mapping; or its class
+            token joins after them. Says which.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{argument} must be a torch.nn.Module, got {type(model).__name__}")
@@ -54,6 +59,11 @@ def get_blocks(model: nn.Module, argument: str = "model") -> nn.ModuleList | nn.
         raise TypeError(
             _needs_blocks(model, argument)
             + f": the width of its blocks changes from {min(widths)} to {max(widths)}, stage by stage"
+        )
+    if (late := _class_attention(model, blocks)) is not None:
+        raise TypeError(
+            _needs_blocks(model, argument)
+            + f": its class token is none of these tokens, but joins after the blocks, in `{late}`"
         )
     return blocks
 
@@ -221,6 +231,16 @@ def _is_convolutional(blocks: nn.ModuleList | nn.Sequential) -> bool:
     return any(isinstance(m, nn.Conv2d) for m in modules) and not any(
         isinstance(m, nn.Linear) for m in modules
     )
+
+
+def _class_attention(model: nn.Module, blocks: nn.Module) -> str | None:
+    """The name of the part beside `blocks` in which the class token joins; None where there is none."""
+    for name, part in model.named_children():
+        if part is not blocks and any(
+            _CLASS_ATTENTION.search(type(each).__name__) for each in part.modules()
+        ):
+            return name
+    return None
 
 
 def _norm_widths(blocks: nn.ModuleList | nn.Sequential) -> list[int]:

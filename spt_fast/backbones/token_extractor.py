@@ -102,6 +102,9 @@ class TokenExtractor:
                 module.training = False
             if self._patch_embed is not None:
                 stack.callback(self._patch_embed.register_forward_hook(self._keep_patches).remove)
+            projection = getattr(getattr(self._model, "patch_embed", None), "proj", None)
+            if isinstance(projection, nn.Module):
+                stack.callback(projection.register_forward_hook(self._count_patches).remove)
             stack.enter_context(block_input_hooks(self._blocks[: self.n_layers], self._take_input))
             if self._last_output:
                 stack.callback(self._blocks[-1].register_forward_hook(self._output_hook).remove)
@@ -150,6 +153,7 @@ class TokenExtractor:
         self._batch_size = batch_size
         self._next = 0
         self._shape: torch.Size | None = None
+        self._num_patches: int | None = None
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self._amp_dtype, enabled=self._amp_dtype is not None)
@@ -171,6 +175,10 @@ class TokenExtractor:
             patches = self._take_patches(patches.shape)
         with torch.autocast(self.device.type, enabled=False):
             self._callback(layer, patches)
+
+    def _count_patches(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            self._num_patches = output.shape[2] * output.shape[3]
 
     def _keep_patches(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._patches = output
@@ -204,6 +212,12 @@ class TokenExtractor:
         if tokens.shape[1] <= self._prefix:
             raise TypeError(
                 f"{self.name(layer)} must hold patch tokens after {self._prefix} prefix tokens, got {found}"
+            )
+        if layer == 0 and self._prefix > 0 and tokens.shape[1] == self._num_patches:
+            raise TypeError(
+                f"model must have its {self._prefix} prefix tokens before the patches in every block, "
+                f"but {type(self._model).__name__} gives block 1 its {self._num_patches} patches alone: "
+                "its class token joins later"
             )
         if first_shape is not None and tokens.shape != first_shape:
             raise TypeError(

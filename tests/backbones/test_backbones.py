@@ -14,8 +14,8 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from spt_fast import PromptedViT, build_prototypes, nearest_patches
-from spt_fast.backbones.anatomy import embed_dim, patch_size
+from spt_fast import PromptedViT, build_prototypes, nearest_patches, tune
+from spt_fast.backbones.anatomy import embed_dim, get_blocks, patch_size
 from spt_fast.commands.doctor import report
 
 WIDTH, HEADS, DEPTH, NUM_PROMPTS, SIZE = 48, 2, 2, 5, 64
@@ -294,6 +294,26 @@ def test_rotations_that_blocks_cannot_leave_out_are_refused(name: str) -> None:
         PromptedViT(model, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "part"), [("xcit_nano_12_p16_224", "cls_attn_blocks"), ("cait_xxs24_224", "blocks_token_only")]
+)
+def test_class_tokens_that_join_after_the_blocks_are_refused(name: str, part: str) -> None:
+    """timm counts them as prefix tokens, where the first of the tokens in the blocks is a patch."""
+    model = timm.create_model(name, img_size=SIZE) if "cait" in name else timm.create_model(name)
+    reason = f"got {type(model).__name__}: its class token .* joins after the blocks, in `{part}`"
+    uses: list[Callable[[], object]] = [
+        lambda: build_prototypes(model, [torch.zeros(2, 3, SIZE, SIZE)], num_prompts=2, progress=False),
+        lambda: nearest_patches(torch.zeros(1, 2, embed_dim(model)), model, []),
+        lambda: PromptedViT(model, 3, depth="shallow"),
+        lambda: tune(model, "linear", num_classes=2),
+    ]
+    for use in uses:
+        with pytest.raises(TypeError, match=reason):
+            use()
+    model.prune_intermediate_layers(prune_head=True)  # takes class token and class attention away
+    assert get_blocks(model) is model.blocks
+
+
 def test_lists_of_blocks_are_refused() -> None:
     with pytest.raises(TypeError, match=r"got Twins: its `\.blocks` are lists of blocks, stage by stage"):
         PromptedViT(timm.create_model("twins_svt_small"), 3)
@@ -304,7 +324,6 @@ def test_lists_of_blocks_are_refused() -> None:
     [
         ("crossvit_9_240", r"MultiScaleBlock must take tokens \[B, N, D\] to be prompted, got list"),
         ("tnt_s_patch16_224", "Block cannot be prompted when it is also given argument 2"),
-        ("xcit_nano_12_p8_224", "XCABlock cannot be prompted when it is also given argument 2, argument 3"),
     ],
 )
 def test_blocks_that_need_more_than_tokens_are_refused(name: str, reason: str) -> None:

@@ -308,6 +308,12 @@ class TestRefusedModels:
         with pytest.raises(TypeError, match=reason):
             TokenExtractor(timm.create_model(name), lambda *_: None)
 
+    def test_class_token_that_joins_between_blocks(self) -> None:
+        """ConViT's class token joins before its last two blocks, so that block 1 gets patches alone."""
+        model = timm.create_model("convit_tiny", img_size=32)
+        with pytest.raises(TypeError, match=r"but ConVit gives block 1 its 4 patches alone: its class token"):
+            tap(model, torch.zeros(2, 3, 32, 32), depth="shallow")
+
     def test_model_that_belongs_to_a_tuned_one(self, vit: VisionTransformer) -> None:
         tuned = PromptedViT(vit, 2)
         with pytest.raises(ValueError, match="model already belongs to a tuned model"):
