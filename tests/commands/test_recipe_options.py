@@ -176,7 +176,7 @@ def test_options_of_a_method_join_those_of_a_file(parser: argparse.ArgumentParse
     assert same.method_options == {"depth": "shallow", "rank": 75}
 
 
-@pytest.mark.parametrize(("given", "options"), [((), {"k": 4}), (("--prompt-init", "random"), {})])
+@pytest.mark.parametrize(("given", "options"), [((), {"k": 4}), (("--prompt-init", "prototypes"), {})])
 def test_options_of_another_start_are_none(
     parser: argparse.ArgumentParser, tmp_path: Path, given: tuple[str, ...], options: dict[str, int]
 ) -> None:
