@@ -30,6 +30,7 @@ from spt_fast.clustering.inputs import (
     check_width,
     raise_non_finite,
 )
+from spt_fast.clustering.ordered import weighted_sum
 from spt_fast.clustering.parameters import Parameters, Self
 from spt_fast.ops.kmeans import BACKENDS, assign_accumulate, squared_distances
 from spt_fast.support.arguments import check_choice, check_int
@@ -73,8 +74,8 @@ class ClusteringEstimator(Parameters):
 
     _backends: tuple[str, ...] = BACKENDS
     _from_tensor = True  # whether the data came as a tensor
-    # Data [G, M, D] and centres [G, K, D] of the last fit, in its frames, until its labels are asked for.
-    _unlabelled: tuple[Tensor, Tensor] | None = None
+    # What `_match` returns for the data of the last fit, until its labels are asked for.
+    _unlabelled: tuple[Tensor, Tensor, Tensor] | None = None
     _labels: Tensor | None = None  # [G, M]
     _feature_names: np.ndarray | None = None  # [D], where the data came as a DataFrame
     _drawn_seed: int | None = None  # of this fit, where `random_state` is a generator
@@ -198,8 +199,8 @@ class ClusteringEstimator(Parameters):
 
         A DataFrame where `set_output`, or scikit-learn's `set_config`, asks for one; one group only.
         """
-        tokens, centers = self._match(X)
-        squared = squared_distances(tokens, centers, shift=centers.mean(1), backend=self._kernel())
+        tokens, centers, middle = self._match(X)
+        squared = squared_distances(tokens, centers, shift=middle, backend=self._kernel())
         _refuse_non_finite(tokens, squared.sum())
         distances = squared.sqrt()
         if any(self._frames()):
@@ -212,11 +213,9 @@ class ClusteringEstimator(Parameters):
 
         `y` is ignored; pipelines pass it.
         """
-        tokens, centers = self._match(X)
+        tokens, centers, middle = self._match(X)
         weights = as_weights(sample_weight, tuple(tokens.shape[:2]), tokens.device)
-        assigned = assign_accumulate(
-            tokens, centers, shift=centers.mean(1), weights=weights, backend=self._kernel()
-        )
+        assigned = assign_accumulate(tokens, centers, shift=middle, weights=weights, backend=self._kernel())
         _refuse_non_finite(tokens, assigned.inertia)
         factors = scales(self._frames()).to(assigned.inertia.device)
         return _like(X, -assigned.inertia * factors.square())
@@ -239,8 +238,7 @@ class ClusteringEstimator(Parameters):
         """Note what was fitted, for the kind of the results and for `labels_`; `tokens` are in its frames."""
         self._feature_names = names
         self._from_tensor = isinstance(X, Tensor)
-        centers = in_frames(self._result().centers, self._frames())
-        self._unlabelled, self._labels = (tokens, centers), None
+        self._unlabelled, self._labels = (tokens, *self._centers_for(tokens)), None
 
     def _contained(self, values: Array, X: ArrayLike) -> Array:
         """`values` [M, K] in the container that was asked for."""
@@ -259,22 +257,30 @@ class ClusteringEstimator(Parameters):
         """The backend for everything but the iterations of `fit`."""
         return self.backend if self.backend in BACKENDS else "auto"
 
-    def _nearest(self, tokens: Tensor, centers: Tensor) -> Tensor:
-        centers = centers.to(tokens.device)
-        assigned = assign_accumulate(
-            tokens, centers, shift=centers.mean(1), with_labels=True, backend=self._kernel()
-        )
+    def _nearest(self, tokens: Tensor, centers: Tensor, middle: Tensor) -> Tensor:
+        assigned = assign_accumulate(tokens, centers, shift=middle, with_labels=True, backend=self._kernel())
         _refuse_non_finite(tokens, assigned.inertia)
         assert assigned.labels is not None
         return assigned.labels.long()
 
-    def _match(self, X: ArrayLike) -> tuple[Tensor, Tensor]:
-        """X and the centres, in the frames of the data that were fitted."""
-        centers, frames = self._result().centers, self._frames()
+    def _match(self, X: ArrayLike) -> tuple[Tensor, Tensor, Tensor]:
+        """X [G, M, D] in the frames of the data that were fitted, and `_centers_for` it."""
+        centers = self._result().centers
         check_feature_names(X, self._feature_names, type(self).__name__)
         tokens = as_groups(X, len(centers))
         check_width(tokens, centers.shape[-1], type(self).__name__)
-        return in_frames(tokens, frames), in_frames(centers, frames).to(tokens.device)
+        return in_frames(tokens, self._frames()), *self._centers_for(tokens)
+
+    def _centers_for(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The centres [G, K, D] in the frames, and the point [G, D] that distances are computed around.
+
+        As in the fit that is the mean of the tokens: that of the centres by their counts. The plain mean
+        follows a centre that lies far off with a few tokens, and the others lose their digits.
+        """
+        found = self._result()
+        centers = in_frames(found.centers, self._frames())
+        middle = torch.stack([_mean_by_count(*group) for group in zip(centers, found.counts, strict=True)])
+        return centers.to(tokens.device), middle.to(tokens.device)
 
 
 def not_fitted(
@@ -343,6 +349,11 @@ def _like(X: ArrayLike, value: Tensor) -> Array:
     """`value` [G, ...] without its group dimension where G is 1, as a tensor only where X is one."""
     value = value[0] if len(value) == 1 else value
     return value if isinstance(X, Tensor) else value.numpy()[()]
+
+
+def _mean_by_count(centers: Tensor, counts: Tensor) -> Tensor:
+    """Mean [D] of centres [K, D], each as often as it has tokens; float32."""
+    return (weighted_sum(counts, centers) / weighted_sum(counts, torch.ones_like(counts))).float()
 
 
 def _refuse_non_finite(tokens: Tensor, total: Tensor) -> None:
