@@ -16,7 +16,9 @@ ArrayLike = Any  # a torch tensor, a NumPy array, or anything numpy.asarray unde
 
 def as_tokens(X: ArrayLike, device: torch.device | None = None, name: str = "X") -> Tensor:
     """A tensor of real numbers in the dtype of X; arrays and tensors are not copied."""
-    if getattr(X, "is_sparse", False) or hasattr(X, "toarray"):
+    if isinstance(X, Tensor) and X.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got a tensor of layout {X.layout}")
+    if hasattr(X, "toarray"):
         raise TypeError(f"{name} must be dense, got a sparse {type(X).__name__}")
     tensor = X if isinstance(X, Tensor) else _from_array(np.asarray(X), name)
     if tensor.is_complex():
