@@ -53,15 +53,17 @@ class Frame:
         return own.to(self.dtype)
 
 
-def find_frame(tokens: Tensor) -> Frame | None:
+def find_frame(tokens: Tensor, first_row: int = 0) -> Frame | None:
     """The frame for tokens [..., D] of one group; None where float32 holds them as they are.
+
+    `first_row` is the number that errors give the first of them.
 
     Raises:
         NonFiniteError: a token is NaN or infinite.
     """
     low, high = _extremes(tokens)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        raise_non_finite(tokens)
+        raise_non_finite(tokens, first_row)
     is_wide = tokens.dtype not in TOKEN_DTYPES
     center = low / 2 + high / 2
     width = float((high / 2 - low / 2).max())

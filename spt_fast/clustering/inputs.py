@@ -88,18 +88,21 @@ def as_weights(
     return weights
 
 
-def raise_non_finite(tokens: Tensor) -> None:
-    """Raise the error that names the first row of [..., D] that is not finite, or too large to square."""
+def raise_non_finite(tokens: Tensor, first_row: int = 0) -> None:
+    """Raise the error that names the first row of [..., D] that is not finite, or too large to square.
+
+    `first_row` is the number that the first of these rows has in X, of which they may be one group.
+    """
     rows = tokens.reshape(-1, tokens.shape[-1])
     for start in range(0, len(rows), 4096):
         bad = ~torch.isfinite(rows[start : start + 4096]).all(dim=1)
         if bool(bad.any()):
-            row = start + int(bad.nonzero()[0, 0])
+            row = first_row + start + int(bad.nonzero()[0, 0])
             raise NonFiniteError(
                 f"X must be finite, but row {row} holds NaN, infinity or numbers that float32 cannot hold",
                 row=row,
             )
-    row = int(rows.float().abs().amax(dim=1).argmax())
+    row = first_row + int(rows.float().abs().amax(dim=1).argmax())
     raise NonFiniteError(f"X must be small enough to be squared in float32, but row {row} is not", row=row)
 
 

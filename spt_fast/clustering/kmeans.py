@@ -133,7 +133,8 @@ class KMeans(ClusteringEstimator):
         problems, results = [], []
         for g in range(settings.n_groups):
             rng = np.random.default_rng([seed, g])
-            problem = _measure(given[g], None if weights is None else weights[g], self._kernel())
+            own = None if weights is None else weights[g]
+            problem = _measure(given[g], own, self._kernel(), first_row=g * given.shape[1])
             runs = (
                 iterate(problem.tokens, centers, max_iter=max_iter, shift_tolerance=problem.variance * tol)
                 for centers in start(problem, g, n_init, rng)
@@ -267,21 +268,21 @@ def _check_finite_centers(centers: Tensor) -> None:
         raise ValueError("init must be finite, but it holds NaN or infinity")
 
 
-def _measure(given: Tensor, weights: Tensor | None, backend: str) -> _Problem:
-    """The problem of one group's tokens [M, D].
+def _measure(given: Tensor, weights: Tensor | None, backend: str, first_row: int) -> _Problem:
+    """The problem of one group's tokens [M, D], of which errors number the first `first_row`.
 
     Those that kernels read in place are looked at for a frame only if they seem to need one.
     """
-    frame = None if given.dtype in TOKEN_DTYPES else find_frame(given)
+    frame = None if given.dtype in TOKEN_DTYPES else find_frame(given, first_row)
     tokens = in_frame(given, frame)
     found = moments(OneChunk(tokens), weights, backend=backend)
     if frame is None and not LEAST_VARIANCE <= found.variance <= MOST_VARIANCE:
-        frame = find_frame(given)
+        frame = find_frame(given, first_row)
         if frame is not None:
             tokens = frame.inside(given)
             found = moments(OneChunk(tokens), weights, backend=backend)
     if not math.isfinite(found.variance):
-        raise_non_finite(tokens)
+        raise_non_finite(tokens, first_row)
     return _Problem(WeightedTokens(tokens, weights, found.mean, backend), found.variance, frame)
 
 

@@ -140,11 +140,14 @@ class StreamingKMeans(ClusteringEstimator):
             weight = None if weights is None else weights[i]
             seeds = [self._seed(), g]
             in_place = group is not None and batch.dtype in TOKEN_DTYPES
-            stream = streams[g] or TokenStream.start(batch, capacity, seeds, self.backend, in_place)
+            first_row = i * batch.shape[:-1].numel()  # in X
+            stream = streams[g] or TokenStream.start(
+                batch, capacity, seeds, self.backend, in_place, first_row
+            )
             update = stream.prepare(batch, weight)
             # Waits for the device: nothing may be taken in where a token is bad.
             if int(update.bad_row) >= 0:
-                raise_non_finite(batch)
+                raise_non_finite(batch, first_row)
             updates.append(update)
         for g, update in zip(groups, updates, strict=True):
             streams[g] = update.stream

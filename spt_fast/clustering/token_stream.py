@@ -47,19 +47,26 @@ class TokenStream:
 
     @classmethod
     def start(
-        cls, batch: Tensor, capacity: int, seeds: list[int], backend: str, in_place: bool
+        cls,
+        batch: Tensor,
+        capacity: int,
+        seeds: list[int],
+        backend: str,
+        in_place: bool,
+        first_row: int = 0,
     ) -> TokenStream:
         """A stream whose rough centres come from a sample of its first batch [B, N, D].
 
-        With `in_place` it has no frame. This waits for a device, once for each group.
+        With `in_place` it has no frame. Errors give the first token the number `first_row`. This waits for a
+        device, once for each group.
         """
         rng = np.random.default_rng([*seeds, 0])
         rows = batch.shape[:-1].numel()
         index = np.sort(rng.choice(rows, min(rows, ROUGH_TOKENS), replace=False))
         part = take_rows(batch, torch.from_numpy(index).to(batch.device))
         if not bool(torch.isfinite(part).all()):
-            raise_non_finite(batch)
-        frame = None if in_place else find_frame(batch)
+            raise_non_finite(batch, first_row)
+        frame = None if in_place else find_frame(batch, first_row)
         part = in_frame(part, frame)
         problem = WeightedTokens(part, None, part.double().mean(0).float(), backend)
         centers = kmeans_plus_plus(problem, min(ROUGH_CENTERS, len(part)), rng)

@@ -274,7 +274,7 @@ def test_bad_tokens_are_named_and_nothing_is_taken_in(bad: float) -> None:
     assert error.value.row == 143
     assert streamed.n_seen_.tolist() == [0, 0]
     streamed.partial_fit(good, group=1)
-    with pytest.raises(NonFiniteError, match="row 143"):
+    with pytest.raises(NonFiniteError, match="row 343"):
         streamed.partial_fit(torch.stack([good, spoiled.reshape(-1, 8)]))
     assert streamed.n_seen_.tolist() == [0, 200]
     with pytest.raises(NonFiniteError, match="row 143"):
@@ -283,6 +283,29 @@ def test_bad_tokens_are_named_and_nothing_is_taken_in(bad: float) -> None:
     for method in (fitted.predict, fitted.transform, fitted.score):
         with pytest.raises(NonFiniteError, match="row 143"):
             method(spoiled.reshape(-1, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [math.nan, 1e30])
+@pytest.mark.parametrize("make", [KMeans, StreamingKMeans])
+def test_a_bad_token_of_a_later_group_has_the_same_row_everywhere(
+    make: type[KMeans | StreamingKMeans], bad: float, dtype: torch.dtype
+) -> None:
+    good = torch.stack([blobs(500), blobs(500, seed=1)]).to(dtype)
+    spoiled = good.clone()
+    spoiled[1, 7, 2] = bad
+    fitted = make(3, n_groups=2).fit(good)
+    methods = [fitted.predict, fitted.transform, fitted.score]
+    if isinstance(fitted, StreamingKMeans):
+        methods.append(fitted.partial_fit)
+    if math.isnan(bad):
+        methods.append(fitted.fit)
+        if isinstance(fitted, StreamingKMeans):
+            methods.append(make(3, n_groups=2).partial_fit)
+    for method in methods:
+        with pytest.raises(NonFiniteError, match="row 507") as error:
+            method(spoiled)
+        assert error.value.row == 507
 
 
 def test_tokens_too_large_to_square_are_refused() -> None:
