@@ -148,6 +148,10 @@ class PriorityReservoir:
     def _write(
         self, slots: Tensor, tokens: Tensor, rows: Tensor, keys: Tensor, importance: Tensor, weights: Tensor
     ) -> None:
+        if on_host(slots):
+            # The row for what does not stay need not be written, and most of a large batch goes there.
+            stays = slots < self.capacity
+            slots, rows = slots[stays], rows[stays]
         self._tokens[slots] = take_rows(tokens, rows)
         self._keys[slots] = keys[rows]
         self._importance[slots] = importance[rows]

@@ -57,6 +57,21 @@ def test_reservoir_makes_room_as_tokens_come(capacity: int, monkeypatch: pytest.
     assert torch.equal(samples[0].weights, samples[1].weights)
 
 
+def test_only_tokens_that_stay_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+
+    def counting(tokens: Tensor, rows: Tensor) -> Tensor:
+        copied.append(len(rows))
+        return take_rows(tokens, rows)
+
+    monkeypatch.setattr("spt_fast.clustering.reservoir.take_rows", counting)
+    generator = torch.Generator().manual_seed(0)
+    reservoir = PriorityReservoir(100, 3, torch.float32, torch.device("cpu"), generator)
+    # All tokens are candidates for an empty reservoir.
+    reservoir.offer(torch.randn(5000, 3), torch.rand(5000) + 0.1, None)
+    assert copied == [100]
+
+
 def test_reservoir_estimates_are_unbiased() -> None:
     values = torch.cat([torch.rand(900, 1), 30 * torch.rand(100, 1)])
     importance = 1 + values[:, 0]
