@@ -13,6 +13,9 @@ from spt_fast.support.waiting import send
 
 FIRST_ROWS = 32_768  # Room from the start; more is made as tokens come, for they may be few.
 ROUGH_CENTERS = 16  # from which importance is measured
+# Where the largest weight is between these, float32 holds what tokens stand for; else it becomes the latter,
+# which leaves room below it for the others.
+_LEAST_WEIGHT, _MOST_WEIGHT = 2.0**-60, 2.0**100
 
 
 class PriorityReservoir:
@@ -21,8 +24,9 @@ class PriorityReservoir:
     A token of importance p gets the key u / p, u uniform in (0, 1]; the smallest keys stay. With tau
     the smallest key that did not stay, a kept token stands for 1 / min(1, p tau) tokens, which makes
     every weighted sum over the sample an unbiased estimate of the sum over the stream. The order of
-    arrival plays no part. Tokens are stored in their own dtype, so nothing is lost. Where the tokens are on a
-    device and without weights, no call but `merged_summary` waits for it.
+    arrival plays no part. Tokens are stored in their own dtype, so nothing is lost. Weights that float32
+    could not hold then are all scaled by one power of two, which the totals of a `Summary` undo. Where the
+    tokens are on a device and without weights, no call but `merged_summary` waits for it.
     """
 
     def __init__(
@@ -67,7 +71,8 @@ class PriorityReservoir:
         """The kept tokens with the weights that make them stand for the whole stream."""
         size = self._size
         inclusion = (self._importance[:size] * self._threshold).clamp_max(1.0)
-        weights = (self._weights[:size] / inclusion).float()
+        weights = self._weights[:size] / inclusion
+        weights = (weights * _scale_of(weights)).float()
         tokens = self._tokens[:size]
         return WeightedTokens(tokens, weights, mean_of(tokens, weights, backend), backend)
 
@@ -88,7 +93,8 @@ class PriorityReservoir:
         threshold = self._merged_threshold(processes)
         kept = (self._keys[:size] < threshold).nonzero()[:, 0]
         inclusion = (self._importance[kept] * threshold).clamp_max(1.0)
-        weights = processes.concatenate((self._weights[kept] / inclusion).float())
+        weights = processes.concatenate(self._weights[kept] / inclusion)
+        weights = (weights * _scale_of(weights)).float()
         tokens = processes.concatenate(self._tokens[kept])
         return WeightedTokens(tokens, weights, mean_of(tokens, weights, backend), backend)
 
@@ -176,6 +182,18 @@ def merged_over_ranks(
     if reservoir is None:
         reservoir = PriorityReservoir(capacity, *layout, device, torch.Generator())
     return reservoir.merged_summary(processes, backend)
+
+
+def _scale_of(weights: Tensor) -> Tensor:
+    """The power of two by which weights [n] float64 fit into float32: 1 but for extreme ones.
+
+    Without a wait for a device.
+    """
+    if len(weights) == 0:
+        return weights.new_ones(())
+    largest = weights.max()
+    fits = (largest >= _LEAST_WEIGHT) & (largest <= _MOST_WEIGHT)
+    return torch.where(fits, 1.0, _MOST_WEIGHT * torch.exp2(-torch.frexp(largest).exponent.double()))
 
 
 def importance(squared: Tensor, sum_of_squared: Tensor, total: Tensor) -> Tensor:

@@ -229,6 +229,23 @@ def test_sample_weights_move_the_centres() -> None:
     assert float(streamed.counts_) == pytest.approx(400)
 
 
+@pytest.mark.parametrize("capacity", [100, 5000])
+@pytest.mark.parametrize("scale", [2.0**127, 2.0**-149])
+def test_the_scale_of_weights_does_not_matter(scale: float, capacity: int) -> None:
+    tokens, ones = blobs(2000), torch.ones(2000)
+    plain = StreamingKMeans(5, capacity=capacity).fit(tokens, sample_weight=ones)
+    scaled = StreamingKMeans(5, capacity=capacity).fit(tokens, sample_weight=ones * scale)
+    torch.testing.assert_close(scaled.cluster_centers_, plain.cluster_centers_)
+    torch.testing.assert_close(scaled.counts_ / scale, plain.counts_)
+    torch.testing.assert_close(scaled.inertia_ / scale, plain.inertia_)
+
+
+def test_light_tokens_beside_heavy_ones_are_kept() -> None:
+    tokens = torch.tensor([[0.0], [1.0], [2.0]]).repeat_interleave(50, 0)
+    weights = torch.tensor([1e38, 1.0, 1e-36]).repeat_interleave(50)
+    assert (StreamingKMeans(3).fit(tokens, sample_weight=weights).counts_ > 0).all()
+
+
 def test_weights_of_a_group_may_come_in_the_shape_of_its_tokens() -> None:
     tokens, weights = blobs(60).reshape(5, 12, 8), torch.rand(5, 12)
     shaped, flat = (
