@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from spt_fast.support.user_warnings import warn_user
 
 CONTAINERS = ("default", "pandas", "polars")
 _SHOWN = 5
@@ -43,12 +44,9 @@ def check_feature_names(X: Any, fitted: np.ndarray | None, estimator: str) -> No
     if names is None and fitted is None:
         return
     if fitted is None:
-        warnings.warn(f"X has feature names, but {estimator} was fitted without feature names", stacklevel=4)
+        warn_user(f"X has feature names, but {estimator} was fitted without feature names")
     elif names is None:
-        warnings.warn(
-            f"X does not have valid feature names, but {estimator} was fitted with feature names",
-            stacklevel=4,
-        )
+        warn_user(f"X does not have valid feature names, but {estimator} was fitted with feature names")
     elif not np.array_equal(names, fitted):
         raise ValueError(
             "The feature names should match those that were passed during fit.\n"

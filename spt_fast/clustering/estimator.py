@@ -6,7 +6,6 @@ Results are torch tensors where the data came as a tensor, and NumPy arrays wher
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +34,7 @@ from spt_fast.clustering.parameters import Parameters, Self
 from spt_fast.ops.kmeans import BACKENDS, assign_accumulate, squared_distances
 from spt_fast.support.arguments import check_choice, check_int
 from spt_fast.support.errors import NotFittedError
+from spt_fast.support.user_warnings import warn_user
 
 _GENERATORS = (np.random.RandomState, np.random.Generator)
 Array = Any  # a tensor, or a NumPy array where the data came as something else than a tensor
@@ -311,10 +311,9 @@ def warn_of_empty_clusters(result: Clustering) -> None:
     n_clusters = result.counts.shape[1]
     fewest = int((result.counts > 0).sum(dim=1).min())
     if fewest < n_clusters:
-        warnings.warn(
+        warn_user(
             f"only {fewest} of n_clusters={n_clusters} clusters hold tokens: X has too few distinct ones "
-            "in float32",
-            stacklevel=3,
+            "in float32"
         )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,6 +30,7 @@ from spt_fast.clustering.token_stream import TokenStream
 from spt_fast.ops.kmeans import TOKEN_DTYPES
 from spt_fast.support.arguments import check_int
 from spt_fast.support.distributed import Processes
+from spt_fast.support.user_warnings import warn_user
 
 DEFAULT_CAPACITY = 20_000
 CAPACITY_PER_CLUSTER = 500
@@ -196,18 +195,23 @@ class StreamingKMeans(ClusteringEstimator):
         fresh = type(self)(**self.get_params()).partial_fit(tokens, sample_weight=sample_weight)
         self._streams, self._solved, self._drawn_seed = fresh._streams, fresh.solve(), fresh._drawn_seed
         self._remember(X, names, in_frames(tokens, self._frames()))
-        warn_of_empty_clusters(self._solved)
         return self
 
     def solve(self, n_clusters: int | None = None) -> Clustering:
-        """Centres for `n_clusters` (None: the estimator's own) from what was seen so far."""
+        """Centres for `n_clusters` (None: the estimator's own) from what was seen so far.
+
+        Warns where centres end without tokens, because there are fewer distinct ones.
+        """
         own = self._settings().n_clusters
-        if n_clusters is not None and n_clusters != own:
-            return self.summary().solve(n_clusters)
+        wanted = own if n_clusters is None else n_clusters
         # `n_clusters` may have been set anew since.
-        if self._solved is None or self._solved.centers.shape[1] != own:
-            self._solved = self.summary().solve(own)
-        return self._solved
+        if wanted == own and self._solved is not None and self._solved.centers.shape[1] == own:
+            return self._solved
+        solved = self.summary().solve(wanted)
+        warn_of_empty_clusters(solved)
+        if wanted == own:
+            self._solved = solved
+        return solved
 
     def summary(self) -> Summary:
         """The reservoirs as they are now; later batches may change the tokens that it shows.
@@ -278,10 +282,9 @@ class StreamingKMeans(ClusteringEstimator):
     def _warn_of_ignored(self) -> None:
         given = [name for name in _IGNORED if getattr(self, name) not in (None, 0, "auto")]
         if given:
-            warnings.warn(
+            warn_user(
                 f"StreamingKMeans ignores {', '.join(given)}: it takes X in once, in memory that `capacity` "
-                "bounds, and its solve needs no restarts",
-                stacklevel=3,
+                "bounds, and its solve needs no restarts"
             )
 
     def _frames(self) -> tuple[Frame | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -270,6 +271,23 @@ def test_a_stream_is_solved_for_the_clusters_asked_for_and_those_set(method: str
     assert torch.equal(model.cluster_centers_, expected)
     assert model.solve(3).centers.shape == (1, 3, 8)
     assert torch.equal(model.cluster_centers_, expected)
+
+
+def test_every_solve_of_too_few_distinct_tokens_warns_once_at_the_users_line() -> None:
+    tokens = np.repeat(np.eye(2, 4, dtype="f"), 25, axis=0)
+    solves: list[Callable[[], object]] = [
+        lambda: StreamingKMeans(3).fit(tokens).counts_,
+        lambda: StreamingKMeans(3).partial_fit(tokens).counts_,
+        lambda: StreamingKMeans(2).partial_fit(tokens).solve(3),
+    ]
+    for solve in solves:
+        with pytest.warns(UserWarning, match="only 2 of n_clusters=3 clusters hold tokens") as caught:
+            solve()
+        assert [warning.filename for warning in caught] == [__file__]
+    streamed = StreamingKMeans(3).partial_fit(tokens)
+    with pytest.warns(UserWarning, match="only 2 of") as caught:
+        _ = streamed.counts_, streamed.inertia_, streamed.predict(tokens)
+    assert len(caught) == 1
 
 
 def test_labels_stay_those_of_the_fit_when_other_clusters_are_set() -> None:
