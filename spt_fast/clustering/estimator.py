@@ -180,7 +180,7 @@ class ClusteringEstimator(Parameters):
         if self._labels is None:
             if self._unlabelled is None:
                 raise _no_labels(self)
-            self._labels = self._nearest(*self._unlabelled)
+            self._labels = self._nearest(self._unlabelled[0], *self._unlabelled)
             self._unlabelled = None
         return self._attribute(self._labels)
 
@@ -192,7 +192,7 @@ class ClusteringEstimator(Parameters):
             NonFiniteError: X holds NaN or infinity.
             ValueError: X has another shape.
         """
-        return _like(X, self._nearest(*self._match(X)))
+        return _like(X, self._nearest(X, *self._match(X)))
 
     def transform(self, X: ArrayLike) -> Array:
         """Distances to every centre, [M, K], or [G, M, K] where n_groups > 1; in the dtype of the centres.
@@ -201,7 +201,7 @@ class ClusteringEstimator(Parameters):
         """
         tokens, centers, middle = self._match(X)
         squared = squared_distances(tokens, centers, shift=middle, backend=self._kernel())
-        _refuse_non_finite(tokens, squared.sum())
+        self._refuse_non_finite(X, tokens, squared.sum())
         distances = squared.sqrt()
         if any(self._frames()):
             factors = scales(self._frames()).to(distances.device)[:, None, None]
@@ -216,7 +216,7 @@ class ClusteringEstimator(Parameters):
         tokens, centers, middle = self._match(X)
         weights = as_weights(sample_weight, tuple(tokens.shape[:2]), tokens.device)
         assigned = assign_accumulate(tokens, centers, shift=middle, weights=weights, backend=self._kernel())
-        _refuse_non_finite(tokens, assigned.inertia)
+        self._refuse_non_finite(X, tokens, assigned.inertia)
         factors = scales(self._frames()).to(assigned.inertia.device)
         return _like(X, -assigned.inertia * factors.square())
 
@@ -257,11 +257,18 @@ class ClusteringEstimator(Parameters):
         """The backend for everything but the iterations of `fit`."""
         return self.backend if self.backend in BACKENDS else "auto"
 
-    def _nearest(self, tokens: Tensor, centers: Tensor, middle: Tensor) -> Tensor:
+    def _nearest(self, X: ArrayLike, tokens: Tensor, centers: Tensor, middle: Tensor) -> Tensor:
         assigned = assign_accumulate(tokens, centers, shift=middle, with_labels=True, backend=self._kernel())
-        _refuse_non_finite(tokens, assigned.inertia)
+        self._refuse_non_finite(X, tokens, assigned.inertia)
         assert assigned.labels is not None
         return assigned.labels.long()
+
+    def _refuse_non_finite(self, X: ArrayLike, tokens: Tensor, total: Tensor) -> None:
+        """NonFiniteError where `total`, which came of the tokens, X in the frames, is not finite."""
+        if not bool(torch.isfinite(total).all()):
+            if any(self._frames()):
+                raise_non_finite(as_groups(X, len(tokens)), scaled=tokens)
+            raise_non_finite(tokens)
 
     def _match(self, X: ArrayLike) -> tuple[Tensor, Tensor, Tensor]:
         """X [G, M, D] in the frames of the data that were fitted, and `_centers_for` it."""
@@ -353,8 +360,3 @@ def _like(X: ArrayLike, value: Tensor) -> Array:
 def _mean_by_count(centers: Tensor, counts: Tensor) -> Tensor:
     """Mean [D] of centres [K, D], each as often as it has tokens; float32."""
     return (weighted_sum(counts, centers) / weighted_sum(counts, torch.ones_like(counts))).float()
-
-
-def _refuse_non_finite(tokens: Tensor, total: Tensor) -> None:
-    if not bool(torch.isfinite(total).all()):
-        raise_non_finite(tokens)

@@ -88,10 +88,11 @@ def as_weights(
     return weights
 
 
-def raise_non_finite(tokens: Tensor, first_row: int = 0) -> None:
-    """Raise the error that names the first row of [..., D] that is not finite, or too large to square.
+def raise_non_finite(tokens: Tensor, first_row: int = 0, scaled: Tensor | None = None) -> None:
+    """Raise the error that names the first row of [..., D] that is not finite, or the largest.
 
-    `first_row` is the number that the first of these rows has in X, of which they may be one group.
+    `first_row` is the number that the first of these rows has in X, of which they may be one group. `scaled`
+    are the tokens as they are squared, where earlier data have fixed how they are moved and scaled.
     """
     rows = tokens.reshape(-1, tokens.shape[-1])
     for start in range(0, len(rows), 4096):
@@ -102,8 +103,15 @@ def raise_non_finite(tokens: Tensor, first_row: int = 0) -> None:
                 f"X must be finite, but row {row} holds NaN, infinity or numbers that float32 cannot hold",
                 row=row,
             )
-    row = first_row + int(rows.float().abs().amax(dim=1).argmax())
-    raise NonFiniteError(f"X must be small enough to be squared in float32, but row {row} is not", row=row)
+    largest = (tokens if scaled is None else scaled).reshape(rows.shape).float().abs().amax(dim=1)
+    row = first_row + int(largest.argmax())
+    message = f"X must be small enough to be squared in float32, but row {row} is not"
+    if scaled is not None:
+        message += (
+            ": the first data, which were tiny, huge or far from zero, have fixed how X is moved and scaled. "
+            "Start a new estimator for data of another scale, or give it typical data first"
+        )
+    raise NonFiniteError(message, row=row)
 
 
 def _from_array(array: np.ndarray, name: str) -> Tensor:

@@ -146,7 +146,7 @@ class StreamingKMeans(ClusteringEstimator):
             update = stream.prepare(batch, weight)
             # Waits for the device: nothing may be taken in where a token is bad.
             if int(update.bad_row) >= 0:
-                raise_non_finite(batch, first_row)
+                raise_non_finite(batch, first_row, update.scaled)
             updates.append(update)
         for g, update in zip(groups, updates, strict=True):
             streams[g] = update.stream

@@ -122,7 +122,7 @@ class TokenStream:
 
 @dataclass(frozen=True)
 class Update:
-    """A batch that was measured, to be taken in by its stream."""
+    """A batch that was measured, to be taken in by its stream; in the stream's frame."""
 
     stream: TokenStream
     batch: Tensor
@@ -136,6 +136,11 @@ class Update:
         # The inertia decides: what is not finite makes it so, in every kernel.
         row = first_true(~torch.isfinite(self.assigned.distances)).clamp_min(0)
         return torch.where(torch.isfinite(self.assigned.inertia[0]), -1, row)
+
+    @property
+    def scaled(self) -> Tensor | None:
+        """The batch in the frame of its stream; None where there is none."""
+        return None if self.stream.frame is None else self.batch
 
     def commit(self) -> None:
         self.stream.take_in(self.batch, self.weights, self.assigned)

@@ -75,6 +75,21 @@ def test_a_stream_keeps_the_frame_of_its_first_batch() -> None:
         streamed.partial_fit(data.astype(np.float32))
 
 
+@pytest.mark.parametrize(("factor", "row"), [(10, 7), (1e60, 0)])  # of several infinite rows the first
+@pytest.mark.parametrize("method", ["partial_fit", "predict", "transform", "score"])
+def test_data_beyond_the_scale_of_the_first_are_refused_in_words_that_are_true(
+    method: str, factor: float, row: int
+) -> None:
+    data = plain()
+    data[7] *= 100
+    streamed = StreamingKMeans(K, seed=0).partial_fit(data * 1e-20)
+    words = f"squared in float32, but row {row} is not: the first data, .* have fixed how X is .* scaled"
+    with pytest.raises(NonFiniteError, match=words) as error:
+        getattr(streamed, method)(data * factor)
+    assert error.value.row == row
+    assert streamed.n_seen_.tolist() == [len(data)]
+
+
 def test_a_wide_batch_of_one_group_has_a_frame_too() -> None:
     streamed = StreamingKMeans(K, n_groups=2, seed=0)
     for group, offset in enumerate((1e9, 0.0)):
