@@ -37,6 +37,8 @@ from spt_fast.support.errors import NotFittedError
 from spt_fast.support.user_warnings import warn_user
 
 _GENERATORS = (np.random.RandomState, np.random.Generator)
+# For what stores results: inference tensors could not be changed afterwards, or take part in training.
+outside_inference_mode = torch.inference_mode(mode=False)
 Array = Any  # a tensor, or a NumPy array where the data came as something else than a tensor
 
 
@@ -172,6 +174,7 @@ class ClusteringEstimator(Parameters):
         return self
 
     @property
+    @outside_inference_mode
     def labels_(self) -> Array:
         """Index of the nearest centre of each token given to `fit`, int64: [M], or [G, M].
 

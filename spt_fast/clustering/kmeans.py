@@ -18,6 +18,7 @@ from spt_fast.clustering.estimator import (
     ClusteringEstimator,
     check_enough,
     not_fitted,
+    outside_inference_mode,
     warn_of_empty_clusters,
 )
 from spt_fast.clustering.frame import Frame, find_frame, in_frame, out_of_frames, scales
@@ -103,6 +104,7 @@ class KMeans(ClusteringEstimator):
         self.algorithm = algorithm
         self.backend = backend
 
+    @outside_inference_mode
     def fit(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> KMeans:
         """Cluster X.
 

@@ -12,6 +12,7 @@ from spt_fast.clustering.estimator import (
     ClusteringEstimator,
     check_enough,
     not_fitted,
+    outside_inference_mode,
     warn_of_empty_clusters,
 )
 from spt_fast.clustering.frame import Frame, in_frames
@@ -94,6 +95,7 @@ class StreamingKMeans(ClusteringEstimator):
         self.verbose = verbose
         self.backend = backend
 
+    @outside_inference_mode
     def partial_fit(
         self,
         X: ArrayLike,
@@ -156,6 +158,7 @@ class StreamingKMeans(ClusteringEstimator):
         self._solved = self._labels = self._unlabelled = None
         return self
 
+    @outside_inference_mode
     def partial_fit_unchecked(self, tokens: Tensor, group: int) -> Tensor:
         """`partial_fit` of one group that does not wait for a device, but for the group's first tokens.
 
@@ -182,6 +185,7 @@ class StreamingKMeans(ClusteringEstimator):
         self._solved = self._labels = self._unlabelled = None
         return update.bad_row
 
+    @outside_inference_mode
     def fit(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> StreamingKMeans:
         """Forget what was seen, take X in as one batch and solve; `y` is ignored.
 
@@ -197,6 +201,7 @@ class StreamingKMeans(ClusteringEstimator):
         self._remember(X, names, in_frames(tokens, self._frames()))
         return self
 
+    @outside_inference_mode
     def solve(self, n_clusters: int | None = None) -> Clustering:
         """Centres for `n_clusters` (None: the estimator's own) from what was seen so far.
 

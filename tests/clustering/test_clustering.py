@@ -308,6 +308,28 @@ def test_a_bad_token_of_a_later_group_has_the_same_row_everywhere(
         assert error.value.row == 507
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_fitted_in_inference_mode_serves_outside_of_it(dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        tokens = blobs(300).to(dtype)
+        fitted = [KMeans(3).fit(tokens), StreamingKMeans(3).fit(tokens), StreamingKMeans(3)]
+        stream = fitted[-1].partial_fit(tokens)
+        stream.partial_fit_unchecked(tokens, 0)
+        _ = fitted[0].labels_, stream.counts_
+    for model in fitted:
+        found = (model.cluster_centers_, model.counts_, model.inertia_)
+        assert not any(value.is_inference() for value in found)
+        factor = torch.ones(8, dtype=model.cluster_centers_.dtype, requires_grad=True)
+        (factor * model.cluster_centers_).sum().backward()
+        assert model.predict(tokens).shape == (300,)
+    assert not fitted[0].labels_.is_inference()
+    stream.partial_fit(tokens.clone())
+    assert stream.n_seen_.tolist() == [900]
+    assert float(stream.counts_.sum()) == 900
+    with torch.inference_mode():
+        assert float(stream.partial_fit(tokens).counts_.sum()) == 1200
+
+
 def test_tokens_too_large_to_square_are_refused() -> None:
     tokens = blobs(50)
     fitted = KMeans(2).fit(tokens)
