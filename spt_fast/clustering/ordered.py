@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_CHUNK_ELEMENTS = 2**18  # of tokens that are measured at once: they stay in the cache
+
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """Sum of values [n] or [n, C] times weights [n] over the tokens, in float64."""
@@ -36,6 +38,23 @@ def sum_by_label(labels: Tensor, values: Tensor, n_labels: int) -> Tensor:
         )
     members = labels[:, None] == torch.arange(n_labels, device=labels.device)
     return values.double().mT @ members.double()
+
+
+def squared_differences(tokens: Tensor, points: Tensor, labels: Tensor) -> Tensor:
+    """Squared distances [n] of tokens [n, D] to their points [K, D] by `labels` [n], in float64.
+
+    Of the differences themselves: not rounded by the distance to the mean, as those of a pass are.
+    """
+    squared = torch.empty(len(tokens), dtype=torch.float64, device=tokens.device)
+    rows = max(1, _CHUNK_ELEMENTS // tokens.shape[-1])
+    chunks = (torch.split(values, rows) for values in (tokens, labels, squared))
+    for part, own, out in zip(*chunks, strict=True):
+        if on_host(tokens):
+            steps = (part.float().numpy() - points.numpy()[own.numpy()]).astype(np.float64)
+            out.copy_(torch.from_numpy(np.einsum("nd,nd->n", steps, steps)))
+        else:
+            out.copy_((part.float() - points[own]).double().square().sum(1))
+    return squared
 
 
 def on_host(values: Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from spt_fast.clustering.chunks import ChunkedTokens
+from spt_fast.clustering.ordered import squared_differences
 from spt_fast.ops.kmeans import PassResult, PrunedPasses, assign_accumulate, can_correct, can_prune
 from spt_fast.support.distributed import ALONE, Processes
 
 # Of so many passes all but one may correct the sums of the one before. It bounds what float32 adds up to.
 CORRECTED_PASSES = 16
+# A coordinate of a mean is off by 2**-24 of two numbers at most: squared, and doubled for each of two sums.
+_CENTER_ROUNDING = 2.0**-46
 
 
 class Step(NamedTuple):
@@ -205,10 +209,11 @@ class TokenPasses:
             assert assigned.labels is not None
             assert assigned.distances is not None
             for run, number in enumerate(numbers):
-                distances, labels = assigned.distances[run], assigned.labels[run]
+                distances, labels = assigned.distances[run].double(), assigned.labels[run]
                 if weights is not None:
                     distances = torch.where(weights[0] > 0, distances, 0)
-                far = _largest(distances, number)
+                measured = partial(self._measured, chunk, labels, centers[run])
+                far = _largest(distances, number, measured)
                 facts = zip(
                     distances[far].tolist(),
                     labels[far].tolist(),
@@ -222,6 +227,19 @@ class TokenPasses:
             _first([token for rank in everyone for token in rank[run]], number)
             for run, number in enumerate(numbers)
         ]
+
+    def _measured(self, chunk: Tensor, labels: Tensor, centers: Tensor, rows: Tensor) -> Tensor:
+        """Squared distances of these rows to their centres by their differences; 0 if only by rounding.
+
+        A centre of equal tokens is off by the rounding of their differences to the mean, and by its own.
+        """
+        tokens, own = chunk[rows], labels[rows]
+        squared = squared_differences(tokens, centers, own)
+        first = torch.zeros_like(own)
+        norms = squared_differences(tokens, self._mean, first) + squared_differences(
+            centers[own], torch.zeros_like(self._mean), first
+        )
+        return torch.where(squared > _CENTER_ROUNDING * norms, squared, 0)
 
 
 class _FarToken(NamedTuple):
@@ -266,7 +284,24 @@ def _add(one: PassResult, other: PassResult) -> PassResult:
     return PassResult(one.sums + other.sums, one.counts + other.counts, one.inertia + other.inertia)
 
 
-def _largest(distances: Tensor, number: int) -> Tensor:
+def _largest(distances: Tensor, number: int, measured: Callable[[Tensor], Tensor]) -> Tensor:
+    """Positions of the largest distances above 0, the largest first; of equal ones the first.
+
+    The largest of a pass may be a far token's rounding. So those that may be among them are `measured`, which
+    changes `distances`, until all of them are.
+    """
+    is_known = torch.zeros_like(distances, dtype=torch.bool)
+    asked = number
+    while not bool(is_known[far := _top(distances, number)].all()):
+        asked *= 2
+        rows = _top(distances, asked)
+        rows = rows[~is_known[rows]]
+        distances[rows] = measured(rows)
+        is_known[rows] = True
+    return far
+
+
+def _top(distances: Tensor, number: int) -> Tensor:
     """Positions of the largest distances above 0, the largest first; of equal ones the first."""
     least = distances.topk(min(number, len(distances))).values[-1]
     candidates = ((distances >= least) & (distances > 0)).nonzero()[:, 0]

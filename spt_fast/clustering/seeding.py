@@ -34,17 +34,28 @@ def several_starts(
     trials = 2 + int(math.log(n_clusters))
     first, *uniform = problem.uniform([n_starts] + [n_starts * trials] * (n_clusters - 1), rng)
     chosen = [draw(weights, first)]
-    nearest = problem.distances_to(problem.rows(chosen[0]))  # [n, S]
+    nearest = _distances_to_tokens(problem, chosen[0])  # [n, S]
     for numbers in uniform:
         pairs = zip(nearest.unbind(1), numbers.view(n_starts, trials), strict=True)
         candidates = torch.cat([draw(weights * distances, given) for distances, given in pairs])
-        distances = problem.distances_to(problem.rows(candidates)).view(-1, n_starts, trials)
+        distances = _distances_to_tokens(problem, candidates).view(-1, n_starts, trials)
         distances = distances.minimum(nearest[:, :, None]).flatten(1)  # [n, S * trials]
         costs = weighted_sum(weights, distances).view(n_starts, trials)
         best = costs.argmin(1) + trials * torch.arange(n_starts, device=costs.device)
         chosen.append(candidates.index_select(0, best))
         nearest = distances.index_select(1, best)
     return problem.rows(torch.stack(chosen, 1).flatten()).view(n_starts, n_clusters, -1)
+
+
+def _distances_to_tokens(problem: WeightedTokens, index: Tensor) -> Tensor:
+    """Squared distances [n, C] to the tokens at `index` [C]; 0 to a token itself, and to those equal to it.
+
+    A token's distance to itself is the rounding of its squared norm. Where it lies far from all others that
+    may exceed all of theirs, and the token would be drawn again and again.
+    """
+    distances = problem.distances_to(problem.rows(index))
+    to_itself = distances.gather(0, index[None])  # [1, C]
+    return distances.masked_fill(distances <= to_itself, 0)
 
 
 def random_tokens(problem: WeightedTokens, n_clusters: int, rng: np.random.Generator) -> Tensor:

@@ -29,3 +29,28 @@ def test_every_method_measures_around_the_tokens(make: type[KMeans | StreamingKM
     # Squares are rounded around the mean: the far token's by this much, those of the others by less.
     rounding = 16 * np.finfo("f").eps * np.square(tokens - tokens.mean(0)).sum(1).max()
     assert -model.score(tokens) <= 21 + rounding
+
+
+@pytest.mark.parametrize("far", [1e4, 1e5, 1e6])
+@pytest.mark.parametrize("make", [KMeans, StreamingKMeans])
+def test_starts_draw_a_far_token_once(make: type[KMeans | StreamingKMeans], far: float) -> None:
+    tokens = two_clusters_and_a_far_token(far)
+    for seed in range(5):
+        assert sorted(make(3, seed=seed).fit(tokens).counts_) == [1, 500, 500]
+
+
+@pytest.mark.parametrize("copies", [1, 5])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_an_empty_centre_does_not_go_where_a_far_token_has_one(backend: str, copies: int) -> None:
+    tokens = np.concatenate([two_clusters_and_a_far_token(1e5), np.full((copies - 1, 8), 1e5, "f")])
+    init = tokens[[0, 1000, 1000]]
+    model = KMeans(3, init=init, backend=backend).fit(tokens)
+    assert sorted(model.counts_) == [copies, 500, 500]
+
+
+def test_centres_without_a_token_to_go_to_end_the_iterations() -> None:
+    far = np.full((1, 8), 1e5)
+    tokens = np.concatenate([far, np.repeat(np.eye(4, 8), 250, axis=0)]).astype("f")
+    with pytest.warns(UserWarning, match="only 5 of n_clusters=7"):
+        model = KMeans(7, init=tokens[[0, 1, 251, 501, 751, 0, 1]], tol=0).fit(tokens)
+    assert model.n_iter_ <= 2
