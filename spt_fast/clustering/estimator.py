@@ -31,6 +31,7 @@ from spt_fast.clustering.inputs import (
 )
 from spt_fast.clustering.ordered import weighted_sum
 from spt_fast.clustering.parameters import Parameters, Self
+from spt_fast.clustering.weighted import WeightedTokens
 from spt_fast.ops.kmeans import BACKENDS, assign_accumulate, squared_distances
 from spt_fast.support.arguments import check_choice, check_int
 from spt_fast.support.errors import NotFittedError
@@ -218,10 +219,17 @@ class ClusteringEstimator(Parameters):
         """
         tokens, centers, middle = self._match(X)
         weights = as_weights(sample_weight, tuple(tokens.shape[:2]), tokens.device)
-        assigned = assign_accumulate(tokens, centers, shift=middle, weights=weights, backend=self._kernel())
-        self._refuse_non_finite(X, tokens, assigned.inertia)
-        factors = scales(self._frames()).to(assigned.inertia.device)
-        return _like(X, -assigned.inertia * factors.square())
+        labels = self._nearest(X, tokens, centers, middle)
+        inertia = torch.tensor(
+            [
+                WeightedTokens(group, None if weights is None else weights[g], middle[g]).inertia(
+                    centers[g], labels[g]
+                )
+                for g, group in enumerate(tokens)
+            ],
+            dtype=torch.float64,
+        )
+        return _like(X, (-inertia * scales(self._frames()).square()).to(tokens.device))
 
     def fit_predict(self, X: ArrayLike, y: object = None, sample_weight: ArrayLike | None = None) -> Array:
         """`fit(X)`, then `labels_`."""

@@ -30,8 +30,10 @@ def lloyd(
     run = Lloyd(_FaissSteps(problem, len(centers)), (centers - problem.mean)[None])
     run.run(Until(max_iter, shift_tolerance))
     found = run.centers[0] + problem.mean
-    assigned = problem.assign(found)
-    return LloydResult(found, assigned.counts[0], float(assigned.inertia[0]), run.n_iter[0])
+    assigned = problem.assign(found, with_labels=True)
+    assert assigned.labels is not None
+    inertia = problem.inertia(found, assigned.labels[0])
+    return LloydResult(found, assigned.counts[0], inertia, run.n_iter[0])
 
 
 class _FaissSteps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -125,7 +126,7 @@ class KMeans(ClusteringEstimator):
         tol = check_number("tol", self.tol, 0)
         verbose = self._check_the_rest()
         names = feature_names(X)
-        iterate = faiss_backend.lloyd if self.backend == "faiss" else lloyd
+        iterate = faiss_backend.lloyd if self.backend == "faiss" else partial(lloyd, exact_inertia=True)
         given = as_groups(X, settings.n_groups)
         check_enough(given.shape[1], settings.n_clusters)
         weights = as_weights(sample_weight, tuple(given.shape[:2]), given.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -208,6 +208,7 @@ def lloyd(
     relaxation: float = 1.0,
     prune: bool = True,
     look_every: int | None = None,
+    exact_inertia: bool = False,
 ) -> LloydResult:
     """Assign (eq. 9) and move to the mean (eq. 10) until nothing moves, for one start and tokens in memory.
 
@@ -218,7 +219,8 @@ def lloyd(
     `relaxation` is that of `Lloyd`; where it is not 1 a last step to the means follows. `prune` leaves out
     tokens whose centre cannot have changed, where the kernels can; it does not change the labels.
     `look_every` is the number of iterations between two looks at tensors on a device (None: 1 on the CPU,
-    else 4); iterations past the end are made in between, and undone.
+    else 4); iterations past the end are made in between, and undone. `exact_inertia` measures the inertia of
+    the result anew, from differences: that of a pass is rounded by the tokens' distances to the mean.
     """
     passes = TokenPasses(
         OneChunk(problem.tokens), problem.mean, problem.weights, backend=problem.backend, prune=prune
@@ -233,4 +235,7 @@ def lloyd(
         run.run_ahead(until, passes, look_every)
     if relaxation != 1.0:
         run.move_to_means()
-    return run.best(passes.totals)
+    found = run.best(passes.totals)
+    if exact_inertia:
+        found = replace(found, inertia=problem.inertia(found.centers, passes.labels(run.centers)))
+    return found

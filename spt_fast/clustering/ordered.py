@@ -41,19 +41,20 @@ def sum_by_label(labels: Tensor, values: Tensor, n_labels: int) -> Tensor:
 
 
 def squared_differences(tokens: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-    """Squared distances [n] of tokens [n, D] to their points [K, D] by `labels` [n], in float64.
+    """Squared distances [n] of tokens [n, D] to their points [K, D] by `labels` [n]; float64, to be summed.
 
-    Of the differences themselves: not rounded by the distance to the mean, as those of a pass are.
+    Of the float32 differences themselves: rounded by 1e-7 of themselves, where those of a pass are by that
+    of the token's distance to the mean.
     """
     squared = torch.empty(len(tokens), dtype=torch.float64, device=tokens.device)
     rows = max(1, _CHUNK_ELEMENTS // tokens.shape[-1])
     chunks = (torch.split(values, rows) for values in (tokens, labels, squared))
     for part, own, out in zip(*chunks, strict=True):
         if on_host(tokens):
-            steps = (part.float().numpy() - points.numpy()[own.numpy()]).astype(np.float64)
+            steps = part.float().numpy() - points.numpy()[own.numpy()]
             out.copy_(torch.from_numpy(np.einsum("nd,nd->n", steps, steps)))
         else:
-            out.copy_((part.float() - points[own]).double().square().sum(1))
+            out.copy_((part.float() - points[own]).square().sum(1))
     return squared
 
 

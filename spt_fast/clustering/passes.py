@@ -101,6 +101,17 @@ class TokenPasses:
             movement = squared_movement(centers, means).tolist()
         return Step(means, inertias, relocated, movement)
 
+    def labels(self, centers: Tensor) -> Tensor:
+        """Labels [n] of this rank's tokens in the last pass of a single run, to centres [1, K, D]."""
+        if self._pruned:
+            return self._pruned[0].labels()[0]
+        found = []
+        for chunk, weights in self._chunks():
+            assigned = self._assign_chunk(chunk, weights, centers, with_labels=True)
+            assert assigned.labels is not None
+            found.append(assigned.labels[0])
+        return torch.cat(found)
+
     def restore(self, totals: PassResult, undone: int) -> None:
         """Take back the last `undone` passes, before which the totals were these."""
         self._totals = totals

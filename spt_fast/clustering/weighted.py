@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spt_fast.clustering.ordered import squared_differences, weighted_sum
 from spt_fast.ops.kmeans import PassResult, assign_accumulate, squared_distances
 from spt_fast.support.waiting import send
 
@@ -43,6 +44,10 @@ class WeightedTokens:
         return squared_distances(
             self.tokens[None], points[None], shift=self.mean[None], backend=self.backend
         )[0]
+
+    def inertia(self, centers: Tensor, labels: Tensor) -> float:
+        """Weighted sum of squared distances to centres [K, D] by labels [n], from the differences."""
+        return float(weighted_sum(self.unit_weights(), squared_differences(self.tokens, centers, labels)))
 
     def rows(self, index: Tensor) -> Tensor:
         """Chosen tokens [len(index), D] in float32."""

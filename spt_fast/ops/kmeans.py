@@ -162,6 +162,10 @@ class PrunedPasses:
         sums, counts, inertia, _ = self._native.end()
         return PassResult(sums, counts, inertia)
 
+    def labels(self) -> Tensor:
+        """Labels [1, M] of the last pass that was ended, int32."""
+        return self._native.labels()
+
 
 def can_prune(device: torch.device, backend: str) -> bool:
     """Whether `PrunedPasses` serves these tensors: on the CPU, with the compiled kernels."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from spt_fast import KMeans, StreamingKMeans
 
@@ -54,3 +55,34 @@ def test_centres_without_a_token_to_go_to_end_the_iterations() -> None:
     with pytest.warns(UserWarning, match="only 5 of n_clusters=7"):
         model = KMeans(7, init=tokens[[0, 1, 251, 501, 751, 0, 1]], tol=0).fit(tokens)
     assert model.n_iter_ <= 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_inertia_and_score_have_the_digits_of_small_distances(
+    backend: str, dtype: str, weighted: bool
+) -> None:
+    tokens = torch.from_numpy(two_clusters_and_a_far_token(1e5)).to(getattr(torch, dtype))
+    weights = torch.rand(len(tokens)) + 0.5 if weighted else torch.ones(len(tokens))
+    model = KMeans(3, backend=backend).fit(tokens, sample_weight=weights if weighted else None)
+    steps = tokens.double() - model.cluster_centers_.double()[model.labels_]
+    exact = float((weights.double() * steps.square().sum(1)).sum())
+    # Differences are rounded once each, and centres where they are returned.
+    assert float(model.inertia_) == pytest.approx(exact, rel=1e-6)
+    score = model.score(tokens, sample_weight=weights if weighted else None)
+    assert float(score) == pytest.approx(-exact, rel=1e-6)
+
+
+def test_inertia_and_score_are_the_same_on_any_number_of_threads() -> None:
+    tokens = torch.randn(3000, 20, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    found = set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            model = KMeans(7).fit(tokens)
+            found.add((float(model.inertia_), float(model.score(tokens))))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
