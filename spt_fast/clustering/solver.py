@@ -39,7 +39,7 @@ def solve(problem: WeightedTokens, n_clusters: int, rng: np.random.Generator) ->
         if runs[i] is run:
             break
     best = min(runs, key=lambda run: float(problem.assign(run.centers).inertia[0]))
-    return _settle(problem, best.centers, FINAL_GAIN)
+    return _settle(problem, best.centers, FINAL_GAIN, exact_inertia=True)
 
 
 def count_starts(n_clusters: int, affordable: int) -> int:
@@ -84,8 +84,17 @@ def _search(sample: WeightedTokens, start: LloydResult, rng: np.random.Generator
     return best
 
 
-def _settle(problem: WeightedTokens, centers: Tensor, gain: float) -> LloydResult:
-    return lloyd(problem, centers, max_iter=MAX_ITER, gain_tolerance=gain, relaxation=RELAXATION)
+def _settle(
+    problem: WeightedTokens, centers: Tensor, gain: float, *, exact_inertia: bool = False
+) -> LloydResult:
+    return lloyd(
+        problem,
+        centers,
+        max_iter=MAX_ITER,
+        gain_tolerance=gain,
+        relaxation=RELAXATION,
+        exact_inertia=exact_inertia,
+    )
 
 
 def _inertia(result: LloydResult) -> float:

@@ -60,12 +60,13 @@ def test_centres_without_a_token_to_go_to_end_the_iterations() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("make", [KMeans, StreamingKMeans])
 def test_inertia_and_score_have_the_digits_of_small_distances(
-    backend: str, dtype: str, weighted: bool
+    make: type[KMeans | StreamingKMeans], backend: str, dtype: str, weighted: bool
 ) -> None:
     tokens = torch.from_numpy(two_clusters_and_a_far_token(1e5)).to(getattr(torch, dtype))
     weights = torch.rand(len(tokens)) + 0.5 if weighted else torch.ones(len(tokens))
-    model = KMeans(3, backend=backend).fit(tokens, sample_weight=weights if weighted else None)
+    model = make(3, backend=backend).fit(tokens, sample_weight=weights if weighted else None)
     steps = tokens.double() - model.cluster_centers_.double()[model.labels_]
     exact = float((weights.double() * steps.square().sum(1)).sum())
     # Differences are rounded once each, and centres where they are returned.
