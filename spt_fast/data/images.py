@@ -285,26 +285,29 @@ def _transformed(
     *,
     training: bool = False,
     use: Use = "train",
-) -> tuple[Preprocessing | None, list[str]]:
-    """Give the data set its transform; what that is, and lines that say so. The digits are resized alone."""
+) -> tuple[Preprocessing | None, str, list[str]]:
+    """Give the data set its transform; what that is, how it augments, and lines that say so.
+
+    The digits are resized alone.
+    """
     if opened.kind == "digits":
         for name, value in (("resize", resize), ("mean_std", mean_std), ("augment", augment)):
             if value is not None:
                 raise ValueError(f"{name} is for images in files, got {value!r} for the digits")
         images, labels = opened.dataset.tensors
         opened.dataset.tensors = fit_images(images, channels_of(model), size_of(model)), labels
-        return None, []
+        return None, "none", []
     chosen = choose(opened.kind, resize, mean_std, tuned)
     augment = (augment or default_augment(opened.kind)) if training else "none"
     opened.dataset.transform = chosen.transform(model, augment)
     # Once in a run: training images are read beside those of validation.
     rows = [] if use == "val" else papers_rows(opened.kind)
-    return chosen, [chosen.describe(model, augment), *rows]
+    return chosen, augment, [chosen.describe(model, augment), *rows]
 
 
 def _loader(
     opened: Opened,
-    transform: tuple[Preprocessing | None, list[str]],
+    transform: tuple[Preprocessing | None, str, list[str]],
     batch_size: int,
     workers: int,
     seed: int,
@@ -314,11 +317,12 @@ def _loader(
 ) -> ImageLoader:
     workers = check_int("workers", workers, 0)
     dataset = opened.dataset
-    preprocessing, lines = transform
+    preprocessing, augment, lines = transform
     options = {
         "num_images": None if isinstance(dataset, IterableDataset) else len(dataset),
         "description": [*opened.description, *lines],
         "preprocessing": preprocessing,
+        "augment": augment,
         "bad_images": bad_images,
         "batch_size": check_int("batch_size", batch_size, 1),
         "seed": seed,

@@ -60,6 +60,8 @@ class ImageLoader:
         preprocessing: what is done to the images; None where nothing is.
         unreadable: {name: reason} of what was skipped so far, in any pass.
         is_random: whether an image may be another in another pass, as with random crops.
+        augment: how images are augmented, of `transforms.AUGMENTS`; None where nobody knows.
+        batch_size: images of a batch, of all processes that share the images together.
         every_batch: whether a batch without any readable image for this process comes as images [0, C, H, W]
             and labels [0], so that a pass has `len(loader)` batches, or not at all. True where several
             processes share each batch.
@@ -72,6 +74,7 @@ class ImageLoader:
         num_images: int | None,
         description: Sequence[str] = (),
         preprocessing: Preprocessing | None = None,
+        augment: str | None = None,
         bad_images: str = "error",
         num_workers: int = 0,
         batch_size: int = 1,
@@ -83,6 +86,7 @@ class ImageLoader:
         self.num_images = num_images
         self.description = tuple(description)
         self.preprocessing = preprocessing
+        self.augment = "none" if type(dataset) is TensorDataset else augment
         self.unreadable: dict[str, str] = {}
         self._skip = check_choice("bad_images", bad_images, BAD_IMAGES) == "skip"
         self._iterations = 0
@@ -96,6 +100,7 @@ class ImageLoader:
             generator=torch.Generator().manual_seed(seed),
         )
         self._order: Order | None = None
+        self.batch_size = batch_size
         self.every_batch = False
         if isinstance(dataset, IterableDataset):
             self.is_random = True
@@ -120,6 +125,18 @@ class ImageLoader:
     def is_balanced(self) -> bool:
         """Whether images are drawn by weights, so that all classes come equally often."""
         return self._order is not None and self._order.weights is not None
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether each pass may have another order; True where only the data set knows."""
+        return self._order is None or self._order.shuffle or self.is_balanced
+
+    @property
+    def drops_last(self) -> bool | None:
+        """Whether a last batch that is not full is left out; None where there is none, or nobody knows."""
+        if self._order is None or self._order.total % self._order.batch_size == 0:
+            return None
+        return self._order.drop_last
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Make the next pass that of `epoch`, counted from 1, from its batch `skip` on.
@@ -186,6 +203,7 @@ class ImageLoader:
     def _read_in(self, order: Order) -> None:
         """Read the data set in this order from now on."""
         self._order = order
+        self.batch_size = order.batch_size * (1 if order.in_step else order.processes.size)
         self.every_batch = order.in_step and order.processes.size > 1
         self._sampler = _Pass(order)
         self._open = partial(

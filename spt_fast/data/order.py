@@ -73,10 +73,15 @@ class Order:
             return taken[torch.multinomial(weights, len(taken), replacement=True, generator=generator)]
         return taken[torch.randperm(len(taken), generator=generator)] if self.shuffle else taken
 
+    @property
+    def total(self) -> int:
+        """The images of an epoch, of all processes where they share the images."""
+        return self.count if self.images is None else len(self.images)
+
     @cached_property
     def _spans(self) -> list[range]:
         """The places in `_order` of each batch of this process."""
-        total = self.count if self.images is None else len(self.images)
+        total = self.total
         if self.in_step:
             spans = self._cut(range(total), self.batch_size)
             return [self._share(span) for span in spans]

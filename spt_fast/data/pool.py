@@ -139,6 +139,7 @@ class Pool:
         loader = self._loader(
             self._augmented,
             rows,
+            augment=self.images.train.loader.augment,
             seed=seed,
             in_step=True,
             shuffle=True,

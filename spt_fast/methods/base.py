@@ -199,6 +199,11 @@ class TunedViT(TimmMethods):
         found = classifiers(self.model)
         return found[0] if len(found) == 1 else nn.ModuleList(found)
 
+    @property
+    def head_norm(self) -> Literal["none", "batch"]:
+        """As given."""
+        return "batch" if self._head_norm == "batch" else "none"
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters for an optimiser: what the method learns, and the head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.progress import progress_bar
 from spt_fast.support.randomness import seed_all, seed_of, seeded
+from spt_fast.training.agreement import check_agreement
 from spt_fast.training.drop_path import stochastic_depth
 from spt_fast.training.evaluation import (
     Evaluation,
@@ -75,14 +77,16 @@ def fit(
     Raises:
         TypeError: `train_loader` has no length, `val_loader` is an iterator, which can be read only once, a
             batch holds something else, a field is unknown, or an argument is of the wrong type.
-        ValueError: a field is out of range, a loader or a batch is empty, labels have another
-            shape or are no classes of the model, no parameter requires a gradient, or one that does is
-            float16.
+        ValueError: a field is out of range, or states what `tuned` or `train_loader` can be seen not to be;
+            a loader or a batch is empty, labels have another shape or are no classes of the model, no
+            parameter requires a gradient, or one that does is float16.
         FloatingPointError: the loss is NaN or infinite; the message holds epoch, step and rate. It is raised
             some steps later, so that no step waits for its loss; the model has taken them. Or the logits of
             a validation image are NaN.
     """
     recipe = given_or_default(recipe).replace(**fields)
+    check_gives_logits(tuned)
+    check_agreement(recipe, tuned, train_loader, given=fields)
     return Trainer(tuned, train_loader, val_loader, recipe, progress=progress).run(on_epoch=on_epoch)
 
 
@@ -119,6 +123,9 @@ class Trainer:
     ) -> None:
         self.tuned, self.recipe = tuned, given_or_default(recipe)
         check_gives_logits(tuned)
+        check_agreement(self.recipe, tuned, train_loader, processes=processes)
+        if recipe is not None:
+            _warn_of_one_order(train_loader)
         _check_loaders(train_loader, val_loader, self.recipe)
         self._train_loader, self._val_loader = train_loader, val_loader
         self._processes, self._progress = processes, check_bool("progress", progress)
@@ -389,6 +396,15 @@ def _check_loaders(train_loader: Any, val_loader: Any, recipe: Recipe) -> None:
         raise ValueError(
             "balance='sampler' needs a loader that draws classes equally often, as open_labelled_images(..., "
             f"balance='sampler') opens it, got {type(train_loader).__name__}"
+        )
+
+
+def _warn_of_one_order(loader: Any) -> None:
+    if isinstance(loader, ImageLoader) and not loader.is_shuffled and len(loader) > 1:
+        warnings.warn(
+            "train_loader gives its images in the same order in every epoch; open_labelled_images(..., "
+            "training=True) and shuffled_loader shuffle them",
+            stacklevel=4,
         )
 
 

@@ -45,4 +45,6 @@ def fit_pruned(
     start["source.mask"] = tuned.learned_state_dict()["source.mask"]
     start["source.prompts"] = start["source.prompts"][:, kept] * start["source.mask"]
     tuned.load_learned_state_dict(start)
+    # Fewer prompts are left than a recipe may state.
+    fields["num_prompts"] = None
     return first, fit(tuned, train_loader, val_loader, recipe, progress=progress, **fields)

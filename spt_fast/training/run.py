@@ -19,6 +19,7 @@ from spt_fast.prompting.checks import check_class_names
 from spt_fast.prototypes.result import Prototypes
 from spt_fast.support.arguments import check_bool, check_int
 from spt_fast.support.distributed import find_processes
+from spt_fast.training.agreement import check_agreement
 from spt_fast.training.evaluation import Evaluation
 from spt_fast.training.features import FeatureStore
 from spt_fast.training.folder import RunFolder, run_folder
@@ -105,9 +106,9 @@ def train(
         FileExistsError: `out` holds results, and neither `resume` nor `overwrite` is given.
         ImportError: `tensorboard`, and it is not installed.
         TypeError, FloatingPointError: as `fit`.
-        ValueError: as `fit`; the recipe states another method or number of prompts than `tuned` has; images
-            of `open_labelled_images` have other classes than `tuned`, or in another order; another run writes
-            into `out` now; its checkpoint cannot be read, or is of another recipe, data or model.
+        ValueError: as `fit`; images of `open_labelled_images` have other classes than `tuned`, or in another
+            order; another run writes into `out` now; its checkpoint cannot be read, or is of another recipe,
+            data or model.
         OSError: a file cannot be written. The last whole checkpoint stays.
     """
     processes = find_processes(process_group)
@@ -156,7 +157,7 @@ def train_in(
     if not isinstance(tuned, TunedViT):
         raise TypeError(f"tuned must be a PromptedViT, or of another method, got {type(tuned).__name__}")
     recipe = given_or_default(recipe)
-    _check_is_of(recipe, tuned)
+    check_agreement(recipe, tuned, train_data, argument="train_data", processes=folder.processes)
     if save_every is not None:
         check_int("save_every", save_every, 1, "or None")
     if check_bool("tensorboard", tensorboard):
@@ -210,7 +211,7 @@ def run_facts(
         **{f"backbone_{name}": fact for name, fact in readable(describe(tuned.model)).items()},
         "tuned_method": tuned.method,
         **{f"tuned_{name}": value for name, value in tuned.options.items()},
-        "prompts_per_block": _num_prompts(tuned),
+        "prompts_per_block": getattr(tuned, "num_prompts", 0),
         "trainable_parameters": tuned.num_trainable(),
     }
     if taken := [name for name in given if name in found or name in ABOUT_RUN]:
@@ -218,25 +219,6 @@ def run_facts(
             f"facts must have other names than those that run.yaml has already, got {', '.join(taken)}"
         )
     return {**given, **found}
-
-
-def _check_is_of(recipe: Recipe, tuned: TunedViT) -> None:
-    """ValueError where the recipe states what `tuned` is not: run.yaml would say what was not done."""
-    stated = {
-        "method": (recipe.method, tuned.method),
-        "num_prompts": (recipe.num_prompts, _num_prompts(tuned)),
-    }
-    for name, (wanted, found) in stated.items():
-        if wanted is not None and wanted != found:
-            raise ValueError(
-                f"{name}={wanted!r} of the recipe is not that of tuned, which has {found!r}; "
-                "training.build makes the model of a recipe"
-            )
-
-
-def _num_prompts(tuned: TunedViT) -> int:
-    found: int = getattr(tuned, "num_prompts", 0)
-    return found
 
 
 def _data_facts(prefix: str, data: Any) -> dict[str, str | int]:

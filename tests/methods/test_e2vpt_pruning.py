@@ -89,7 +89,8 @@ def test_pruning_nothing_changes_nothing(tuned: Any, make_images: Callable[..., 
 
 def test_training_is_rewound(make_random: MakeViT, loader: list[tuple[Tensor, Tensor]]) -> None:
     tuned: Any = tune(make_random(), "e2vpt", prompts=NUM_PROMPTS, num_classes=4)
-    given = {"epochs": 4, "lr": 1e-2, "warmup_epochs": 0, "progress": False}
+    # The number of prompts is that of the first stage.
+    given = {"epochs": 4, "lr": 1e-2, "warmup_epochs": 0, "progress": False, "num_prompts": NUM_PROMPTS}
     first, second = fit_pruned(tuned, loader, tokens=0.5, pieces=0.25, **given)  # type: ignore[arg-type]
     assert first.epochs == second.epochs == 4
     assert second.loss[-1] < 0.8 * second.loss[0]

@@ -379,7 +379,7 @@ class TestResume:
 
     def test_the_state_of_another_model_is_refused(self, make_vit, images):
         state = self.trainer(make_vit, images, "ours").state_dict()
-        other = PromptedViT(make_vit(), torch.ones(3, 4, 32), num_classes=4)
+        other = PromptedViT(make_vit(), torch.ones(3, 4, 32), num_classes=4, prompt_dropout=0.2)
         trainer = Trainer(other, *self.loaders(images, "ours"), RECIPE, progress=False)
         with pytest.raises(ValueError, match=r"prompts must be \[3, 4, 32\], got \[3, 2, 32\]"):
             trainer.load_state_dict(state)
