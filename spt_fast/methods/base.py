@@ -271,10 +271,14 @@ class TunedViT(TimmMethods):
         Raises:
             ValueError: a parameter learns that is none of the method's or the head's.
         """
-        self._check_not_released()
-        tensors = self._state().tensors
+        tensors = self.saved_tensors()
         check_all_saved(self, tensors.values())
         return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What the file of `save` holds, by its names: parameters and buffers themselves, frozen or not."""
+        self._check_not_released()
+        return dict(self._state().tensors)
 
     def load_learned_state_dict(self, state: Mapping[str, Tensor]) -> _IncompatibleKeys:
         """Take the values that `learned_state_dict` gave; errors leave everything as it was.

@@ -9,6 +9,9 @@ import torch
 from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
+from spt_fast.backbones.anatomy import unwrap
+from spt_fast.methods.base import TunedViT
+
 
 def learned(tuned: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters that require a gradient and of all buffers, by their names."""
@@ -25,12 +28,27 @@ def take_back(tuned: nn.Module, values: Mapping[str, Tensor]) -> None:
     if own.keys() != values.keys():
         other = sorted(own.keys() ^ values.keys())
         raise ValueError(f"the values must be of what the model learns, but differ in {', '.join(other[:4])}")
-    for name, tensor in own.items():
-        if tensor.shape != values[name].shape:
-            raise ValueError(f"{name} must be {list(tensor.shape)}, got {list(values[name].shape)}")
+    put_back(own, values)
+
+
+def put_back(own: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Give tensors the values of these names; errors as `take_back`."""
+    for name, value in values.items():
+        if name not in own or own[name].shape != value.shape:
+            wanted = list(own[name].shape) if name in own else "absent"
+            raise ValueError(f"{name} must be {wanted}, got {list(value.shape)}")
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(values[name])
+        for name, value in values.items():
+            own[name].copy_(value)
+
+
+def frozen_but_saved(tuned: nn.Module) -> dict[str, Tensor]:
+    """What the file of `tuned` holds beside what `learned` copies, such as frozen prompts; no copies."""
+    inner = unwrap(tuned)
+    if not isinstance(inner, TunedViT):
+        return {}
+    changing = {id(tensor) for _, tensor in _changing(inner)}
+    return {name: tensor for name, tensor in inner.saved_tensors().items() if id(tensor) not in changing}
 
 
 class Average:

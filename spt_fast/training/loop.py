@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ from spt_fast.training.evaluation import (
 )
 from spt_fast.training.features import FeatureStore
 from spt_fast.training.history import History
-from spt_fast.training.learned import Average, learned, take_back
+from spt_fast.training.learned import Average, frozen_but_saved, learned, put_back, take_back
 from spt_fast.training.losses import Losses
 from spt_fast.training.objective import Objective
 from spt_fast.training.optimizer import LearningRates, check_groups, create_optimizer
@@ -217,6 +218,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "learned": learned(self.tuned),
+            "frozen": {name: tensor.detach().clone() for name, tensor in self._frozen.items()},
             "optimizer": self.optimizer.state_dict(),
             "average": {} if self.average is None else self.average.values(),
             "scaler": self._stepper.scaler.state_dict(),
@@ -236,6 +238,8 @@ class Trainer:
         """
         check_groups(self.optimizer, state["optimizer"])
         take_back(self.tuned, state["learned"])
+        # Older states have none: the run goes on with those of this model.
+        put_back(self._frozen, state.get("frozen", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load(state["average"])
@@ -250,6 +254,10 @@ class Trainer:
         for generator, of_order in zip(self._orders, self._order_states, strict=True):
             generator.set_state(of_order)
         self.evaluation = None if state["evaluation"] is None else Evaluation.of_state(state["evaluation"])
+
+    @cached_property
+    def _frozen(self) -> dict[str, Tensor]:
+        return frozen_but_saved(self.tuned)
 
     @contextmanager
     def _prepared(self) -> Iterator[Source]:

@@ -368,6 +368,23 @@ class TestResume:
         assert all(torch.equal(value, averages[name]) for name, value in again.average.values().items())
         assert again.evaluation == whole.evaluation
 
+    def test_frozen_prompts_are_those_of_the_state(self, make_vit, images):
+        def make(value: float) -> Trainer:
+            start = torch.full((3, 2, 32), value)
+            tuned = PromptedViT(make_vit(), start, num_classes=4, freeze_prompts=True)
+            return Trainer(tuned, *self.loaders(images, "ours"), Recipe(epochs=2), progress=False)
+
+        state = make(0.3).state_dict()
+        assert [*state["frozen"]] == ["prompts"]
+        again = make(0.7)
+        again.load_state_dict(through_a_file(state))
+        assert torch.equal(again.tuned.prompts, torch.full((3, 2, 32), 0.3))
+        # As older versions wrote it.
+        del state["frozen"]
+        older = make(0.7)
+        older.load_state_dict(state)
+        assert torch.equal(older.tuned.prompts, torch.full((3, 2, 32), 0.7))
+
     def test_a_finished_run_is_not_trained_again(self, make_vit, images):
         whole = self.trainer(make_vit, images, "ours")
         history = whole.run()
