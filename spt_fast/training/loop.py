@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections import Counter
@@ -210,15 +211,14 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that a `Trainer` of the same arguments needs to go on from here; waits for the device.
 
-        Tensors, numbers, strings, lists and dicts: `torch.load` reads them with `weights_only=True`.
+        Copies, as tensors, numbers, strings, lists and dicts: `torch.load(weights_only=True)` reads them.
         """
         total, count = self._losses.totals()
         history = {name: value for name, value in vars(self.history).items() if name != "keep"}
-        return {
+        present = {
             "epoch": self.epoch,
             "step": self.step,
-            "learned": learned(self.tuned),
-            "frozen": {name: tensor.detach().clone() for name, tensor in self._frozen.items()},
+            "frozen": {name: tensor.detach() for name, tensor in self._frozen.items()},
             "optimizer": self.optimizer.state_dict(),
             "average": {} if self.average is None else self.average.values(),
             "scaler": self._stepper.scaler.state_dict(),
@@ -228,6 +228,8 @@ class Trainer:
             "orders": list(self._order_states),
             "evaluation": None if self.evaluation is None else self.evaluation.state(),
         }
+        # The run goes on in these very tensors and lists.
+        return {"learned": learned(self.tuned), **copy.deepcopy(present)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken.
@@ -237,6 +239,8 @@ class Trainer:
                 parameters otherwise.
         """
         check_groups(self.optimizer, state["optimizer"])
+        # The caller may go on from it again.
+        state = copy.deepcopy(state)
         take_back(self.tuned, state["learned"])
         # Older states have none: the run goes on with those of this model.
         put_back(self._frozen, state.get("frozen", {}))

@@ -298,6 +298,19 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name, value in found.items() if not torch.equal(value, expected[name])] == []
 
 
+def assert_same(found: Any, expected: Any) -> None:
+    """`assert_equal`, for whatever a state holds."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = list(found.values()), list(expected.values())
+    if isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for each, other in zip(found, expected, strict=True):
+            assert_same(each, other)
+    else:
+        assert torch.equal(found, expected) if isinstance(expected, Tensor) else found == expected
+
+
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(state, file)
@@ -384,6 +397,25 @@ class TestResume:
         older = make(0.7)
         older.load_state_dict(state)
         assert torch.equal(older.tuned.prompts, torch.full((3, 2, 32), 0.7))
+
+    def test_a_state_stays_as_it_was_taken(self, make_vit, images):
+        """Whatever the run does that it was taken of, and those that go on from it, which may be several."""
+        first = self.trainer(make_vit, images, "ours")
+        taken: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+        def take(trainer: Any) -> None:
+            if (trainer.epoch, trainer.step) == (2, 1):
+                state = trainer.state_dict()
+                taken.append((state, through_a_file(state)))
+
+        history = first.run(on_step=take)
+        ((state, then),) = taken
+        for _ in range(2):
+            again = self.trainer(make_vit, images, "ours")
+            again.load_state_dict(state)
+            assert again.history.epochs == 2
+            assert again.run().loss == history.loss
+        assert_same(state, then)
 
     def test_a_finished_run_is_not_trained_again(self, make_vit, images):
         whole = self.trainer(make_vit, images, "ours")
