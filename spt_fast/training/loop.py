@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,6 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from spt_fast.data.identity import labels_of
@@ -35,6 +33,7 @@ from spt_fast.training.evaluation import (
 from spt_fast.training.features import FeatureStore
 from spt_fast.training.history import History
 from spt_fast.training.learned import Average, frozen_but_saved, learned, put_back, take_back
+from spt_fast.training.loaders import check_loaders, count_batches, generators, warn_of_one_order
 from spt_fast.training.losses import Losses
 from spt_fast.training.objective import Objective
 from spt_fast.training.optimizer import LearningRates, check_groups, create_optimizer
@@ -127,12 +126,12 @@ class Trainer:
         check_gives_logits(tuned)
         check_agreement(self.recipe, tuned, train_loader, processes=processes)
         if recipe is not None:
-            _warn_of_one_order(train_loader)
-        _check_loaders(train_loader, val_loader, self.recipe)
+            warn_of_one_order(train_loader)
+        check_loaders(train_loader, val_loader, self.recipe)
         self._train_loader, self._val_loader = train_loader, val_loader
         self._processes, self._progress = processes, check_bool("progress", progress)
         self._features = features
-        self._batches = _count_batches(train_loader)
+        self._batches = count_batches(train_loader)
         self._steps = -(-self._batches // self.recipe.accumulate)
         self._images: int | None = getattr(train_loader, "num_images", None)
         self._device = device_of(tuned)
@@ -148,7 +147,7 @@ class Trainer:
         self._best: dict[str, Tensor] = {}
         self._losses = Losses(1, processes=processes)
         self._seconds = 0.0
-        self._orders = _generators(train_loader)
+        self._orders = generators(train_loader)
         self._order_states = [generator.get_state() for generator in self._orders]
 
     def run(
@@ -392,55 +391,6 @@ def _class_counts(loader: Any, num_classes: int | None) -> list[int]:
         )
     counts = Counter(labels)
     return [counts[label] for label in range(num_classes)]
-
-
-def _check_loaders(train_loader: Any, val_loader: Any, recipe: Recipe) -> None:
-    if isinstance(val_loader, Iterator):
-        raise TypeError(
-            "val_loader must start anew after each epoch, as a list or a DataLoader does, "
-            f"got {type(val_loader).__name__}"
-        )
-    for name, value in (("keep", recipe.keep == "best"), ("patience", recipe.patience is not None)):
-        if value and val_loader is None:
-            shown = f"{name}={getattr(recipe, name)!r}"
-            raise ValueError(f"{shown} is chosen by validation images, but there is no val_loader")
-    if recipe.balance == "sampler" and not getattr(train_loader, "is_balanced", False):
-        raise ValueError(
-            "balance='sampler' needs a loader that draws classes equally often, as open_labelled_images(..., "
-            f"balance='sampler') opens it, got {type(train_loader).__name__}"
-        )
-
-
-def _warn_of_one_order(loader: Any) -> None:
-    if isinstance(loader, ImageLoader) and not loader.is_shuffled and len(loader) > 1:
-        warnings.warn(
-            "train_loader gives its images in the same order in every epoch; open_labelled_images(..., "
-            "training=True) and shuffled_loader shuffle them",
-            stacklevel=4,
-        )
-
-
-def _count_batches(train_loader: Batches) -> int:
-    try:
-        batches = len(train_loader)
-    except TypeError as error:
-        raise TypeError(
-            "train_loader must have a length, as a list or a DataLoader over a data set with one has: the "
-            f"learning rate of each step depends on it; got {type(train_loader).__name__} ({error})"
-        ) from error
-    if batches == 0:
-        raise ValueError("train_loader must give at least one batch, got none")
-    return batches
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """The generators that decide the order of a DataLoader of the user's own, each of them once."""
-    if hasattr(loader, "set_epoch"):
-        return []
-    sampler, batch_sampler = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
-    holders = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
 def _last_values(history: History) -> dict[str, str]:
