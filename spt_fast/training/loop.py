@@ -22,7 +22,7 @@ from spt_fast.support.distributed import ALONE, Processes
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.support.progress import progress_bar
 from spt_fast.support.randomness import seed_all, seed_of, seeded
-from spt_fast.training.agreement import check_agreement
+from spt_fast.training.agreement import batch_size_of, check_agreement
 from spt_fast.training.drop_path import stochastic_depth
 from spt_fast.training.evaluation import (
     Evaluation,
@@ -135,7 +135,7 @@ class Trainer:
         self._steps = -(-self._batches // self.recipe.accumulate)
         self._images: int | None = getattr(train_loader, "num_images", None)
         self._device = device_of(tuned)
-        self.optimizer = create_optimizer(tuned, self.recipe)
+        self.optimizer = create_optimizer(tuned, _with_batches_of(self.recipe, train_loader, processes))
         objective = _objective(self.recipe, tuned, train_loader)
         self._stepper = Stepper(self.optimizer, self.recipe, objective, self._device, processes)
         warn_of_slow_products(self._stepper.amp or getattr(tuned, "weight_dtype", None), self._device)
@@ -368,6 +368,12 @@ class Trainer:
             unit="batch" if self._images is None else "image",
             desc="train",
         )
+
+
+def _with_batches_of(recipe: Recipe, loader: Any, processes: Processes) -> Recipe:
+    """`recipe`, with rates for the images that a batch really has, where that matters and is known."""
+    size = None if recipe.lr_scale == "none" else batch_size_of(loader, processes)
+    return recipe if size is None else recipe.replace(batch_size=size)
 
 
 def _objective(recipe: Recipe, tuned: nn.Module, train_loader: Any) -> Objective:

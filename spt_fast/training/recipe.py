@@ -296,7 +296,7 @@ class Recipe:
 
     @property
     def peak_lr(self) -> float:
-        """`lr`, scaled as `lr_scale` says."""
+        """`lr`, scaled as `lr_scale` says, for batches of `batch_size`."""
         return self.lr * self._scale
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spt_fast import NMITracker, PromptedViT, build_prototypes
 from spt_fast.analysis import analyse
@@ -653,3 +653,18 @@ def test_a_batch_of_one_image_is_named_where_a_batch_norm_needs_two(blobs):
         ValueError, match=r"batch 1 of train_loader must hold two images .* got 1; .*--drop-last"
     ):
         fit(net, loader, epochs=1, progress=False)
+
+
+@pytest.mark.parametrize(("kind", "peak"), [("ours", 0.5), ("torch", 0.5), ("list", 0.125)])
+def test_rates_grow_with_the_batches_of_the_loader(kind, peak):
+    """The recipe's batch size, of 32, is asked where nothing else is known."""
+    images, labels = torch.randn(256, 5), torch.arange(256) % 3
+    if kind == "list":
+        loader = [(images[:128], labels[:128])]
+    elif kind == "torch":
+        loader = DataLoader(TensorDataset(images, labels), batch_size=128, shuffle=True)
+    else:
+        loader = shuffled_loader(images, labels, batch_size=128, seed=0)
+    recipe = Recipe(lr_scale="batch", lr=1.0, epochs=1, warmup_epochs=0, schedule="constant")
+    assert fit(make_net(), loader, recipe=recipe, progress=False).lr == [peak]
+    assert fit(make_net(), loader, recipe=recipe, progress=False, accumulate=2).lr == [2 * peak]
