@@ -287,7 +287,7 @@ class Trainer:
             group = list(islice(batches, self.recipe.accumulate))
             if not group:
                 break
-            images = self._take_step(source.module, group)
+            images = self._take_step(source.module, [None if self._is_lost(each) else each for each in group])
             self.step += 1
             self._seconds = time.perf_counter() - started
             bar.update(len(group) if self._images is None else images * self._processes.size)
@@ -314,9 +314,16 @@ class Trainer:
         if self.recipe.keep == "best" and self.history.kept_epoch == self.epoch:
             self._best = learned(self.tuned)
 
+    def _is_lost(self, batch: Any) -> bool:
+        """Whether no image of a batch was readable; of several processes, another may have some."""
+        ours = isinstance(self._train_loader, ImageLoader) and self._processes.size == 1
+        return ours and len(batch[1]) == 0
+
     def _take_step(self, module: nn.Module, group: Sequence[Any]) -> int:
-        """One step; the number of its images here."""
+        """One step, unless all its batches are lost; the number of its images here."""
         self._rates.set(self.epoch * self._steps + self.step)
+        if all(batch is None for batch in group):
+            return 0
         loss, count = self._stepper.take(module, group, self.step * self.recipe.accumulate)
         if self.average is not None:
             self.average.update()

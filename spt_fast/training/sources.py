@@ -90,10 +90,13 @@ def _of_features(
 
 
 def _batches_of(loader: Any, epoch: int, skip: int) -> Iterator[Any]:
-    """The batches of an epoch from one of them on; other loaders than ours read those before it too."""
+    """The batches of an epoch from one of them on; other loaders than ours read those before it too.
+
+    Of ours, a batch of which no image is readable comes empty: what goes on later counts it too.
+    """
     if hasattr(loader, "index_batches"):
         loader.set_epoch(epoch, skip)
-        return iter(loader)
+        return _every_batch_of(loader)
     sampler = getattr(loader, "sampler", None)
     for each in (loader, sampler):
         if each is not None and hasattr(each, "set_epoch"):
@@ -102,3 +105,11 @@ def _batches_of(loader: Any, epoch: int, skip: int) -> Iterator[Any]:
     for _ in range(skip):
         next(batches, None)
     return batches
+
+
+def _every_batch_of(loader: Any) -> Iterator[Any]:
+    before, loader.every_batch = loader.every_batch, True
+    try:
+        yield from loader
+    finally:
+        loader.every_batch = before

@@ -49,7 +49,8 @@ class Stepper:
         """One step of `module` over the mean of the losses of all images with a label.
 
         Args:
-            batches: as `labelled_batch` reads them; with several processes, some may be empty here.
+            batches: as `labelled_batch` reads them, one at least; None for those without a readable image.
+                With several processes, some may be empty here.
             first: the number of the first batch in the epoch, for messages.
 
         Returns:
@@ -58,7 +59,8 @@ class Stepper:
         Raises:
             TypeError, ValueError: as `training.fit`.
         """
-        shares = [self._share(batch, first + index) for index, batch in enumerate(batches)]
+        numbered = enumerate(batches, start=first)
+        shares = [self._share(batch, number) for number, batch in numbered if batch is not None]
         count = sum(count_given(share.labels) for share in shares)
         scale = self._scale(count, shares[0].where)
         self._optimizer.zero_grad(set_to_none=True)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from spt_fast import PromptedViT, Recipe, tune
+from spt_fast.data.images import open_labelled_images
 from spt_fast.training import Trainer, fit, step
 from spt_fast.training.evaluation import evaluate
 from spt_fast.training.features import Features
@@ -416,6 +418,35 @@ class TestResume:
             assert again.history.epochs == 2
             assert again.run().loss == history.loss
         assert_same(state, then)
+
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_batches_without_a_readable_image_are_counted(self, make_vit, tmp_path, accumulate):
+        for number in range(8):
+            path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (30 * number, 99, 255 - 30 * number)).save(path)
+        (tmp_path / "images" / "a" / "2.png").write_bytes(b"no image")
+        model = make_vit()
+        model.pretrained_cfg = {"input_size": (3, 32, 32)}
+
+        def make() -> Trainer:
+            options = {"training": True, "batch_size": 1, "workers": 0, "bad_images": "skip", "seed": 0}
+            loader = open_labelled_images(str(tmp_path / "images"), model, **options).loader
+            torch.manual_seed(0)
+            tuned = tune(make_vit(), "linear", num_classes=2)
+            recipe = Recipe(epochs=2, lr=0.05, accumulate=accumulate)
+            return Trainer(tuned, loader, recipe=recipe, progress=False)
+
+        whole = make()
+        states: list[dict[str, Any]] = []
+        unbroken = whole.run(on_step=lambda trainer: states.append(trainer.state_dict()))
+        assert len(states) == 2 * (8 // accumulate - 1)
+        assert unbroken.lr[-1] == pytest.approx(1e-8), "the lost image has its step, and the last rate comes"
+        for state in states:
+            again = make()
+            again.load_state_dict(state)
+            assert again.run().loss == unbroken.loss
+            assert_equal(again.tuned.learned_state_dict(), whole.tuned.learned_state_dict())
 
     def test_a_finished_run_is_not_trained_again(self, make_vit, images):
         whole = self.trainer(make_vit, images, "ours")
