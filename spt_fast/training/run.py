@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, distributed, nn
 
 from spt_fast.backbones.identity import describe, readable
+from spt_fast.data.batches import labelled_batch
 from spt_fast.data.images import LabelledImages
 from spt_fast.data.listing import some_names
 from spt_fast.methods.base import TunedViT
@@ -86,6 +87,7 @@ def train(
         tuned: of `training.build.build`, `spt_fast.tune`, or any `PromptedViT`. A resumed run replaces what
             it learns.
         train_data, val_data, test_data: of `data.images.open_labelled_images`, or loaders as `fit` takes.
+            Of loaders to test with, batches and images are counted, by which a resumed run knows them.
             Class names and preprocessing that `tuned` does not state are taken from the first. Test images
             are evaluated once, at the end, and choose nothing.
         recipe: None is `Recipe()`.
@@ -105,7 +107,7 @@ def train(
     Raises:
         FileExistsError: `out` holds results, and neither `resume` nor `overwrite` is given.
         ImportError: `tensorboard`, and it is not installed.
-        TypeError, FloatingPointError: as `fit`.
+        TypeError, FloatingPointError: as `fit`; `test_data` is an iterator.
         ValueError: as `fit`; images of `open_labelled_images` have other classes than `tuned`, or in another
             order; another run writes into `out` now; its checkpoint cannot be read, or is of another recipe,
             data or model.
@@ -162,6 +164,11 @@ def train_in(
         check_int("save_every", save_every, 1, "or None")
     if check_bool("tensorboard", tensorboard):
         folder.processes.on_rank_0(check_tensorboard)
+    if isinstance(test_data, Iterator):
+        raise TypeError(
+            "test_data must be a loader that can be read again, as a list or a DataLoader can, got "
+            f"{type(test_data).__name__}"
+        )
     _take_names(tuned, train_data)
     _check_classes(tuned, train_data=train_data, val_data=val_data, test_data=test_data)
     # What could not be saved is found now, and not after an epoch.
@@ -192,7 +199,7 @@ def train_in(
         with outputs.recording():
             trainer.run(on_epoch=outputs.after_epoch, on_step=_every(save_every, outputs))
         outputs.end()
-        test = None if test_data is None else outputs.test(_loader(test_data), _data_facts("", test_data))
+        test = None if test_data is None else outputs.test(_loader(test_data), _test_facts(test_data))
     return Run(trainer.history, trainer.evaluation, test, folder.path, folder.paths(), tuned)
 
 
@@ -230,6 +237,20 @@ def _data_facts(prefix: str, data: Any) -> dict[str, str | int]:
         with suppress(TypeError):
             facts = {"batches": len(data)}
     return {prefix + name: fact for name, fact in facts.items()}
+
+
+def _test_facts(data: Any) -> dict[str, str | int]:
+    """Also of a user's own loader the number of images, where it can be told without reading them."""
+    facts = _data_facts("", data)
+    if isinstance(data, LabelledImages):
+        return facts
+    # What is wrong with a batch is for the test to say.
+    with suppress(TypeError, ValueError):
+        if isinstance(data, list | tuple):
+            facts["images"] = sum(len(labelled_batch(batch)[1]) for batch in data)
+        elif hasattr(data, "dataset"):
+            facts["images"] = len(data.dataset)
+    return facts
 
 
 def _loader(data: Any) -> Any:

@@ -7,6 +7,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import spt_fast
 from spt_fast import Recipe
@@ -302,6 +304,42 @@ def test_a_finished_run_can_be_tested_later_but_on_one_set_of_images(
     assert "test.csv" in tested.paths
     with pytest.raises(ValueError, match=r"holds a test on .*'batches': 3.* is tested once; got .*4.*eval"):
         train(make_tuned(), loader, recipe=QUICK, out=tmp_path, test_data=loader[:4], resume=True)
+
+
+def test_test_images_are_known_by_their_number(make_tuned: Any, loader: Loader, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"recipe": QUICK.replace(epochs=2), "out": tmp_path / "run", "progress": False}
+    with pytest.raises(
+        TypeError, match=r"test_data must be a loader that can be read again, .* list_iterator"
+    ):
+        train(make_tuned(), loader, test_data=iter(loader), **options)
+    assert list(tmp_path.iterdir()) == []
+    options["resume"] = True
+    first = train(make_tuned(), loader, test_data=loader[:1], **options)
+    images, labels = loader[0]
+    for others in ([(images[:3], labels[:3])], DataLoader(TensorDataset(images[:3], labels[:3]), 3)):
+        with pytest.raises(ValueError, match=r"'images': 8\}, and a run is tested once; got .*'images': 3\}"):
+            train(make_tuned(), loader, test_data=others, **options)
+    # As older versions noted it.
+    path = tmp_path / "run" / CHECKPOINT_NAME
+    written = Checkpoint.read(path)
+    replace(written, test={**written.test, "facts": {"batches": 1}}).write(path)
+    assert train(make_tuned(), loader, test_data=loader[:1], **options).test == first.test
+
+
+def test_images_of_which_nothing_is_known_are_tested_again(
+    make_tuned: Any, loader: Loader, tmp_path: Path
+) -> None:
+    class Unsized:
+        def __init__(self, batches: Loader) -> None:
+            self._batches = batches
+
+        def __iter__(self) -> Any:
+            return iter(self._batches)
+
+    options: dict[str, Any] = {"recipe": QUICK.replace(epochs=2), "out": tmp_path, "progress": False}
+    for count in (1, 3):
+        run = train(make_tuned(), loader, test_data=Unsized(loader[:count]), resume=True, **options)
+        assert run.test == evaluate_classes(run.tuned, loader[:count])
 
 
 def test_another_recipe_data_or_model_is_refused(make_tuned: Any, loader: Loader, tmp_path: Path) -> None:
