@@ -166,12 +166,15 @@ def _check_inputs_stay(args: argparse.Namespace) -> None:
 
 def _train_in(folder: RunFolder, args: argparse.Namespace, recipe: Recipe) -> None:
     from spt_fast.training.build import build
+    from spt_fast.training.loaders import check_two_images
     from spt_fast.training.run import train_in
 
     processes = folder.processes
     # What is said on the way is said by rank 0.
     with redirect_stderr(io.StringIO()) if processes.rank else nullcontext():
         model, cache, images = processes.rank_0_first(partial(_open, args, recipe, folder))
+    if recipe.head_norm == "batch":
+        check_two_images(images.train.loader, "data")
     lines = [*images.description, *(cache.description() if cache is not None else ())]
     if kept := folder.what_is_kept():
         lines.append(f"resume: {kept}")

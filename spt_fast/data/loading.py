@@ -138,6 +138,15 @@ class ImageLoader:
             return None
         return self._order.drop_last
 
+    @property
+    def smallest_share(self) -> tuple[int, int] | None:
+        """The images of the smallest batch, and how many processes share them; None where reading tells."""
+        order = self._order
+        if order is None or self._skip or not (order.in_step or order.processes.size == 1):
+            return None
+        last = 0 if order.drop_last else order.total % order.batch_size
+        return last or order.batch_size, order.processes.size
+
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Make the next pass that of `epoch`, counted from 1, from its batch `skip` on.
 

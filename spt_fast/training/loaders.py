@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from spt_fast.data.loading import ImageLoader
 from spt_fast.training.recipe import Recipe
@@ -28,6 +29,36 @@ def check_loaders(train_loader: Any, val_loader: Any, recipe: Recipe) -> None:
             "balance='sampler' needs a loader that draws classes equally often, as open_labelled_images(..., "
             f"balance='sampler') opens it, got {type(train_loader).__name__}"
         )
+
+
+def check_two_images(loader: Any, argument: str = "train_loader") -> None:
+    """ValueError where a process is known to get a batch of one image, of which a batch norm learns nothing.
+
+    Of a user's own loader, that is so where it puts the items of a data set together as torch does.
+    """
+    if isinstance(loader, ImageLoader):
+        images, share = loader.num_images, loader.smallest_share
+    else:
+        images, share = _smallest_of_torch(loader)
+    if share is None or not 0 < share[0] < 2 * share[1]:
+        return
+    each = "" if share[1] == 1 else f", shared by {share[1]} processes"
+    raise ValueError(
+        f"{argument} must hold two images or more in every batch for the batch norm before the head, but of "
+        f"{images} images in batches of {loader.batch_size} the last has {share[0]}{each}; leave out a last "
+        "batch that is not full (drop_last=True, --drop-last), or take another batch_size"
+    )
+
+
+def _smallest_of_torch(loader: Any) -> tuple[int | None, tuple[int, int] | None]:
+    """The images of a DataLoader, and of its smallest batch, for one process."""
+    if type(loader) is not DataLoader or loader.collate_fn is not default_collate or not loader.batch_size:
+        return None, None
+    if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.sampler, Sized):
+        return None, None
+    images = len(loader.sampler)
+    last = 0 if loader.drop_last else images % loader.batch_size
+    return images, (last or loader.batch_size, 1)
 
 
 def count_batches(train_loader: Any) -> int:

@@ -33,13 +33,19 @@ from spt_fast.training.evaluation import (
 from spt_fast.training.features import FeatureStore
 from spt_fast.training.history import History
 from spt_fast.training.learned import Average, frozen_but_saved, learned, put_back, take_back
-from spt_fast.training.loaders import check_loaders, count_batches, generators, warn_of_one_order
+from spt_fast.training.loaders import (
+    check_loaders,
+    check_two_images,
+    count_batches,
+    generators,
+    warn_of_one_order,
+)
 from spt_fast.training.losses import Losses
 from spt_fast.training.objective import Objective
 from spt_fast.training.optimizer import LearningRates, check_groups, create_optimizer
 from spt_fast.training.recipe import Recipe, given_or_default
 from spt_fast.training.sources import Source, find_source
-from spt_fast.training.step import Stepper, channels_last, warn_of_slow_products
+from spt_fast.training.step import Stepper, channels_last, has_batch_norm, warn_of_slow_products
 
 
 class Batches(Iterable[Any], Sized, Protocol):
@@ -128,6 +134,8 @@ class Trainer:
         if recipe is not None:
             warn_of_one_order(train_loader)
         check_loaders(train_loader, val_loader, self.recipe)
+        if has_batch_norm(tuned):
+            check_two_images(train_loader)
         self._train_loader, self._val_loader = train_loader, val_loader
         self._processes, self._progress = processes, check_bool("progress", progress)
         self._features = features

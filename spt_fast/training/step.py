@@ -113,8 +113,24 @@ class Stepper:
         self.scaler.update()
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether a batch norm over rows is in training mode where `module` is in it."""
+    modes = [(each, each.training) for each in module.modules()]
+    if not any(isinstance(each, nn.BatchNorm1d) for each, _ in modes):
+        return False
+    module.train()
+    found = _norms_rows(module)
+    for each, mode in modes:
+        each.training = mode
+    return found
+
+
+def _norms_rows(module: nn.Module) -> bool:
+    return any(isinstance(each, nn.BatchNorm1d) and each.training for each in module.modules())
+
+
 def _check_one_is_enough(module: nn.Module, where: str) -> None:
-    if any(isinstance(each, nn.BatchNorm1d) and each.training for each in module.modules()):
+    if _norms_rows(module):
         raise ValueError(
             f"{where} must hold two images or more for the batch norm before the head, got 1; leave out a "
             "last batch that is not full (drop_last=True, --drop-last), or take another batch_size"

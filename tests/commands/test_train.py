@@ -639,3 +639,13 @@ def test_bad_input_of_eval_is_one_line(folders, tmp_path, only_error):
     assert "10 classes that the model does not know (0, 1, 2, 3, 4 and 5 more)" in only_error(
         evaluate(*digits), "eval"
     )
+
+
+def test_a_last_batch_of_one_image_is_found_before_prototypes(tmp_path, only_error, monkeypatch):
+    monkeypatch.setattr("spt_fast.prototypes.build.build_prototypes", lambda *_, **__: pytest.fail("built"))
+    digits = ("--data", "digits", "--head-norm", "batch", "--out", tmp_path / "run", "--batch-size", 28)
+    error = only_error(train(*digits), "train")
+    assert "data must hold two images or more in every batch" in error
+    assert "of 897 images in batches of 28 the last has 1; leave out" in error
+    assert "--drop-last" in error
+    assert not (tmp_path / "run").exists()

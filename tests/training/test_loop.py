@@ -17,10 +17,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spt_fast import NMITracker, PromptedViT, build_prototypes
 from spt_fast.analysis import analyse
+from spt_fast.data.loading import ImageLoader
 from spt_fast.methods.parameter_groups import PROMPT_LR_FACTOR
+from spt_fast.support.distributed import Processes
 from spt_fast.support.errors import NonFiniteError
 from spt_fast.training.evaluation import Evaluation, evaluate
-from spt_fast.training.loop import fit, shuffled_loader
+from spt_fast.training.loaders import check_two_images
+from spt_fast.training.loop import Trainer, fit, shuffled_loader
 from spt_fast.training.optimizer import FINAL_LR, warmup_cosine
 from spt_fast.training.recipe import Recipe
 
@@ -653,6 +656,38 @@ def test_a_batch_of_one_image_is_named_where_a_batch_norm_needs_two(blobs):
         ValueError, match=r"batch 1 of train_loader must hold two images .* got 1; .*--drop-last"
     ):
         fit(net, loader, epochs=1, progress=False)
+
+
+def test_a_last_batch_of_one_image_is_found_before_training(blobs, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("a step was made"))
+    net = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3))
+    net[0].eval()
+    message = (
+        r"^train_loader must hold two .*, but of 41 images in batches of 8 the last has 1; .*--drop-last"
+    )
+    dataset = TensorDataset(*blobs)
+    for loader in (shuffled_loader(*blobs, batch_size=8, seed=0), DataLoader(dataset, 8, shuffle=True)):
+        with pytest.raises(ValueError, match=message):
+            Trainer(net, loader)
+        assert not net[0].training
+        Trainer(make_net(), loader)
+    for loader in (
+        ImageLoader(dataset, num_images=41, batch_size=8, shuffle=True, drop_last=True),
+        ImageLoader(dataset, num_images=41, batch_size=8, shuffle=True, bad_images="skip"),
+        DataLoader(dataset, 8, drop_last=True),
+        DataLoader(dataset, 8, collate_fn=list),
+        DataLoader(dataset, 7),
+    ):
+        Trainer(net, loader)
+    # Two processes share the last two of 42.
+    processes = Processes()
+    processes.size = 2
+    share = {"processes": processes, "in_step": True, "shuffle": True}
+    shared = ImageLoader(
+        TensorDataset(*(torch.cat([each, each[:1]]) for each in blobs)), num_images=42, batch_size=8, **share
+    )
+    with pytest.raises(ValueError, match="the last has 2, shared by 2 processes"):
+        check_two_images(shared)
 
 
 @pytest.mark.parametrize(("kind", "peak"), [("ours", 0.5), ("torch", 0.5), ("list", 0.125)])
