@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sized
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from spt_fast.data.loading import ImageLoader
+from spt_fast.support.user_warnings import warn_user
 from spt_fast.training.recipe import Recipe
 
 
@@ -76,12 +76,11 @@ def count_batches(train_loader: Any) -> int:
 
 
 def warn_of_one_order(loader: Any) -> None:
-    """Warn the caller's caller's caller where a loader of ours does not shuffle."""
+    """Warn the user where a loader of ours does not shuffle."""
     if isinstance(loader, ImageLoader) and not loader.is_shuffled and len(loader) > 1:
-        warnings.warn(
+        warn_user(
             "train_loader gives its images in the same order in every epoch; open_labelled_images(..., "
-            "training=True) and shuffled_loader shuffle them",
-            stacklevel=4,
+            "training=True) and shuffled_loader shuffle them"
         )
 
 
