@@ -181,8 +181,8 @@ class _Batch:
     def picture(self, image: int, row: int, column: int) -> Tensor:
         """The pixels [C, H, W] of a patch of image `image` of the batch, with its surroundings."""
         (height, width), around = self._patch, self._context
-        rows = torch.arange((row - around) * height, (row + around + 1) * height)
-        columns = torch.arange((column - around) * width, (column + around + 1) * width)
+        rows = torch.arange((row - around) * height, (row + around + 1) * height, device="cpu")
+        columns = torch.arange((column - around) * width, (column + around + 1) * width, device="cpu")
         pixels = self._images[image]
         rows, columns = rows.clamp(0, pixels.shape[1] - 1), columns.clamp(0, pixels.shape[2] - 1)
         return pixels[:, rows[:, None], columns].float().cpu()
@@ -193,8 +193,10 @@ class _Nearest:
 
     def __init__(self, prompts: Tensor, k: int, one_per_image: bool) -> None:
         self._prompts, self._k, self._one_per_image = prompts, k, one_per_image
-        self.squared = torch.empty(len(prompts), 0)  # [N_p, found], ascending
-        self.places = torch.empty(len(prompts), 0, 3, dtype=torch.int64)  # image, row, column
+        self.squared = torch.empty(
+            len(prompts), 0, dtype=torch.float32, device="cpu"
+        )  # [N_p, found], ascending
+        self.places = torch.empty(len(prompts), 0, 3, dtype=torch.int64, device="cpu")  # image, row, column
         self.pictures: list[list[Tensor]] = [[] for _ in prompts]
 
     def look_at(self, layer: int, tokens: Tensor, batch: _Batch) -> None:
@@ -248,7 +250,7 @@ class _Nearest:
             self.pictures[prompt] = [
                 old[i] if i < held else batch.picture(*places[prompt, i - held].tolist()) for i in indices
             ]
-        places = places + torch.tensor([batch.first, 0, 0])
+        places = places + torch.tensor([batch.first, 0, 0], device="cpu")
         self.places = torch.cat([self.places, places], dim=1).gather(1, order[..., None].expand(-1, -1, 3))
 
 

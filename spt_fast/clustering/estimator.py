@@ -228,6 +228,7 @@ class ClusteringEstimator(Parameters):
                 for g, group in enumerate(tokens)
             ],
             dtype=torch.float64,
+            device="cpu",
         )
         return _like(X, (-inertia * scales(self._frames()).square()).to(tokens.device))
 

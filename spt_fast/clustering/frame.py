@@ -108,7 +108,9 @@ def out_of_frames(centers: Tensor, frames: Sequence[Frame | None]) -> Tensor:
 
 def scales(frames: Sequence[Frame | None]) -> Tensor:
     """By which distances are larger outside of each frame, [G] float64 on the CPU."""
-    return torch.tensor([1.0 if frame is None else frame.scale for frame in frames], dtype=torch.float64)
+    return torch.tensor(
+        [1.0 if frame is None else frame.scale for frame in frames], dtype=torch.float64, device="cpu"
+    )
 
 
 def _power_of_two(size: float) -> float:

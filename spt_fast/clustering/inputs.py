@@ -131,4 +131,4 @@ def _from_array(array: np.ndarray, name: str) -> Tensor:
     with warnings.catch_warnings():
         # Read-only memory, a memory map say: nothing here writes to tokens.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array) if array.ndim else torch.as_tensor(array)
+        return torch.from_numpy(array) if array.ndim else torch.as_tensor(array, device="cpu")

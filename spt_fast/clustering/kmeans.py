@@ -297,7 +297,7 @@ def _together(groups: list[Tensor], given: Tensor) -> Tensor:
 
 
 def _collect(results: list[LloydResult], frames: Sequence[Frame | None]) -> Clustering:
-    inertia = torch.tensor([result.inertia for result in results], dtype=torch.float64)
+    inertia = torch.tensor([result.inertia for result in results], dtype=torch.float64, device="cpu")
     return Clustering(
         centers=out_of_frames(torch.stack([result.centers.cpu() for result in results]), frames),
         counts=torch.stack([result.counts.cpu() for result in results]),

@@ -48,7 +48,7 @@ def _local_moments(
 ) -> tuple[float, Tensor, float] | None:
     """This rank's total, mean [D] (float64, on the host) and summed squared distance to that mean."""
     anchor: Tensor | None = None  # any token: keeps the float32 sums small where the data lie far from zero
-    total, sums, squares = 0.0, torch.zeros((), dtype=torch.float64), 0.0
+    total, sums, squares = 0.0, torch.zeros((), dtype=torch.float64, device="cpu"), 0.0
     first = 0
     for chunk in tokens.chunks():
         anchor = chunk[:1].float().clone() if anchor is None else anchor

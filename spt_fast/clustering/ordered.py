@@ -17,7 +17,9 @@ def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """Sum of values [n] or [n, C] times weights [n] over the tokens, in float64."""
     if on_host(values):
         # Not a BLAS product: its order of summation, and so the last bit, would depend on its threads.
-        return torch.as_tensor((values.numpy().astype(np.float64).T * weights.numpy()).sum(axis=-1))
+        return torch.as_tensor(
+            (values.numpy().astype(np.float64).T * weights.numpy()).sum(axis=-1), device="cpu"
+        )
     return (values.double().mT * weights).sum(-1) if values.ndim == 2 else (values.double() * weights).sum()
 
 

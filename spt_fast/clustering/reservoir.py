@@ -56,7 +56,9 @@ class PriorityReservoir:
 
     def offer(self, tokens: Tensor, importance: Tensor, weights: Tensor | None) -> None:
         """Show the reservoir M new tokens [..., D] of importance [M] > 0 and, optionally, weights [M]."""
-        uniform = 1 - torch.rand(len(importance), dtype=torch.float64, generator=self._generator)
+        uniform = 1 - torch.rand(
+            len(importance), dtype=torch.float64, generator=self._generator, device="cpu"
+        )
         importance = importance.double()
         if weights is not None:
             importance = importance * weights

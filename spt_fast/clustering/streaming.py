@@ -264,7 +264,7 @@ class StreamingKMeans(ClusteringEstimator):
     def n_seen_(self) -> Tensor:
         """Tokens seen by each group, int64 [G]."""
         streams = self._streams or _no_streams(self._settings().n_groups)
-        return torch.tensor([0 if stream is None else stream.n_seen for stream in streams])
+        return torch.tensor([0 if stream is None else stream.n_seen for stream in streams], device="cpu")
 
     @property
     def n_features_in_(self) -> int:

@@ -83,8 +83,8 @@ class Summary:
         """All of it as tensors by name, for a file; `from_tensors` takes them. Without frames only."""
         assert not self.frames or all(frame is None for frame in self.frames)
         facts = {
-            "totals": torch.tensor(self.totals, dtype=torch.float64),
-            "seed": torch.tensor(self.seed),
+            "totals": torch.tensor(self.totals, dtype=torch.float64, device="cpu"),
+            "seed": torch.tensor(self.seed, device="cpu"),
         }
         for g, group in enumerate(self.groups):
             facts |= {f"{g}.tokens": group.tokens, f"{g}.mean": group.mean}
@@ -115,9 +115,9 @@ class Summary:
     def _collect(self, results: Sequence[LloydResult]) -> Clustering:
         """Estimates from the sample, scaled so that the counts add up to what was really seen."""
         counts = torch.stack([result.counts for result in results])
-        shares = torch.tensor(self.totals, dtype=torch.float64) / counts.sum(dim=1)
+        shares = torch.tensor(self.totals, dtype=torch.float64, device="cpu") / counts.sum(dim=1)
         frames = self.frames or (None,) * self.n_groups
-        inertia = torch.tensor([result.inertia for result in results], dtype=torch.float64)
+        inertia = torch.tensor([result.inertia for result in results], dtype=torch.float64, device="cpu")
         return Clustering(
             centers=out_of_frames(torch.stack([result.centers for result in results]), frames),
             counts=counts * shares[:, None],

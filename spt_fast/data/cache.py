@@ -243,7 +243,7 @@ class _Source:
         labels = [self._kept.label(number) for number in numbers]
         if dataset.target_transform is not None:
             labels = [dataset.target_transform(label) for label in labels]
-        return [self._normalised(self._bytes(numbers)), torch.tensor(labels)], []
+        return [self._normalised(self._bytes(numbers)), torch.tensor(labels, device="cpu")], []
 
     def _bytes(self, numbers: Sequence[int]) -> Tensor:
         """[B, H, W, C] uint8 on the device."""

@@ -372,7 +372,7 @@ def _renumber(dataset: Any, data: str, found: Sequence[str], class_names: Sequen
     places = [class_names.index(name) for name in found]
     if isinstance(dataset, TensorDataset):
         images, labels = dataset.tensors
-        dataset.tensors = (images, torch.tensor(places)[labels])
+        dataset.tensors = (images, torch.tensor(places, device="cpu")[labels])
     else:
         dataset.target_transform = partial(_place_of, places)
 
@@ -394,13 +394,15 @@ def balanced_weights(dataset: Any, data: str, rows: Sequence[int] | None = None)
             f"balance='sampler' needs the labels of all images, but {data} gives them only with the images"
         )
     counts = Counter(labels if rows is None else [labels[row] for row in rows])
-    return torch.tensor([1 / max(1, counts[label]) for label in labels], dtype=torch.float64)
+    return torch.tensor([1 / max(1, counts[label]) for label in labels], dtype=torch.float64, device="cpu")
 
 
 def _order(dataset: Any, seed: int, max_images: int | None, processes: Processes) -> dict[str, list[int]]:
     """The images of this process, in order; nothing for a data set that timm divides among the processes."""
     if isinstance(dataset, IterableDataset):
         return {}
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()[:max_images]
+    order = torch.randperm(
+        len(dataset), generator=torch.Generator().manual_seed(seed), device="cpu"
+    ).tolist()[:max_images]
     share = processes.share_of(len(order))
     return {"images": order[share.start : share.stop]}

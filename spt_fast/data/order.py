@@ -67,11 +67,15 @@ class Order:
     def _order(self, epoch: int) -> Tensor:
         """All images of an epoch, those of other processes too."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, "order"))
-        taken = torch.arange(self.count) if self.images is None else torch.tensor(self.images)
+        taken = (
+            torch.arange(self.count, device="cpu")
+            if self.images is None
+            else torch.tensor(self.images, device="cpu")
+        )
         if self.weights is not None:
             weights = self.weights[taken]
             return taken[torch.multinomial(weights, len(taken), replacement=True, generator=generator)]
-        return taken[torch.randperm(len(taken), generator=generator)] if self.shuffle else taken
+        return taken[torch.randperm(len(taken), generator=generator, device="cpu")] if self.shuffle else taken
 
     @property
     def total(self) -> int:

@@ -118,7 +118,7 @@ class Pool:
                 "images: share and per_class need the labels of all images, which these data give only with "
                 "the images"
             )
-        labels = torch.tensor([known[row] for row in rows])
+        labels = torch.tensor([known[row] for row in rows], device="cpu")
         if per_class is not None:
             places = few_per_class(labels, per_class, seed=seed)
         else:
@@ -159,7 +159,9 @@ class Pool:
 
     def plain(self, rows: Sequence[int], *, seed: int) -> ImageLoader:
         """Batches of these images, not augmented, in the order in which `open_images` shuffles them."""
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(check_seed(seed)))
+        order = torch.randperm(
+            len(rows), generator=torch.Generator().manual_seed(check_seed(seed)), device="cpu"
+        )
         taken = [rows[place] for place in order.tolist()]
         return self._loader(self._plain, taken, seed=seed)
 
@@ -241,6 +243,6 @@ def draw_share(labels: Tensor, share: float, *, seed: int) -> Tensor:
     drawn = []
     for label in torch.unique(labels).tolist():
         rows = (labels == label).nonzero().squeeze(1)
-        order = torch.randperm(len(rows), generator=generator)
+        order = torch.randperm(len(rows), generator=generator, device="cpu")
         drawn.append(rows[order[: max(1, round(share * len(rows)))]])
     return torch.cat(drawn)

@@ -82,5 +82,5 @@ def empty_batch(dataset: Any) -> list[Tensor]:
 
 
 def _rows(dataset: TensorDataset, indices: Sequence[int]) -> list[Tensor] | None:
-    at = torch.tensor(indices)
+    at = torch.tensor(indices, device="cpu")
     return [values[send(at, values.device)] for values in dataset.tensors] if len(indices) else None

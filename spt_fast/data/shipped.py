@@ -93,12 +93,15 @@ def load_digits(split: str) -> tuple[Tensor, Tensor]:
     """
     first, last = DIGITS_SPLITS[check_choice("split", split, DIGITS_SPLITS)]
     with as_file(_asset("digits.safetensors")) as path, open_safetensors(path) as stored:
-        raw: Tensor = stored.get_slice("images")[first:last]
-        labels: Tensor = stored.get_slice("labels")[first:last]
+        # Slices of the file would be made on torch's default device.
+        raw: Tensor = stored.get_tensor("images")[first:last]
+        labels: Tensor = stored.get_tensor("labels")[first:last]
     facts = backbone_facts()
     size = facts["architecture"]["img_size"]
     grey = F.interpolate(raw.unsqueeze(1).float() / DIGITS_MAX, size=(size, size), mode="bilinear")
-    mean, std = (torch.tensor(facts[key], dtype=torch.float32).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (
+        torch.tensor(facts[key], dtype=torch.float32, device="cpu").view(3, 1, 1) for key in ("mean", "std")
+    )
     return (grey - mean) / std, labels.long()
 
 
@@ -118,7 +121,7 @@ def few_per_class(labels: Tensor, per_class: int, *, seed: int) -> Tensor:
             raise ValueError(
                 f"per_class must be at most {len(rows)}, the images of class {label}, got {per_class}"
             )
-        chosen.append(rows[torch.randperm(len(rows), generator=generator)[:per_class]])
+        chosen.append(rows[torch.randperm(len(rows), generator=generator, device="cpu")[:per_class]])
     return torch.cat(chosen)
 
 

@@ -107,8 +107,8 @@ class _Product(nn.Module):
 def _drawn(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Random factors of prompts of the shape of `values` [L, N_p, D]."""
     layers, num_prompts, width = values.shape
-    left = torch.empty(layers, num_prompts, rank).normal_(std=0.02)
-    right = torch.empty(layers, rank, width)
+    left = torch.empty(layers, num_prompts, rank, dtype=torch.float32, device="cpu").normal_(std=0.02)
+    right = torch.empty(layers, rank, width, dtype=torch.float32, device="cpu")
     for each in right:
         nn.init.xavier_uniform_(each)
     return left.to(values), right.to(values)

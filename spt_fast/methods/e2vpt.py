@@ -83,7 +83,7 @@ class E2VPT(ComputedPrompts):
         ((heads, width),), num_kv = sizes, self.options["num_kv"]
         bound = math.sqrt(6 / (num_kv * width))
         shape = (len(values), 1 if self.options["share"] else 2, heads, num_kv, width)
-        drawn = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound)
+        drawn = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound)
         self.kv_prompts = nn.Parameter(drawn.to(values))
 
     def prompt_parameters(self) -> list[nn.Parameter]:

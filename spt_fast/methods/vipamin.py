@@ -86,7 +86,9 @@ def vipamin_prompts(
     prompts = []
     for block, of_block in zip(blocks, means, strict=True):
         shape = (2, num_prompts, embed_dim(model))
-        anchors, others = torch.rand(shape, generator=generator, dtype=torch.float64) * (2 * bound) - bound
+        anchors, others = (
+            torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") * (2 * bound) - bound
+        )
         found = (1 - weight) * _alike(block, of_block, anchors, k)
         if weight > 0:
             found = found + weight * _outside(block, of_block, others)

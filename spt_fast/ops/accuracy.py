@@ -47,7 +47,7 @@ def deviation(ours: Tensor, exact: Tensor, bound: Tensor) -> Deviation:
 
 def _normal(*shape: int, generator: torch.Generator) -> Tensor:
     """Normal numbers in float32, whatever the default dtype."""
-    return torch.randn(*shape, dtype=torch.float32, generator=generator)
+    return torch.randn(*shape, dtype=torch.float32, generator=generator, device="cpu")
 
 
 def kmeans_problem(
@@ -60,7 +60,9 @@ def kmeans_problem(
     centers = _normal(groups, num_centers, width, generator=generator).add(3)
     shift = torch.full((groups, width), 3.0, dtype=torch.float32, device=device) if num_centers % 2 else None
     weights = (
-        torch.rand(groups, images * patches, dtype=torch.float32, generator=generator).to(device)
+        torch.rand(groups, images * patches, dtype=torch.float32, generator=generator, device="cpu").to(
+            device
+        )
         if weighted
         else None
     )
@@ -113,7 +115,7 @@ def assigned_deviations(
     lengths = sum(_members(of_pass, centers.shape[1]).mT @ flat.double().abs() for of_pass in before)
     index = labels.long()[:, :, None]
     chosen, chosen_band = exact.gather(2, index)[:, :, 0], band.gather(2, index)[:, :, 0]
-    ones = torch.ones(flat.shape[:2], dtype=torch.float64)
+    ones = torch.ones(flat.shape[:2], dtype=torch.float64, device="cpu")
     weights = ones if weights is None else weights.double()
     members = _members(labels, centers.shape[1]) * weights[:, :, None]
     lengths = lengths + members.mT @ flat.double().abs()
@@ -136,7 +138,7 @@ def lloyd_problem(dtype: torch.dtype, device: torch.device | str = "cpu") -> tup
     """300 tokens [M, D] in 8 clusters, and 8 of them to start from; in no iteration two centres tie."""
     generator = torch.Generator().manual_seed(33)
     middles = _normal(8, 64, generator=generator) + 3
-    members = torch.randint(8, (300,), generator=generator)
+    members = torch.randint(8, (300,), generator=generator, device="cpu")
     tokens = (middles[members] + _normal(300, 64, generator=generator)).to(device, dtype)
     return tokens, tokens[:8].float()
 

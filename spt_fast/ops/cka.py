@@ -81,8 +81,10 @@ class StreamingCKA:
         self._unbiased = check_bool("unbiased", unbiased)
         num_x, num_y = check_int("num_x", num_x, 1), check_int("num_y", num_y, 1)
         self._device: torch.device | None = None  # of the first y: sums that stay there wait for nothing
-        self._cross, self._own_x, self._own_y = torch.zeros(3, num_x, num_y, dtype=torch.float64)
-        self._minibatches = torch.zeros(num_y, dtype=torch.int64)
+        self._cross, self._own_x, self._own_y = torch.zeros(
+            3, num_x, num_y, dtype=torch.float64, device="cpu"
+        )
+        self._minibatches = torch.zeros(num_y, dtype=torch.int64, device="cpu")
 
     def update(self, xs: Sequence[Tensor], y: Tensor, column: int) -> None:
         """Add B minibatches of all x and of y number `column`.

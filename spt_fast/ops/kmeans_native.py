@@ -144,14 +144,14 @@ class PrunedPasses:
 
     def end(self) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Sums [1, K, D], counts [1, K] and inertia [1] in float64, and the `PassReport` of _kmeans.pyi."""
-        sums = torch.empty(1, self._num_centers, self._width, dtype=torch.float64)
-        counts = torch.empty(1, self._num_centers, dtype=torch.float64)
+        sums = torch.empty(1, self._num_centers, self._width, dtype=torch.float64, device="cpu")
+        counts = torch.empty(1, self._num_centers, dtype=torch.float64, device="cpu")
         report = self._passes.end(sums.data_ptr(), counts.data_ptr())
-        return sums, counts, torch.tensor([report.inertia], dtype=torch.float64), report
+        return sums, counts, torch.tensor([report.inertia], dtype=torch.float64, device="cpu"), report
 
     def labels(self) -> Tensor:
         """Labels [1, M] of the last pass, int32."""
-        return torch.tensor([self._passes.labels()], dtype=torch.int32)
+        return torch.tensor([self._passes.labels()], dtype=torch.int32, device="cpu")
 
 
 def distances(

@@ -56,7 +56,7 @@ def random_prompts(model: nn.Module, layers: int, num_prompts: int, width: int) 
     """VPT's uniform initialisation: U(-v, v) with v = sqrt(6 / (3 * patch height * patch width + width))."""
     sides = patch_size(model)
     bound = math.sqrt(6 / (3 * sides[0] * sides[1] + width))
-    return torch.empty(layers, num_prompts, width, dtype=torch.float32).uniform_(-bound, bound)
+    return torch.empty(layers, num_prompts, width, dtype=torch.float32, device="cpu").uniform_(-bound, bound)
 
 
 def _check_shape(values: Tensor, layers: int, width: int, depth: str, name: str) -> None:

@@ -265,7 +265,7 @@ def _draw_rank(processes: Processes, n_batches: int, generator: torch.Generator)
 
 
 def _draw(below: int, generator: torch.Generator) -> int:
-    return int(torch.randint(below, (), generator=generator))
+    return int(torch.randint(below, (), generator=generator, device="cpu"))
 
 
 def _length_of(loader: Iterable[Any]) -> int | None:

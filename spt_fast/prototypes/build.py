@@ -273,7 +273,7 @@ def _from_all_tokens(
     return backbone.result(
         torch.stack([fit.centers for fit in fitted]),
         torch.stack([fit.counts for fit in fitted]),
-        torch.tensor([fit.inertia for fit in fitted], dtype=torch.float64),
+        torch.tensor([fit.inertia for fit in fitted], dtype=torch.float64, device="cpu"),
         metadata={**metadata, "n_iter": " ".join(str(fit.n_iter) for fit in fitted)},
     )
 

@@ -64,7 +64,7 @@ def _max(tokens: Tensor, num_prompts: int, _: torch.Generator) -> Tensor:
 
 def _random(tokens: Tensor, num_prompts: int, generator: torch.Generator) -> Tensor:
     # Drawn on the CPU, so that the choice does not depend on the device.
-    rows = torch.randperm(len(tokens), generator=generator)[:num_prompts]
+    rows = torch.randperm(len(tokens), generator=generator, device="cpu")[:num_prompts]
     return tokens[rows.to(tokens.device)]
 
 

@@ -201,8 +201,8 @@ class Prototypes:
             raise ValueError(f"with_sample needs the sample of the pass, {self._why_no_summary()}")
         tensors = {
             **self._tensors(),
-            "num_images": torch.tensor(self.num_images),
-            "num_tokens": torch.tensor(self.num_tokens),
+            "num_images": torch.tensor(self.num_images, device="cpu"),
+            "num_tokens": torch.tensor(self.num_tokens, device="cpu"),
         }
         if self.last_output is not None:
             tensors |= {_LAST + name: tensor for name, tensor in self.last_output._tensors().items()}

@@ -107,7 +107,7 @@ def check_buildable(model: nn.Module, recipe: Recipe, class_names: Sequence[str]
         layers = len(get_blocks(model)) if recipe.depth == "deep" else 1
         # More than there are patch tokens are found with these, and would take their memory.
         recipe = recipe.replace(num_prompts=min(recipe.prompts_per_block or 1, _MOST_MADE_UP))
-        start = torch.ones(layers, recipe.num_prompts or 1, embed_dim(model))
+        start = torch.ones(layers, recipe.num_prompts or 1, embed_dim(model), device="cpu")
     build(model, recipe, start, class_names=class_names).release()
 
 

@@ -100,7 +100,7 @@ class Evaluation:
 
     def confusion_matrix(self) -> Tensor:
         """Images [classes, classes] int64 by label (row) and predicted label (column)."""
-        matrix = torch.zeros(len(self.class_names), len(self.class_names), dtype=torch.int64)
+        matrix = torch.zeros(len(self.class_names), len(self.class_names), dtype=torch.int64, device="cpu")
         for pair, count in self.counts.items():
             matrix[pair] = count
         return matrix
@@ -244,7 +244,7 @@ def _labels_and_predictions(
             raise NonFiniteError(
                 f"tuned must give finite logits, but image {image} (counted from 0) gave NaN", image=image
             )
-        return labels, torch.tensor(largest), width
+        return labels, torch.tensor(largest, device="cpu"), width
 
     with inference(tuned):
         for index, batch in enumerate(loader):

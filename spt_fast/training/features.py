@@ -91,7 +91,7 @@ class Features:
     def batches(self, indices: Iterable[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows and labels of images, batch by batch."""
         for chosen in indices:
-            at = torch.tensor(chosen)
+            at = torch.tensor(chosen, device="cpu")
             yield self.rows[at.to(self.rows.device, non_blocking=True)], self.labels[at]
 
     def in_order(self, indices: Sequence[int] | None = None) -> list[tuple[Tensor, Tensor]]:

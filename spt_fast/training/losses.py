@@ -76,7 +76,7 @@ class Losses:
 
     def _send(self) -> None:
         losses = torch.stack([loss.detach().double() for loss, _, _ in self._new])
-        counts = torch.tensor([count for _, count, _ in self._new], dtype=torch.float64)
+        counts = torch.tensor([count for _, count, _ in self._new], dtype=torch.float64, device="cpu")
         sums = torch.stack((losses, counts.to(losses.device, non_blocking=True)))
         self._sent.append((OnTheWay(self._processes.sum(sums)), [step for _, _, step in self._new]))
         self._new = []

@@ -88,7 +88,7 @@ def class_weights(counts: Sequence[int]) -> Tensor:
 
     A class without images has the weight 0, and is none of the C.
     """
-    images = torch.tensor(counts, dtype=torch.float64)
+    images = torch.tensor(counts, dtype=torch.float64, device="cpu")
     present = images > 0
     weights = torch.where(present, images.sum() / (present.sum() * images.clamp(min=1)), 0.0)
     return weights.float()

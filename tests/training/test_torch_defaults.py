@@ -1,10 +1,13 @@
-"""`torch.set_default_dtype(torch.float64)`, which some people set, changes no result of float32 inputs."""
+"""`torch.set_default_dtype` and `torch.set_default_device`, which some people set, change no result.
+
+The meta device stands in for a GPU: what is made on it by mistake has no values.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -12,9 +15,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from spt_fast import KMeans, NMITracker, PromptedViT, StreamingKMeans, build_prototypes
+from spt_fast import KMeans, NMITracker, PromptedViT, StreamingKMeans, build_prototypes, nearest_patches, tune
 from spt_fast.analysis import analyse
 from spt_fast.data.shipped import load_digits
+from spt_fast.methods.registry import METHODS
 from spt_fast.training import evaluate, fit
 
 Loader = list[tuple[Tensor, Tensor]]
@@ -31,19 +35,20 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def assert_same(compute: Callable[[], Any]) -> None:
-    """Tensors, or numbers, are the same under both defaults, bit for bit."""
+    """Tensors, or numbers, are the same under all defaults, bit for bit."""
     found = []
-    for dtype in (torch.float32, torch.float64):
+    for default in (nullcontext(), default_dtype(torch.float64), torch.device("meta")):
         torch.manual_seed(0)
-        with default_dtype(dtype):
+        with default:
             found.append(compute())
-    for expected, got in zip(*found, strict=True):
-        assert type(got) is type(expected)
-        if isinstance(expected, Tensor):
-            assert got.dtype == expected.dtype
-            assert torch.equal(got, expected)
-        else:
-            assert got == expected
+    for expected, *others in zip(*found, strict=True):
+        for got in others:
+            assert type(got) is type(expected)
+            if isinstance(expected, Tensor):
+                assert (got.dtype, got.device) == (expected.dtype, expected.device)
+                assert torch.equal(got, expected)
+            else:
+                assert got == expected
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -85,6 +90,27 @@ def test_prompting_and_analysis(depth: Any, engine: Any, vit: VisionTransformer,
 
 def test_shipped_images() -> None:
     assert_same(lambda: load_digits("val"))
+
+
+def test_nearest_patches(vit: VisionTransformer, loader: Loader) -> None:
+    built = build_prototypes(vit, loader, num_prompts=4, progress=False)
+
+    def compute() -> list[Tensor]:
+        found = nearest_patches(built, vit, loader, k=3, progress=False)
+        return [found.images, found.rows, found.columns, found.distances, found.pictures]
+
+    assert_same(compute)
+
+
+@pytest.mark.parametrize(
+    "method", [name for name, kind in METHODS.items() if kind.prompts in ("random", "any")]
+)
+def test_drawn_prompts(method: str, vit: VisionTransformer) -> None:
+    def compute() -> list[Tensor]:
+        tuned = tune(copy.deepcopy(vit), method, prompts=4, num_classes=3)
+        return [parameter.detach() for parameter in tuned.prompt_parameters()]
+
+    assert_same(compute)
 
 
 def test_a_backbone_made_in_float64_is_tuned_in_it(
