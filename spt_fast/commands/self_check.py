@@ -101,4 +101,4 @@ def _compare_lloyd(results: Sequence[Tensor], inputs: Inputs) -> Mapping[str, De
 
 
 def _columns(op: str, device: str, dtype: str, backend: str, result: str, error: str, bound: str) -> str:
-    return f"{op:45} {device:7} {dtype:9} {backend:9} {result:9} {error:>8} {bound:>8}"
+    return f"{op:53} {device:7} {dtype:9} {backend:9} {result:9} {error:>8} {bound:>8}"

@@ -16,7 +16,7 @@ CPU_OPS = {
     "assign_accumulate": 6 * 3,
     "squared_distances": 3,
     "Lloyd's algorithm": 3,
-    "prompt_attention": 2 * 3,
+    "prompt_attention": 5 * 3,
     "packed_prompt_attention": 3,
     "sigmoid_nmi": 2 * 3,
 }
