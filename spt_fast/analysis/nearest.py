@@ -193,9 +193,8 @@ class _Nearest:
 
     def __init__(self, prompts: Tensor, k: int, one_per_image: bool) -> None:
         self._prompts, self._k, self._one_per_image = prompts, k, one_per_image
-        self.squared = torch.empty(
-            len(prompts), 0, dtype=torch.float32, device="cpu"
-        )  # [N_p, found], ascending
+        # [N_p, found], ascending
+        self.squared = torch.empty(len(prompts), 0, dtype=torch.float32, device="cpu")
         self.places = torch.empty(len(prompts), 0, 3, dtype=torch.int64, device="cpu")  # image, row, column
         self.pictures: list[list[Tensor]] = [[] for _ in prompts]
 

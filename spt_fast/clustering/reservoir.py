@@ -73,8 +73,7 @@ class PriorityReservoir:
         """The kept tokens with the weights that make them stand for the whole stream."""
         size = self._size
         inclusion = (self._importance[:size] * self._threshold).clamp_max(1.0)
-        weights = self._weights[:size] / inclusion
-        weights = (weights * _scale_of(weights)).float()
+        weights = _in_float32(self._weights[:size] / inclusion)
         tokens = self._tokens[:size]
         return WeightedTokens(tokens, weights, mean_of(tokens, weights, backend), backend)
 
@@ -95,8 +94,7 @@ class PriorityReservoir:
         threshold = self._merged_threshold(processes)
         kept = (self._keys[:size] < threshold).nonzero()[:, 0]
         inclusion = (self._importance[kept] * threshold).clamp_max(1.0)
-        weights = processes.concatenate(self._weights[kept] / inclusion)
-        weights = (weights * _scale_of(weights)).float()
+        weights = _in_float32(processes.concatenate(self._weights[kept] / inclusion))
         tokens = processes.concatenate(self._tokens[kept])
         return WeightedTokens(tokens, weights, mean_of(tokens, weights, backend), backend)
 
@@ -186,16 +184,17 @@ def merged_over_ranks(
     return reservoir.merged_summary(processes, backend)
 
 
-def _scale_of(weights: Tensor) -> Tensor:
-    """The power of two by which weights [n] float64 fit into float32: 1 but for extreme ones.
+def _in_float32(weights: Tensor) -> Tensor:
+    """Weights [n] float64 times the power of two by which they fit: 1 but for extreme ones.
 
     Without a wait for a device.
     """
     if len(weights) == 0:
-        return weights.new_ones(())
+        return weights.float()
     largest = weights.max()
     fits = (largest >= _LEAST_WEIGHT) & (largest <= _MOST_WEIGHT)
-    return torch.where(fits, 1.0, _MOST_WEIGHT * torch.exp2(-torch.frexp(largest).exponent.double()))
+    scale = torch.where(fits, 1.0, _MOST_WEIGHT * torch.exp2(-torch.frexp(largest).exponent.double()))
+    return (weights * scale).float()
 
 
 def importance(squared: Tensor, sum_of_squared: Tensor, total: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,19 +53,12 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         return Recipe(**given)
     is_file = args.recipe not in Recipe.names() and _is_file(args.recipe)
     read = Recipe.from_yaml if is_file else Recipe.named
-    return read(args.recipe, **(given | _dicts_over(given, read(args.recipe))))
-
-
-def _dicts_over(given: Mapping[str, Any], stated: Recipe) -> dict[str, dict[str, Any]]:
-    """The dicts among the options that win over those of a file: key by key, where both are of one thing."""
-    method = given.get("method") or stated.method_name
-    prompt_init = given.get("prompt_init", stated.prompt_init)
-    # Of another method its options would be none, and so those of another start.
-    same = {
-        "method_options": method == stated.method_name,
-        "prompt_init_options": prompt_init == stated.prompt_init,
-    }
-    return {name: {**(getattr(stated, name) if same[name] else {}), **given.get(name, {})} for name in same}
+    dicts = [option.name for option in options() if option.kind is dict and option.name in given]
+    if dicts:
+        # Those of the file that are still meant, and over them, key by key, those that are given.
+        stated = read(args.recipe, **{name: value for name, value in given.items() if name not in dicts})
+        given |= {name: {**getattr(stated, name), **given[name]} for name in dicts}
+    return read(args.recipe, **given)
 
 
 def _is_file(name: str) -> bool:

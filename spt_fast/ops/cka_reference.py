@@ -20,7 +20,7 @@ def hsic_reference(k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     """HSIC_1 of two kernels [n, n] (Song et al., 2012)."""
     n = len(k)
     k, l = (kernel - kernel.diag().diag() for kernel in (k, l))  # noqa: E741
-    ones = torch.ones(n, dtype=k.dtype, device="cpu")
+    ones = k.new_ones(n)
     trace = (k @ l).trace()
     totals = (ones @ k @ ones) * (ones @ l @ ones) / ((n - 1) * (n - 2))
     return (trace + totals - 2 / (n - 2) * (ones @ k @ l @ ones)) / (n * (n - 3))

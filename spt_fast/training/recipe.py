@@ -21,6 +21,9 @@ GROUPS = ("model", "images", "optimisation", "choice")
 SCALE_BATCH = 256
 
 
+_METHOD = "spt-deep"  # where none is stated
+
+
 def _field(group: str, default: Any, help: str, choices: tuple[str, ...] = (), **bounds: float) -> Any:
     """A field with the help of its option.
 
@@ -177,7 +180,8 @@ class Recipe:
         Of the `run.yaml` of a run it takes the recipe, and nothing of what the run was of.
 
         Args:
-            changes: fields that win over the file's.
+            changes: fields that win over the file's. With another `method` the file's `method_options` are
+                none, with another `prompt_init` its `prompt_init_options`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -227,7 +231,7 @@ class Recipe:
             if name not in _names():
                 raise ValueError(f"{source}: {name!r} is no field of a recipe{instead(name, _names())}")
         try:
-            return cls(**{**values, **changes})
+            return cls(**{**_still_meant(values, changes), **changes})
         except (TypeError, ValueError) as error:
             given = f" with {', '.join(changes)} given" if changes else ""
             raise type(error)(f"{source}{given}: {error}") from error
@@ -258,7 +262,7 @@ class Recipe:
     @property
     def method_name(self) -> str:
         """`method`, or "spt-deep" where it is not stated."""
-        return self.method or "spt-deep"
+        return self.method or _METHOD
 
     @property
     def depth(self) -> Literal["deep", "shallow"]:
@@ -377,6 +381,16 @@ def given_or_default(recipe: Recipe | None) -> Recipe:
             f"None, got {recipe!r:.60}"
         )
     return recipe or Recipe()
+
+
+def _still_meant(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without the options of a method, and of a start, that `changes` replace by another."""
+    kept = dict(values)
+    if "method" in changes and (changes["method"] or _METHOD) != (values.get("method") or _METHOD):
+        kept.pop("method_options", None)
+    if "prompt_init" in changes and changes["prompt_init"] != values.get("prompt_init"):
+        kept.pop("prompt_init_options", None)
+    return kept
 
 
 def check_names(names: Iterable[str]) -> None:

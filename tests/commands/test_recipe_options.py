@@ -176,6 +176,16 @@ def test_options_of_a_method_join_those_of_a_file(parser: argparse.ArgumentParse
     assert same.method_options == {"depth": "shallow", "rank": 75}
 
 
+def test_a_file_that_options_make_whole(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    """By itself it would be refused: its last rate is above the default one."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("min_lr: 0.1\n")
+    assert parsed(parser, "--recipe", file, "--lr", "0.5").lr == 0.5
+    assert parsed(parser, "--recipe", file, "--lr", "0.5", "--method", "ssf").method == "ssf"
+    words = ("--method", "partial", "--method-option", "num_blocks=2")
+    assert parsed(parser, "--recipe", file, "--lr", "0.5", *words).method_options == {"num_blocks": 2}
+
+
 @pytest.mark.parametrize(("given", "options"), [((), {"k": 4}), (("--prompt-init", "prototypes"), {})])
 def test_options_of_another_start_are_none(
     parser: argparse.ArgumentParser, tmp_path: Path, given: tuple[str, ...], options: dict[str, int]

@@ -358,3 +358,13 @@ def test_starts_that_a_method_does_not_have_are_refused(given: dict[str, Any], m
 def test_a_name_that_is_no_text_is_refused() -> None:
     with pytest.raises(TypeError, match=r"recipe must be one of Recipe.names\(\), got None"):
         Recipe.named(None)  # type: ignore[arg-type]
+
+
+def test_options_of_another_method_or_start_go_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: bpt\nmethod_options: {rank: 75}\n")
+    assert Recipe.from_yaml(file, method="bpt").method_options == {"rank": 75}
+    assert Recipe.from_yaml(file, method="ssf").method_options == {}
+    file.write_text("prompt_init: vipamin\nprompt_init_options: {k: 4}\n")
+    assert Recipe.from_yaml(file, method="spt-deep").prompt_init_options == {"k": 4}
+    assert Recipe.from_yaml(file, prompt_init="prototypes").prompt_init_options == {}
